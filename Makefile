@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes .venv once and then runs in it.
+PYTHON ?= python3
+RUN := .venv/bin/python
+WORKERS ?= 2
+STAMP := .venv/.installed
+
+.PHONY: demo test bench kernels-aot gpu lint clean .venv
+
+demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
+	$(RUN) -m engine.train configs/digits.yaml
+
+# One thread a worker: the nets of the tests are too small for more, and threads that share a core wait for each other.
+test: $(STAMP)  ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
+
+bench: $(STAMP)  ## the benches this machine can run
+	$(RUN) -m pytest benches --benchmark -q
+
+kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU needed
+	$(RUN) -m kernels.aot
+
+gpu:  ## everything that needs a GPU, in resumable steps; uses .venv if there is one, else $(PYTHON) as it is
+	$$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
+
+lint: $(STAMP)
+	$(RUN) -m pip install -q -c constraints.txt "ruff>=0.8" "pyright>=1.1.390"
+	.venv/bin/ruff check . && .venv/bin/pyright
+
+.venv: $(STAMP)
+
+# torch comes first and only through constraints.txt; --no-build-isolation lets setup.py see it.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -c constraints.txt torch "setuptools>=77"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,118 @@
+"""`pytest benches --benchmark`: runs the benches this machine can, prints one table, writes JSON; says what it left out.
+
+--benchmark        run them (without it they are skipped)
+--compiled         on a CPU too, time torch.compile of the plain version (a C++ build for every row)
+--results DIR      where the JSON goes (.benchmarks)
+--at-least R       fail a row whose eager/ours is below R
+"""
+
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+COLUMNS = ("case", "ours us", "eager", "formula", "compiled", "copy", "eager/ours", "GB/s", "of copy", "launches")
+ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("potstill benches")
+    group.addoption("--benchmark", action="store_true", help="run the benches")
+    group.addoption("--compiled", action="store_true", help="time torch.compile of the plain version on CPUs too")
+    group.addoption("--results", default=".benchmarks", help="folder the JSON is written to")
+    group.addoption("--at-least", type=float, default=0.0, help="fail a row whose eager/ours is below this")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = config.option.verbose < 1  # pytest-benchmark's own table only with -v
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # pytest itself takes files by name
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if not config.option.benchmark:
+            item.add_marker(pytest.mark.skip(reason="benches run with --benchmark"))
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Two threads on a busy machine time the scheduler."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def record(request, benchmark):
+    """record(row, ours): adds the row to the table, and `ours` to what pytest-benchmark stores and compares."""
+
+    def add(row: dict[str, Any], ours: harness.Run) -> None:
+        ROWS.append(row)
+        benchmark.group = f"{row['group']} {row['kind']}"
+        benchmark.extra_info.update(row)
+        benchmark.pedantic(_synchronised(ours, row["kind"]), rounds=10, warmup_rounds=1)
+        floor = request.config.option.at_least
+        assert row["eager/ours"] >= floor, f"{row['case']}: eager/ours is {row['eager/ours']:.2f}, wanted {floor}"
+
+    return add
+
+
+def _synchronised(ours: harness.Run, kind: str):
+    def once() -> None:
+        ours(0)
+        if kind == "cuda":
+            torch.cuda.synchronize()
+
+    return once
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    line = terminalreporter.write_line
+    if not config.option.benchmark:
+        line("benches not run: pytest benches --benchmark runs them")
+        return
+    for kind in ("cpu", "cuda"):
+        rows = [row for row in ROWS if row["kind"] == kind]
+        if rows:
+            _table(rows, kind, line)
+    if not torch.cuda.is_available():
+        skipped = terminalreporter.stats.get("skipped", [])
+        line(f"GPU groups not run ({len(skipped)} rows): torch {torch.__version__} sees no CUDA device")
+        if not config.option.compiled:
+            line("compiled not timed: on a CPU each row is a C++ build of its own; --compiled does it")
+    for path in harness.save(ROWS, Path(config.option.results)):
+        line(f"written: {path}")
+
+
+def _table(rows: list[dict[str, Any]], kind: str, line) -> None:
+    line("")
+    line(", ".join(f"{k} {v}" for k, v in harness.machine(torch.device(kind)).items()))
+    line(
+        "us per forward + backward, medians of interleaved rounds; eager: the same outputs in plain PyTorch; formula: the"
+    )
+    line("same without leaving out non-finite samples; copy: a copy moving as many bytes as ours, GB/s counts those")
+    shown = [[_cell(row.get(column)) for column in COLUMNS] for row in rows]
+    widths = [max(len(r[i]) for r in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
+    for cells in [list(COLUMNS), *shown]:
+        line(
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.1f}"
+        if isinstance(value, float) and value >= 10
+        else f"{value:.2f}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,210 @@
+"""The tree of settings: dataclasses that are Hydra's schema, and how a recipe and `key=value`s become one of them.
+
+A key that does not exist is an error that names the nearest one that does.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from engine.errors import UserError
+from engine.methods.dmd import DMDConfig
+from engine.methods.gdd import GDDConfig
+from engine.methods.moment_matching import MomentMatchingConfig
+from engine.methods.sfd import SFDConfig
+from engine.methods.sim import SIMConfig
+from engine.methods.teacher import EDMLoss
+from engine.training.loop import LogConfig, TrainConfig
+
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+@dataclass
+class DataConfig:
+    """The real images; they also say resolution, channels and number of classes."""
+
+    path: str | None = "digits"  # digits | EDM zip | folder | .npz | synthetic:64x3; null: none, for data-free methods
+    resolution: int | None = None  # wanted; null: as it comes
+    flips: bool = False  # mirror half of the images
+    workers: int = 2  # processes that decode images when they do not fit in memory
+    how: str = ""  # how to get the data: printed when it is missing
+
+
+@dataclass
+class NetConfig:
+    """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data."""
+
+    precond: str = "EDMPrecond"
+    model_type: str = "SongUNet"
+    conditional: bool = True  # on the class, where the data has classes
+    model_channels: int | None = None
+    channel_mult: list[int] | None = None
+    channel_mult_emb: int | None = None
+    channel_mult_noise: int | None = None
+    num_blocks: int | None = None
+    attn_resolutions: list[int] | None = None
+    dropout: float | None = None
+    label_dropout: float | None = None
+    augment_dim: int | None = None
+    embedding_type: str | None = None
+    encoder_type: str | None = None
+    decoder_type: str | None = None
+    resample_filter: list[int] | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """A weight file to start from, or how to train one."""
+
+    checkpoint: str | None = None  # .safetensors; null: train it, or take the one that is already in the run folder
+    how: str = ""  # how to get the checkpoint: printed when it is missing
+    loss: EDMLoss = field(default_factory=EDMLoss)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class EvalConfig:
+    """The Frechet distance at the end of a run and, with train.eval_kimg, within it."""
+
+    features: str = "pixels"  # pixels | a TorchScript file
+    n: int | None = None  # images generated; null: as many as the data has, at most 50,000
+    batch: int = 512
+    seed: int = 0
+
+
+@dataclass
+class StudentsConfig:
+    """Multi-student distillation (msd.py): every student has its own share of the classes."""
+
+    count: int = 1
+    partition: str = "blocks"  # blocks | random | kmeans (of the classes' mean images)
+    net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
+    tsm: TrainConfig = field(default_factory=TrainConfig)
+    start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM
+
+
+@dataclass
+class Config:
+    run_dir: str | None = None  # null: runs/<name of the recipe>
+    seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16 | fp16; weights and losses are always float32
+    rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
+    data: DataConfig = field(default_factory=DataConfig)
+    net: NetConfig = field(default_factory=NetConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    method: Any = MISSING
+    students: StudentsConfig = field(default_factory=StudentsConfig)
+    student: int | None = None  # of several students train this one only, as a job of its own; null: all in turn
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+METHOD_CONFIGS: dict[str, type] = {"dmd": DMDConfig, "sim": SIMConfig, "moment_matching": MomentMatchingConfig, "gdd": GDDConfig, "sfd": SFDConfig}
+
+
+class _Recipes(SearchPathPlugin):
+    """Lets a recipe anywhere on disk use our groups (method=…, net=…)."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("potstill", f"file://{RECIPES}")
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in METHOD_CONFIGS.items():
+        store.store(group="method", name=f"{name}_schema", node=node)
+    Plugins.instance().register(_Recipes)
+
+
+_register()
+
+
+def load(recipe: Path, overrides: list[str]) -> Config:
+    """The settings of a recipe file with `key=value` overrides. UserError for whatever does not fit the schema."""
+    if not recipe.is_file():
+        near = difflib.get_close_matches(recipe.stem, [p.stem for p in RECIPES.glob("*.yaml")], 1, 0.4)
+        hint = f"; did you mean configs/{near[0]}.yaml?" if near else f"; recipes are in {RECIPES}"
+        raise UserError(f"no recipe at {recipe}{hint}")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"wanted key=value, got {override!r}; e.g. train.batch=64")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
+        try:
+            tree = compose(recipe.stem, overrides=overrides)
+            config = OmegaConf.to_object(tree)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_sentence(error, recipe)) from error
+        except YAMLError as error:
+            raise UserError(f"{recipe} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
+    config.run_dir = config.run_dir or f"runs/{recipe.stem}"
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings, as they are stored in a run folder."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(a: DictConfig, b: DictConfig) -> list[str]:
+    """Keys (dotted) whose values differ between two trees."""
+    flat_a, flat_b = flat(OmegaConf.to_container(a)), flat(OmegaConf.to_container(b))
+    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as {"a.b.c": value}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _sentence(error: Exception, recipe: Path) -> str:
+    """What went wrong, from the innermost of Hydra's nested errors."""
+    if isinstance(error, OverrideParseException | MissingConfigException):
+        return " ".join(str(error).split())
+    inner: BaseException = error
+    while isinstance(inner.__cause__, HydraException | OmegaConfBaseException):
+        inner = inner.__cause__
+    key = getattr(inner, "full_key", None)
+    message = str(inner).splitlines()[0]
+    unknown = isinstance(inner, AttributeError | KeyError) or "not in" in message
+    if key and unknown:
+        near = difflib.get_close_matches(key, _known_keys(recipe), 1, 0.3)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{recipe.name}: there is no setting {key!r}{hint}"
+    if isinstance(error, ConfigCompositionException) and not key:
+        return " ".join(str(error).split())
+    return f"{recipe.name}: {key}: {message}" if key else f"{recipe.name}: {message}"
+
+
+def _known_keys(recipe: Path) -> list[str]:
+    """Every key that could be set: those of the recipe if it composes, else the schema's."""
+    try:
+        tree = OmegaConf.to_container(compose(recipe.stem))
+    except (HydraException, OmegaConfBaseException):
+        tree = OmegaConf.to_container(OmegaConf.structured(Config))
+        tree["method"] = {k: None for node in METHOD_CONFIGS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
+    keys = list(flat(tree))
+    parents = {key.rpartition(".")[0] for key in keys} - {""}
+    return keys + sorted(parents)

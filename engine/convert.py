@@ -1,0 +1,176 @@
+"""python -m engine.convert: any pictures become an EDM dataset zip, EDM's network pickles become weight files.
+
+python -m engine.convert images SRC OUT.zip --resolution 64
+python -m engine.convert edm IN.pkl|URL OUT.safetensors
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from engine.cli import run
+from engine.data.progress import in_order
+from engine.data.sources import Source, open_source
+from engine.errors import UserError
+from engine.formats.download import digest, fetch, is_url
+from engine.formats.edm_pickle import Found, read_net
+from engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
+from engine.nets.weights import save_net
+from engine.sampling import one_step
+
+IMAGES = """\
+SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, 'digits' or synthetic:RESOLUTIONxCHANNELS.
+Pictures may be of any size and are turned as the camera was held; if all are grey the set is grey, otherwise RGB. EDM's
+own tool resizes with lanczos: add --filter lanczos for a set like those its published teachers were trained on."""
+
+EDM = """\
+IN is a network pickle of EDM, SiD or GDD, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
+address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold programs: nothing in the
+file is executed, and one that asks for anything but a network is refused."""
+LICENSE = (
+    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, DMD2), are CC BY-NC-SA 4.0 "
+    "(attribution, non-commercial, share alike)."
+)
+GDD_SIGMA = 80.0  # the only noise level that GDD's generators know
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_images(commands)
+    _add_edm(commands)
+    arguments = parser.parse_args(argv)
+    arguments.again = shlex.join(["python", "-m", "engine.convert", *argv])
+    arguments.call(arguments)
+
+
+def _add_images(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES)
+    parser.set_defaults(call=convert_images)
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("out", metavar="OUT.zip", type=Path)
+    parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
+    parser.add_argument(
+        "--fit",
+        choices=("centre-crop", "center-crop", "stretch", "pad"),
+        default="centre-crop",
+        help="how a picture becomes a square; pad is black [centre-crop]",
+    )
+    parser.add_argument("--filter", choices=tuple(RESAMPLING), help="[box to shrink, lanczos to enlarge]")
+    parser.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
+    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+
+
+def convert_images(arguments: argparse.Namespace) -> None:
+    """Read, square, resize and write; prints one line about the zip."""
+    resolution, out = arguments.resolution, arguments.out.expanduser()
+    if resolution < 1 or (arguments.max_images is not None and arguments.max_images < 1):
+        raise UserError("wanted --resolution and --max-images of at least 1")
+    source = open_source(arguments.src, labelled=not arguments.unlabelled)
+    n = min(len(source), arguments.max_images or len(source))
+    labels = source.labels
+    writer = DatasetZip(out, classes=labels.classes if labels else None, overwrite=arguments.force)
+    skipped: list[UserError] = []
+    channels = _channels(source, n, arguments.skip_corrupt)
+    fit: Fit = "centre-crop" if arguments.fit == "center-crop" else arguments.fit
+
+    def made(i: int) -> bytes | UserError:
+        try:
+            picture = plain(source.picture(i, upright=True), channels, source.title(i))
+        except UserError as error:
+            return error
+        return png(fitted(picture, resolution, fit, arguments.filter))
+
+    with writer:
+        for i, image in enumerate(in_order(made, n, f"converting {source.path}", chunk=8)):
+            if isinstance(image, bytes):
+                writer.add(image, None if labels is None else int(labels.of[i]))
+            elif arguments.skip_corrupt:
+                skipped.append(image)
+            else:
+                raise image
+        if not writer.labels:
+            raise UserError(f"not one of the {n:,} pictures of {source.path} could be read; the first: {skipped[0]}")
+    for error in skipped:
+        print(f"left out: {error}", file=sys.stderr)
+    kind = "grey" if channels == 1 else "RGB"
+    classes = f"{len(set(labels.of[:n].tolist()))} classes" if labels else "no labels"
+    left_out = f", {len(skipped):,} left out" if skipped else ""
+    size = f"{resolution}x{resolution} {kind}, {out.stat().st_size / 2**20:.1f} MiB"
+    print(f"{out}: {len(writer.labels):,} images {size}, {classes}{left_out}")
+
+
+def _channels(source: Source, n: int, skip_corrupt: bool) -> int:
+    """1 where all pictures are grey, else 3."""
+
+    def channels(i: int) -> int:
+        try:
+            return channels_of(source.header(i).mode)
+        except UserError:
+            if skip_corrupt:
+                return 1
+            raise
+
+    return max(in_order(channels, n, f"looking at {source.path}", chunk=256))
+
+
+def _add_edm(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM)
+    parser.set_defaults(call=convert_edm)
+    parser.add_argument("source", metavar="IN.pkl|URL")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
+    parser.add_argument("--net", metavar="NAME", help="which of the nets in the file [ema, or the only one]")
+    parser.add_argument(
+        "--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture"
+    )
+    parser.add_argument(
+        "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5, DMD2 and GDD 80"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
+
+
+def convert_edm(arguments: argparse.Namespace) -> None:
+    """Fetch, read, save; prints one line about the net."""
+    out, sigma = arguments.out.expanduser(), arguments.one_step
+    if out.suffix != ".safetensors":
+        raise UserError(f"wanted an output that ends in .safetensors, got {out}")
+    if out.is_dir() or (out.exists() and not arguments.force):
+        raise UserError(f"{out} exists: choose another name" + ("" if out.is_dir() else " or add --force"))
+    if sigma is not None and not 0 < sigma < float("inf"):
+        raise UserError(f"--one-step wants the noise level of the generator, above 0, got {sigma:g}")
+    source = arguments.source
+    path = fetch(source, command=arguments.again) if is_url(source) else Path(source).expanduser()
+    found = read_net(path, net=arguments.net, like=arguments.like)
+    metadata = {"source": source if is_url(source) else path.name, "sha256": digest(path), "license": LICENSE}
+    if sigma is None and found.net.precond == "GDDPrecond":
+        sigma = GDD_SIGMA
+    if sigma is not None:
+        metadata |= {"method": "converted", "sampler": one_step(sigma).to_dict()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_net(out, found.net, **metadata)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{out}: {_described(found)} ({metadata['source']}, sha256 {metadata['sha256'][:12]})")
+
+
+def _described(found: Found) -> str:
+    net, kwargs = found.net, found.net.kwargs
+    size = f"{net.img_resolution}x{net.img_resolution}x{net.img_channels}"
+    classes = f"{net.label_dim:,} classes" if net.label_dim else "no labels"
+    numbers = f"{sum(p.numel() for p in net.parameters()):,} parameters"
+    title = f"'{found.name}' " if found.name else ""
+    return f"net {title}of {net.precond}, {kwargs.get('model_type', type(net.model).__name__)}, {size}, {classes}, {numbers}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""Image files in a folder or in a zip: their names in sorted order, and their bytes.
+
+Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read with `pread`,
+which shares no file position, and its directory is kept as a few numbers a file, so a worker process parses nothing.
+"""
+
+import os
+import struct
+import weakref
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+METADATA = "dataset.json"
+MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
+
+
+class Files(Protocol):
+    path: Path
+    names: list[str]  # of the images only, relative, with forward slashes, sorted as strings
+    metadata: bytes | None  # the text of dataset.json
+
+    def head(self, i: int, size: int) -> bytes:
+        """The first `size` bytes of file i, or fewer where it is shorter."""
+        ...
+
+    def read(self, i: int) -> bytes: ...
+
+    def title(self, i: int) -> str:
+        """What a user would call file i."""
+        ...
+
+
+def open_files(path: Path) -> Files:
+    """The images of a folder or zip; UserError where there are none."""
+    files = Folder(path) if path.is_dir() else Zip(path)
+    if not files.names:
+        raise UserError(f"no images in {path}: wanted files that end in {', '.join(SUFFIXES)}")
+    return files
+
+
+def is_image(name: str) -> bool:
+    """By its suffix; hidden files and what macOS puts beside files do not count."""
+    parts = name.split("/")
+    hidden = any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in parts)
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
+class Folder:
+    def __init__(self, path: Path):
+        self.path = path
+        found = list(_walk(path))
+        self.names = sorted(filter(is_image, found))
+        _refuse_buried_metadata(path, found)
+        self.metadata = _start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None
+
+    def head(self, i: int, size: int) -> bytes:
+        return _start(self.path / self.names[i], size)
+
+    def read(self, i: int) -> bytes:
+        return _start(self.path / self.names[i], MAX_FILE_BYTES)
+
+    def title(self, i: int) -> str:
+        return str(self.path / self.names[i])
+
+
+class Zip:
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+                _refuse_buried_metadata(path, entries)
+                self.metadata = _checked_read(archive, METADATA) if METADATA in entries else None
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{path} is not a complete zip ({error}): copy or download it again") from error
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        self.names = sorted(filter(is_image, entries))
+        images = [entries[name] for name in self.names]
+        self._entries = np.array(
+            [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type, e.flag_bits) for e in images],
+            np.int64,
+        ).reshape(-1, 6)
+        self._open()
+
+    def head(self, i: int, size: int) -> bytes:
+        _, packed, _, _, method, _ = self._entries[i].tolist()
+        if method == zipfile.ZIP_STORED:
+            return self._packed(i, min(size, packed))
+        # Deflate's tables stand before the data: a kilobyte is room enough for them.
+        return self._inflated(i, self._packed(i, min(size + 1024, packed)), size)
+
+    def read(self, i: int) -> bytes:
+        _, packed, size, crc, method, _ = self._entries[i].tolist()
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"{self.title(i)} unpacks to {size:,} bytes, wanted at most {MAX_FILE_BYTES:,}")
+        data = self._packed(i, packed)
+        if method != zipfile.ZIP_STORED:
+            data = self._inflated(i, data, size + 1)
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise UserError(f"{self.title(i)} is damaged (its checksum differs): copy or download the zip again")
+        return data
+
+    def title(self, i: int) -> str:
+        return f"{self.path}: {self.names[i]}"
+
+    def _packed(self, i: int, size: int) -> bytes:
+        """The first `size` bytes of file i as they lie in the zip."""
+        offset, _, _, _, method, flags = self._entries[i].tolist()
+        if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"{self.title(i)} is encrypted or oddly packed, wanted a stored or deflated file")
+        local = os.pread(self._fd, 30, offset)
+        if len(local) < 30 or local[:4] != b"PK\x03\x04":
+            raise UserError(f"{self.title(i)} is not where the zip's directory says: copy or download the zip again")
+        name, extra = struct.unpack("<HH", local[26:])
+        return os.pread(self._fd, size, offset + 30 + name + extra)
+
+    def _inflated(self, i: int, data: bytes, limit: int) -> bytes:
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, limit)
+        except zlib.error as error:
+            raise UserError(f"{self.title(i)} is damaged ({error}): copy or download the zip again") from error
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_fd"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._open()
+
+
+def _start(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a file."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Relative names of all files below root. Linked folders are followed, each once: class folders often are links."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_unreadable):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        yield from (name if inside == "." else f"{inside}/{name}" for name in files)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """Left to itself, os.walk passes over a folder that it may not read, and the set would be smaller than it seems."""
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _refuse_buried_metadata(path: Path, names: Any) -> None:
+    """A dataset.json that is not at the top would be overlooked, and with it all labels."""
+    buried = [name for name in names if name.endswith("/" + METADATA)]
+    if buried and METADATA not in names:
+        raise UserError(
+            f"{path} has {buried[0]}, wanted {METADATA} at the top: give the folder or zip that starts there"
+        )
+
+
+def _checked_read(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > MAX_FILE_BYTES:
+        raise UserError(f"{name} in {archive.filename} unpacks to more than {MAX_FILE_BYTES:,} bytes")
+    return archive.read(name)

@@ -1,0 +1,181 @@
+"""A set of images to learn from: square, all of one size and mode, 8 bits, with or without class labels.
+
+    images = open_images("digits")                   # or a zip, a folder, an .npz, "synthetic:64x3x10"
+    images.read(7)                                   # uint8 [C, H, W]
+    images.one_hot([7, 8])                           # float32 [2, label_dim], None where there are no labels
+
+A set that is small once decoded is decoded once (`pixels`); a larger one is read image by image. Pictures of mixed
+sizes are refused with the command that makes them alike (`engine.convert`).
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.progress import in_order
+from engine.data.sources import ArraySource, Header, Source, open_source
+from engine.errors import UserError
+
+IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
+Indices = Sequence[int] | np.ndarray | Tensor
+
+
+def open_images(
+    path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True
+) -> "Images":
+    """The images of `path`: "digits", an EDM zip or folder, a folder of images, .npz, "synthetic:RxC[xCLASSES[xN]]".
+
+    resolution: what they must have. label_dim: how many classes a net knows, where these images may show fewer.
+    labelled=False ignores labels. Headers of all files are looked at, pixels are not. Raises UserError.
+    """
+    source = open_source(path, labelled=labelled)
+    header = _common_header(source, resolution)
+    if resolution not in (None, header.width):
+        raise UserError(
+            f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}"
+        )
+    labels, dim, classes = source.labels or (None, 0, None)
+    if label_dim:
+        if not 0 < dim <= label_dim:
+            raise UserError(f"{source.path} has {dim or 'no'} classes, wanted labels for a net that knows {label_dim}")
+        dim = label_dim
+    return Images(source, header, np.arange(len(source)), labels=labels, label_dim=dim, classes=classes)
+
+
+class Images:
+    """`index` [N]: which pictures of `source` these are. `labels` [N] int64 or None; `classes`: names, where known."""
+
+    def __init__(
+        self,
+        source: Source,
+        header: Header,
+        index: np.ndarray,
+        *,
+        labels: np.ndarray | None = None,
+        label_dim: int = 0,
+        classes: list[str] | None = None,
+    ):
+        self.source, self.header, self.index = source, header, index
+        self.labels, self.label_dim, self.classes = labels, label_dim, classes
+        self.name = _short(source.path)
+        self.resolution, self.channels = header.width, len(header.mode)  # "L" or "RGB"
+        self._pixels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __str__(self) -> str:
+        classes = f"{self.label_dim} classes" if self.label_dim else "no labels"
+        return f"{self.name}: {len(self):,} images {self.header}, {classes}"
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_pixels": None}  # a worker process reads files; it needs no copy of what is decoded
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all of them decoded."""
+        return len(self) * self.channels * self.resolution**2
+
+    def read(self, i: int) -> np.ndarray:
+        """Image i, uint8 [C, H, W]. UserError, naming the file, where it is damaged."""
+        if self._pixels is not None:
+            return self._pixels[i]
+        at = int(self.index[i])
+        if isinstance(self.source, ArraySource):
+            return self.source.pixels[at]
+        picture = self.source.picture(at)
+        if Header(*picture.size, picture.mode) != self.header:
+            raise UserError(f"{self.source.title(at)} is no longer {self.header} as when it was opened: start again")
+        hwc = np.asarray(picture).reshape(self.resolution, self.resolution, self.channels)
+        return hwc.transpose(2, 0, 1)
+
+    def pixels(self, limit: int = IN_MEMORY_BYTES) -> np.ndarray | None:
+        """All of them, uint8 [N, C, H, W], decoded at the first call; None where that takes more than `limit` bytes."""
+        if self._pixels is None and self.nbytes <= limit:
+            self._pixels = self._decoded()
+        return self._pixels
+
+    def _decoded(self) -> np.ndarray:
+        if isinstance(self.source, ArraySource):
+            whole = len(self) == len(self.source)
+            return self.source.pixels if whole else self.source.pixels[self.index]
+        pixels = np.empty((len(self), self.channels, self.resolution, self.resolution), np.uint8)
+        for i, image in enumerate(in_order(self.read, len(self), f"decoding {self.name}")):
+            pixels[i] = image
+        return pixels
+
+    def batches(self, size: int = 256) -> Iterator[Tensor]:
+        """All of them in order: uint8 [n, C, H, W], n = `size` except for the last."""
+        waiting: list[np.ndarray] = []
+        for image in in_order(self.read, len(self), f"reading {self.name}"):
+            waiting.append(image)
+            if len(waiting) == size:
+                yield torch.from_numpy(np.stack(waiting))
+                waiting.clear()
+        if waiting:
+            yield torch.from_numpy(np.stack(waiting))
+
+    def one_hot(self, indices: Indices) -> Tensor | None:
+        """Labels of these images, float32 [n, label_dim]; None where there are none."""
+        if self.labels is None:
+            return None
+        rows = torch.zeros(len(indices), self.label_dim)
+        labels = torch.from_numpy(self.labels[np.asarray(indices, np.int64)])
+        return rows.scatter_(1, labels[:, None], 1.0)
+
+    def subset(self, classes: Sequence[int]) -> "Images":
+        """Only the images of these classes. Labels and the width of one-hot rows stay as they are."""
+        if self.labels is None:
+            raise UserError(f"{self.name} has no labels, wanted its classes {list(classes)}")
+        keep = np.flatnonzero(np.isin(self.labels, classes))
+        if not len(keep):
+            raise UserError(
+                f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}"
+            )
+        part = Images(
+            self.source,
+            self.header,
+            self.index[keep],
+            labels=self.labels[keep],
+            label_dim=self.label_dim,
+            classes=self.classes,
+        )
+        part._pixels = None if self._pixels is None else self._pixels[keep]
+        return part
+
+
+def _common_header(source: Source, resolution: int | None) -> Header:
+    """The header that all pictures share: square, grey or RGB."""
+    n = 1 if isinstance(source, ArraySource) else len(source)
+    first = source.header(0)
+    for i, header in enumerate(in_order(source.header, n, f"looking at {source.path}", chunk=256)):
+        if header.mode not in ("L", "RGB"):
+            raise UserError(
+                f"{source.title(i)} is of mode {header.mode}, wanted 8-bit grey (L) or RGB: "
+                f"{_advice(source, resolution or header)}"
+            )
+        if header != first:
+            raise UserError(
+                f"wanted images that are all alike, got {source.title(0)} ({first}) and {source.title(i)} ({header}): "
+                f"{_advice(source, resolution or first)}"
+            )
+    if first.width != first.height:
+        raise UserError(f"{source.title(0)} is {first}, wanted a square: {_advice(source, resolution or first)}")
+    return first
+
+
+def _advice(source: Source, size: int | Header) -> str:
+    """The command that makes them alike, at the wanted resolution or else at the largest power of two that fits."""
+    resolution = size if isinstance(size, int) else 2 ** (min(size.width, size.height).bit_length() - 1)
+    out = f"{_short(source.path)}-{resolution}x{resolution}.zip"
+    files = f"{shlex.quote(source.path)} {shlex.quote(out)}"
+    return f"run python -m engine.convert images {files} --resolution {resolution}"
+
+
+def _short(path: str) -> str:
+    """The last part of a path, without .zip and .npz; names such as "digits" as they are."""
+    return (Path(path).name or Path(path).resolve().name).removesuffix(".zip").removesuffix(".npz")

@@ -1,0 +1,179 @@
+"""An endless, shuffled stream of batches whose step s depends on (seed, s) and on nothing else: it resumes by itself.
+
+The images of an epoch are permuted by a generator seeded with (seed, epoch); step s takes the positions
+s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image comes exactly once an epoch.
+"""
+
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.data.images import IN_MEMORY_BYTES, Images
+from engine.data.progress import cores
+from engine.errors import UserError
+
+ENDLESS = 2**62
+
+
+class Order:
+    """Which images step s takes, and which of them are mirrored: a pure function of (seed, s)."""
+
+    def __init__(self, n: int, *, batch: int, seed: int, flips: bool, window: slice, device: torch.device):
+        self.n, self.batch, self.seed, self.flips, self.window, self.device = n, batch, seed, flips, window, device
+        self._epochs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Indices [n] int64 and coins [n] bool of this window of the batch, on the device."""
+        position, stop = step * self.batch + self.window.start, step * self.batch + self.window.stop
+        indices, coins = [], []
+        while position < stop:  # a batch may reach over the end of an epoch, or over several of a small set
+            epoch, start = divmod(position, self.n)
+            end = min(start + stop - position, self.n)
+            order, mirrored = self._epoch(epoch)
+            indices.append(order[start:end])
+            coins.append(mirrored[start:end])
+            position += end - start
+        return torch.cat(indices), torch.cat(coins)
+
+    def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """A permutation and one coin a position. The epoch before is kept too: a batch may see its end."""
+        if epoch not in self._epochs:
+            # Raw bits of Philox never change between versions of numpy; what it makes of them for `permutation` may.
+            bits = np.random.Philox(np.random.SeedSequence((self.seed, epoch))).random_raw(2 * self.n)
+            order = np.argsort(bits[: self.n], kind="stable")
+            coins = (bits[self.n :] >> 63).astype(bool) & self.flips
+            both = torch.from_numpy(order).to(self.device), torch.from_numpy(coins).to(self.device)
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1} | {epoch: both}
+        return self._epochs[epoch]
+
+
+class Stream:
+    """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
+
+    batch: images of the global batch; window: this process's part of it (all by default). flips: mirror half of them.
+    A set of at most `memory` bytes is decoded once and lies on the device; batches are gathered there. From a larger
+    one `workers` processes read the coming steps ahead (0: this process reads; None: as many as have a core).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch: int,
+        seed: int = 0,
+        flips: bool = False,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+        window: slice | None = None,
+        memory: int = IN_MEMORY_BYTES,
+    ):
+        start, stop, stride = (window or slice(None)).indices(batch)
+        if batch < 1 or stop <= start or stride != 1:
+            raise ValueError(f"wanted a window of consecutive images of the batch, got {window} of {batch}")
+        if seed < 0:
+            raise ValueError(f"wanted a seed of at least 0, got {seed}")
+        self.images, self.batch, self.window = images, batch, slice(start, stop)
+        self.device = torch.device(device)
+        options = _Options(batch, seed, flips, self.window)
+        self._order = Order(len(images), **options._asdict(), device=self.device)
+        self._labels = None if images.labels is None else torch.from_numpy(images.labels).to(self.device)
+        pixels = images.pixels(memory)
+        self._pixels = None if pixels is None else torch.from_numpy(pixels).to(self.device)
+        self._reader = None if self._pixels is not None else _Reader(images, options, workers, self.device)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """This window of batch `step`. Steps asked for in order come from what the workers have read ahead."""
+        indices, mirrored = self._order.at(step)
+        if self._pixels is not None:
+            uint8 = self._pixels[indices]
+        else:
+            assert self._reader is not None
+            uint8 = self._reader.at(step).to(self.device, non_blocking=True)
+        uint8 = torch.where(mirrored[:, None, None, None], uint8.flip(3), uint8)
+        return uint8.float().div_(127.5).sub_(1), self._one_hot(indices)
+
+    def labels_at(self, step: int) -> Tensor | None:
+        """The labels of `at(step)` without reading an image."""
+        return self._one_hot(self._order.at(step)[0])
+
+    def _one_hot(self, indices: Tensor) -> Tensor | None:
+        if self._labels is None:
+            return None
+        rows = torch.zeros(len(indices), self.images.label_dim, device=self.device)
+        return rows.scatter_(1, self._labels[indices][:, None], 1.0)
+
+    def close(self) -> None:
+        """Stop the worker processes; `at` starts new ones."""
+        if self._reader is not None:
+            self._reader.close()
+
+
+class _Options(NamedTuple):
+    batch: int
+    seed: int
+    flips: bool
+    window: slice
+
+
+class _Reader:
+    """Reads the images of coming steps in worker processes, one step a worker at a time."""
+
+    def __init__(self, images: Images, options: _Options, workers: int | None, device: torch.device):
+        self.steps = _Steps(images, options)
+        self.workers = max(1, min(8, cores() - 1)) if workers is None else workers
+        self.pin = device.type == "cuda"
+        self.next, self.batches = -1, None
+
+    def at(self, step: int) -> Tensor:
+        """uint8 [n, C, H, W] of step `step`."""
+        if self.batches is None or step != self.next:
+            self.close()
+            self.batches = iter(self._loader(step))
+        self.next = step + 1
+        batch = next(self.batches)
+        if isinstance(batch, UserError):
+            self.close()
+            raise batch
+        return batch
+
+    def _loader(self, start: int) -> DataLoader:
+        return DataLoader(
+            self.steps,
+            sampler=range(start, ENDLESS),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            worker_init_fn=_leave_signals_to_the_main_process,
+            generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
+        )
+
+    def close(self) -> None:
+        self.batches = None
+
+
+class _Steps(Dataset):
+    """Item s is the window of step s; an error travels as a value, so that it arrives as the one sentence it is."""
+
+    def __init__(self, images: Images, options: _Options):
+        self.images = images
+        self.order = Order(len(images), **options._asdict(), device=torch.device("cpu"))
+
+    def __getitem__(self, step: int) -> Tensor | UserError:
+        try:
+            return torch.from_numpy(np.stack([self.images.read(i) for i in self.order.at(step)[0].tolist()]))
+        except UserError as error:
+            return error
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach the whole process group, while the main process wants to finish its step and save.
+
+    SIGTERM is also how a worker is ended, so it must go; but without a status that would raise in the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

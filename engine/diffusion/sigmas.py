@@ -1,0 +1,37 @@
+"""Noise levels: schedules for sampling, laws to draw training noise from, and loss weights over σ."""
+
+import torch
+from torch import Tensor
+
+
+def karras(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """`steps` levels from sigma_max down to sigma_min, float64 [steps] (2206.00364, Eq. 5 without the final 0)."""
+    kind = {"dtype": torch.float64, "device": "cpu"}  # a schedule is numbers, also where nets are planned on "meta"
+    u = torch.linspace(0, 1, steps, **kind) if steps > 1 else torch.zeros(1, **kind)
+    return karras_at(1 - u, sigma_min, sigma_max, rho)
+
+
+def karras_at(t: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """The Karras map from t in [0, 1] (1 is all noise) to σ, elementwise."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + t * (high - low)) ** rho
+
+
+def with_zero(sigmas: Tensor) -> Tensor:
+    """The schedule followed by σ = 0, where a sampler ends."""
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def lognormal(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """EDM's training law from standard normals: ln σ ~ N(mean, std²), elementwise."""
+    return (mean + std * normal).exp()
+
+
+def grid_level(index: Tensor, levels: int = 1000) -> Tensor:
+    """σ of integer indices on a `levels`-point Karras grid of 0.002 … 80, 0 being the smallest (DMD2's time steps)."""
+    return karras_at(index / (levels - 1))
+
+
+def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM's loss weight (σ² + σ_d²) / (σ σ_d)²: 1 on the raw output F (2206.00364, Table 1)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

@@ -1,0 +1,84 @@
+"""Images from seeds: every image has its own generator, so it is the same image in whatever batch it is made."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.nets.denoiser import Denoiser
+from engine.sampling import Sampler, SeedNoise
+
+
+class PortableNoise(SeedNoise):
+    """Drawn on the CPU and moved: a seed is the same image on every machine (CUDA's generator is another stream)."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str):
+        super().__init__(seeds)
+        self.device = device
+
+    def normal(self, *shape: int) -> Tensor:
+        return super().normal(*shape).to(self.device)
+
+
+def generate(
+    net: Denoiser,
+    sampler: Sampler,
+    labels: np.ndarray | None,
+    seeds: Sequence[int],
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """Images as uint8 tensors [n, C, H, W] on the device, n <= batch, one image per seed in the order of the seeds.
+
+    labels: class of each image [len(seeds)], or None. `net` is on the device and in eval mode. Convolutions and matrix
+    products may add in another order for another batch size, so between batch sizes a pixel can differ in its last float32
+    bits, and rarely by one of 255. UserError if the net's output is not finite.
+    """
+    if net.training:
+        raise ValueError("generate wants net.eval(), got a net in training mode (its dropout would show)")
+    if labels is not None and len(labels) != len(seeds):
+        raise ValueError(f"wanted one label per seed, got {len(labels)} labels for {len(seeds)} seeds")
+    for start in range(0, len(seeds), batch):
+        chosen = seeds[start : start + batch]
+        classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
+        images = _sample(net, sampler, classes, PortableNoise(chosen, device))
+        if not bool(images.isfinite().all()):
+            bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+            raise UserError(
+                f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken"
+            )
+        yield to_uint8(images)
+
+
+@torch.no_grad()
+def _sample(net: Denoiser, sampler: Sampler, labels: Tensor | None, noise: PortableNoise) -> Tensor:
+    return sampler(net, labels, noise)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0 … 255 with EDM's rounding: x·127.5 + 128, clipped and truncated."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def one_hot(labels: np.ndarray, label_dim: int) -> Tensor:
+    """Classes [n] as rows of the identity, [n, label_dim] float32."""
+    return torch.eye(label_dim)[torch.from_numpy(np.asarray(labels, dtype=np.int64))]
+
+
+def write_pairs(
+    path: Path, net: Denoiser, sampler: Sampler, labels: np.ndarray | None, n: int, batch: int, device: torch.device | str
+) -> None:
+    """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
+    y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
+    tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part)
+    os.replace(part, path)

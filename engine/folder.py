@@ -1,0 +1,48 @@
+"""The run folder and its config.yaml: a run is only ever continued with the settings it began with."""
+
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from engine.config import Config, differences, to_yaml
+from engine.errors import UserError
+
+# Settings that may change when a run is continued; all others would make the new part disagree with the old.
+FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student")
+FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch")
+
+
+def prepare(cfg: Config) -> Path:
+    """The run folder with config.yaml in it. Refuses to go on with other settings than the run began with."""
+    folder = Path(cfg.run_dir or "")
+    stored = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if stored.exists():
+            check_settings(cfg, stored, folder)
+        write_atomically(stored, to_yaml(cfg))
+    except OSError as error:
+        raise UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=") from error
+    return folder
+
+
+def check_settings(cfg: Config, stored: Path, folder: Path) -> None:
+    old, new = OmegaConf.load(stored), OmegaConf.create(to_yaml(cfg))
+    changed = [k for k in differences(old, new) if not _free(k) and k.rpartition(".")[2] not in FREE_OF_STAGE]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{folder} holds a run with other settings: {key} was {OmegaConf.select(old, key)!r}, now {OmegaConf.select(new, key)!r}; "
+            f"give a new run_dir=, or remove {folder} to start over"
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)

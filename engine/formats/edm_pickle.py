@@ -1,0 +1,246 @@
+"""EDM, SiD and GDD network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
+
+A pickle says which class its net was and with which keyword arguments it was made: `from_kwargs` makes ours, and the
+weights must fit it to the last name. A checkpoint holds weights only and borrows the description from a teacher.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.formats.numpy_pickles import NumpyArray
+from engine.formats.pickles import Inert, Unreadable, checked, shown
+from engine.formats.torch_pickles import Persistent, StoredTensor, read_file
+from engine.nets.denoiser import Denoiser
+from engine.nets.edm import SCHEMES, from_kwargs
+from engine.nets.weights import load_strictly, read_metadata, read_tensors
+
+EMA = "ema"
+POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike
+# What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
+COUNTS = {
+    "img_resolution": (1, 8192), "img_channels": (1, 256), "label_dim": (0, 1_000_000), "augment_dim": (0, 10_000),
+    "model_channels": (1, 65_536), "channel_mult_emb": (1, 64), "num_blocks": (1, 32), "channel_mult_noise": (1, 64),
+    "M": (2, 10_000),
+}  # fmt: skip
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 8192), "resample_filter": (1, 4096)}
+LONGEST_LIST = 16
+NUMBERS = (
+    "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "dropout", "label_dropout"
+)  # fmt: skip
+TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
+
+ANCHOR = "map_layer0.weight"  # every U-Net of EDM's has it
+AUGMENT = "model.map_augment.weight"
+WRAPPERS = {"module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+UNUSED = re.compile(r"model\.logvar_linear\.(weight|bias)")  # FastGen: a loss weight, of no use to the denoiser
+NET_NAME = re.compile(r"[\w.-]{1,300}")
+MOST_PARTS, LONGEST_PREFIX, MOST_NESTED = 100_000, 500, 16
+
+Weights = dict[str, StoredTensor | Tensor]
+
+
+class Found(NamedTuple):
+    """A denoiser out of somebody else's file, under which name it stood there, and what is worth telling about it."""
+
+    net: Denoiser
+    name: str
+    notes: list[str]
+
+
+def read_net(path: Path, *, net: str | None = None, like: Path | None = None) -> Found:
+    """The denoiser in a network pickle or a checkpoint, in eval mode.
+
+    net: which, where a file holds several ("ema", "net", "G_ema", "fake_score"); None takes "ema", or the only one.
+    like: a weight file whose class and keyword arguments the net has; wanted for checkpoints, which do not tell theirs.
+    Raises UserError for what is damaged, refused, ambiguous or of another architecture.
+    """
+    content = read_tensors(path)[0] if path.suffix == ".safetensors" else read_file(path)
+    try:
+        nets = networks(content)
+        if nets:
+            name = _chosen(path, nets, net)
+            weights, described = weights_of(nets[name]), None if like else description(nets[name])
+        else:
+            name, weights = _checkpoint(path, content, net)
+            described = None
+        if like is not None:
+            described = _description_in(like)
+        elif described is None:
+            raise UserError(
+                f"{path} holds weights and does not say of which net: add --like TEACHER.safetensors, a converted net "
+                "of the same architecture"
+            )
+        return _fitted(path, name, *described, weights)
+    except Unreadable as error:
+        raise UserError(f"{path} {error}") from error
+
+
+def networks(content: Any) -> dict[str, Persistent]:
+    """The networks in a pickle by name; "" if it is one itself."""
+    if isinstance(content, Persistent):
+        return {"": content}
+    named = content.items() if type(content) is dict else ()
+    named = [(str(name), value) for name, value in named if isinstance(value, Persistent) and "_modules" in value.state]
+    return {name: value for name, value in named if NET_NAME.fullmatch(name)}
+
+
+def _chosen(path: Path, names: Any, wanted: str | None) -> str:
+    """Of the nets in a file the one that is wanted."""
+    titles = ", ".join(name or "one without a name" for name in names)
+    if wanted is not None and wanted not in names:
+        raise UserError(f"{path} holds no net {wanted!r}, only: {titles}")
+    if wanted is None and EMA not in names and len(names) > 1:
+        raise UserError(f"{path} holds several nets: {titles}; choose one with --net")
+    return wanted or (EMA if EMA in names else next(iter(names)))
+
+
+def weights_of(net: Persistent) -> Weights:
+    """The net's state_dict, its tensors still in the file."""
+    found: Weights = {}
+    waiting: list[tuple[str, Any]] = [("", net)]
+    parts = 0
+    while waiting:
+        prefix, module = waiting.pop()
+        parts += 1
+        if parts > MOST_PARTS or len(prefix) > LONGEST_PREFIX:
+            raise Unreadable("holds a net that has no end")
+        state = checked(module, (Persistent, Inert), "a part of a net").state
+        unsaved = checked(state.get("_non_persistent_buffers_set", set()), set, "the names of unsaved buffers")
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _attributes(state, kind):
+                if value is not None and not (kind == "_buffers" and name in unsaved):
+                    found[prefix + name] = checked(value, StoredTensor, "a tensor")
+        waiting += [(f"{prefix}{name}.", child) for name, child in _attributes(state, "_modules") if child is not None]
+    return found
+
+
+def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
+    items = list(checked(state.get(kind, {}), dict, "the attributes of a layer").items())
+    for name, _ in items:
+        if type(name) is not str or not NET_NAME.fullmatch(name):
+            raise Unreadable(f"has a layer or tensor called {shown(name)}")
+    return items
+
+
+def description(net: Persistent) -> tuple[str, dict[str, Any]]:
+    """EDM's class name and the keyword arguments the net was made with."""
+    if net.title not in SCHEMES:
+        raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted one of {', '.join(SCHEMES)}")
+    given, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
+    if type(given) is not tuple or len(given) > len(POSITIONAL) or type(kwargs) is not dict:
+        raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
+    named = dict(zip(POSITIONAL, given, strict=False)) | kwargs
+    return net.title, {name: _argument(name, value) for name, value in named.items()}
+
+
+def _argument(name: Any, value: Any) -> Any:
+    """A keyword argument as plain data, if it is one of EDM's and within reason."""
+    if name not in {*COUNTS, *LISTS, *NUMBERS, *TEXTS, "use_fp16"}:
+        raise Unreadable(f"holds a net made with {shown(name)}, a keyword argument that is not EDM's")
+    value = value.value.tolist() if isinstance(value, NumpyArray) and value.value is not None else value
+    if name in COUNTS and _is_whole(value, *COUNTS[name]):
+        return int(value)
+    short = name in LISTS and type(value) in (list, tuple) and len(value) <= LONGEST_LIST
+    if short and all(_is_whole(v, *LISTS[name]) for v in value):
+        return [int(v) for v in value]
+    if name in NUMBERS and type(value) in (int, float) and not math.isnan(value):
+        return float(value)
+    if name in TEXTS and type(value) is str:
+        return value
+    if name == "use_fp16" and type(value) in (bool, int):
+        return bool(value)
+    raise Unreadable(f"holds a net made with {name} = {shown(value)}")
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) in (int, float) and low <= value <= high and value == int(value)
+
+
+def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weights]:
+    """Of the nets in a checkpoint the one that is wanted, and its weights under EDM's names.
+
+    Checkpoints differ in what stands before a name (`module.`, `net.`, `model.fake_score.`): a net is found by the layer
+    that all U-Nets have, and what stands before it is the net's name.
+    """
+    tensors = _flat(content)
+    starts = {name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith("." + ANCHOR)}
+    if not starts:
+        raise UserError(
+            f"{path} holds no net of EDM's: wanted a network pickle, or a checkpoint with a tensor {ANCHOR}"
+        )
+    titled = {re.sub(r"(^|\.)model\.$|\.$", "", start): start for start in sorted(starts)}
+    if len(titled) < len(starts):
+        raise UserError(f"{path} holds nets that cannot be told apart: {', '.join(sorted(starts))}")
+    matching = [title for title in titled if title == wanted or (wanted or EMA) in title.split(".")]
+    title = matching[0] if len(matching) == 1 else _chosen(path, titled, wanted)
+    start = titled[title]
+    weights = {
+        f"model.{name.removeprefix(start)}": tensor for name, tensor in tensors.items() if name.startswith(start)
+    }
+    levels = start.removesuffix("model.") + "u"  # the noise levels of iDDPM, beside the U-Net
+    return title, weights | ({"u": tensors[levels]} if levels in tensors else {})
+
+
+def _flat(content: Any) -> Weights:
+    """All tensors in nested dictionaries, by their names joined with dots; wrappers' names are left out."""
+    found: Weights = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    parts = 0
+    while waiting:
+        path, value = waiting.pop()
+        parts += 1
+        if parts > MOST_PARTS or len(path) > MOST_NESTED:
+            raise Unreadable("holds dictionaries that have no end")
+        if isinstance(value, StoredTensor | Tensor):
+            name = ".".join(word for part in path for word in part.split(".") if word not in WRAPPERS)
+            if not NET_NAME.fullmatch(name):
+                continue
+            if name in found:
+                raise Unreadable(f"holds {shown(name)} more than once")
+            found[name] = value
+        elif type(value) is dict:
+            named = [(str(key), child) for key, child in reversed(value.items())]
+            waiting += [((*path, key), child) for key, child in named if len(key) <= LONGEST_PREFIX]
+    return found
+
+
+def _description_in(like: Path) -> tuple[str, dict[str, Any]]:
+    metadata = read_metadata(like)
+    if "precond" not in metadata or "kwargs" not in metadata:
+        raise UserError(
+            f"{like} does not say which net it holds: wanted a file written by engine.convert or engine.train"
+        )
+    return metadata["precond"], metadata["kwargs"]
+
+
+def _fitted(path: Path, name: str, precond: str, kwargs: dict[str, Any], weights: Weights) -> Found:
+    """The net of that description with these weights, all of which and no others it must want."""
+    notes = []
+    if extra := [key for key in weights if UNUSED.fullmatch(key)]:
+        weights = {key: tensor for key, tensor in weights.items() if key not in extra}
+        notes.append(f"left out {' and '.join(extra)}, which only weighs a training loss")
+    if kwargs.get("augment_dim") and AUGMENT not in weights:
+        kwargs = kwargs | {"augment_dim": 0}
+        notes.append(f"made without augment_dim, as the file has no {AUGMENT}")
+    numbers = {key: math.prod(tensor.shape) for key, tensor in weights.items()}
+    if 4 * sum(numbers.values()) > 4 * path.stat().st_size + 2**20:
+        raise Unreadable("holds tensors that share their numbers, as no net's do")
+    try:
+        with torch.device("meta"):  # nothing is allocated before the sizes are known to be the file's
+            net = from_kwargs(precond, **kwargs)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise Unreadable(f"describes a net that cannot be built: {' '.join(str(error).split()):.200}") from error
+    if sum(tensor.numel() for tensor in net.state_dict().values()) > 2 * sum(numbers.values()) + 2**20:
+        raise Unreadable(f"describes a far larger net than the {sum(numbers.values()):,} numbers it holds")
+    tensors = {key: tensor.tensor() if isinstance(tensor, StoredTensor) else tensor for key, tensor in weights.items()}
+    if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise Unreadable(f"holds whole numbers as {whole[0]}")
+    net = net.to_empty(device="cpu")
+    load_strictly(net, tensors, str(path))
+    return Found(net.eval(), name, notes)

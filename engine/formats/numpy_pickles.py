@@ -1,0 +1,71 @@
+"""Numpy's scalars and arrays of plain numbers in pickles: what such a pickle calls, without calling numpy's own."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.formats.pickles import Buildable, Unreadable, checked, shown
+
+MOST_DIMENSIONS = 8
+NUMPY_TYPE = re.compile(r"b1|[iu][1248]|f[248]")
+
+
+@dataclass(eq=False)
+class NumpyType(Buildable):
+    """A numpy dtype of plain numbers; its byte order comes as its state."""
+
+    code: str
+    order: str = "="
+
+    def build(self, state: Any) -> None:
+        self.order = checked(checked(state, tuple, "the state of a numpy dtype")[1], str, "a byte order")
+        if self.order not in ("<", ">", "=", "|"):
+            raise Unreadable(f"has a numpy dtype with byte order {shown(self.order)}")
+
+    def array(self, data: Any) -> np.ndarray:
+        """[N], a copy."""
+        if not isinstance(data, bytes | memoryview):  # of numpy's objects, each pickled on its own
+            raise Unreadable(f"has a {type(data).__name__} as the numbers of a numpy array")
+        return np.frombuffer(data, np.dtype(self.order + self.code)).copy()
+
+
+@dataclass(eq=False)
+class NumpyArray(Buildable):
+    """A numpy array of plain numbers, None until its state has come."""
+
+    value: np.ndarray | None = None
+
+    def build(self, state: Any) -> None:
+        shape, dtype, fortran, data = checked(state, tuple, "the state of a numpy array")[-4:]
+        sizes = [checked(size, int, "a size of a numpy array") for size in checked(shape, tuple, "a numpy shape")]
+        if len(sizes) > MOST_DIMENSIONS or any(size < 0 for size in sizes):
+            raise Unreadable(f"has a numpy array of sizes {sizes}")
+        order = "F" if checked(fortran, bool, "numpy's Fortran order") else "C"
+        self.value = checked(dtype, NumpyType, "a numpy dtype").array(data).reshape(sizes, order=order)
+
+
+def _numpy_type(code: Any, *align_and_copy: Any) -> NumpyType:
+    code = checked(code, str, "a numpy dtype").lstrip("<=>|")
+    if not NUMPY_TYPE.fullmatch(code):
+        raise Unreadable(f"has a numpy array of type {shown(code)}, wanted plain numbers")
+    return NumpyType(code)
+
+
+def _numpy_scalar(dtype: Any, data: Any) -> bool | int | float:
+    return checked(dtype, NumpyType, "a numpy dtype").array(data).reshape(()).item()
+
+
+def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
+    array = NumpyArray()
+    array.build((shape, dtype, order == "F", data))
+    return array
+
+
+NUMPY_CALLS: dict[str, Callable[..., Any]] = {"numpy.dtype": _numpy_type}
+for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    NUMPY_CALLS[f"{_core}.multiarray.scalar"] = _numpy_scalar
+    NUMPY_CALLS[f"{_core}.multiarray._reconstruct"] = lambda *kind: NumpyArray()
+    NUMPY_CALLS[f"{_core}.numeric._frombuffer"] = _numpy_buffer

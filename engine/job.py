@@ -1,0 +1,311 @@
+"""One run folder: its two stages (teacher, student), then the measuring, the pictures and the report."""
+
+import json
+import sys
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import build
+from engine.config import Config
+from engine.data.sampler import Stream
+from engine.errors import UserError
+from engine.evaluation.features import Features, load_features
+from engine.evaluation.generate import generate, write_pairs
+from engine.evaluation.pictures import grid, sheet
+from engine.evaluation.report import write_report
+from engine.evaluation.score import Reference, reference, score
+from engine.folder import prepare, write_atomically
+from engine.methods.base import Method
+from engine.methods.dmd import Pairs
+from engine.methods.msd import TSM, TSMConfig
+from engine.methods.teacher import Teacher
+from engine.nets.denoiser import Denoiser
+from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
+from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
+from engine.sampling import Sampler, ode
+from engine.training.loop import Hook, Run, TrainConfig, train
+
+
+class Job:
+    """One run folder: teacher, student or students, then the measuring."""
+
+    def __init__(self, cfg: Config, *, on_paper: bool = False):
+        """Check everything that can be checked before work begins. `on_paper`: leave the run folder alone."""
+        build.check_settings(cfg)
+        build.check_complete(cfg)
+        self.cfg, self.began = cfg, time.perf_counter()
+        self.device = build.device(cfg.device)
+        self.dtype, why = build.precision(cfg.precision, self.device)
+        self.images = build.build_images(cfg)
+        if self.images is None and not cfg.teacher.checkpoint:
+            raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
+        self.check_method()
+        self.dir = Path(cfg.run_dir or "")
+        if on_paper:
+            return
+        prepare(cfg)
+        tell(f"{self.dir}: {self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
+
+    def check_method(self) -> None:
+        """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""
+        if self.cfg.teacher.checkpoint:
+            net = build.load_teacher(Path(self.cfg.teacher.checkpoint), self.images)
+        else:
+            assert self.images is not None
+            with torch.device("meta"):
+                net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
+        with torch.device("meta"):
+            method = build.build_method(self.cfg.method, net.to("meta"))
+        if method.needs_data and self.images is None:
+            raise UserError(f"method {self.cfg.method.name} looks at real images: set data.path")
+        self.partition = build.build_partition(self.cfg, net.label_dim, self.images)
+
+    def run(self) -> dict[str, Any] | None:
+        """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
+        torch.manual_seed(self.cfg.seed)
+        teacher = self.teacher()
+        start = self.matched_start(teacher)
+        count = self.cfg.students.count
+        for k in range(count) if self.cfg.student is None else (self.cfg.student,):
+            student = self.distil(teacher, start, k)
+        if self.partition:
+            missing = [k for k in range(count) if not (student_folder(self.dir, k) / "student.safetensors").exists()]
+            if missing:
+                tell(f"student {self.cfg.student} of {count} is done; the run is measured when {missing} are, too")
+                return None
+            write_manifest(self.dir, self.partition)
+            student = self.prepared(load_router(self.dir / MANIFEST)[0])
+        self.student = student
+        summary = self.summary(teacher, self.measure(teacher, student))
+        write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(self.dir)
+        tell_result(summary, self.dir)
+        return summary
+
+    def teacher(self) -> Denoiser:
+        """The teacher of this run: the given file, the one trained here before, or a new one."""
+        given, here = self.cfg.teacher.checkpoint, self.dir / "teacher.safetensors"
+        if not given and not here.exists():
+            assert self.images is not None
+            net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
+            method = Teacher(self.cfg.teacher.loss, self.prepared(net))
+            self.save(self.stage(method, self.cfg.teacher.train, self.dir / "teacher"), here)
+        return self.prepared(build.load_teacher(Path(given) if given else here, self.images))
+
+    def matched_start(self, teacher: Denoiser) -> Denoiser:
+        """What the students start as: the teacher, or a net of another shape that has learnt its scores (TSM)."""
+        students = self.cfg.students
+        if students.net is None:
+            return teacher
+        here = self.dir / "tsm.safetensors"
+        if not here.exists():
+            net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
+            method = TSM(TSMConfig(), teacher, self.prepared(net))
+            self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
+        return self.prepared(load_net(here)[0])
+
+    def distil(self, teacher: Denoiser, start: Denoiser, k: int) -> Denoiser:
+        """Student k (the average of its weights), trained on its share of the classes if there are several."""
+        folder = student_folder(self.dir, k) if self.partition else self.dir
+        method = build.build_method(self.cfg.method, teacher, start)
+        if self.cfg.students.start:
+            begun = Path(self.cfg.students.start)
+            build.start_from(method, student_folder(begun, k) if self.partition else begun)
+        if getattr(method, "pairs", 0) is None and self.cfg.method.regression:
+            method.pairs = self.pairs(teacher)  # type: ignore[attr-defined]
+        for note in method.notes:
+            tell(note)
+        self.sampler = method.sampler
+        run = self.stage(method, self.cfg.train, folder, k if self.partition else None)
+        share = {"partition": self.partition.hash, "student": k} if self.partition else {}
+        self.save(run, folder / "student.safetensors", **share)
+        return run.ema.net
+
+    def pairs(self, teacher: Denoiser) -> Pairs:
+        """Noise and the teacher's deterministic samples from it, made once for all students of the run; classes in turn."""
+        path, cfg = self.dir / "pairs.safetensors", self.cfg.method
+        if not path.exists():
+            tell(f"making {cfg.pairs} pairs with {cfg.pair_steps} steps of the teacher")
+            labels = np.arange(cfg.pairs) % teacher.label_dim if teacher.label_dim else None
+            write_pairs(path, teacher, ode("heun", cfg.pair_steps), labels, cfg.pairs, self.cfg.eval.batch, self.device)
+        tensors, _ = read_tensors(path)
+        y = tensors["y"].to(self.device).float() / 127.5 - 1
+        classes = tensors["labels"] if "labels" in tensors else None
+        one_hot = None if classes is None else torch.eye(teacher.label_dim)[classes].to(self.device)
+        return Pairs(tensors["z"].to(self.device), y, one_hot)
+
+    def stage(self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None) -> Run:
+        """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share."""
+        classes = self.partition.classes(student) if self.partition and student is not None else None
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        for net in method.nets.values():
+            net.to(self.device)
+        run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes)
+        hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
+        if cfg.eval_kimg:
+            hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
+        title = method.product if student is None else f"student {student}"
+        stream = self.stream(cfg, classes)
+        train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks)
+        return run
+
+    def stream(self, cfg: TrainConfig, classes: list[int] | None) -> Any:
+        if self.images is None:
+            return NoImages(cfg.batch, self.device)
+        data, images = self.cfg.data, self.images if classes is None else self.images.subset(classes)
+        return Stream(
+            images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device
+        )
+
+    def draw(self, run: Run, folder: Path) -> dict[str, float]:
+        """A grid of samples from the same noise every time."""
+        pictures = self.samples(run.ema.net, run.method.sampler)
+        grid(pictures, columns=self.columns(run.ema.net)).save(folder / "samples" / f"{round(run.images_seen):010d}.png")
+        return {}
+
+    def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
+        """The Frechet distance now, labelled with its n; the best average so far is kept as a weight file."""
+        result = self.score(run.ema.net, run.method.sampler)
+        if result["fd"] < run.best:
+            run.best = result["fd"]
+            self.save(run, folder / "checkpoints" / "best.safetensors")
+        return {f"fd@{result['n']}": result["fd"]}
+
+    def measure(self, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:
+        """Frechet distances of teacher, student and real images, and samples.png."""
+        sheets: dict[str, Any] = {}
+        if self.images is not None:
+            shown = [int(i) for i in self.shown_images()]
+            sheets["real"] = torch.from_numpy(np.stack([self.images.read(i) for i in shown]))
+        nets = {"teacher": (teacher, self.teacher_sampler()), "student": (student, self.sampler)}
+        for name, (net, sampler) in nets.items():
+            sheets[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = self.samples(net, sampler)
+        sheet(sheets, columns=self.columns(student)).save(self.dir / "samples.png")
+        if self.images is None:
+            return {name: {"nfe": sampler.nfe} for name, (_, sampler) in nets.items()}
+        against = self._reference
+        found: dict[str, Any] = {"floor": {"fd": against.floor, "kind": against.floor_kind}}
+        for name, (net, sampler) in nets.items():
+            found[name] = self.score(net, sampler, progress=f"measuring the {name}")
+        return found
+
+    def summary(self, teacher: Denoiser, measured: dict[str, Any]) -> dict[str, Any]:
+        students = [read_metadata(f) for f in self.student_files()]
+        meta = read_metadata(Path(self.cfg.teacher.checkpoint or self.dir / "teacher.safetensors"))
+        teacher_seconds = meta.get("seconds", 0.0)
+        return {
+            "name": self.dir.name,
+            "method": self.cfg.method.name,
+            **measured,
+            "seconds": {
+                "teacher": round(teacher_seconds, 1),
+                "student": round(sum(meta["seconds"] for meta in students), 1),
+                "this_call": round(time.perf_counter() - self.began, 1),
+            },
+            "images_seen": {
+                "teacher": round(1000 * meta.get("kimg", 0)),
+                "student": round(sum(1000 * meta["kimg"] for meta in students)),
+            },
+            "parameters": sum(p.numel() for p in teacher.parameters()),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+            "precision": str(self.dtype).removeprefix("torch."),
+            "seed": self.cfg.seed,
+            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        }
+
+    def student_files(self) -> list[Path]:
+        folders = [student_folder(self.dir, k) for k in range(self.cfg.students.count)] if self.partition else [self.dir]
+        return [folder / "student.safetensors" for folder in folders]
+
+    def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
+        """64 images from fixed noise, classes in columns."""
+        labels = np.arange(64) % 8 if not net.label_dim else np.arange(self.shown) % self.columns(net)
+        return torch.cat(list(generate(net, sampler, labels if net.label_dim else None, range(self.shown), device=self.device)))
+
+    shown = 60  # divides into rows of 10 classes
+
+    def columns(self, net: Denoiser) -> int:
+        return min(net.label_dim, 10) or 10
+
+    def shown_images(self) -> np.ndarray:
+        """As many real images as a grid shows; of a labelled set, classes in columns like the samples."""
+        assert self.images is not None
+        if self.images.labels is None:
+            return np.linspace(0, len(self.images) - 1, self.shown).astype(int)
+        columns = min(self.images.label_dim, 10)
+        of_class = [np.flatnonzero(self.images.labels == c) for c in range(columns)]
+        return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.shown)])
+
+    def teacher_sampler(self) -> Sampler:
+        """EDM's Heun; a teacher that is a student of an earlier stage is sampled as it was trained."""
+        checkpoint = self.cfg.teacher.checkpoint
+        own = read_metadata(Path(checkpoint)) if checkpoint else {}
+        if own.get("method", "teacher") != "teacher" and "sampler" in own:
+            return Sampler(**own["sampler"])
+        return ode("heun", self.cfg.teacher.loss.sampling_steps)
+
+    @cached_property
+    def features(self) -> Features:
+        return load_features(self.cfg.eval.features).to(self.device)
+
+    @cached_property
+    def _score_settings(self) -> dict[str, Any]:
+        assert self.images is not None
+        cfg = self.cfg.eval
+        return {"n": cfg.n or min(len(self.images), 50_000), "seed": cfg.seed, "batch": cfg.batch, "device": self.device}
+
+    @cached_property
+    def _reference(self) -> Reference:
+        assert self.images is not None
+        return reference(self.images, self.features, **self._score_settings)
+
+    def score(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
+        """The Fréchet distance of this net's images from the data, with everything needed to repeat it."""
+        assert self.images is not None
+        settings = self._score_settings | {"against": self._reference, "progress": progress}
+        return score(net.eval(), sampler, self.images, self.features, **settings)
+
+    def prepared(self, net: Any) -> Any:
+        """A net on the device, computing in the precision of this run."""
+        for module in net.modules():
+            if isinstance(module, Denoiser):
+                module.compute_dtype = self.dtype
+        return net.to(self.device)
+
+    def save(self, run: Run, path: Path, **more: Any) -> None:
+        product = run.ema.net
+        assert isinstance(product, Denoiser)
+        save_net(
+            path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
+            method=self.cfg.method.name if run.method.product == "student" else "teacher",
+            data=self.images.name if self.images else "none", **more,
+        )  # fmt: skip
+
+
+class NoImages:
+    """The stream of a data-free run: no labels, and blank images that only say how many."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.blank = torch.zeros(batch, 1, 1, 1, device=device)
+
+    def at(self, step: int) -> tuple[torch.Tensor, None]:
+        return self.blank, None
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def tell_result(summary: dict[str, Any], folder: Path) -> None:
+    """The run in a few lines on stdout."""
+    for name in ("floor", "teacher", "student"):
+        if "fd" in (one := summary.get(name, {})):
+            nfe = f"  NFE {one['nfe']:>3}" if "nfe" in one else "         "
+            print(f"{name:8}{nfe}  FD {one['fd']:.3f}")
+    seconds = summary["seconds"]
+    print(f"teacher {seconds['teacher']:.0f} s, student {seconds['student']:.0f} s; look at {folder}/samples.png, {folder}/report.html")

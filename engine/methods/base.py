@@ -1,0 +1,112 @@
+"""What a method is: nets, and the turns that train them.
+
+A turn is one optimiser step. A method lists its turns in the paper's order; `training/step.py` walks the list and does
+everything that is not the paper: backward, clipping, accumulation, optimisers, averaging over GPUs, EMA.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.sampling import Sampler
+
+Logs = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser step: `loss(shared)` returns a scalar for nets[trains] and what to log; on every `every`-th iteration.
+
+    A loss may return None where this iteration has no use for the turn; that must not depend on the sample.
+    """
+
+    trains: str
+    loss: Callable[[Any], tuple[Tensor, Logs] | None]
+    every: int = 1
+    after: int = 0  # the first iteration that takes this turn
+
+
+class Draws:
+    """Random numbers of one iteration, a function of (seed, iteration, sample index) and of nothing else.
+
+    Every draw is made for the whole global batch and cut to this rank's and micro-batch's samples `window`, so neither
+    the number of ranks nor the micro-batch size changes a single number, and a resumed run needs no generator state.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, total: int, window: slice, host: random.Random, classes: Tensor | None = None
+    ):
+        self.generator, self.total, self.window, self.host, self.classes = generator, total, window, host, classes
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normals, [n, *shape] for the n samples of the window."""
+        return torch.randn(self.total, *shape, generator=self.generator, device=self.generator.device)[self.window]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform on [0, 1), [n, *shape]."""
+        return torch.rand(self.total, *shape, generator=self.generator, device=self.generator.device)[self.window]
+
+    def integers(self, low: int, high: int) -> Tensor:
+        """Uniform integers in low … high, both included, [n]."""
+        draws = torch.randint(low, high + 1, (self.total,), generator=self.generator, device=self.generator.device)
+        return draws[self.window]
+
+    def labels(self, label_dim: int) -> Tensor:
+        """Uniform classes as one-hot rows [n, label_dim]; only those of the student's share, where it has one."""
+        among = label_dim if self.classes is None else len(self.classes)
+        drawn = self.integers(0, among - 1)
+        drawn = drawn if self.classes is None else self.classes[drawn]
+        return torch.zeros(len(drawn), label_dim, device=drawn.device).scatter_(1, drawn[:, None], 1.0)
+
+    def choice(self, options: Sequence[int]) -> int:
+        """One of `options`, the same for the whole global batch, known to the host without asking the device."""
+        return self.host.choice(options)
+
+
+class Batch(NamedTuple):
+    """Real images [N, C, H, W] in [-1, 1], their one-hot labels [N, label_dim] (or None), and this iteration's randomness."""
+
+    images: Tensor
+    labels: Tensor | None
+    draws: Draws
+
+
+class Method:
+    """Base of all methods. Subclasses fill `nets` (what is trained, by name) and `turns` (one iteration)."""
+
+    #: Which of `nets` is what the user came for; its EMA is what is saved and sampled.
+    product: ClassVar[str] = "student"
+    #: Does it look at real images? (Labels are drawn from the data set either way.)
+    needs_data: ClassVar[bool] = True
+
+    nets: dict[str, nn.Module]
+    turns: Sequence[Turn]
+    sampler: Sampler
+    #: What a user should read once before it starts: how much is frozen, what num_steps means in evaluations.
+    notes: Sequence[str] = ()
+    #: What besides the nets must survive a restart: a module's buffers and parameters, which no optimiser touches.
+    state: nn.Module = nn.Module()
+
+    def begin(self, batch: Batch) -> Any:
+        """What the turns of one iteration share, drawn once. By default the batch itself."""
+        return batch
+
+    def after_step(self, name: str) -> None:
+        """Called when nets[name] has been updated; for state that follows a net, such as an average of it."""
+
+
+def frozen(net: Net) -> Net:
+    """A view of `net` that shares its weights but asks for no weight gradients; always in eval mode.
+
+    Gradients still flow through it to its inputs. An optimiser step on `net` shows in the view at once, since the
+    tensors are the same, and no `requires_grad` is ever toggled: compiled regions, CUDA graphs and FSDP2 all dislike that.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
+    memo |= {id(b): b for b in net.buffers()}
+    return copy.deepcopy(net, memo).eval()

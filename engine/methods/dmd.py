@@ -1,0 +1,144 @@
+"""DMD and DMD2: distribution matching distillation (2311.18828, 2405.14867).
+
+The student G maps noise to images in one step. Two denoisers judge its images x after noising them to x_t: the teacher
+knows the score of the data, the fake net μ_fake is trained on the student's own images and knows theirs. G moves along the
+difference, which is the gradient of KL(student || data) averaged over noise levels:
+
+    g = (μ_fake(x_t) - μ_real(x_t)) / mean|x - μ_real(x_t)|                                   DMD Eq. 7-8
+    L_student = ½ mean (x - sg(x - g))²   [+ w_G  softplus(-l(x_s))]                           DMD2 Eq. 3
+                [+ w_R  d(G(z'), y')]   on pairs (z', y') of noise and the teacher's ODE sample    DMD Eq. 9
+    L_fake    = λ(σ) mean (μ_fake(x_σ) - x)²  [+ w_D (softplus(l(x_s)) + softplus(-l(y_s)))]
+
+l is a head on μ_fake's encoder, x_s and y_s are generated and real images with noise of their own (diffusion GAN).
+TTUR: `fake_per_student` updates of μ_fake for each of G, on G's turns with the very images G was trained on.
+
+Differs from the paper: the weight's denominator is kept above 1e-6 (the released code divides by whatever it is and then
+replaces NaN); samples that are not finite count as zero and are reported; the regression's metric can be pixels' L2.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.diffusion.sigmas import edm_weight, grid_level
+from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from engine.nets.denoiser import Denoiser
+from engine.nets.discriminators import Critic
+from engine.nets.perceptual import LPIPS
+from engine.sampling import one_step
+from kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
+
+
+@dataclass
+class DMDConfig:
+    """Defaults: DMD2's ImageNet-64 recipe (released code)."""
+
+    name: str = "dmd"
+    sigma: float = 80.0  # the student's only noise level
+    fake_per_student: int = 5  # TTUR; DMD 1 used 1
+    match_index: list[int] = field(default_factory=lambda: [20, 980])  # levels of the 1000-point grid, both included
+    fake_index: list[int] = field(default_factory=lambda: [0, 999])
+    guidance: float = 1.0  # of the teacher; 1 is none
+    gan: bool = False
+    gan_index: list[int] = field(default_factory=lambda: [0, 999])  # diffusion GAN; [0, 0] for (almost) clean images
+    gan_student: float = 3e-3  # w_G
+    gan_fake: float = 1e-2  # w_D
+    regression: float = 0.0  # w_R; DMD 1 has 0.25 (conditional) or 0.5, with fake_per_student 1
+    regression_metric: str = "lpips"  # lpips (the paper's; the extra of that name) | l2
+    pairs: int = 25_000  # of noise and teacher sample, made once; the paper's number for ImageNet-64
+    pair_steps: int = 256  # of Heun, for each
+
+
+class Pairs(NamedTuple):
+    """Noise z [n, C, H, W], the teacher's ODE samples y from it, and their one-hot labels (or None)."""
+
+    z: Tensor
+    y: Tensor
+    labels: Tensor | None
+
+
+@dataclass
+class Shared:
+    """One iteration: the batch, and the images that the first turn to need them generated."""
+
+    batch: Batch
+    labels: Tensor | None
+    images: Tensor | None = None
+
+
+class DMD(Method):
+    """Two turns; the student's is the rarer one."""
+
+    def __init__(self, cfg: DMDConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
+        check_guidance(cfg.guidance, teacher)
+        for net in (student, fake):
+            set_dropout(net, 0.0)  # EDM's files carry their training value; DMD and DMD2 train without
+        self.cfg, self.teacher = cfg, frozen(teacher)
+        critic = Critic(fake, with_head=cfg.gan)
+        self.nets = {"student": student, "fake": critic}
+        self.student, self.fake = student, critic
+        self.frozen_fake = frozen(critic)
+        self.turns = (
+            Turn("student", self.student_loss, every=cfg.fake_per_student),
+            Turn("fake", self.fake_loss),
+        )
+        self.sampler = one_step(cfg.sigma)
+        self.needs_data = cfg.gan
+        self.pairs: Pairs | None = None  # given before training where cfg.regression > 0
+        self.perceptual = LPIPS() if cfg.regression and cfg.regression_metric == "lpips" else None
+
+    def begin(self, batch: Batch) -> Shared:
+        return Shared(batch, random_labels(self.student, batch.draws))
+
+    def student_loss(self, it: Shared) -> tuple[Tensor, Logs]:
+        """Move x along fake - real, and towards images the head takes for real."""
+        x = generate(self.student, it.batch.draws, self.cfg.sigma, it.labels)
+        it.images = x.detach()
+        with torch.no_grad():
+            sigma = grid_level(it.batch.draws.integers(*self.cfg.match_index))
+            x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
+            real = self.teacher.estimate(x_t, sigma, it.labels, guidance=self.cfg.guidance)
+            fake = self.frozen_fake.estimate(x_t, sigma, it.labels)
+        loss, nonfinite = score_match(x, real, fake)
+        loss, logs = loss.mean(), {"match": loss.detach().mean(), "nonfinite": nonfinite}
+        if self.cfg.gan:
+            adversarial = generator_adversarial([self.logits(self.frozen_fake, x, it.labels, it)]).value.mean()
+            loss, logs = loss + self.cfg.gan_student * adversarial, logs | {"gan": adversarial.detach()}
+        if self.cfg.regression:
+            distance = self.regression(it)
+            loss, logs = loss + self.cfg.regression * distance, logs | {"regression": distance.detach()}
+        return loss, logs
+
+    def regression(self, it: Shared) -> Tensor:
+        """d(G(z'), y') on as many pairs as the batch has images; every student of MSD sees the pairs of all classes."""
+        assert self.pairs is not None
+        chosen = it.batch.draws.integers(0, len(self.pairs.z) - 1)
+        z, y = self.pairs.z[chosen], self.pairs.y[chosen]
+        labels = None if self.pairs.labels is None else self.pairs.labels[chosen]
+        x = self.student(self.cfg.sigma * z, z.new_full((len(z),), self.cfg.sigma), labels)
+        return self.perceptual(x, y).mean() if self.perceptual else denoise(x, y).value.mean()
+
+    def fake_loss(self, it: Shared) -> tuple[Tensor, Logs]:
+        """μ_fake learns to denoise the student's images, and its head to tell them from real ones."""
+        if it.images is None:
+            with torch.no_grad():
+                it.images = generate(self.student, it.batch.draws, self.cfg.sigma, it.labels)
+        x = it.images
+        sigma = grid_level(it.batch.draws.integers(*self.cfg.fake_index))
+        x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
+        loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, it.labels), x, edm_weight(sigma))
+        loss, logs = loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}
+        if self.cfg.gan:
+            y, real_labels, _ = it.batch
+            logits = self.logits(self.fake, x, it.labels, it), self.logits(self.fake, y, real_labels, it)
+            adversarial = discriminator_adversarial([logits[0]], [logits[1]]).value.mean()
+            loss, logs = loss + self.cfg.gan_fake * adversarial, logs | {"gan": adversarial.detach()}
+        return loss, logs
+
+    def logits(self, critic: Critic, x: Tensor, labels: Tensor | None, it: Shared) -> Tensor:
+        """The head's opinion of x under fresh noise: [N, 1]."""
+        sigma = grid_level(it.batch.draws.integers(*self.cfg.gan_index))
+        return critic.logits(add_noise(x, sigma, noise_like(x, it.batch.draws)), sigma, labels)

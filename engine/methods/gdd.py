@@ -1,0 +1,128 @@
+"""GDD and GDD-I: a diffusion teacher becomes a one-step generator by a GAN alone (2405.20750; its revision 2506.09376).
+
+The student G starts as the teacher, seen as a map from noise to images at σ = 80, and is never compared with it again:
+teacher and student sit in different local minima, so only the distribution of the data is matched. A projected
+discriminator judges patches through frozen feature nets n; l_n(x) are its logits on an image, mean over patches:
+
+    L_G  =  Σ_i Σ_n  mean softplus(-l_n(G(80 z_i)))                                                  every iteration
+    L_D  =  Σ_i Σ_n  mean softplus(l_n(G(80 z_i))) + mean softplus(-l_n(y_i))                         then
+    L_R1 =  16 · mean_i  γ/2 · |∇_y Σ_n sum l_n(y_i)|²                          every 16th, its own optimiser step
+
+G moves first; every turn has fresh z; classes are those of the real batch y. GDD-I freezes most convolutions of G
+(`freeze: 1`, engine.nets.frozen): the layers of a diffusion U-Net that are active at different noise levels can do one step as they are.
+
+The paper's Σ_i runs over the batch of one GPU, and so fixes how L_D weighs against L_R1. Here it is `sum_over` times the
+mean, whatever the batch, the micro-batch and the number of ranks: 64 is the paper's batch per GPU, 128 on ImageNet.
+
+Differs from the paper: EDM's preconditioning, not the consistency models' with σ - 0.002, which at σ = 80 is the same to
+5e-5. Spectral norms take a power iteration in the discriminator's turns only. Samples that are not finite count as zero and
+are reported (released code: gradients NaN -> 0). The class table of a conditional discriminator starts at random, not from
+EfficientNet features. Feature nets are a choice: by default the teacher's own encoder, which needs no download.
+Double backward: the R1 turn differentiates the feature nets twice, so they and the discriminator's heads stay uncompiled in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.errors import UserError
+from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.parts import generate, noise_like, set_dropout
+from engine.nets.denoiser import Denoiser
+from engine.nets.discriminators import ProjectedDiscriminator
+from engine.nets.features import FeatureNet
+from engine.nets.frozen import freeze
+from engine.sampling import one_step
+from kernels import discriminator_adversarial, generator_adversarial
+from kernels.estimate import accum
+
+
+@dataclass
+class GDDConfig:
+    """Defaults: GDD for CIFAR-10 (released code) but for the feature nets."""
+
+    name: str = "gdd"
+    sigma: float = 80.0  # the student's only noise level
+    freeze: int = 0  # 0: GDD; 1: GDD-I; 2 and 3 freeze still more (its ablations)
+    features: list[str] = field(default_factory=lambda: ["teacher"])  # teacher[:SIGMA] | timm:NAME | torchscript:FILE
+    feature_noise: bool = False  # show teacher features noisy images, at their own level (diffusion GAN); not in the paper
+    feature_dtype: str = "fp32"  # fp32 (the paper's) | bf16, for feature nets and projectors; heads are float32
+    width: int = 64  # channels of the projectors' finest map
+    loss: str = "softplus"  # softplus | hinge
+    sum_over: float = 64.0  # images the losses are summed over: the paper's batch per GPU
+    r1_gamma: float = 1e-4  # 0: no R1
+    r1_every: int = 16
+
+    def __post_init__(self):
+        if self.loss not in ("softplus", "hinge"):
+            raise UserError(f"method.loss wants softplus or hinge, got {self.loss!r}")
+        if self.feature_dtype not in ("fp32", "bf16"):
+            raise UserError(f"method.feature_dtype wants fp32 or bf16, got {self.feature_dtype!r}")
+        if not 0 <= self.r1_gamma < float("inf"):
+            raise UserError(f"method.r1_gamma wants to be at least 0 (0: no R1), got {self.r1_gamma}")
+        if self.r1_every < 1:
+            raise UserError(f"method.r1_every wants at least 1 iteration, got {self.r1_every}")
+        if self.sum_over <= 0 or self.width < 1:
+            raise UserError(f"method.sum_over and method.width want to be above 0, got {self.sum_over} and {self.width}")
+        if not self.features:
+            raise UserError("method.features wants at least one feature net, got none: teacher needs no download")
+
+
+class GDD(Method):
+    """Three turns: generator, discriminator, and now and then R1."""
+
+    def __init__(self, cfg: GDDConfig, student: Denoiser, features: Sequence[FeatureNet]):
+        self.cfg, self.student, self.features = cfg, student, list(features)
+        set_dropout(student, 0.0)
+        stay, total = freeze(student.model, cfg.freeze)
+        self.notes = [f"freeze level {cfg.freeze}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
+        self.discriminator = ProjectedDiscriminator(
+            [net.taps for net in features], width=cfg.width, label_dim=student.label_dim
+        )
+        self.frozen_discriminator = frozen(self.discriminator)
+        self.nets = {"student": student, "discriminator": self.discriminator}
+        self.state = torch.nn.ModuleList([net.drawn for net in features])
+        r1 = Turn("discriminator", self.r1_loss, every=cfg.r1_every, after=cfg.r1_every)
+        self.turns = (
+            Turn("student", self.student_loss),
+            Turn("discriminator", self.discriminator_loss),
+            *([r1] if cfg.r1_gamma else []),
+        )
+        self.sampler = one_step(cfg.sigma)
+
+    def student_loss(self, it: Batch) -> tuple[Tensor, Logs]:
+        """G fools the discriminator."""
+        x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
+        loss, nonfinite = generator_adversarial(self.logits(self.frozen_discriminator, x, it), kind=self.cfg.loss)
+        return self.cfg.sum_over * loss.mean(), {"gan": loss.detach().mean(), "nonfinite": nonfinite}
+
+    def discriminator_loss(self, it: Batch) -> tuple[Tensor, Logs]:
+        """D tells generated images from real ones; they go in apart, since batch statistics differ."""
+        with torch.no_grad():
+            x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
+        fake, real = self.logits(self.discriminator, x, it), self.logits(self.discriminator, it.images, it)
+        loss, nonfinite = discriminator_adversarial(fake, real, kind=self.cfg.loss)
+        logs = {"gan": loss.detach().mean(), "fake": mean_logit(fake), "real": mean_logit(real), "nonfinite": nonfinite}
+        return self.cfg.sum_over * loss.mean(), logs
+
+    def r1_loss(self, it: Batch) -> tuple[Tensor, Logs]:
+        """The discriminator's slope at real images, taken down to the pixels."""
+        y = it.images.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+            score = torch.stack([logits.sum() for logits in self.logits(self.discriminator, y, it)]).sum()
+            (slope,) = torch.autograd.grad(score, y, create_graph=True)
+        penalty = slope.to(accum(slope)).square().flatten(1).sum(1).mean()
+        return self.cfg.r1_every * self.cfg.r1_gamma / 2 * penalty, {"r1": penalty.detach()}
+
+    def logits(self, discriminator: ProjectedDiscriminator, images: Tensor, it: Batch) -> list[Tensor]:
+        """What a discriminator says of each image through each feature net: [N, L_n]."""
+        noise = noise_like(images, it.draws) if self.cfg.feature_noise else None
+        return discriminator([net(images, it.labels, noise) for net in self.features], it.labels)
+
+
+def mean_logit(logits: Sequence[Tensor]) -> Tensor:
+    """The mean over images of the mean over feature nets, for the log."""
+    return torch.stack([one.detach().mean() for one in logits]).mean()

@@ -1,0 +1,220 @@
+"""Moment matching distillation (2406.04103): students of k steps whose every jump keeps the data's conditional means.
+
+The student g_η guesses the clean image x̃ from z_t, and z_s follows by the posterior with fresh noise. If E[x̃ | z_s] is what
+the teacher g_θ(z_s) says it is for data, k such jumps lead from noise to data. Everything in EDM's coordinates, z = x + S ε:
+
+    s ~ U(0, 1),  t = min(s + U(0, 1/k), 1),  z_t = x + S_t ε,  x̃ = g_η(z_t)
+    z_s = (1 - r) sg(x̃) + r z_t + S_s sqrt(1 - r) ξ,   r = S_s² / S_t²                          posterior q(z_s | z_t, x̃)
+
+    Alg. 2   L_φ = w(s) ( |sg(x̃) - g_φ(z_s)|² + |g_θ(z_s) - g_φ(z_s)|² )       even iterations: φ learns E[x̃ | z_s]
+             L_η = w(s) < x̃, sg(g_φ(z_s) - g_θ(z_s)) >                          odd iterations
+    Alg. 3   μ = ∇_θ w(s) |sg(x̃) - g_θ(z_s)|² on one half of the batch,   ν = -Λ μ
+             L_η = w(s) < x̃, sg(∂g_θ(z_s)/∂θ · ν) >  on the other: no φ; 2 L_η has the gradient of ½ |μ|²_Λ
+
+Guidance is of the teacher, and in both losses; in Alg. 3 μ and the Jacobian are the guided prediction's.
+
+Differs from the paper, or is not known from it: the weight w and the map S(t), a first-order choice for few steps (on a toy
+two steps hardly learn with the edm weight on Karras levels, and learn well with it on cosine ones); Λ = 1 / (sqrt(v) + eps)
+wants Adam's second moment v of the teacher's training, which published checkpoints lack, so v is measured on real data at
+the start and every `measure_every` iterations; with several ranks or micro-batches each pairs its own two halves, which is
+unbiased too; `batch` counts both halves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from engine.diffusion.solvers import posterior
+from engine.errors import UserError
+from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.parts import check_guidance, noise_like, set_dropout
+from engine.nets.denoiser import Denoiser
+from engine.nets.weight_space import MODES, SecondMoment, WeightSpace
+from engine.sampling import ANCESTRAL, Sampler
+from kernels import add_noise, denoise, moments
+
+
+@dataclass
+class MomentMatchingConfig:
+    """Defaults: eight steps, as in the paper's best results; w and S(t) from public reimplementations."""
+
+    name: str = "moment_matching"
+    variant: str = "alternating"  # alternating (Alg. 2) | instant (Alg. 3; for k = 8, worse with fewer steps)
+    steps: int = 8  # k: evaluations per image; the paper has 1, 2, 4 and 8
+    levels: str = "karras"  # S(t): karras | cosine | log_uniform
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0  # of karras
+    weight: str = "sqrt_karras"  # w at S_s: flat | sqrt_karras | edm | snr | sigmoid; the paper's is not known
+    sigmoid_bias: float = -1.0  # b of w = e^λ sigmoid(b - λ), λ = -2 ln S; unverified
+    guidance: float = 1.0  # of the teacher; 1 is none
+    dropout: float = 0.0  # of the student; 0.1 helped two-step students (2606.30414)
+    jvp: str = "forward"  # of instant's ∂g_θ/∂θ · ν: forward | difference (for nets with parts that have no forward mode)
+    measure_every: int = 100  # iterations between measurements of v
+    measure_batch: int = 16  # images per gradient whose square goes into v
+    measure_decay: float = 0.99  # of v: the mean of all gradients at first, then of about the last hundred
+    eps: float = 1e-8
+
+
+@dataclass
+class Jump:
+    """Where every sample starts and lands, but for the student's guess: all [N, C, H, W] and, of levels, [N]."""
+
+    z_t: Tensor
+    S_t: Tensor
+    S_s: Tensor
+    xi: Tensor
+    labels: Tensor | None
+    batch: Batch
+
+    def part(self, window: slice) -> "Jump":
+        labels = self.labels[window] if self.labels is not None else None
+        return Jump(self.z_t[window], self.S_t[window], self.S_s[window], self.xi[window], labels, self.batch)
+
+
+class MomentMatching(Method):
+    """What both algorithms share: the jumps, the student that makes them, and how it is sampled."""
+
+    def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser):
+        check(cfg)
+        check_guidance(cfg.guidance, teacher)
+        set_dropout(student, cfg.dropout)
+        self.cfg, self.student = cfg, student
+        grid = torch.arange(cfg.steps, 0, -1, dtype=torch.float64, device="cpu") / cfg.steps
+        self.sampler = Sampler(ANCESTRAL, self.level(grid).tolist())  # Alg. 1
+
+    def level(self, t: Tensor) -> Tensor:
+        """S(t)."""
+        return LEVELS[self.cfg.levels](t, self.cfg)
+
+    def weight(self, S: Tensor) -> Tensor:
+        """w [N] at levels S [N]."""
+        return WEIGHTS[self.cfg.weight](S, self.cfg)
+
+    def begin(self, batch: Batch) -> Jump:
+        x, labels, draws = batch
+        s = draws.uniform().double()
+        t = (s + draws.uniform() / self.cfg.steps).clamp(max=1)
+        S_t, S_s = self.level(t).to(x.dtype), self.level(s).to(x.dtype)
+        return Jump(add_noise(x, S_t, noise_like(x, draws)), S_t, S_s, noise_like(x, draws), labels, batch)
+
+    def guess(self, jump: Jump) -> Tensor:
+        """x̃ = g_η(z_t)."""
+        return self.student(jump.z_t, jump.S_t, jump.labels)
+
+    def landed(self, jump: Jump, x: Tensor) -> Tensor:
+        """z_s, without gradient; computed in float64, for S spans five decades."""
+        S_t, S_s = jump.S_t.double()[:, None, None, None], jump.S_s.double()[:, None, None, None]
+        return posterior(x.detach(), jump.z_t, S_t, S_s, jump.xi).to(x.dtype)
+
+
+class Alternating(MomentMatching):
+    """Algorithm 2: φ and the student take turns, one a batch."""
+
+    def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
+        super().__init__(cfg, teacher, student)
+        set_dropout(fake, 0.0)
+        self.fake, self.frozen_fake, self.teacher = fake, frozen(fake), frozen(teacher)
+        self.nets = {"student": student, "fake": fake}
+        self.turns = (Turn("fake", self.fake_loss, every=2), Turn("student", self.student_loss, every=2, after=1))
+
+    def fake_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
+        """L_φ: denoise the student's guesses, but stay near the teacher."""
+        with torch.no_grad():
+            x = self.guess(jump)
+            z_s = self.landed(jump, x)
+            real = self.teacher.estimate(z_s, jump.S_s, jump.labels, guidance=self.cfg.guidance).denoised()
+        fake, w = self.fake.estimate(z_s, jump.S_s, jump.labels), self.weight(jump.S_s)
+        own, nonfinite = denoise(fake, x, w, reduction="sum")
+        near, _ = denoise(fake, real, w, reduction="sum")
+        return (own + near).mean(), {"own": own.detach().mean(), "near": near.detach().mean(), "nonfinite": nonfinite}
+
+    def student_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
+        """L_η: its value says nothing, its gradient moves x̃ along g_θ - g_φ."""
+        x = self.guess(jump)
+        with torch.no_grad():
+            z_s = self.landed(jump, x)
+            real = self.teacher.estimate(z_s, jump.S_s, jump.labels, guidance=self.cfg.guidance)
+            fake = self.frozen_fake.estimate(z_s, jump.S_s, jump.labels)
+        loss, nonfinite = moments(x, real, fake, self.weight(jump.S_s), reduction="sum")
+        return loss.mean(), {"inner": loss.detach().mean(), "nonfinite": nonfinite}
+
+
+class Instant(MomentMatching):
+    """Algorithm 3: what φ would learn in one small step from θ takes φ's place."""
+
+    state: SecondMoment
+
+    def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser):
+        super().__init__(cfg, teacher, student)
+        self.teacher = WeightSpace(frozen(teacher), cfg.guidance)
+        self.state = SecondMoment(self.teacher.parameters(), cfg.measure_decay, cfg.eps)
+        self.nets = {"student": student}
+        self.turns = (Turn("student", self.measure, every=cfg.measure_every), Turn("student", self.student_loss))
+
+    def measure(self, jump: Jump) -> None:
+        """No step: v from the teacher's own loss on real images (EDM's, without dropout)."""
+        y, labels, draws = jump.batch
+        sigma = lognormal(draws.normal())
+        x_t = add_noise(y, sigma, noise_like(y, draws))
+        for i in range(0, len(y), self.cfg.measure_batch):
+            n = slice(i, i + self.cfg.measure_batch)
+            estimate = self.teacher.net.estimate(x_t[n], sigma[n], labels[n] if labels is not None else None)
+            loss = denoise(estimate, y[n], edm_weight(sigma[n]), reduction="sum").value.mean()
+            self.state.add(self.teacher.gradient(loss))
+
+    def student_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
+        n = len(jump.z_t)
+        if n < 2:
+            raise UserError("instant moment matching halves its batch: wanted 2 images or more per rank and micro-batch, got 1")
+        return self.matched(jump.part(slice(n // 2)), jump.part(slice(n // 2, n)))
+
+    def matched(self, first: Jump, second: Jump) -> tuple[Tensor, Logs]:
+        """L_η on the second half, along ν from the first. Logs ½ |μ|²_Λ, which falls as the student learns."""
+        mu = self.moment(first)
+        nu = [-m for m in self.state.scaled(mu)]
+        x = self.guess(second)
+        direction = self.teacher.derivative(nu, self.landed(second, x), second.S_s, second.labels, self.cfg.jvp)
+        loss, nonfinite = moments(x, torch.zeros_like(x), direction, self.weight(second.S_s), reduction="sum")
+        moment = -0.5 * torch.stack([(m * n).sum() for m, n in zip(mu, nu, strict=True)]).sum()
+        return loss.mean(), {"moment": moment, "nonfinite": nonfinite}
+
+    def moment(self, jump: Jump) -> list[Tensor]:
+        """μ: the teacher's gradient on the student's guesses, one tensor per parameter."""
+        with torch.no_grad():
+            x = self.guess(jump)
+        estimate = self.teacher.estimate(self.landed(jump, x), jump.S_s, jump.labels)
+        return self.teacher.gradient(denoise(estimate, x, self.weight(jump.S_s), reduction="sum").value.mean())
+
+
+LEVELS: dict[str, Callable[[Tensor, MomentMatchingConfig], Tensor]] = {
+    "karras": lambda t, cfg: karras_at(t, cfg.sigma_min, cfg.sigma_max, cfg.rho),
+    "cosine": lambda t, cfg: (t * math.pi / 2).tan().clamp(cfg.sigma_min, cfg.sigma_max),
+    "log_uniform": lambda t, cfg: cfg.sigma_min * (cfg.sigma_max / cfg.sigma_min) ** t,
+}
+WEIGHTS: dict[str, Callable[[Tensor, MomentMatchingConfig], Tensor]] = {
+    "flat": lambda S, cfg: torch.ones_like(S),
+    "sqrt_karras": lambda S, cfg: (S**2 + 0.5**2).sqrt() / (S * 0.5),
+    "edm": lambda S, cfg: edm_weight(S),
+    "snr": lambda S, cfg: 1 / S**2,
+    "sigmoid": lambda S, cfg: 1 / (S**2 + math.exp(-cfg.sigmoid_bias)),
+}
+
+
+def check(cfg: MomentMatchingConfig) -> None:
+    """UserError for settings that make no sense."""
+    choices = {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}
+    for name, known in choices.items():
+        if (value := getattr(cfg, name)) not in known:
+            raise UserError(f"method.{name} wants one of {', '.join(known)}, got {value!r}")
+    for name in ("steps", "measure_every", "measure_batch"):
+        if (value := getattr(cfg, name)) < 1:
+            raise UserError(f"method.{name} wants at least 1, got {value}")
+    if not 0 < cfg.sigma_min < cfg.sigma_max:
+        raise UserError(f"wanted 0 < method.sigma_min < method.sigma_max, got {cfg.sigma_min} and {cfg.sigma_max}")
+    if not 0 <= cfg.dropout < 1:
+        raise UserError(f"method.dropout wants a probability in [0, 1), got {cfg.dropout}")

@@ -1,0 +1,153 @@
+"""SFD and SFD-v: a few Euler steps learn to arrive where a fine ODE solver does (2409.19681).
+
+A grid of N + 1 = num_steps noise levels t_0 … t_N is all the student D_η will ever see. The teacher's solver walks the same
+levels with K - 1 more between any two, and its states at the student's levels are the targets y_1 … y_N. From x_0 = t_0 ε
+the student walks on its own states, one optimiser step each, so that late steps learn to mend the errors of early ones:
+
+    x_{i+1} = x_i + (t_{i+1} - t_i) (x_i - D_η(x_i; t_i)) / t_i        L_i = |x_{i+1} - y_{i+1}|_1         Alg. 1
+    x_{i+1} is detached and taken from before the update; no gradient crosses steps
+
+With AFS the first step costs no evaluation and trains nothing, x_1 = x_0 + (t_1 - t_0) x_0 / sqrt(1 + t_0²): num_steps 4 is
+NFE 2. SFD-v draws num_steps anew for every iteration and tells it to the net (`step_condition`). The second stage makes NFE 1
+of a student: the teacher is then the student of num_steps 7, walked as it was trained (solver euler, with AFS).
+Data-free: noise and random classes are all it needs. Metric, K, s_min, solver: the released code's choices.
+
+Differs from the paper: no dynamic thresholding of the teacher's images (written in the released code, but never active in
+its default precision). Steps are at most max(num_steps) - 1 turns, of which an iteration takes as many as its draw has.
+LPIPS is that of the package `lpips`; the released code has a variant of its own (average pooling, images not shifted to [0, 1]).
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.diffusion.sigmas import karras
+from engine.diffusion.solvers import EVALUATIONS, analytic_first_step
+from engine.errors import UserError
+from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.parts import random_labels
+from engine.nets.denoiser import Denoiser
+from engine.nets.perceptual import LPIPS
+from engine.nets.steps import add_step_condition
+from engine.sampling import Sampler, few_step
+from kernels import trajectory
+
+
+@dataclass
+class SFDConfig:
+    """Defaults: SFD for two evaluations (released code)."""
+
+    name: str = "sfd"
+    num_steps: list[int] = field(default_factory=lambda: [4])  # noise levels, N + 1; several: SFD-v draws one an iteration
+    sample_num_steps: int | None = None  # of SFD-v, how its samples are drawn meanwhile; null: the last of num_steps
+    K: int = 4  # teacher steps per student step
+    solver: str = "dpmpp_3m"  # the teacher's; euler in the second stage
+    afs: bool = True
+    teacher_afs: bool = False  # true in the second stage
+    sigma_min: float = 0.006  # instead of EDM's 0.002; of teacher and student
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    metric: str = "l1"  # l1 | l2 | huber
+    huber_c: float = 0.03  # not known from the paper
+    lpips: float = 0.0  # its weight beside the metric, per pixel, in the last step; 1 in the second stage. The extra `lpips`
+    step_condition: bool = False  # tell the student num_steps: true for SFD-v
+    zero_init: bool = False  # start the step condition at nothing, so that the student starts as the teacher; released: random
+
+    def __post_init__(self):
+        if not self.num_steps or min(self.num_steps) < 2 + self.afs:
+            least = "3 noise levels with AFS, which makes the first step" if self.afs else "2 noise levels"
+            raise UserError(f"method.num_steps wants at least {least}, got {self.num_steps}")
+        if self.sample_num_steps is not None and self.sample_num_steps < 2 + self.afs:
+            raise UserError(f"method.sample_num_steps wants at least {2 + self.afs}, got {self.sample_num_steps}")
+        if self.K < 1:
+            raise UserError(f"method.K wants at least 1 teacher step per student step, got {self.K}")
+        if self.solver not in EVALUATIONS:
+            raise UserError(f"method.solver wants one of {', '.join(EVALUATIONS)}, got {self.solver!r}")
+        if self.metric not in ("l1", "l2", "huber"):
+            raise UserError(f"method.metric wants l1, l2 or huber, got {self.metric!r} (method.lpips adds LPIPS to it)")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UserError(f"wanted 0 < method.sigma_min < method.sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if self.lpips < 0 or self.huber_c <= 0:
+            raise UserError(f"wanted method.lpips >= 0 and method.huber_c > 0, got {self.lpips} and {self.huber_c}")
+
+
+@dataclass
+class Walk:
+    """One iteration's trajectory: levels t, the teacher's states at them, and where the student stands."""
+
+    x: Tensor  # [N, C, H, W]
+    t: list[float]
+    targets: list[Tensor]
+    labels: Tensor | None
+    told: dict[str, int]  # the step condition, for nets that have one
+
+
+class SFD(Method):
+    """One turn per student step, all of the same net."""
+
+    needs_data = False
+
+    def __init__(self, cfg: SFDConfig, teacher: Denoiser, student: Denoiser):
+        self.cfg, self.teacher = cfg, frozen(teacher)
+        if cfg.step_condition and not student.knows_steps:
+            add_step_condition(student, zero=cfg.zero_init)
+        self.student, self.nets = student, {"student": student}
+        self.lpips = LPIPS().to(next(student.parameters()).device) if cfg.lpips else None
+        steps = range(int(cfg.afs), max(cfg.num_steps) - 1)
+        self.turns = tuple(Turn("student", partial(self.step_loss, i)) for i in steps)
+        self.sampler = self.student_sampler(cfg.sample_num_steps or cfg.num_steps[-1])
+        nfe = {n: self.student_sampler(n).nfe for n in cfg.num_steps}
+        self.notes = [f"num_steps {n}{' with AFS' * cfg.afs} is NFE {nfe[n]}" for n in cfg.num_steps]
+
+    def student_sampler(self, num_steps: int) -> Sampler:
+        """Euler over num_steps levels."""
+        cfg = self.cfg
+        return few_step(
+            num_steps, afs=cfg.afs, step_condition=self.student.knows_steps,
+            sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho,
+        )  # fmt: skip
+
+    def teacher_sampler(self, num_steps: int) -> Sampler:
+        """The teacher's solver over the same levels and K - 1 between any two."""
+        cfg = self.cfg
+        levels = cfg.K * (num_steps - 1) + 1
+        return Sampler(
+            cfg.solver,
+            karras(levels, cfg.sigma_min, cfg.sigma_max, cfg.rho).tolist(),
+            afs=cfg.teacher_afs,
+            lower_order_final=True,
+            step_condition=levels if self.teacher.knows_steps else None,
+        )
+
+    def begin(self, batch: Batch) -> Walk:
+        """The noise, the teacher's whole walk from it, and the student's first step if that is free."""
+        net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
+        t = self.student_sampler(num_steps).sigmas
+        x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
+        labels = random_labels(net, batch.draws)
+        with torch.no_grad():
+            states = self.teacher_sampler(num_steps).states(self.teacher, x, labels)
+        targets = [state.to(x.dtype) for state in states[:: self.cfg.K]]
+        if self.cfg.afs:
+            x = analytic_first_step(x, *torch.tensor(t[:2], dtype=torch.float64))
+        return Walk(x, t, targets, labels, {"steps": num_steps} if net.knows_steps else {})
+
+    def step_loss(self, i: int, it: Walk) -> tuple[Tensor, Logs] | None:
+        """Step i of the student, from level t_i to t_{i+1}; None where this iteration's walk is shorter."""
+        if i + 1 >= len(it.t):
+            return None
+        t, t_next = it.x.new_full((), it.t[i]), it.x.new_full((), it.t[i + 1])
+        estimate = self.student.estimate(it.x, t, it.labels, **it.told)
+        (loss, nonfinite), x_next = trajectory(
+            it.x, estimate, t, t_next, it.targets[i + 1], metric=self.cfg.metric, c=self.cfg.huber_c, reduction="sum"
+        )
+        logs = {f"step{i}": loss.detach().mean() / it.x[0].numel(), "nonfinite": nonfinite}
+        if self.lpips is not None and i + 2 == len(it.t):
+            image = it.x + (t_next - t) / t * (it.x - estimate.denoised())
+            distance = self.lpips(image, it.targets[-1])
+            loss, logs["lpips"] = loss + self.cfg.lpips * it.x[0].numel() * distance, distance.detach().mean()
+        it.x = x_next
+        return loss.mean(), logs
+

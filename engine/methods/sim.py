@@ -1,0 +1,117 @@
+"""SIM: score implicit matching (2410.16794), and with `distance: l2` the family it generalises, SiD (2404.04057).
+
+The student g turns noise into images x in one step. Two denoisers look at x_t = x + σ n: the teacher D_q knows the data,
+the fake net D_ψ has learnt the student's images. SIM makes a distance d of their scores small, averaged over σ. That
+distance contains the score of the student's own law, which has no gradient; the paper's score-gradient identity gives the
+same gradient without it. With δ = D_q(x_t) - D_ψ(x_t), and sums over the pixels of a sample:
+
+    huber    L_g = w < δ / sqrt(|δ|² + c²), D_ψ - x >                  d = sqrt(|·|² + c²) - c, the paper's choice
+    l2       L_g = w < δ, (D_q - x) - α δ >,   w = 1 / mean|x - D_q|   α = 1: SIM with d = |·|²; α = 1.2: SiD
+    L_ψ      λ(σ) |D_ψ(x + σ n) - x|²,   ln σ ~ N(-1.2, 1.2²)          EDM's loss on the student's images
+
+θ enters L_g everywhere: through x, and through x_t into both nets. Only their *weights* stand still, so gradients flow
+through both nets to their inputs; cutting either is another, biased method. No real image is looked at.
+
+Differs from the paper: its training code is not public, so the skeleton (order of turns, laws of σ, loss scale) is that of
+SiD's. c is constant in units of D, where the paper's c is one of scores (c/σ²); its value there is not known. EDM's
+augmentation of the images that ψ learns from is left out. Samples that are not finite count as zero and are reported.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from engine.errors import UserError
+from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from engine.nets.denoiser import Denoiser
+from engine.sampling import one_step
+from kernels import Losses, add_noise, denoise, score_implicit
+
+
+@dataclass
+class SIMConfig:
+    """Defaults: SiD's CIFAR-10 settings (released code) with SIM's distance."""
+
+    name: str = "sim"
+    distance: str = "huber"  # huber | l2
+    c: float | None = None  # of huber; null: 0.00054·sqrt(C·H·W), 0.03 for CIFAR-10 (from 2310.14189; SIM's is unverified)
+    alpha: float = 1.0  # of l2; 1.2 is SiD's best except on AFHQv2, 0.5 the gradient of the whole Fisher divergence
+    sigma: float = 2.5  # σ_init: the student's only noise level
+    t_max: float = 0.8  # of [0, 1]: L_g's σ is uniform on Karras' map of 0.002 … 80 up to here (24.4)
+    scale: float = 100.0  # of L_g; under Adam it matters only against eps
+    guidance: float = 1.0  # of the teacher; 1 is none
+    dropout: float | None = None  # of student and fake net, each in its own turn; null: what the teacher was trained with
+    P_mean: float = -1.2  # of L_ψ's ln σ
+    P_std: float = 1.2
+
+
+class SIM(Method):
+    """Two turns on images of their own: ψ learns the student's images, then the student moves."""
+
+    needs_data = False
+
+    def __init__(self, cfg: SIMConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
+        check(cfg)
+        check_guidance(cfg.guidance, teacher)
+        if cfg.dropout is not None:
+            set_dropout(student, cfg.dropout)
+            set_dropout(fake, cfg.dropout)
+        self.cfg, self.teacher = cfg, frozen(teacher)
+        self.student, self.fake = student, fake
+        self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
+        self.nets = {"fake": fake, "student": student}
+        self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss))
+        self.sampler = one_step(cfg.sigma)
+        pixels = student.img_channels * student.img_resolution**2
+        self.c = 0.00054 * pixels**0.5 if cfg.c is None else cfg.c
+
+    def fake_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        """L_ψ: denoise the student's images."""
+        labels = random_labels(self.fake, batch.draws)
+        with torch.no_grad():
+            x = generate(self.frozen_student, batch.draws, self.cfg.sigma, labels)
+        sigma = lognormal(batch.draws.normal(), self.cfg.P_mean, self.cfg.P_std)
+        x_t = add_noise(x, sigma, noise_like(x, batch.draws))
+        loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, labels), x, edm_weight(sigma), reduction="sum")
+        return loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}
+
+    def student_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        """L_g on fresh noise and labels."""
+        labels = random_labels(self.student, batch.draws)
+        x = generate(self.student, batch.draws, self.cfg.sigma, labels)
+        sigma = karras_at(self.cfg.t_max * batch.draws.uniform())
+        loss, nonfinite = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
+        return self.cfg.scale * loss.mean(), {"implicit": loss.detach().mean(), "nonfinite": nonfinite}
+
+    def implicit_distance(
+        self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None
+    ) -> Losses:
+        """Per sample, what has the gradient of w·d(score of x's law - score of the data) at x_t, averaged.
+
+        weight [N]: w; None is 1 for huber, and for l2 SiD's 1 / mean|x - D_q|.
+        """
+        x_t = add_noise(x, sigma, noise)
+        real = self.teacher.estimate(x_t, sigma, labels, guidance=self.cfg.guidance)
+        fake = self.frozen_fake.estimate(x_t, sigma, labels)
+        return score_implicit(
+            x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight
+        )
+
+
+def check(cfg: SIMConfig) -> None:
+    """UserError for settings that make no sense."""
+    if cfg.distance not in ("huber", "l2"):
+        raise UserError(f"method.distance wants huber or l2, got {cfg.distance!r}")
+    if cfg.distance == "huber" and cfg.alpha != 1:
+        raise UserError(f"method.alpha is of the l2 distance only, got {cfg.alpha} with huber: set method.distance=l2")
+    if cfg.c is not None and cfg.c <= 0:
+        raise UserError(f"method.c wants a positive number or null, got {cfg.c}")
+    if not 0 < cfg.t_max <= 1:
+        raise UserError(f"method.t_max wants a share of the noise levels in (0, 1], got {cfg.t_max}")
+    if cfg.dropout is not None and not 0 <= cfg.dropout < 1:
+        raise UserError(f"method.dropout wants a probability in [0, 1) or null, got {cfg.dropout}")
+    if cfg.sigma <= 0:
+        raise UserError(f"method.sigma wants a positive noise level, got {cfg.sigma}")

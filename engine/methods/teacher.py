@@ -1,0 +1,43 @@
+"""Training a teacher: EDM's weighted denoising loss (2206.00364, Eq. 5 and 8).
+
+    L = E λ(σ) ||D(y + σ n; σ) - y||²,   ln σ ~ N(P_mean, P_std²),   λ = (σ² + σ_d²) / (σ σ_d)²
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.diffusion.sigmas import edm_weight, lognormal
+from engine.methods.base import Batch, Logs, Method, Turn
+from engine.nets.denoiser import Denoiser
+from engine.sampling import ode
+from kernels import add_noise, denoise
+
+
+@dataclass
+class EDMLoss:
+    """EDM, Table 1."""
+
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sampling_steps: int = 18  # Heun, as for CIFAR-10 (35 evaluations)
+
+
+class Teacher(Method):
+    """One turn: denoise real images."""
+
+    product = "teacher"
+
+    def __init__(self, cfg: EDMLoss, teacher: Denoiser):
+        self.cfg = cfg
+        self.nets = {"teacher": teacher}
+        self.turns = (Turn("teacher", self.loss),)
+        self.sampler = ode("heun", cfg.sampling_steps)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
+        y, labels, draws = batch
+        sigma = lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std)
+        x_t = add_noise(y, sigma, draws.normal(*y.shape[1:]))
+        estimate = self.nets["teacher"].estimate(x_t, sigma, labels)
+        loss, nonfinite = denoise(estimate, y, edm_weight(sigma))
+        return loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}

@@ -1,0 +1,196 @@
+"""Discriminators: small heads that judge images by features of a frozen net, or of one that is being trained."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.nets.denoiser import Denoiser
+from engine.nets.features import Tap
+from kernels import Estimate
+from kernels.estimate import accum
+
+
+class BottleneckHead(nn.Module):
+    """One logit per image from the encoder's last feature map: [N, C, h, h] -> [N, 1], in float32.
+
+    DMD2's head (2405.14867, released code): halve to 4x4 by strided convolutions, one more down to 1x1, a linear map;
+    GroupNorm and SiLU between.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        if size < 2 or size & (size - 1):
+            raise ValueError(f"BottleneckHead wants a feature map whose side is a power of two and at least 2, got {size}")
+        layers: list[nn.Module] = []
+        while size > 4:
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_norm_silu(channels)]
+            size //= 2
+        layers += [nn.Conv2d(channels, channels, size), *_norm_silu(channels), nn.Conv2d(channels, 1, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features).flatten(1)
+
+
+def _norm_silu(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.GroupNorm(min(32, channels // 4), channels), nn.SiLU()
+
+
+class Critic(nn.Module):
+    """A denoiser and, on its encoder, a GAN head: what DMD2 calls the fake net. One module, so one optimiser."""
+
+    def __init__(self, denoiser: Denoiser, with_head: bool):
+        super().__init__()
+        self.denoiser = denoiser
+        self.head = BottleneckHead(*feature_shape(denoiser)) if with_head else None
+
+    def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Estimate:
+        """The denoiser's estimate of the clean image."""
+        return self.denoiser.estimate(x, sigma, labels)
+
+    def logits(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """Real or generated? [N, 1] from noisy images."""
+        assert self.head is not None
+        return self.head(self.denoiser.features(x, sigma, labels))
+
+
+def feature_shape(net: Denoiser) -> tuple[int, int]:
+    """Channels and side of the encoder's last feature map."""
+    last = list(net.model.enc.items())[-1]
+    return last[1].out_channels, int(last[0].partition("x")[0])
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Projected GAN (2111.01007) as in StyleGAN-XL (2202.00273): patch logits from the maps of several feature nets.
+
+    For every feature net a frozen random projector and one trained head per map. With label_dim > 0 a head's logits are
+    those for the image's class. Batch statistics are the batch's own, always: real and generated images go in apart.
+    """
+
+    def __init__(self, taps: Sequence[Sequence[Tap]], *, width: int = 64, label_dim: int = 0):
+        super().__init__()
+        self.projectors = nn.ModuleList([Projector(one, width) for one in taps])
+        self.heads = nn.ModuleList([nn.ModuleList(_heads(one, width, label_dim)) for one in taps])
+
+    def forward(self, maps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> list[Tensor]:
+        """Logits [N, L] of every feature net from its maps; labels [N, label_dim] one-hot."""
+        logits = []
+        for projector, heads, one in zip(self.projectors, self.heads, maps, strict=True):
+            projected = projector(one)
+            logits.append(torch.cat([h(x.to(accum(x)), labels) for h, x in zip(heads, projected, strict=True)], 1))
+        return logits
+
+
+class Projector(nn.Module):
+    """Mixes a net's maps over channels (CCM) and, from the coarsest up, over scales (CSM), by frozen random 1x1 convolutions.
+
+    Maps [N, c_k, h_k, h_k] -> [N, C_k, 2 h_k, 2 h_k] with C = width·(1, 1, 2, 4), in the dtype of the maps.
+    """
+
+    def __init__(self, taps: Sequence[Tap], width: int):
+        super().__init__()
+        if not taps or any(a.side != 2 * b.side for a, b in zip(taps, taps[1:], strict=False)):
+            raise UserError(f"a projector wants maps of halving sides, got {', '.join(str(t.side) for t in taps) or 'none'}")
+        self.ccm = nn.ModuleList([nn.Conv2d(tap.channels, width << k, 1) for k, tap in enumerate(taps)])
+        self.csm = nn.ModuleList([nn.Conv2d(width << k, projected(k, width), 1) for k in range(len(taps))])
+        self.requires_grad_(False)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        out, x = [], None
+        for ccm, csm, one in reversed(list(zip(self.ccm, self.csm, maps, strict=True))):
+            mixed = _conv(ccm, one)
+            x = mixed if x is None else x + mixed
+            x = _conv(csm, F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+            out.append(x)
+        return out[::-1]
+
+
+def projected(level: int, width: int) -> int:
+    """Channels of a projector's map: the coarser maps hand over half of theirs."""
+    return width << max(level - 1, 0)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
+
+
+def _heads(taps: Sequence[Tap], width: int, label_dim: int) -> list["PatchHead"]:
+    """Level k of L halves its map L - k times, less where the map is small: 4 pixels must be left."""
+    if taps[-1].side < 2:
+        raise UserError(f"a projected discriminator wants maps of side 2 or more, got {taps[-1].side}: leave the coarsest out")
+    fits = [int(math.log2(2 * tap.side / 4)) for tap in taps]
+    downs = [min(len(taps) - k, fit) for k, fit in enumerate(fits)]
+    return [PatchHead(projected(k, width), width << k, down, label_dim) for k, down in enumerate(downs)]
+
+
+class PatchHead(nn.Module):
+    """One logit per patch: [N, C, h, h] -> [N, L]; `downs` strided convolutions that double the channels, then a 4x4 one."""
+
+    def __init__(self, channels: int, wide: int, downs: int, label_dim: int, class_channels: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(downs):
+            layers += [SpectralConv2d(channels, wide, 4, stride=2, padding=1), _batch_norm(wide), nn.LeakyReLU(0.2)]
+            channels, wide = wide, 2 * wide
+        self.layers = nn.Sequential(*layers, SpectralConv2d(channels, class_channels if label_dim else 1, 4, bias=False))
+        self.classes = ClassVector(label_dim, class_channels) if label_dim else None
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        patches = self.layers(x).flatten(2)
+        if self.classes is None:
+            return patches.flatten(1)
+        assert labels is not None
+        vector = self.classes(labels)
+        return (patches * vector[:, :, None]).sum(1) / math.sqrt(vector.shape[1])
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, track_running_stats=False)  # so that eval mode changes nothing
+
+
+class ClassVector(nn.Module):
+    """What a head holds its patches against: one-hot labels -> a learnt table of 320 numbers a class -> [N, channels].
+
+    StyleGAN-XL fills the table with mean ImageNet features of EfficientNet-lite0; ours starts from standard normals.
+    """
+
+    def __init__(self, label_dim: int, channels: int, width: int = 320):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(label_dim, width))
+        self.weight, self.bias = nn.Parameter(torch.randn(channels, width)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        gain = 1 / math.sqrt(self.weight.shape[1])  # equalised learning rate
+        return math.sqrt(2) * F.leaky_relu(F.linear(labels.to(self.table.dtype) @ self.table, gain * self.weight, self.bias), 0.2)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight, as a matrix, has largest singular value 1 (1802.05957); one power iteration per call
+    in training mode. Unlike torch's it has no hooks, and frozen views of it share u and v."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        matrix = self.weight.flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn(len(matrix)), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
+        for _ in range(15):
+            self._iterate()
+
+    @torch.no_grad()
+    def _iterate(self) -> None:
+        matrix = self.weight.detach().flatten(1)
+        self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._iterate()
+        sigma = self.u.clone() @ (self.weight.flatten(1) @ self.v.clone())  # the next call changes u and v in place
+        return F.conv2d(x, self.weight / sigma, self.bias, self.stride, self.padding)

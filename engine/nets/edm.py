@@ -1,0 +1,76 @@
+"""EDM's way of naming a net: a preconditioning class and keyword arguments, as its pickles store them."""
+
+import math
+from typing import Any
+
+import torch
+
+from engine.diffusion.precond import iddpm_levels, vp_sigma
+from engine.nets.adm import DhariwalUNet
+from engine.nets.denoiser import Denoiser
+from engine.nets.song import SongUNet
+from engine.nets.steps import add_step_condition
+from engine.nets.unet import UNet
+
+UNETS: dict[str, type[UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+# EDM's keyword arguments of each preconditioning class, with its defaults. GDD's generators have a class of their own.
+SCHEMES: dict[str, dict[str, Any]] = {
+    "EDMPrecond": {"sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet"},
+    "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "model_type": "SongUNet"},
+    "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0, "model_type": "SongUNet"},
+    "GDDPrecond": {"sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet"},
+    "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000, "model_type": "DhariwalUNet"},
+}
+
+
+def from_kwargs(precond: str, **kwargs: Any) -> Denoiser:
+    """The denoiser that EDM builds from the same class name and keyword arguments, freshly initialised.
+
+    `use_fp16=True` runs the U-Net in bfloat16 (EDM's float16 diverges in distillation; set `compute_dtype` to choose).
+    One keyword is ours: `step_condition=True` for the nets of `engine.nets.steps`.
+    Raises ValueError for an unknown class, U-Net or keyword.
+    """
+    if precond not in SCHEMES:
+        raise ValueError(f"precond wants one of {', '.join(SCHEMES)}, got {precond!r}")
+    defaults = SCHEMES[precond]
+    scheme = {name: kwargs.get(name, default) for name, default in defaults.items()}
+    model_type = scheme.pop("model_type")
+    if model_type not in UNETS:
+        raise ValueError(f"model_type wants one of {', '.join(UNETS)}, got {model_type!r}")
+    image = {"img_resolution", "img_channels"}
+    if missing := image - kwargs.keys():
+        raise ValueError(f"{precond} wants {' and '.join(sorted(missing))}")
+    model_kwargs = {k: v for k, v in kwargs.items() if k not in {*defaults, *image, "use_fp16", "step_condition"}}
+    channels = kwargs["img_channels"]
+    try:
+        model = UNETS[model_type](
+            img_resolution=kwargs["img_resolution"],
+            in_channels=channels,
+            out_channels=channels * (2 if precond == "iDDPMPrecond" else 1),
+            **model_kwargs,
+        )
+    except TypeError as error:
+        raise ValueError(f"{model_type} does not take these keyword arguments: {error}") from error
+    net = Denoiser(model, precond, scheme | _sigma_range(precond, scheme), dict(kwargs))
+    net.compute_dtype = torch.bfloat16 if kwargs.get("use_fp16") else torch.float32
+    return add_step_condition(net) if kwargs.get("step_condition") else net
+
+
+def without_augmentation(net: Denoiser) -> Denoiser:
+    """The same net without its branch for augmentation labels, which nothing uses where images are not augmented."""
+    net.model.map_augment = None
+    net.kwargs = net.kwargs | {"augment_dim": 0}
+    return net
+
+
+def _sigma_range(precond: str, scheme: dict[str, Any]) -> dict[str, float]:
+    """The noise levels a scheme was trained for, where they follow from its other constants."""
+    if precond == "VPPrecond":
+        times = (scheme["epsilon_t"], 1.0)
+        low, high = (vp_sigma(t, scheme["beta_d"], scheme["beta_min"]) for t in times)
+        return {"sigma_min": low, "sigma_max": high}
+    if precond == "iDDPMPrecond":
+        levels = iddpm_levels(scheme["M"], scheme["C_1"], scheme["C_2"])
+        return {"sigma_min": levels[-2].item(), "sigma_max": levels[0].item()}
+    return {}

@@ -1,0 +1,224 @@
+"""The layers of EDM's U-Nets (2206.00364, Appendix F.2): state_dict keys are EDM's, the code is ours.
+
+Weights stay float32; a layer casts them to the dtype of its input, so a net runs in bfloat16 by being fed bfloat16.
+Statistics, softmax and the embedding are computed in float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a layer's weight and bias are drawn: a named law, scaled."""
+
+    law: str = "kaiming_normal"
+    weight: float = 1.0
+    bias: float = 0.0
+
+    def draw(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
+        uniform, normal = torch.rand(shape) * 2 - 1, torch.randn(shape)
+        match self.law:
+            case "xavier_uniform":
+                return math.sqrt(6 / (fan_in + fan_out)) * uniform
+            case "xavier_normal":
+                return math.sqrt(2 / (fan_in + fan_out)) * normal
+            case "kaiming_uniform":
+                return math.sqrt(3 / fan_in) * uniform
+            case "kaiming_normal":
+                return math.sqrt(1 / fan_in) * normal
+        raise ValueError(f"Init wants xavier_ or kaiming_ with uniform or normal, got {self.law!r}")
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b: [N, in] -> [N, out]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init: Init = Init()):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        draw = lambda *shape: init.draw(shape, in_features, out_features)  # noqa: E731
+        self.weight = nn.Parameter(draw(out_features, in_features) * init.weight)
+        self.bias = nn.Parameter(draw(out_features) * init.bias) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None)
+
+
+class Conv2d(nn.Module):
+    """A convolution (kernel 3 or 1, or 0 for none) after an optional factor-2 resampling with `resample_filter`.
+
+    [N, in, H, W] -> [N, out, H', W']. `fused_resample` swaps the order for down-sampling: convolve, then resample.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        resample_filter: tuple[int, ...] = (1, 1),
+        fused_resample: bool = False,
+        init: Init = Init(),
+    ):
+        assert not (up and down)
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.up, self.down, self.fused_resample = up, down, fused_resample
+        self.box = tuple(resample_filter) == (1, 1)  # two taps: nearest neighbour up, mean of four down, no padding
+        fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
+        self.weight = self.bias = None
+        if kernel:
+            shape = (out_channels, in_channels, kernel, kernel)
+            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out) * init.weight)
+            self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out) * init.bias)
+        f = torch.tensor(resample_filter, dtype=torch.float32)
+        self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype) if self.weight is not None else None
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        if self.resample_filter is None:
+            return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        w_pad = weight.shape[-1] // 2 if weight is not None else 0
+        f_pad = (self.resample_filter.shape[-1] - 1) // 2
+        if self.fused_resample and weight is not None:
+            if self.up:
+                x = self._upsample(x, padding=max(f_pad - w_pad, 0))
+                return F.conv2d(x, weight, bias, padding=max(w_pad - f_pad, 0))
+            x = F.conv2d(x, weight, padding=w_pad + f_pad)
+            x = self._downsample(x, padding=0)
+            return x + bias[:, None, None]
+        x = self._upsample(x, f_pad) if self.up else self._downsample(x, f_pad)
+        return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
+
+    def _upsample(self, x: Tensor, padding: int) -> Tensor:
+        if self.box:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        filters = (self.resample_filter * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        return F.conv_transpose2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
+
+    def _downsample(self, x: Tensor, padding: int) -> Tensor:
+        if self.box:
+            return F.avg_pool2d(x, 2)
+        filters = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        return F.conv2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with at most 32 groups of at least 4 channels each, optionally followed by SiLU."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.groups, self.eps = min(32, channels // 4), eps
+        if not self.groups or channels % self.groups:
+            raise ValueError(f"GroupNorm wants channels that divide into min(32, channels // 4) groups, got {channels}")
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class PositionalEmbedding(nn.Module):
+    """cos and sin of σ's label at geometric frequencies: [N] -> [N, channels]."""
+
+    def __init__(self, channels: int, *, max_positions: int = 10000, endpoint: bool = False):
+        super().__init__()
+        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
+        angles = x.outer((1 / self.max_positions) ** exponents)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class FourierEmbedding(nn.Module):
+    """cos and sin of σ's label at random frequencies, fixed at initialisation: [N] -> [N, channels]."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, *, scale: float = 16.0):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.outer(2 * math.pi * self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one U-Net share; DDPM++/NCSN++ and ADM differ in every line."""
+
+    emb_channels: int
+    dropout: float
+    heads: int | None  # None: one head per 64 channels
+    skip_scale: float
+    eps: float
+    resample_filter: tuple[int, ...]
+    resample_proj: bool
+    adaptive_scale: bool
+    init: Init
+    init_zero: Init
+    init_attn: Init
+
+
+class UNetBlock(nn.Module):
+    """Residual block with optional resampling and self-attention: [N, in, H, W], [N, emb] -> [N, out, H', W']."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attention: bool = False,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.dropout, self.skip_scale, self.adaptive_scale = style.dropout, style.skip_scale, style.adaptive_scale
+        self.heads = 0 if not attention else style.heads or out_channels // 64
+        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        self.norm0 = GroupNorm(in_channels, eps=style.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, init=style.init, **resample)
+        self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), init=style.init)
+        self.norm1 = GroupNorm(out_channels, eps=style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, init=style.init_zero)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if style.resample_proj or out_channels != in_channels else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, init=style.init, **resample)
+        if self.heads:
+            self.norm2 = GroupNorm(out_channels, eps=style.eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=style.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        else:
+            h = F.silu(self.norm1(h + params))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        if self.heads:
+            x = (self.proj(self._attention(self.norm2(x))) + x) * self.skip_scale
+        return x
+
+    def _attention(self, x: Tensor) -> Tensor:
+        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}).
+        n, c, height, width = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(n, height * width, self.heads, c // self.heads, 3)
+        q, k, v = qkv.transpose(1, 2).unbind(-1)
+        a = F.scaled_dot_product_attention(q, k, v)
+        return a.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)

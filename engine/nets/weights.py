@@ -1,0 +1,92 @@
+"""Weight files: safetensors whose metadata says how to rebuild the net and how to sample it. Nothing is unpickled."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from engine.errors import UserError
+from engine.nets.denoiser import Denoiser
+from engine.nets.edm import from_kwargs
+
+FORMAT = "potstill-1"
+
+
+def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
+    """Write the net's weights (float32) and, as JSON in the file's metadata, precond, kwargs and `metadata`; atomic."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
+    meta = {"format": FORMAT, "precond": net.precond, "kwargs": net.kwargs} | metadata
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+    os.replace(part, path)
+
+
+def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
+    """The net in a weight file, in eval mode, and the file's metadata decoded. UserError if it is not such a file."""
+    tensors, meta = read_tensors(path)
+    if "precond" not in meta or "kwargs" not in meta:
+        raise UserError(
+            f"{path} holds tensors but does not say which net they belong to (no 'precond' and 'kwargs' in its metadata): "
+            "wanted a file written by engine.train or engine.convert"
+        )
+    try:
+        net = from_kwargs(meta["precond"], **meta["kwargs"])
+    except ValueError as error:
+        raise UserError(f"{path} describes a net that cannot be built: {error}") from error
+    load_strictly(net, tensors, str(path))
+    return net.eval(), meta
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors of a safetensors file and its metadata, JSON values decoded."""
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        return tensors, {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a weight file says about itself, without reading its tensors."""
+    with _opened(path) as file:
+        return {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}): copy or download it again") from error
+
+
+def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Load weights whose names and shapes must all agree; otherwise UserError with the first differences."""
+    wanted = net.state_dict()
+    missing, extra = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    shapes = [
+        f"{k} is {list(tensors[k].shape)}, wanted {list(wanted[k].shape)}"
+        for k in wanted
+        if k in tensors and tensors[k].shape != wanted[k].shape
+    ]
+    if missing or extra or shapes:
+        parts = [f"misses {missing[0]} and {len(missing) - 1} more"] if missing else []
+        parts += [f"has {extra[0]} and {len(extra) - 1} more that the net lacks"] if extra else []
+        parts += [f"{shapes[0]} ({len(shapes)} shapes differ)"] if shapes else []
+        raise UserError(f"{source} is of another architecture: it {'; it '.join(parts)}")
+    net.load_state_dict(tensors)
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,117 @@
+"""From noise to images with any net: one step, few steps or a whole ODE, described by data that fits in a weight file."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.diffusion.sigmas import karras, with_zero
+from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, solve, trajectory
+from engine.nets.denoiser import Denoiser
+
+ONE_STEP, ANCESTRAL = "one_step", "ancestral"
+
+
+class SeedNoise:
+    """Standard normals with one generator per sample, so that neither the batch nor its size changes an image."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def normal(self, *shape: int) -> Tensor:
+        """[len(seeds), *shape]; the next numbers of every sample's own stream."""
+        return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in self.generators])
+
+
+@dataclass
+class Sampler:
+    """How a net is sampled.
+
+    solver: "one_step" (x = D(σ z; σ) at the only level), "ancestral" (posterior sampling with fresh noise, ends with D at
+    the last level), or a name of `solvers.SOLVERS` (an ODE walk over `sigmas`, whose last level may be 0).
+
+    Of an ODE walk: `afs` makes the first step without the net (SFD's analytical first step), `lower_order_final` lets
+    DPM-Solver++ end with lower orders, and `step_condition` is the number of levels that is told to a net with a step
+    condition (`engine.nets.steps`); None for all other nets.
+    """
+
+    solver: str
+    sigmas: list[float]
+    afs: bool = False
+    lower_order_final: bool = False
+    step_condition: int | None = None
+
+    def __post_init__(self):
+        choices = (ONE_STEP, ANCESTRAL, *SOLVERS)
+        if self.solver not in choices:
+            raise ValueError(f"solver wants one of {', '.join(choices)}, got {self.solver!r}")
+        if self.afs and self.solver not in SOLVERS:
+            raise ValueError(f"afs wants an ODE solver ({', '.join(SOLVERS)}), got {self.solver!r}")
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        if self.solver in (ONE_STEP, ANCESTRAL):
+            return len(self.sigmas)
+        steps = len(self.sigmas) - 1 - self.afs
+        return EVALUATIONS[self.solver] * steps - (1 if self.solver == "heun" and self.sigmas[-1] == 0 else 0)
+
+    def __call__(self, net: Denoiser, labels: Tensor | None, noise: Any) -> Tensor:
+        """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws)."""
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        x = noise.normal(*shape) * sigmas[0].float()
+        if self.solver == ONE_STEP:
+            return net(x, sigmas[0].float(), labels)
+        if self.solver == ANCESTRAL:
+            return self._ancestral(net, x, labels, sigmas, noise)
+        return self.states(net, x, labels)[-1].float()
+
+    def states(self, net: Denoiser, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
+        assert self.solver in SOLVERS
+        told = {} if self.step_condition is None else {"steps": self.step_condition}
+        sigmas, passed = torch.tensor(self.sigmas, dtype=torch.float64), []
+        if self.afs:
+            passed = [x.double()]
+            x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]
+        walk = trajectory(
+            SOLVERS[self.solver], lambda x, s: net(x, s, labels, **told), x, sigmas, lower_final=self.lower_order_final
+        )
+        return passed + walk
+
+    def with_nfe(self, nfe: int) -> "Sampler":
+        """The same walk over as many Karras levels between its ends as cost `nfe` evaluations, one a step."""
+        assert EVALUATIONS.get(self.solver) == 1 and self.sigmas[-1] > 0
+        levels = nfe + 1 + self.afs
+        sigmas = karras(levels, self.sigmas[-1], self.sigmas[0]).tolist()
+        return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
+
+    def _ancestral(self, net: Denoiser, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
+        step = ancestral(lambda: noise.normal(*x.shape[1:]))
+        x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
+        return net(x.float(), sigmas[-1].float(), labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def one_step(sigma: float) -> Sampler:
+    """x = D(σ z; σ)."""
+    return Sampler(ONE_STEP, [float(sigma)])
+
+
+def ode(solver: str, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Sampler:
+    """`steps` steps of an ODE solver from sigma_max over the Karras levels to 0."""
+    return Sampler(solver, with_zero(karras(steps, sigma_min, sigma_max, rho)).tolist())
+
+
+def few_step(
+    num_steps: int, *, afs: bool = True, step_condition: bool = False,
+    sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0,
+) -> Sampler:  # fmt: skip
+    """SFD's sampler (2409.19681): Euler over `num_steps` Karras levels, the last of which is the image itself."""
+    sigmas = karras(num_steps, sigma_min, sigma_max, rho).tolist()
+    return Sampler("euler", sigmas, afs=afs, step_condition=num_steps if step_condition else None)

@@ -1,0 +1,134 @@
+"""What a run says of itself: metrics.jsonl always, TensorBoard and W&B by choice, and one progress line on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.errors import UserError
+from engine.methods.base import Logs
+
+
+class Meter:
+    """Means of device tensors between two log lines. Adding never waits for the device; reading does, once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, logs: Logs) -> None:
+        for name, value in logs.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read (totals for counts of non-finite samples), then starts afresh."""
+        if not self.sums:
+            return {}
+        values = torch.stack([v.reshape(()) for v in self.sums.values()]).tolist()
+        total = {name: name.endswith("/nonfinite") for name in self.sums}
+        means = {n: v if total[n] else v / self.counts[n] for n, v in zip(self.sums, values, strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines its checkpoint had not seen."""
+
+    def __init__(self, path: Path, first_step: int):
+        self.path = path
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file; a last line cut short by a crash is dropped."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+class TensorBoard:
+    """The same numbers for TensorBoard, under <folder>/tensorboard."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when it is wanted
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, metrics["step"])
+        self.writer.flush()
+
+
+class WandB:
+    """The same numbers for Weights & Biases; works offline (WANDB_MODE=offline)."""
+
+    def __init__(self, folder: Path, project: str):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("log.wandb wants the wandb package: pip install 'potstill[wandb]'") from None
+        self.run = wandb.init(project=project, dir=str(folder), name=folder.name, resume="allow", id=folder.name)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere: kimg, img/s, time left, and the newest metrics."""
+
+    def __init__(self, title: str, total: int, done: int, *, line_every: float = 5.0):
+        self.title, self.total, self.line_every, self.last_line = title, total, line_every, 0.0
+        self.bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """The newest numbers; off a terminal at most every few seconds, and always the last."""
+        losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and not k.endswith(("grad_norm", "nonfinite"))}
+        losses |= {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("fd@")}
+        if not self.bar.disable:
+            self.bar.set_postfix(losses | {"img/s": f"{metrics.get('images_per_second', 0):.0f}"})
+            return
+        last = metrics["step"] >= self.total
+        if time.monotonic() - self.last_line < self.line_every and not last:
+            return
+        self.last_line = time.monotonic()
+        left = (self.total - metrics["step"]) * metrics.get("seconds_per_step", 0)
+        parts = [f"{k} {v}" for k, v in losses.items()]
+        parts += [f"{metrics['images_per_second']:.0f} img/s"] if "images_per_second" in metrics else []
+        parts += [f"{_clock(left)} left"] if left and not last else []
+        print(f"{self.title} {metrics['step']}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,267 @@
+"""The training loop: batch, iteration, EMA, and now and then a log line, a hook or a checkpoint.
+
+All randomness of iteration n is a function of (seed, n), so the step counter is the whole state of data and noise, and a
+run that was killed repeats itself exactly from its last checkpoint.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import UserError
+from engine.methods.base import Batch, Draws, Method
+from engine.training.checkpoint import load_newest, restore, save_checkpoint
+from engine.training.ema import EMA, ema_decay
+from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
+from engine.training.optim import OptimConfig, build_optimizer, learning_rate
+from engine.training.step import Trained, iteration
+
+
+@dataclass
+class TrainConfig:
+    """How long, how large, how often. One thousand images seen is a kimg; an iteration sees `batch` images."""
+
+    kimg: float = 100.0
+    batch: int = 128  # images per iteration, over all micro-batches and ranks
+    micro_batch: int | None = None  # images per forward; null: the whole batch
+    optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
+    ema_kimg: float = 500.0  # half-life of the average of the weights
+    ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
+    log_iterations: int = 50
+    grid_kimg: float | None = None  # sample grid from fixed latents; null: ten over the run
+    eval_kimg: float | None = None  # Frechet distance in the loop; null: never
+    checkpoint_kimg: float | None = None  # null: ten over the run
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass
+class LogConfig:
+    tensorboard: bool = True
+    wandb: str | None = None  # project name; null: off
+
+
+@dataclass
+class Hook:
+    """Something done every `kimg` thousand images and at the end; what it returns goes into the metrics."""
+
+    kimg: float
+    call: Callable[["Run"], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; a checkpoint was written."""
+
+    def __init__(self, signum: int, checkpoint: Path):
+        super().__init__(f"{signal.Signals(signum).name}: saved {checkpoint}; the same command goes on from there")
+        self.signum = signum
+
+
+class Run:
+    """The moving parts of one stage: a method's nets with their optimisers, the EMA of its product, and the step counter."""
+
+    def __init__(
+        self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None = None
+    ):
+        self.method, self.cfg, self.seed, self.device = method, cfg, seed, device
+        self.classes = None if classes is None else torch.tensor(classes, device=device)  # a student's share
+        self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
+        optim = {name: optim_config(cfg, name) for name in method.nets}
+        self.optim = optim
+        self.trained = {
+            name: Trained(net.train(), build_optimizer(net, optim[name]), optim[name].clip)
+            for name, net in method.nets.items()
+        }
+        self.ema = EMA(method.nets[method.product])
+        self.meter = Meter()
+        self.step, self.seconds, self.best = 0, 0.0, float("inf")
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.cfg.batch
+
+    @property
+    def kimg(self) -> float:
+        return self.images_seen / 1000
+
+    def due(self, every_kimg: float) -> bool:
+        """Has the step just done crossed a multiple of `every_kimg`, or was it the last?"""
+        every, now = every_kimg * 1000, self.images_seen
+        return now // every > (now - self.cfg.batch) // every or self.step == self.total
+
+    def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """One iteration on this batch."""
+        torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
+        for name, one in self.trained.items():
+            for group in one.optimizer.param_groups:
+                group["lr"] = learning_rate(self.optim[name], self.step, self.total)
+        micro = self.cfg.micro_batch or len(images)
+        batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
+        logs = iteration(self.method, self.trained, batches, self.step)
+        self.step += 1
+        self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
+        self.meter.add(logs)
+
+    def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
+        window = slice(start, start + micro)
+        generator = torch.Generator(self.device).manual_seed(mixed(self.seed, self.step, 0))
+        host = random.Random(mixed(self.seed, self.step, 2))
+        draws = Draws(generator, len(images), window, host, self.classes)
+        return Batch(images[window], labels[window] if labels is not None else None, draws)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "nets": {name: net.state_dict() for name, net in self.method.nets.items()},
+            "optimizers": {name: one.optimizer.state_dict() for name, one in self.trained.items()},
+            "ema": self.ema.net.state_dict(),
+            "method": self.method.state.state_dict(),
+            "meter": self.meter.state_dict(),
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if missing := self.method.nets.keys() ^ state["nets"].keys():
+            raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(missing))} differ): use another run_dir=")
+        for name, net in self.method.nets.items():
+            restore(net, state["nets"][name], f"net {name!r}")
+            restore(self.trained[name].optimizer, state["optimizers"][name], f"optimiser of {name!r}")
+        restore(self.ema.net, state["ema"], "EMA")
+        restore(self.method.state, state["method"], "method state")
+        self.meter.load_state_dict(state["meter"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+
+def train(
+    run: Run,
+    batch_at: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]],
+    folder: Path,
+    *,
+    title: str,
+    log: LogConfig,
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """Run to the end, from the newest checkpoint in folder/checkpoints if there is one.
+
+    Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
+    """
+    cfg, kept = run.cfg, folder / "checkpoints"
+    if state := load_newest(kept, run.device):
+        run.load_state_dict(state)
+    writers = [MetricsFile(folder / "metrics.jsonl", run.step)]
+    writers += [TensorBoard(folder, run.step)] if log.tensorboard else []
+    writers += [WandB(folder, log.wandb)] if log.wandb else []
+    progress = Progress(title, run.total, run.step)
+    if state:
+        progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({kept})")
+
+    def save() -> Path:
+        return save_checkpoint(kept, run.step, run.state_dict(), cfg.keep)
+
+    with signals() as caught:
+        clock = Clock(run)
+        while run.step < run.total:
+            run.take(*batch_at(run.step))
+            progress.advance()
+            last = run.step == run.total
+            if run.step % cfg.log_iterations == 0 or last:
+                metrics = run.meter.read()  # the only wait for the device
+                check_finite(metrics, run.step, kept)
+                write(writers, progress, run, metrics, seconds_per_step=clock.lap())
+            for hook in hooks:
+                if run.due(hook.kimg):
+                    with clock.stopped():
+                        if metrics := hook.call(run):
+                            write(writers, progress, run, metrics)
+            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or caught:
+                clock.tick()
+                path = save()
+                if caught and not last:
+                    progress.close()
+                    raise Interrupted(caught[0], path)
+    progress.close()
+
+
+class Clock:
+    """Adds up a run's training time; what hooks do does not count."""
+
+    def __init__(self, run: Run):
+        self.run, self.now = run, time.perf_counter()
+        self.lap_seconds, self.lap_step = run.seconds, run.step
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.run.seconds, self.now = self.run.seconds + now - self.now, now
+
+    def lap(self) -> float:
+        """Seconds per iteration since the last lap."""
+        self.tick()
+        per_step = (self.run.seconds - self.lap_seconds) / max(self.run.step - self.lap_step, 1)
+        self.lap_seconds, self.lap_step = self.run.seconds, self.run.step
+        return per_step
+
+    @contextmanager
+    def stopped(self):
+        self.tick()
+        yield
+        self.now = time.perf_counter()
+
+
+def write(
+    writers: Sequence[Any], progress: Progress, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
+) -> None:
+    line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
+    if seconds_per_step:
+        line["images_per_second"] = round(run.cfg.batch / seconds_per_step, 1)
+    line |= metrics
+    for writer in writers:
+        writer.write(line)
+    progress.show(line | {"seconds_per_step": seconds_per_step})
+
+
+def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
+    """Stop at the first log line with a loss that is not a number, naming it."""
+    bad = [name for name, value in metrics.items() if value != value or value in (float("inf"), float("-inf"))]
+    if bad:
+        raise UserError(
+            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; "
+            f"checkpoints from before are in {kept}"
+        )
+
+
+def optim_config(cfg: TrainConfig, net: str) -> OptimConfig:
+    """The optimiser settings of one net."""
+    return cfg.optim.get(net) or cfg.optim.get("student") or OptimConfig()
+
+
+def mixed(seed: int, step: int, stream: int) -> int:
+    """A 63-bit seed from (seed, step, stream) by SplitMix64, so that neighbouring steps share nothing."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (z ^ (z >> 31)) >> 1
+
+
+@contextmanager
+def signals():
+    """Collects SIGINT and SIGTERM in a list instead of dying; a second one of the same kind kills as usual."""
+    caught: list[int] = []
+    previous = {}
+
+    def handle(signum: int, frame: Any) -> None:
+        caught.append(signum)
+        signal.signal(signum, previous[signum])
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        previous[signum] = signal.signal(signum, handle)
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,58 @@
+"""One iteration: every turn that is due, in order: losses of all micro-batches, backward, clip, optimiser step.
+
+The one place where the alternation of nets is written. It never reads a tensor's value, so nothing waits for the GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.methods.base import Batch, Logs, Method
+
+
+@dataclass
+class Trained:
+    """What the engine keeps for one trained net."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    clip: float | None
+    reduce: Callable[[Sequence[Tensor]], None] = lambda gradients: None  # average gradients over ranks
+
+
+def iteration(method: Method, trained: Mapping[str, Trained], micro_batches: Sequence[Batch], step: int) -> Logs:
+    """Take every turn due at iteration `step` (from 0). Returns device tensors "<net>/<name>", summed over micro-batches."""
+    logs: Logs = {}
+    shared = [method.begin(batch) for batch in micro_batches]
+    for turn in method.turns:
+        if step < turn.after or (step - turn.after) % turn.every:
+            continue
+        taken = False
+        for one in shared:
+            if (result := turn.loss(one)) is None:
+                continue
+            (loss, log), taken = result, True
+            (loss / len(shared)).backward()
+            for name, value in log.items():
+                key = f"{turn.trains}/{name}"
+                share = value.detach() if name == "nonfinite" else value.detach() / len(shared)
+                logs[key] = logs[key] + share if key in logs else share
+        if taken:
+            logs[f"{turn.trains}/grad_norm"] = update(trained[turn.trains])
+            method.after_step(turn.trains)
+    return logs
+
+
+def update(trained: Trained) -> Tensor:
+    """Average over ranks, clip, step, forget the gradients. Returns the gradient norm before clipping."""
+    parameters = [p for p in trained.net.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    trained.reduce(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if trained.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, trained.clip, norm)
+    trained.optimizer.step()
+    trained.optimizer.zero_grad(set_to_none=True)
+    return norm

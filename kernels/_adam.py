@@ -1,0 +1,268 @@
+"""The launches behind AdamEMA: look for non-finite gradients, coefficients of each tensor, update of everything.
+
+All three walk the tables of kernels/tables.py. The formula stands in kernels/adam_ema.py.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels import cuda
+from kernels._lib import AotCase, aot_case
+from kernels.tables import CHUNK, COEFS, Flags, Part
+
+BLOCK, WARPS = 512, 4  # four elements a thread: one 16-byte access, and the same split for 32- and 16-bit tensors
+
+
+@triton.jit
+def _get(ptr, i, n, FULL: tl.constexpr):
+    if FULL:  # no mask: one over a tensor of any length would split the 16-byte accesses
+        x = tl.load(ptr + i)
+    else:
+        x = tl.load(ptr + i, mask=i < n, other=0.0)
+    return x
+
+
+@triton.jit
+def _put(ptr, i, n, x, FULL: tl.constexpr):
+    if FULL:
+        tl.store(ptr + i, x)
+    else:
+        tl.store(ptr + i, x, mask=i < n)
+
+
+@triton.jit
+def _finite(g_ptr, first, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    bad = tl.zeros((BLOCK,), tl.int32)
+    for k in tl.static_range(0, CHUNK, BLOCK):
+        g = _get(g_ptr, first + k + tl.arange(0, BLOCK), n, FULL)
+        bad |= (tl.abs(g.to(tl.float32)) <= 3.402823466e38).to(tl.int32) ^ 1  # NaN compares false
+    return tl.max(bad, 0) == 0
+
+
+@triton.jit
+def _check_kernel(
+    fixed_ptr, grads_ptr, chunks_ptr, flag_ptr, tensors,
+    GRAD: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
+    n = tl.load(fixed_ptr + 5 * tensors + tensor)
+    address = tl.load(grads_ptr + tensor)
+    if address != 0:
+        g_ptr = address.to(tl.pointer_type(GRAD))
+        if ALIGNED:
+            g_ptr = tl.multiple_of(g_ptr, 16)
+        if first + CHUNK <= n:
+            finite = _finite(g_ptr, first, n, BLOCK, CHUNK, True)
+        else:
+            finite = _finite(g_ptr, first, n, BLOCK, CHUNK, False)
+        if finite == 0:
+            tl.store(flag_ptr, 1.0)  # every program that writes writes the same
+
+
+@triton.jit
+def _coefs_kernel(
+    steps_ptr, grads_ptr, lr_ptr, ema_decay_ptr, flag_ptr, found_inf_ptr, grad_scale_ptr, nonfinite_ptr, coefs_ptr,
+    tensors,
+    LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr, COUNTS: tl.constexpr,
+    HAS_FOUND: tl.constexpr, HAS_SCALE: tl.constexpr, COEFS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bad = tl.load(flag_ptr)
+    if HAS_FOUND:
+        bad = tl.maximum(bad, tl.load(found_inf_ptr))
+    if COUNTS and tl.program_id(0) == 0:
+        tl.store(nonfinite_ptr, tl.load(nonfinite_ptr) + (bad != 0).to(tl.int32))
+    address = tl.load(grads_ptr + i, mask=i < tensors, other=0)
+    moves = tl.where(bad == 0, address, 0) != 0
+    step = tl.load(steps_ptr + i, mask=i < tensors, other=0.0) + moves.to(tl.float32)
+    tl.store(steps_ptr + i, step, mask=(i < tensors) & moves)
+    t = tl.maximum(step, 1.0).to(tl.float64)  # a tensor that never moved divides by no zero
+    # In float64: 1 - beta^t and 1 - ema_decay lose four digits to cancellation otherwise.
+    lr = tl.load(lr_ptr)
+    c = coefs_ptr + i * COEFS
+    tl.store(c, (lr / (1.0 - tl.exp2(t * LOG2_BETA1))).to(tl.float32), mask=i < tensors)
+    tl.store(c + 1, (1.0 / tl.sqrt(1.0 - tl.exp2(t * LOG2_BETA2))).to(tl.float32), mask=i < tensors)
+    tl.store(c + 2, (lr * WEIGHT_DECAY + t * 0).to(tl.float32), mask=i < tensors)
+    tl.store(c + 3, (1.0 - tl.load(ema_decay_ptr) + t * 0).to(tl.float32), mask=i < tensors)
+    inv_scale = 1.0 / tl.load(grad_scale_ptr) if HAS_SCALE else 1.0
+    tl.store(c + 4, inv_scale + step * 0, mask=i < tensors)
+    tl.store(c + 5, (bad == 0).to(tl.float32) + step * 0, mask=i < tensors)
+
+
+@triton.jit
+def _update(
+    p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, moves,
+    ONE_MINUS_BETA1: tl.constexpr, BETA2: tl.constexpr, ONE_MINUS_BETA2: tl.constexpr, EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr, HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr,
+    FULL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    step_size, rsqrt_bc2, lr_decay = tl.load(c), tl.load(c + 1), tl.load(c + 2)
+    ema_weight, inv_scale = tl.load(c + 3), tl.load(c + 4)
+    for k in tl.static_range(0, CHUNK, BLOCK):
+        i = first + k + tl.arange(0, BLOCK)
+        p = _get(p_ptr, i, n, FULL)
+        if moves:
+            g = _get(g_ptr, i, n, FULL).to(tl.float32) * inv_scale
+            m = _get(m_ptr, i, n, FULL)
+            v = _get(v_ptr, i, n, FULL)
+            if WEIGHT_DECAY != 0.0:
+                if DECOUPLED:
+                    p = p - lr_decay * p
+                else:
+                    g = g + WEIGHT_DECAY * p
+            m = m + ONE_MINUS_BETA1 * (g - m)
+            v = BETA2 * v + ONE_MINUS_BETA2 * g * g
+            p = p - step_size * m / (tl.sqrt(v) * rsqrt_bc2 + EPS)
+            _put(m_ptr, i, n, m, FULL)
+            _put(v_ptr, i, n, v, FULL)
+            _put(p_ptr, i, n, p, FULL)
+        if HAS_EMA:
+            ema = _get(ema_ptr, i, n, FULL)
+            _put(ema_ptr, i, n, ema + ema_weight * (p - ema), FULL)
+        if HAS_SHADOW:
+            _put(shadow_ptr, i, n, p.to(shadow_ptr.dtype.element_ty), FULL)
+
+
+@triton.jit
+def _update_kernel(
+    fixed_ptr, grads_ptr, chunks_ptr, coefs_ptr, flag_ptr, tensors,
+    GRAD: tl.constexpr, SHADOW: tl.constexpr, ONE_MINUS_BETA1: tl.constexpr, BETA2: tl.constexpr,
+    ONE_MINUS_BETA2: tl.constexpr, EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr,
+    HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr, ALIGNED: tl.constexpr, COEFS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        tl.store(flag_ptr, 0.0)  # _coefs_kernel has read it; the next step's check starts clean
+    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
+    c = coefs_ptr + tensor * COEFS
+    if tl.load(c + 5) != 0.0:
+        n = tl.load(fixed_ptr + 5 * tensors + tensor)
+        address = tl.load(grads_ptr + tensor)
+        p_ptr = tl.load(fixed_ptr + tensor).to(tl.pointer_type(tl.float32))
+        m_ptr = tl.load(fixed_ptr + tensors + tensor).to(tl.pointer_type(tl.float32))
+        v_ptr = tl.load(fixed_ptr + 2 * tensors + tensor).to(tl.pointer_type(tl.float32))
+        ema_ptr = tl.load(fixed_ptr + 3 * tensors + tensor).to(tl.pointer_type(tl.float32))
+        shadow_ptr = tl.load(fixed_ptr + 4 * tensors + tensor).to(tl.pointer_type(SHADOW))
+        g_ptr = address.to(tl.pointer_type(GRAD))
+        if ALIGNED:
+            p_ptr, m_ptr, v_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+            ema_ptr, g_ptr = tl.multiple_of(ema_ptr, 16), tl.multiple_of(g_ptr, 16)
+            shadow_ptr = tl.multiple_of(shadow_ptr, 16)
+        if first + CHUNK <= n:
+            _update(
+                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, ONE_MINUS_BETA1, BETA2,
+                ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, True, CHUNK, BLOCK,
+            )  # fmt: skip
+        else:
+            _update(
+                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, ONE_MINUS_BETA1, BETA2,
+                ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, False, CHUNK, BLOCK,
+            )  # fmt: skip
+
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _triton_check(part: Part, flags: Flags) -> None:
+    _check_kernel[(len(part.chunks),)](
+        part.fixed, part.grad_table, part.chunks, flags.flag, len(part.where),
+        GRAD=_TRITON[part.grad_dtype], ALIGNED=part.aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _triton_coefs(part: Part, flags: Flags, group: dict[str, Any], counts: bool) -> None:
+    found, scale = flags.found_inf, flags.grad_scale
+    _coefs_kernel[(triton.cdiv(len(part.where), 128),)](
+        part.steps, part.grad_table, group["lr"], group["ema_decay"], flags.flag,
+        flags.flag if found is None else found, flags.flag if scale is None else scale, flags.nonfinite, part.coefs,
+        len(part.where),
+        LOG2_BETA1=_log2(group["betas"][0]), LOG2_BETA2=_log2(group["betas"][1]), WEIGHT_DECAY=group["weight_decay"],
+        COUNTS=counts, HAS_FOUND=found is not None, HAS_SCALE=scale is not None, COEFS=COEFS, BLOCK=128, num_warps=4,
+    )  # fmt: skip
+
+
+def _log2(beta: float) -> float:
+    return math.log2(beta) if beta > 0 else -1074.0  # 2^-1074 is 0 in float32, and 1 - it is 1 in float64
+
+
+def _triton_update(part: Part, flags: Flags, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    _update_kernel[(len(part.chunks),)](
+        part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, len(part.where),
+        GRAD=_TRITON[part.grad_dtype], SHADOW=_TRITON[part.shadow_dtype], ONE_MINUS_BETA1=1 - beta1, BETA2=beta2,
+        ONE_MINUS_BETA2=1 - beta2, EPS=group["eps"], WEIGHT_DECAY=group["weight_decay"],
+        DECOUPLED=group["decoupled_weight_decay"], HAS_EMA=part.ema is not None, HAS_SHADOW=part.shadow is not None,
+        ALIGNED=part.aligned, COEFS=COEFS, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def _cuda_check(part: Part, flags: Flags) -> None:
+    like = part.steps.new_empty(0, dtype=part.grad_dtype)
+    cuda.library().adam_ema_check(part.fixed, part.grad_table, part.chunks, flags.flag, like)
+
+
+def _cuda_coefs(part: Part, flags: Flags, group: dict[str, Any], counts: bool) -> None:
+    cuda.library().adam_ema_coefs(
+        part.steps, part.grad_table, group["lr"], group["ema_decay"], flags.flag, flags.found_inf, flags.grad_scale,
+        flags.nonfinite, part.coefs, *group["betas"], group["weight_decay"], counts,
+    )  # fmt: skip
+
+
+def _cuda_update(part: Part, flags: Flags, group: dict[str, Any]) -> None:
+    cuda.library().adam_ema_update(
+        part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, part.steps.new_empty(0, dtype=part.grad_dtype),
+        part.steps.new_empty(0, dtype=part.shadow_dtype), *group["betas"], group["eps"], group["weight_decay"],
+        group["decoupled_weight_decay"],
+    )  # fmt: skip
+
+
+LAUNCHERS = {
+    "triton": (_triton_check, _triton_coefs, _triton_update),
+    "cuda": (_cuda_check, _cuda_coefs, _cuda_update),
+}
+
+
+def aot_cases() -> list[AotCase]:
+    """float32 and bfloat16 gradients; every recipe's update keeps an EMA and a bfloat16 shadow, the plainest neither."""
+    table = {"fixed_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"}
+    one = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
+    beta2 = {"BETA2": 0.999, "ONE_MINUS_BETA2": 1 - 0.999}
+    cases = [
+        aot_case(
+            "adam_ema.coefs",
+            _coefs_kernel,
+            {"steps_ptr": "*fp32", "grads_ptr": "*i64", "lr_ptr": "*fp64", "ema_decay_ptr": "*fp64", "flag_ptr": "*fp32"}
+            | {"found_inf_ptr": "*fp32", "grad_scale_ptr": "*fp32", "nonfinite_ptr": "*i32", "coefs_ptr": "*fp32"}
+            | {"tensors": "i32"},
+            LOG2_BETA1=_log2(0.9), LOG2_BETA2=_log2(0.999), WEIGHT_DECAY=0.01, COUNTS=True, HAS_FOUND=True,
+            HAS_SCALE=True, COEFS=COEFS, BLOCK=128,
+        )
+    ]  # fmt: skip
+    for grad, full in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        kept = "ema + shadow" if full else "bare"
+        cases.append(
+            aot_case(
+                f"adam_ema.update[{_TRITON[grad]}, {kept}]",
+                _update_kernel,
+                table | {"coefs_ptr": "*fp32", "flag_ptr": "*fp32", "tensors": "i32"},
+                GRAD=_TRITON[grad], SHADOW=tl.bfloat16, ONE_MINUS_BETA1=1 - 0.9, EPS=1e-8, WEIGHT_DECAY=0.01 * full,
+                DECOUPLED=full, HAS_EMA=full, HAS_SHADOW=full, COEFS=COEFS, **beta2, **one,
+            )
+        )  # fmt: skip
+        if full:
+            cases.append(
+                aot_case(
+                    f"adam_ema.check[{_TRITON[grad]}]",
+                    _check_kernel,
+                    table | {"flag_ptr": "*fp32", "tensors": "i32"},
+                    GRAD=_TRITON[grad], **one,
+                )
+            )  # fmt: skip
+    return cases

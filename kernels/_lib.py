@@ -1,0 +1,178 @@
+"""How an op of this package is registered and launched: one schema, its CUDA, CPU and fake implementations."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from kernels.estimate import Estimate
+
+NAMESPACE = "potstill"
+
+#: True when Triton interprets kernels on the CPU (TRITON_INTERPRET=1): CPU tensors then take the Triton path too.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+_ESTIMATE = (
+    "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
+)
+
+
+class AotCase(NamedTuple):
+    """One kernel in one shipped configuration, as `triton.compile(ASTSource(kernel, signature, constexprs))` wants it.
+
+    Every kernel module has `aot_cases() -> list[AotCase]`; `kernels/aot.py` compiles them for sm_80 and sm_90.
+    """
+
+    name: str  # "score_match.partials[bf16]"
+    kernel: Any  # the triton.JITFunction
+    signature: dict[str, Any]  # argument -> "*bf16", "i32", "fp32", "constexpr", or a (named) tuple of those
+    constexprs: dict[Any, Any]  # argument, or (argument position, position inside it), -> value
+    num_warps: int
+
+
+def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
+    """The types of an estimate's fields: raw output in `dtype`, x_t and coefficients in float32."""
+    uncond = f"*{dtype}" if guided else None
+    return Estimate(f"*{dtype}", "*fp32" if own_x_t else None, "*fp32", "*fp32", uncond, "fp32")  # type: ignore[arg-type]
+
+
+def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
+    """The types of where its gradients go."""
+    return aot_estimate(dtype, guided=guided, own_x_t=own_x_t)._replace(c_skip=None, c_out=None)
+
+
+def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, **constexprs: Any) -> AotCase:
+    """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = dict(constexprs)
+    for argument, kind in arguments.items():
+        position = kernel.arg_names.index(argument)
+        if isinstance(kind, tuple):
+            constants |= {(position, j): None for j, k in enumerate(kind) if k is None}
+            spelled = ["constexpr" if k is None else k for k in kind]
+            signature[argument] = type(kind)(*spelled) if hasattr(kind, "_fields") else tuple(spelled)
+        else:
+            signature[argument] = "constexpr" if kind is None else kind
+            if kind is None:
+                constants[argument] = None
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps)
+
+
+def define(
+    schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register `potstill::<schema>`: Triton on CUDA, plain PyTorch on CPU, shapes only under tracing.
+
+    Args:
+        schema: "op(Tensor x, float eps) -> Tensor", as for torch.library.define, with two words of our own:
+            "Image x" is a tensor [N, D], "Estimate e" the six fields of an estimate one after the other.
+            The implementations get an estimate as one.
+        triton: the launcher. It also serves CPU tensors when TRITON_INTERPRET=1.
+        reference: the same numbers in plain PyTorch.
+        fake: outputs with the right shapes, strides and dtypes; never reads data.
+
+    Returns:
+        The op's default overload, callable.
+    """
+    name, kinds, spelled, returns = parse(schema)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, f"({spelled}){returns}")
+    torch.library.impl(qualified, "CUDA", _grouped(_on_its_device(triton), kinds))
+    torch.library.impl(qualified, "CPU", _grouped(triton if INTERPRET else reference, kinds))
+    torch.library.register_fake(qualified, _grouped(fake, kinds))
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def parse(schema: str) -> tuple[str, list[str], str, str]:
+    """("op", the kind of each argument, the arguments as torch.library wants them, " -> Tensor")."""
+    name, _, rest = schema.partition("(")
+    arguments, _, returns = rest.partition(")")
+    split = [a.split() for a in arguments.split(",")]
+    words = {"Estimate": _ESTIMATE, "Image": "Tensor {0}"}
+    return name, [a[0] for a in split], ", ".join(words.get(a[0], " ".join(a)).format(a[1]) for a in split), returns
+
+
+def _grouped(function: Callable[..., Any], kinds: list[str]) -> Callable[..., Any]:
+    """function(x, estimate, ...) as seen by the dispatcher, which passes an estimate's fields one by one."""
+    if "Estimate" not in kinds:
+        return function
+    slots, at = [], 0
+    for kind in kinds:
+        slots.append((at, kind == "Estimate"))
+        at += len(Estimate._fields) if kind == "Estimate" else 1
+
+    def implementation(*flat: Any) -> Any:
+        return function(*(Estimate(*flat[i : i + 6]) if grouped else flat[i] for i, grouped in slots))
+
+    return implementation
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make that the one the tensors are on."""
+
+    def launch(*arguments: Any) -> Any:
+        with torch.cuda.device(_first_tensor(arguments).device):
+            return launcher(*arguments)
+
+    return launch
+
+
+def _first_tensor(arguments: Any) -> Tensor:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, (tuple, list)) and argument:
+            return _first_tensor(argument)
+    raise AssertionError("an op without a tensor argument")
+
+
+#: What the forward of a loss returns: value [N], nonfinite [], tensors saved for backward, images made besides.
+Outputs = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
+
+
+def results(like: Tensor, acc: torch.dtype, coefs: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for a loss's value [N], count of non-finite samples [], and what its backward needs per sample."""
+    nonfinite = like.new_empty((), dtype=torch.int32) if like.shape[0] else like.new_zeros((), dtype=torch.int32)
+    return like.new_empty(like.shape[0], dtype=acc), nonfinite, like.new_empty(coefs, dtype=acc)
+
+
+def empty_gradients(e: Estimate, needs: Sequence[bool]) -> tuple[Estimate, list[Tensor]]:
+    """Memory for the gradients of an estimate's raw, x_t and raw_uncond: where the kernel finds it, and as a list."""
+    images = (e.raw, e.x_t, e.raw_uncond)
+    room = [t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(images, needs, strict=True)]
+    return Estimate(room[0], room[1], None, None, room[2]), [t for t in room if t is not None]  # type: ignore[arg-type]
+
+
+#: Elements of one sample that one program handles at a time.
+BLOCK = 1024
+#: Programs wanted in a reduction before samples are no longer split; enough to fill the largest GPUs in use.
+PROGRAMS = 1024
+_MAX_SPLITS = 256
+
+
+def splits(n: int, d: int) -> int:
+    """Into how many parts (a power of two) the D numbers of a sample are cut, so few samples still fill a GPU.
+
+    A function of the shape alone, so the order of summation and thus the result does not depend on the device.
+    """
+    wanted = min(-(-PROGRAMS // max(n, 1)), -(-d // BLOCK), _MAX_SPLITS)
+    return power_of_2(wanted)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def rows(s: int) -> int:
+    """How many samples the finishing program of a reduction takes at a time, given `s` parts each."""
+    return max(1, 2048 // s)
+
+
+def tl_dtype(dtype: torch.dtype) -> Any:
+    """The Triton dtype sums are kept in."""
+    return tl.float64 if dtype is torch.float64 else tl.float32

@@ -1,0 +1,380 @@
+"""The Triton kernels of norm_silu, and how they are launched. The formula stands in kernels/norm_silu.py.
+
+One program takes a slab: one sample, a few whole groups, all pixels. A slab of few numbers stays in registers and is read
+once; a larger one is read twice, the second time mostly from L2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._lib import INTERPRET, AotCase, aot_case, tl_dtype
+from kernels.estimate import accum
+
+
+@triton.jit
+def _group_sum(v_c, c, K: tl.constexpr, KG: tl.constexpr):
+    """[CB] numbers, one a channel -> [KG], their sums over each group."""
+    member = tl.arange(0, KG)[:, None] == (c // K)[None, :]
+    return tl.sum(tl.where(member, v_c[None, :], 0.0), 1)
+
+
+@triton.jit
+def _spread(v_g, c, K: tl.constexpr, KG: tl.constexpr):
+    """[KG] numbers, one a group -> [CB], each channel its group's."""
+    member = tl.arange(0, KG)[:, None] == (c // K)[None, :]
+    return tl.sum(tl.where(member, v_g[:, None], 0.0), 0)
+
+
+@triton.jit
+def _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC: tl.constexpr):
+    """1 + scale and shift of sample n: [CB] each. An absent pointer is None."""
+    factor = tl.full(channel.shape, 1.0, ACC)
+    if scale_ptr is not None:
+        factor += tl.load(scale_ptr + n * scale_n + channel, mask=valid, other=0.0).to(ACC)
+    shift = tl.zeros(channel.shape, ACC)
+    if shift_ptr is not None:
+        shift += tl.load(shift_ptr + n * shift_n + channel, mask=valid, other=0.0).to(ACC)
+    return factor, shift
+
+
+@triton.jit
+def _get(ptr, at, mask, EVEN: tl.constexpr, ACC: tl.constexpr):
+    if EVEN:  # every pixel and channel of the tile exists
+        v = tl.load(ptr + at)
+    else:
+        v = tl.load(ptr + at, mask=mask, other=0.0)
+    return v.to(ACC)
+
+
+@triton.jit
+def _put(ptr, at, mask, v, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(ptr + at, v)
+    else:
+        tl.store(ptr + at, v, mask=mask)
+
+
+@triton.jit
+def _sigmoid(h, ASM: tl.constexpr):
+    # PTX spares the branches for numbers near 0 and infinity, a fifth of the arithmetic. The interpreter has none.
+    if ASM:
+        h = h * -1.4426950408889634
+        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [h], tl.float32, True, 1)
+        s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1)
+    else:
+        s = 1.0 / (1.0 + tl.exp(-h))
+    return s
+
+
+@triton.jit
+def _at(row, channel, C: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """[ROWS, CB] offsets inside a sample."""
+    if CHANNELS_LAST:
+        at = row[:, None] * C + channel[None, :]
+    else:
+        at = row[:, None] + channel[None, :] * HW
+    return at
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, y_ptr, mean_ptr, rstd_ptr, scale_n, shift_n, add_n, eps,
+    C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = C // G
+    EVEN: tl.constexpr = (CB == KG * K) and (HW % ROWS == 0)
+    n = (tl.program_id(0) // (G // KG)).to(tl.int64)
+    block = tl.program_id(0) % (G // KG)  # neighbours in a sample run together and share cache lines
+    g = block * KG + tl.arange(0, KG)
+    c = tl.arange(0, CB)
+    valid = c < KG * K
+    channel = block * (KG * K) + c
+    row = tl.arange(0, ROWS)
+    x_ptr += n * (C * HW)
+    y_ptr += n * (C * HW)
+    add = tl.zeros((CB,), ACC)
+    if add_ptr is not None:
+        add += tl.load(add_ptr + n * add_n + channel, mask=valid, other=0.0).to(ACC)
+    if ROWS >= HW:
+        mask = (row < HW)[:, None] & valid[None, :]
+        at = _at(row, channel, C, HW, CHANNELS_LAST)
+        x = _get(x_ptr, at, mask, EVEN, ACC)
+        mean = _group_sum(tl.sum(x, 0) + HW * add, c, K, KG) / (K * HW)
+        x -= (_spread(mean, c, K, KG) - add)[None, :]
+        square = x * x if EVEN else tl.where(mask, x * x, 0.0)
+        var = _group_sum(tl.sum(square, 0), c, K, KG) / (K * HW)
+    else:  # sums about the first pixel: no cancellation where the mean is large
+        pivot = _get(x_ptr, channel if CHANNELS_LAST else channel * HW, valid, CB == KG * K, ACC)
+        first = tl.zeros((ROWS, CB), ACC)
+        second = tl.zeros((ROWS, CB), ACC)
+        for start in range(0, HW, ROWS):
+            mask = (start + row < HW)[:, None] & valid[None, :]
+            d = _get(x_ptr, _at(start + row, channel, C, HW, CHANNELS_LAST), mask, EVEN, ACC) - pivot[None, :]
+            d = d if EVEN else tl.where(mask, d, 0.0)
+            first += d
+            second += d * d
+        first_c = tl.sum(first, 0)
+        mean_c = pivot + add + first_c / HW
+        mean = _group_sum(mean_c, c, K, KG) / K
+        off = tl.where(valid, mean_c - _spread(mean, c, K, KG), 0.0)
+        square_c = tl.sum(second, 0) - first_c * first_c / HW
+        var = _group_sum(square_c + HW * off * off, c, K, KG) / (K * HW)
+    rstd = 1.0 / tl.sqrt(tl.maximum(var, 0.0) + eps)
+    tl.store(mean_ptr + n * G + g, mean)
+    tl.store(rstd_ptr + n * G + g, rstd)
+    factor, offset = _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
+    gain = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(ACC) * factor * _spread(rstd, c, K, KG)
+    offset += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(ACC) * factor
+    if ROWS >= HW:
+        h = x * gain[None, :] + offset[None, :]
+        _put(y_ptr, at, mask, h * _sigmoid(h, ASM) if SILU else h, EVEN)
+    else:
+        offset -= (_spread(mean, c, K, KG) - add) * gain
+        for start in range(0, HW, ROWS):
+            mask = (start + row < HW)[:, None] & valid[None, :]
+            at = _at(start + row, channel, C, HW, CHANNELS_LAST)
+            h = _get(x_ptr, at, mask, EVEN, ACC) * gain[None, :] + offset[None, :]
+            _put(y_ptr, at, mask, h * _sigmoid(h, ASM) if SILU else h, EVEN)
+
+
+@triton.jit
+def _dh(
+    x_ptr, dy_ptr, at, mask, centre, gain, offset,
+    SILU: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """x - mean, and the gradient to h, of one tile."""
+    d = _get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
+    dh = _get(dy_ptr, at, mask, EVEN, ACC)
+    if SILU:
+        h = d * gain[None, :] + offset[None, :]
+        s = _sigmoid(h, ASM)
+        dh *= s * (h * (1.0 - s) + 1.0)
+    return d, dh
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, dx_ptr, dadd_ptr, sums_ptr,
+    scale_n, shift_n, add_n, N,
+    C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = C // G
+    EVEN: tl.constexpr = (CB == KG * K) and (HW % ROWS == 0)
+    n = (tl.program_id(0) // (G // KG)).to(tl.int64)
+    block = tl.program_id(0) % (G // KG)  # neighbours in a sample run together and share cache lines
+    g = block * KG + tl.arange(0, KG)
+    c = tl.arange(0, CB)
+    valid = c < KG * K
+    channel = block * (KG * K) + c
+    row = tl.arange(0, ROWS)
+    x_ptr += n * (C * HW)
+    dy_ptr += n * (C * HW)
+    dx_ptr += n * (C * HW)
+    centre = _spread(tl.load(mean_ptr + n * G + g), c, K, KG)
+    rstd = _spread(tl.load(rstd_ptr + n * G + g), c, K, KG)
+    if add_ptr is not None:
+        centre -= tl.load(add_ptr + n * add_n + channel, mask=valid, other=0.0).to(ACC)
+    factor, offset = _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
+    gain = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(ACC) * factor * rstd
+    offset += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(ACC) * factor
+    mask = (row < HW)[:, None] & valid[None, :]
+    at = _at(row, channel, C, HW, CHANNELS_LAST)
+    d, dh = _dh(x_ptr, dy_ptr, at, mask, centre, gain, offset, SILU, EVEN, ACC, ASM)
+    dh_sum = dh  # over pixels: of dh, dh·(x - mean) and x - mean
+    dhd_sum = dh * d  # dh is 0 where masked
+    d_sum = d if EVEN else tl.where(mask, d, 0.0)
+    for start in range(ROWS, HW, ROWS):  # empty where ROWS >= HW
+        mask_s = (start + row < HW)[:, None] & valid[None, :]
+        at_s = _at(start + row, channel, C, HW, CHANNELS_LAST)
+        d_s, dh_s = _dh(x_ptr, dy_ptr, at_s, mask_s, centre, gain, offset, SILU, EVEN, ACC, ASM)
+        dh_sum += dh_s
+        dhd_sum += dh_s * d_s
+        if dadd_ptr is not None:
+            d_sum += d_s if EVEN else tl.where(mask_s, d_s, 0.0)
+    dh_c = tl.sum(dh_sum, 0)
+    dhd_c = tl.sum(dhd_sum, 0)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + n * C + channel, dh_c, mask=valid)
+        tl.store(sums_ptr + (N + n) * C + channel, dhd_c * rstd, mask=valid)
+    # dx = gain·dh - (mean over the group of gain·dh) - (x - mean)/var · (mean over the group of gain·dh·(x - mean))
+    along = _spread(_group_sum(gain * dh_c, c, K, KG) / (K * HW), c, K, KG)
+    across = _spread(_group_sum(gain * dhd_c, c, K, KG) / (K * HW), c, K, KG) * rstd * rstd
+    if dadd_ptr is not None:
+        dadd = gain * dh_c - HW * along - across * tl.sum(d_sum, 0)
+        tl.store(dadd_ptr + n * C + channel, dadd, mask=valid)
+    if ROWS >= HW:
+        _put(dx_ptr, at, mask, dh * gain[None, :] - (d * across[None, :] + along[None, :]), EVEN)
+    else:
+        for start in range(0, HW, ROWS):
+            mask = (start + row < HW)[:, None] & valid[None, :]
+            at = _at(start + row, channel, C, HW, CHANNELS_LAST)
+            d, dh = _dh(x_ptr, dy_ptr, at, mask, centre, gain, offset, SILU, EVEN, ACC, ASM)
+            _put(dx_ptr, at, mask, dh * gain[None, :] - (d * across[None, :] + along[None, :]), EVEN)
+
+
+@triton.jit
+def _parameters_kernel(
+    sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr, scale_n, C,
+    N: tl.constexpr, ROWS: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """From the sums over pixels of dh and dh·xhat [2, N, C]: gradients of weight, bias [C] and scale, shift [N, C]."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(ACC)
+    dweight = tl.zeros((CB,), ACC)
+    dbias = tl.zeros((CB,), ACC)
+    for start in range(0, N, ROWS):
+        n = start + tl.arange(0, ROWS)
+        mask = (n < N)[:, None] & (c < C)[None, :]
+        at = n[:, None].to(tl.int64) * C + c[None, :]
+        dh = tl.load(sums_ptr + at, mask=mask, other=0.0)
+        dhx = tl.load(sums_ptr + N * C + at, mask=mask, other=0.0)
+        if dscale_ptr is not None:
+            tl.store(dscale_ptr + at, dhx * weight[None, :] + dh * bias[None, :], mask=mask)
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + at, dh, mask=mask)
+        if dweight_ptr is not None:
+            if scale_ptr is not None:
+                scale = tl.load(scale_ptr + n[:, None].to(tl.int64) * scale_n + c[None, :], mask=mask, other=0.0)
+                dh += dh * scale.to(ACC)
+                dhx += dhx * scale.to(ACC)
+            dweight += tl.sum(dhx, 0)
+            dbias += tl.sum(dh, 0)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + c, dweight, mask=c < C)
+        tl.store(dbias_ptr + c, dbias, mask=c < C)
+
+
+#: Numbers of one tensor that one program holds in registers at most, to read them once.
+_SLAB = {"forward": 16384, "backward": 8192}
+#: Numbers at a time of a larger slab. 16 warps: one or two programs fill a multiprocessor, and their slabs stay in L2.
+_TILE = {"forward": 4096, "backward": 8192}
+_TILE_WARPS = 16
+_SEGMENT = 64  # bytes of neighbouring channels a program reads per pixel; half where that keeps one pass
+ASM = not INTERPRET
+
+
+def plan(c: int, hw: int, groups: int, itemsize: int, channels_last: bool, direction: str) -> dict[str, int]:
+    """Groups a program takes (KG), their channels and pixels at a time as powers of two (CB, ROWS), and its warps.
+
+    A function of shape and dtype alone, so that the order of summation does not depend on the device.
+    """
+    k, rows = c // groups, triton.next_power_of_2(hw)
+    fits = []
+    for segment in (_SEGMENT, _SEGMENT // 2) if channels_last else (1,):
+        kg = 1
+        while groups % (2 * kg) == 0 and (kg * k * itemsize < segment or kg * k * itemsize % 8) and kg * k < 128:
+            kg *= 2
+        fits.append((kg, triton.next_power_of_2(kg * k)))
+    limit = _SLAB[direction]
+    kg, cb = next(((kg, cb) for kg, cb in fits if cb * rows <= limit), fits[-1])
+    if cb * rows <= limit:
+        warps = min(8, max(4, cb * rows // 1024))
+    else:
+        rows, warps = max(16, _TILE[direction] // cb), _TILE_WARPS
+    return {"KG": kg, "CB": cb, "ROWS": rows, "num_warps": warps}
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+    n, c, h, w = x.shape
+    y = torch.empty_like(x)
+    mean = x.new_empty(n, groups, dtype=accum(x))
+    rstd = torch.empty_like(mean)
+    if x.numel() == 0:
+        return y, mean, rstd
+    channels_last = not x.is_contiguous()
+    p = plan(c, h * w, groups, x.element_size(), channels_last, "forward")
+    _forward_kernel[(n * (groups // p["KG"]),)](
+        x, weight, bias, scale, shift, add, y, mean, rstd, _stride(scale), _stride(shift), _stride(add), eps,
+        C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
+        ASM=ASM and x.dtype != torch.float64, **p,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+    n, c, h, w = x.shape
+    params, want_scale, want_shift, want_add = wanted
+    dx = torch.empty_like(x)
+    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    if x.numel() == 0:
+        return dx, *(t.zero_() for t in out)
+    sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
+    channels_last = not x.is_contiguous()
+    p = plan(c, h * w, groups, x.element_size(), channels_last, "backward")
+    _backward_kernel[(n * (groups // p["KG"]),)](
+        dy, x, mean, rstd, weight, bias, scale, shift, add, dx, out[4] if want_add else None, sums,
+        _stride(scale), _stride(shift), _stride(add), n,
+        C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
+        ASM=ASM and x.dtype != torch.float64, **p,
+    )  # fmt: skip
+    if sums is not None:
+        dweight, dbias, dscale, dshift, _ = (t if t.numel() else None for t in out)
+        _parameters_kernel[(triton.cdiv(c, 32),)](
+            sums, weight, bias, scale if params else None, dweight, dbias, dscale, dshift, _stride(scale), c,
+            N=n, ROWS=32, CB=32, ACC=tl_dtype(mean.dtype), num_warps=4,
+        )  # fmt: skip
+    return dx, *out
+
+
+def gradients(x, weight, bias, scale, shift, add, wanted) -> list[Tensor]:
+    """Memory for the gradients of weight, bias, scale, shift and add; what is not wanted is empty."""
+    params, *each = wanted
+    given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
+
+
+#: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
+SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
+ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
+
+
+def _aot_norm(c: int, resolution: int, dtype: str, modulated: bool, channels_last: bool) -> list[AotCase]:
+    image, given, stats = f"*{dtype}", f"*{dtype}" if modulated else None, "*fp32"
+    size, groups = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype], min(32, c // 4)
+    added = None if modulated else image
+    strides = {"scale_n": "i32", "shift_n": "i32", "add_n": "i32"}
+    parameters = {"weight_ptr": image, "bias_ptr": image, "scale_ptr": given, "shift_ptr": given, "add_ptr": added}
+    fixed = {"C": c, "HW": resolution**2, "G": groups, "CHANNELS_LAST": channels_last, "SILU": True, "ACC": tl.float32}
+    name = f"[{c}x{resolution}x{resolution} {dtype}{' scale+shift' if modulated else ' add'}{'' if channels_last else ' NCHW'}]"
+    plans = [plan(c, resolution**2, groups, size, channels_last, d) for d in ("forward", "backward")]
+    return [
+        aot_case(
+            f"norm_silu.forward{name}", _forward_kernel,
+            {"x_ptr": image} | parameters | {"y_ptr": image, "mean_ptr": stats, "rstd_ptr": stats} | strides | {"eps": "fp32"},
+            ASM=True, **fixed, **plans[0],
+        ),
+        aot_case(
+            f"norm_silu.backward{name}", _backward_kernel,
+            {"dy_ptr": image, "x_ptr": image, "mean_ptr": stats, "rstd_ptr": stats} | parameters
+            | {"dx_ptr": image, "dadd_ptr": added, "sums_ptr": stats} | strides | {"N": "i32"},
+            ASM=True, **fixed, **plans[1],
+        ),
+    ]  # fmt: skip
+
+
+def aot_cases() -> list[AotCase]:
+    """Every width in bfloat16 channels-last at the largest of its resolutions; a few in float32, and in NCHW."""
+    cases = [
+        aot_case(
+            "norm_silu.parameters", _parameters_kernel,
+            dict.fromkeys(("sums_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
+            | {"dscale_ptr": "*bf16", "dshift_ptr": "*bf16", "scale_n": "i32", "C": "i32"},
+            N=64, ROWS=32, CB=32, ACC=tl.float32,
+        )
+    ]  # fmt: skip
+    for modulated, shapes in ((False, SONG), (True, ADM)):
+        for c, resolution in shapes:
+            cases += _aot_norm(c, resolution, "bf16", modulated, True)
+    cases += _aot_norm(128, 64, "fp32", False, True)
+    cases += _aot_norm(256, 32, "fp16", False, False)
+    cases += _aot_norm(64, 8, "fp32", False, False)
+    return cases

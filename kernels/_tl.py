@@ -1,0 +1,115 @@
+"""Device functions that the loss kernels share: masked loads, clean images from estimates, sums over parts."""
+
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load(ptr, i, mask, ACC: tl.constexpr):
+    """ptr[i] in the dtype of accumulation, 0 where masked off."""
+    return tl.load(ptr + i, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def clean(e, x_t, n, i, mask, ACC: tl.constexpr):
+    """D of sample n at the flat indices i: preconditioning and guidance of estimate e, x_t already loaded."""
+    d = load(e.raw, i, mask, ACC)
+    if e.raw_uncond is not None:
+        u = load(e.raw_uncond, i, mask, ACC)
+        d = u + e.guidance * (d - u)
+    if e.c_out is not None:
+        d = tl.load(e.c_out + n).to(ACC) * d
+    if e.c_skip is not None:
+        d += tl.load(e.c_skip + n).to(ACC) * x_t
+    return d
+
+
+@triton.jit
+def noisy(e, i, mask, ACC: tl.constexpr):
+    """x_t at the flat indices i; zeros where the estimate already is D."""
+    if e.x_t is not None:
+        x_t = load(e.x_t, i, mask, ACC)
+    else:
+        x_t = tl.zeros(i.shape, ACC)
+    return x_t
+
+
+@triton.jit
+def clean_pair(real, fake, n, i, mask, ACC: tl.constexpr):
+    """D_real and D_fake. A fake estimate with c_skip but no x_t of its own shares the real one's."""
+    x_t = noisy(real, i, mask, ACC)
+    d_real = clean(real, x_t, n, i, mask, ACC)
+    if fake.x_t is not None:
+        x_t = load(fake.x_t, i, mask, ACC)
+    return d_real, clean(fake, x_t, n, i, mask, ACC)
+
+
+@triton.jit
+def clean_difference(real, fake, n, i, mask, ACC: tl.constexpr):
+    """D_fake - D_real, exactly 0 for equal estimates: a fused multiply-add would leave the rounding of a product."""
+    if fake.x_t is None and fake.c_out is not None and real.raw_uncond is None and fake.raw_uncond is None:
+        f_real = load(real.raw, i, mask, ACC)
+        out_real, out_fake = tl.load(real.c_out + n).to(ACC), tl.load(fake.c_out + n).to(ACC)
+        difference = out_fake * (load(fake.raw, i, mask, ACC) - f_real) + (out_fake - out_real) * f_real
+        if fake.c_skip is not None:
+            skips = tl.load(fake.c_skip + n).to(ACC) - tl.load(real.c_skip + n).to(ACC)
+            difference += skips * noisy(real, i, mask, ACC)
+    else:
+        d_real, d_fake = clean_pair(real, fake, n, i, mask, ACC)
+        difference = d_fake - d_real
+    return difference
+
+
+@triton.jit
+def store_raw(e, de, d, keep, n, i, mask, ACC: tl.constexpr):
+    """Write the gradients of e's raw outputs where de has room for them; d is that of D. keep False: zeros."""
+    if e.c_out is not None:
+        d = tl.load(e.c_out + n).to(ACC) * d
+    if de.raw is not None:
+        if e.raw_uncond is not None:
+            tl.store(de.raw + i, tl.where(keep, e.guidance * d, 0.0), mask=mask)
+        else:
+            tl.store(de.raw + i, tl.where(keep, d, 0.0), mask=mask)
+    if de.raw_uncond is not None:
+        tl.store(de.raw_uncond + i, tl.where(keep, (1 - e.guidance) * d, 0.0), mask=mask)
+
+
+@triton.jit
+def through_x_t(e, d, n, ACC: tl.constexpr):
+    """The part of x_t's gradient that comes through e; d is the gradient of its D."""
+    return tl.load(e.c_skip + n).to(ACC) * d
+
+
+@triton.jit
+def part(pid, D, S: tl.constexpr, BLOCK: tl.constexpr):
+    """Which sample program pid works on, which of its S parts, and where in the D numbers that part begins and ends."""
+    n = (pid // S).to(tl.int64)
+    s = pid % S
+    per_part = tl.cdiv(tl.cdiv(D, S), BLOCK) * BLOCK
+    return n, s, s * per_part, tl.minimum(D, (s + 1) * per_part)
+
+
+@triton.jit
+def total(partials_ptr, k, n, valid, N, S: tl.constexpr):
+    """Sum number k of the samples n over their S parts; partials are [K, N, S]."""
+    at = (k * N + n[:, None]) * S + tl.arange(0, S)[None, :]
+    return tl.sum(tl.load(partials_ptr + at, mask=valid[:, None], other=0.0), axis=1)
+
+
+@triton.jit
+def is_finite(v):
+    """False for NaN and both infinities."""
+    return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def weights(weight_ptr, n, valid, D, MEAN: tl.constexpr, ACC: tl.constexpr):
+    """What the sum over a sample's D numbers is multiplied by: its weight, 1/D for a mean."""
+    w = tl.full(n.shape, 1.0, ACC)
+    if MEAN:
+        w = w / D
+    if weight_ptr is not None:
+        w *= tl.load(weight_ptr + n, mask=valid, other=0.0).to(ACC)
+    return w

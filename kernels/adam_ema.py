@@ -1,0 +1,357 @@
+"""Adam, an exponential moving average and 16-bit shadow weights of a network's parameters, in one pass over memory.
+
+    g <- grad / grad_scale   (+ weight_decay·p, unless decoupled: then p <- (1 - lr·weight_decay)·p first)
+    m <- m + (1 - beta1)·(g - m)            v <- beta2·v + (1 - beta2)·g²
+    p <- p - lr/(1 - beta1^t) · m / (sqrt(v)/sqrt(1 - beta2^t) + eps)
+    ema <- ema + (1 - ema_decay)·(p - ema)  shadow <- p rounded to 16 bits
+
+Per float32 parameter Adam reads 16 and writes 12 bytes, the EMA adds 8, a 16-bit shadow 2, the look for non-finite
+gradients 4. CUDA: two or three launches a parameter group (kernels/_adam.py) and no host sync. CPU: PyTorch's fused Adam.
+Sources: arXiv 1412.6980 Alg. 1; arXiv 1711.05101 Alg. 2 (decoupled).
+"""
+
+# pyright: reportPrivateImportUsage=false
+# torch._foreach_* and torch._fused_adam_ are what torch.optim itself is made of.
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import cuda
+from kernels._adam import LAUNCHERS
+from kernels._lib import INTERPRET
+from kernels.tables import Flags, Part, dense, local, same_layout
+
+_TABLED = ("lr", "ema_decay")  # kept as 0-dim float64 tensors on the device, so that a CUDA graph reads the new value
+
+
+class AdamEMA(torch.optim.Optimizer):
+    """torch.optim.Adam (AdamW with decoupled=True) that also keeps an EMA and 16-bit shadows of the parameters.
+
+    Its state_dict is Adam's (step, exp_avg, exp_avg_sq), plus one key a group, ema_decay: either loads the other's. EMA and
+    shadow tensors are the caller's and are saved by whoever owns them. Nothing waits for the device, so step() can
+    be captured in a CUDA graph after one eager step; learning rate and EMA decay may change between replays.
+
+    Args:
+        params: parameters or parameter groups. On CUDA they are float32: a 16-bit network keeps its 16-bit weights as
+            the shadow of float32 ones.
+        lr, betas, eps, weight_decay: as in torch.optim.Adam.
+        decoupled: weight decay as in AdamW.
+        ema: one tensor a parameter, in the order of params over all groups, of the same dtype and memory layout.
+        ema_decay: EMA <- ema_decay·EMA + (1 - ema_decay)·p after each step.
+        shadow: one bfloat16 or float16 tensor a parameter, likewise. Written at once, and after each step.
+        nonfinite: "skip": a step in which any gradient is not finite changes nothing, EMA included, and is counted
+            in `self.nonfinite`, a 0-dim int32 device tensor; "ignore" saves the look at the gradients.
+
+    Raises:
+        ValueError: an option out of range, amsgrad, or tensors that do not match.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then hands over grad_scale and found_inf and does not wait
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled: bool = False,
+        amsgrad: bool = False,
+        ema: Iterable[Tensor] | None = None,
+        ema_decay: float | Tensor = 0.0,
+        shadow: Iterable[Tensor] | None = None,
+        nonfinite: str = "skip",
+    ):
+        if nonfinite not in ("skip", "ignore"):
+            raise ValueError(f"AdamEMA wanted nonfinite 'skip' or 'ignore', got {nonfinite!r}")
+        self._skips = nonfinite == "skip"
+        self._parts: list[Part] = []
+        self._flags: Flags | None = None
+        groups = list(params)
+        if groups and not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        _deal(groups, "ema", ema)
+        _deal(groups, "shadow", shadow)
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": False,
+            "foreach": None, "capturable": False, "differentiable": False, "fused": None,
+            "decoupled_weight_decay": decoupled, "ema_decay": ema_decay,
+        }  # fmt: skip
+        super().__init__(groups, defaults)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """How many steps were left out because a gradient was not finite: 0-dim int32 on the device."""
+        return self._all_flags.nonfinite
+
+    @property
+    def _all_flags(self) -> Flags:
+        assert self._flags is not None
+        return self._flags
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the group may bring `ema` and `shadow`, lists aligned with its params."""
+        group = dict(param_group)
+        ema, shadow = group.pop("ema", None), group.pop("shadow", None)
+        super().add_param_group(group)
+        group = self.param_groups[-1]
+        _check_options(group)
+        params = group["params"]
+        device = local(params[0]).device
+        if self._flags is None:
+            self._flags = Flags(device)
+        _check_params(params, self._all_flags.flag.device)
+        _check_companions("ema", ema, params, lambda p: (p.dtype,))
+        _check_companions("shadow", shadow, params, lambda p: (torch.bfloat16, torch.float16))
+        for name in _TABLED:
+            group[name] = torch.tensor(float(group[name]), dtype=torch.float64).to(device)
+        group["capturable"] = device.type == "cuda"
+        self._parts.append(self._part(params, ema, shadow, device))
+        self.refresh_shadow()
+
+    def _part(
+        self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor] | None, device: torch.device
+    ) -> Part:
+        """State of every parameter, made now: a captured step must not allocate it."""
+        steps = torch.zeros(len(params), dtype=torch.float32, device=device)
+        for p, step in zip(params, steps.unbind(), strict=True):
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        with torch.no_grad():
+            return Part(
+                [local(p) for p in params],
+                [local(self.state[p]["exp_avg"]) for p in params],
+                [local(self.state[p]["exp_avg_sq"]) for p in params],
+                None if ema is None else [local(t) for t in ema],
+                None if shadow is None else [local(t) for t in shadow],
+                steps,
+            )
+
+    @torch.no_grad()
+    def refresh_shadow(self) -> None:
+        """Round the parameters into the shadows again, after something else (a checkpoint) has changed them."""
+        for part in self._parts:
+            if part.shadow is not None:
+                torch._foreach_copy_(part.shadow, part.params)
+
+    @torch.no_grad()
+    def set_lr(self, lr: float | Tensor) -> None:
+        """The learning rate of every group from the next step on, also in a captured CUDA graph."""
+        for group in self.param_groups:
+            group["lr"].fill_(lr)
+
+    @torch.no_grad()
+    def set_ema_decay(self, ema_decay: float | Tensor) -> None:
+        """The EMA decay of every group from the next step on, also in a captured CUDA graph."""
+        for group in self.param_groups:
+            group["ema_decay"].fill_(ema_decay)
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
+        """One step; returns what closure returned.
+
+        Args:
+            grad_scale: 0-dim float32 device tensor the gradients are divided by (a GradScaler's scale, or the norm over
+                the norm wanted, for clipping). The gradients themselves may be overwritten.
+            found_inf: 0-dim float32 device tensor; anything but 0 skips the step and counts it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        flags = self._all_flags
+        flags.grad_scale = _scalar(self, "grad_scale", grad_scale)
+        flags.found_inf = _scalar(self, "found_inf", found_inf)
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            part.params = [local(p) for p in group["params"]]
+            part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
+        device = flags.flag.device
+        backend = cuda.chosen("adam_ema") if device.type == "cuda" or INTERPRET else "reference"
+        if backend == "reference":
+            self._step_reference()
+        elif device.type == "cuda":
+            with torch.cuda.device(device):
+                self._step_fused(*LAUNCHERS[backend])
+        else:
+            self._step_fused(*LAUNCHERS[backend])
+        return loss
+
+    def _step_fused(self, check: Callable[..., None], coefs: Callable[..., None], update: Callable[..., None]) -> None:
+        flags = self._all_flags
+        for part in self._parts:
+            part.point()
+        if self._skips:
+            for part in self._parts:
+                check(part, flags)
+            self._share_flag()
+        for i, (group, part) in enumerate(zip(self.param_groups, self._parts, strict=True)):
+            coefs(part, flags, group, i == 0)
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            update(part, flags, group)
+
+    def _step_reference(self) -> None:
+        """The same step in PyTorch's own fused operations; also right on CUDA, where it does not wait either."""
+        flags = self._all_flags
+        bad = flags.flag.zero_()
+        grads = [g for part in self._parts for g in part.grads if g is not None]
+        if self._skips and grads:
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, bad, torch.ones_like(bad))
+            self._share_flag()
+        if flags.found_inf is not None:
+            bad = torch.maximum(bad, (flags.found_inf != 0).to(bad.dtype).reshape(()))
+        flags.nonfinite.add_((bad != 0).to(torch.int32))
+        if bad.device.type == "cpu" and bad != 0:
+            return
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            _reference(group, part, bad, flags.grad_scale)
+
+    def _share_flag(self) -> None:
+        """Where parameters are sharded, every process must skip the step if one does."""
+        mesh = getattr(self.param_groups[0]["params"][0], "device_mesh", None)
+        if mesh is not None:
+            for axis in range(mesh.ndim):
+                torch.distributed.all_reduce(
+                    self._all_flags.flag, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis)
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state_dict, with lr and ema_decay as numbers; reading them waits for the device."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update({name: float(group[name]) for name in _TABLED})
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From AdamEMA, torch.optim.Adam or AdamW. Values are copied into the tensors in use, so captured graphs stay valid.
+
+        Raises:
+            ValueError: the state is of an Adam with amsgrad or maximize, or of other parameters.
+        """
+        for group in state_dict["param_groups"]:
+            _check_options(group)
+        groups = [dict(group) for group in self.param_groups]
+        states = [{p: self.state[p] for p in group["params"]} for group in groups]
+        super().load_state_dict(state_dict)
+        for group, old, state in zip(self.param_groups, groups, states, strict=True):
+            for name in _TABLED:
+                if name in group:
+                    old[name].fill_(float(group[name]))
+                group[name] = old[name]
+            group["capturable"] = old["capturable"]
+            for name, value in old.items():
+                group.setdefault(name, value)
+            for p, tensors in state.items():
+                loaded = self.state.get(p, {})
+                for key, t in tensors.items():
+                    t.copy_(torch.as_tensor(loaded[key])) if key in loaded else t.zero_()
+                self.state[p] = tensors
+
+
+def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor] | None) -> None:
+    """Cut a list over all parameters into one list a group, under the group's key `name`."""
+    if tensors is None:
+        return
+    tensors = list(tensors)
+    at = 0
+    for i, group in enumerate(groups):
+        group = groups[i] = dict(group)
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        group[name] = tensors[at : at + len(group["params"])]
+        at += len(group["params"])
+    if at != len(tensors):
+        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {at}, got {len(tensors)}")
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"AdamEMA wanted {name}=False, got {group[name]}: it is not implemented")
+    bounds = {"lr": (0.0, float("inf")), "eps": (0.0, float("inf")), "weight_decay": (0.0, float("inf"))}
+    for name, (low, high) in bounds.items():
+        if not low <= float(group[name]) < high:
+            raise ValueError(f"AdamEMA wanted {name} in [{low}, {high}), got {group[name]}")
+    for name, value in [("beta1", group["betas"][0]), ("beta2", group["betas"][1])]:
+        if not 0.0 <= float(value) < 1.0:
+            raise ValueError(f"AdamEMA wanted {name} in [0, 1), got {value}")
+    if not 0.0 <= float(group.get("ema_decay", 0.0)) <= 1.0:
+        raise ValueError(f"AdamEMA wanted ema_decay in [0, 1], got {group['ema_decay']}")
+
+
+def _check_params(params: Sequence[Tensor], device: torch.device) -> None:
+    for p in map(local, params):
+        if p.device != device:
+            raise ValueError(f"AdamEMA wanted all parameters on one device, {device}, got one on {p.device}")
+        if not dense(p):
+            raise ValueError(f"AdamEMA wanted parameters without gaps in memory, got strides {p.stride()} of {p.shape}")
+        if (device.type == "cuda" or INTERPRET) and p.dtype != torch.float32:
+            raise ValueError(f"AdamEMA wanted float32 parameters (16-bit weights are their shadow), got {p.dtype}")
+
+
+def _check_companions(
+    name: str, tensors: Sequence[Tensor] | None, params: Sequence[Tensor], dtypes: Callable[[Tensor], tuple]
+) -> None:
+    """One tensor a parameter, with the same memory layout, on the same device, of one of these dtypes."""
+    if tensors is None:
+        return
+    if len(tensors) != len(params):
+        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {len(params)}, got {len(tensors)}")
+    for t, p in zip(map(local, tensors), map(local, params), strict=True):
+        if t.dtype not in dtypes(p) or t.device != p.device or not same_layout(t, p):
+            raise ValueError(
+                f"AdamEMA wanted {name} {tuple(p.shape)} with strides {p.stride()} on {p.device} of dtype "
+                f"{' or '.join(map(str, dtypes(p)))}, got {tuple(t.shape)} with {t.stride()} on {t.device} of {t.dtype}"
+            )
+    if len({t.dtype for t in tensors}) > 1:
+        raise ValueError(f"AdamEMA wanted one dtype in {name}, got {sorted({str(t.dtype) for t in tensors})}")
+
+
+def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | None:
+    """The argument of step(), or the attribute a GradScaler has set, as 0-dim float32."""
+    value = getattr(optimizer, name, None) if given is None else given
+    return None if value is None else value.to(torch.float32).reshape(())
+
+
+def _like_param(p: Tensor) -> Tensor:
+    """The gradient, laid out in memory as its parameter."""
+    assert p.grad is not None
+    if not same_layout(local(p.grad), local(p)):
+        p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
+    return local(p.grad)
+
+
+def _reference(group: dict[str, Any], part: Part, bad: Tensor, grad_scale: Tensor | None) -> None:
+    rows = [part.params, part.grads, part.exp_avg, part.exp_avg_sq, part.each_step]
+    if any(g is None for g in part.grads):
+        rows = [[t for t, g in zip(row, part.grads, strict=True) if g is not None] for row in rows]
+    params, grads, exp_avg, exp_avg_sq, steps = rows
+    on_cpu = bad.device.type == "cpu"  # where `bad` is known to be 0
+    if params:
+        torch._foreach_add_(steps, 1)
+        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused(
+            params, grads, exp_avg, exp_avg_sq, [], steps,
+            lr=float(group["lr"]) if on_cpu else group["lr"].to(torch.float32), beta1=group["betas"][0],
+            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+            maximize=False, grad_scale=grad_scale, found_inf=None if on_cpu else bad,
+        )  # fmt: skip
+        if not on_cpu:
+            torch._foreach_sub_(steps, [bad] * len(steps))
+    if part.ema is not None:
+        weight = (1 - group["ema_decay"]) * (bad == 0)
+        if on_cpu:
+            torch._foreach_lerp_(part.ema, part.params, float(weight))
+        else:
+            for e, p in zip(part.ema, part.params, strict=True):
+                e.lerp_(p, weight.to(e.dtype))
+    if part.shadow is not None:
+        torch._foreach_copy_(part.shadow, part.params)

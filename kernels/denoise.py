@@ -1,0 +1,158 @@
+"""The weighted denoising loss that trains fake-score and auxiliary networks: w·|D - target|², mean or sum over C, H, W.
+
+Forward reads the raw output, x_t and the target once and writes two numbers per sample; backward reads them once more
+and writes the gradients of the raw output and, where asked for, of x_t.
+Source: arXiv 2206.00364 Eq. 3 and 8 (w = lambda(sigma)); arXiv 2405.14867 and 2404.04057 train the fake score with it.
+"""
+
+# Triton's launches and device functions are untyped.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import itertools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import cpu, reference
+from kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
+from kernels._lib import (
+    BLOCK,
+    AotCase,
+    Outputs,
+    aot_case,
+    aot_estimate,
+    aot_gradients,
+    empty_gradients,
+    results,
+    rows,
+    splits,
+    tl_dtype,
+)
+from kernels._loss import define_loss, on_reference
+from kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
+from kernels.estimate import Estimate, Losses, accum
+
+
+@triton.jit
+def _partials_kernel(e, target_ptr, partials_ptr, N, D, S: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    n, s, start, end = part(tl.program_id(0), D, S, BLOCK)
+    square = tl.zeros((BLOCK,), ACC)
+    for j in range(start, end, BLOCK):
+        offset = j + tl.arange(0, BLOCK)
+        mask = offset < end
+        i = n * D + offset
+        error = clean(e, noisy(e, i, mask, ACC), n, i, mask, ACC) - load(target_ptr, i, mask, ACC)
+        square += error * error
+    tl.store(partials_ptr + n * S + s, tl.sum(square, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D,
+    MEAN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    bad = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, N, ROWS):
+        n = start + tl.arange(0, ROWS)
+        valid = n < N
+        square = total(partials_ptr, 0, n, valid, N, S)
+        w = weights(weight_ptr, n, valid, D, MEAN, square.dtype)
+        ok = is_finite(w * square)
+        tl.store(value_ptr + n, tl.where(ok, w * square, 0.0), mask=valid)
+        tl.store(coef_ptr + n, tl.where(ok, 2 * w, 0.0), mask=valid)
+        bad += (valid & (ok == 0)).to(tl.int32)
+    tl.store(nonfinite_ptr, tl.sum(bad, 0))
+
+
+@triton.jit
+def _gradient_kernel(e, de, target_ptr, coef_ptr, g_ptr, g_stride, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    n = (tl.program_id(0) // chunks).to(tl.int64)
+    offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < D
+    i = n * D + offset
+    error = clean(e, noisy(e, i, mask, ACC), n, i, mask, ACC) - load(target_ptr, i, mask, ACC)
+    coef = tl.load(coef_ptr + n).to(ACC)
+    d = coef * tl.load(g_ptr + n * g_stride).to(ACC) * error
+    store_raw(e, de, d, coef != 0, n, i, mask, ACC)
+    if de.x_t is not None:
+        tl.store(de.x_t + i, tl.where(coef != 0, through_x_t(e, d, n, ACC), 0.0), mask=mask)
+
+
+def _forward(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool, needs: list[bool]) -> Outputs:
+    (n, d), s, acc = target.shape, splits(*target.shape), accum(*e.images, target)
+    value, nonfinite, coef = results(target, acc, (n,))
+    if n > 0:
+        partials = target.new_empty((1, n, s), dtype=acc)
+        _partials_kernel[(n * s,)](e, target, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
+        _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
+    return value, nonfinite, [coef], []
+
+
+def _backward(
+    saved: list[Tensor], g: Tensor, e: Estimate, target: Tensor, weight: Tensor | None, mean: bool, needs: list[bool]
+) -> list[Tensor]:
+    (coef,), (n, d) = saved, target.shape
+    de, made = empty_gradients(e, needs[:3])
+    if n > 0:
+        chunks = triton.cdiv(d, BLOCK)
+        _gradient_kernel[(n * chunks,)](
+            e, de, target, coef, g, g.stride(0), d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4
+        )
+    return made
+
+
+_denoise = define_loss(
+    "denoise(Estimate e, Image target, Tensor? weight, bool mean)",
+    forward=_forward,
+    backward=_backward,
+    reference=cpu.denoise,
+    plain=cpu.plain_denoise,
+)
+
+
+def denoise(
+    estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
+) -> Losses:
+    """Denoising loss w·|D - target|² per sample, differentiable in the estimate's raw outputs and x_t.
+
+    Args:
+        estimate: what the network says about its noisy input, or the clean image D itself.
+        target: the images that were noised [N, C, H, W], a constant.
+        weight: w [N] float32, lambda(sigma); None is 1.
+        reduction: over C, H, W of a sample: "mean" (DMD2), or "sum" (EDM, SiD).
+
+    Raises:
+        ValueError: shapes or devices differ, or `target` or `weight` asks for a gradient.
+    """
+    check_root("denoise", "target", target)
+    e = check_estimate("denoise", "estimate", estimate, "target", target)
+    check_constant("denoise", "target", target, "the estimate")
+    check_choice("denoise", "reduction", reduction, ("mean", "sum"))
+    if weight is not None:
+        weight = check_per_sample("denoise", "weight", weight, "target", target)
+    if on_reference("denoise", target):
+        return reference.denoise(e, target, weight, reduction=reduction)
+    return Losses(*_denoise(e, target, weight, reduction == "mean"))
+
+
+def aot_cases() -> list[AotCase]:
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x_t and target in float32."""
+    finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32"}
+    finish |= {"coef_ptr": "*fp32", "nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
+    cases = [aot_case("denoise.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
+    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
+        name = f"[{dtype}{', guided' if guided else ''}]"
+        e, one = {"e": aot_estimate(dtype, guided=guided), "target_ptr": "*fp32"}, {"BLOCK": BLOCK, "ACC": tl.float32}
+        sums = {"partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        grads = {
+            "de": aot_gradients(dtype, guided=guided),
+            "coef_ptr": "*fp32",
+            "g_ptr": "*fp32",
+            "g_stride": "i32",
+            "D": "i32",
+            "chunks": "i32",
+        }
+        cases.append(aot_case(f"denoise.partials{name}", _partials_kernel, e | sums, S=16, **one))
+        cases.append(aot_case(f"denoise.gradient{name}", _gradient_kernel, e | grads, **one))
+    return cases

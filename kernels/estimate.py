@@ -1,0 +1,65 @@
+"""What a denoising network says about the clean image (Estimate), and what a loss says about a batch (Losses)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def accum(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype sums are taken in: float64 where any of the tensors is, else float32."""
+    for t in tensors:
+        if t is not None and t.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def per_sample(v_n: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [N, 1, ..., 1] with as many axes as `like`."""
+    return v_n.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Estimate(NamedTuple):
+    """A network's raw output F and what turns it into the clean image, not yet multiplied out:
+
+        D = c_skip · x_t + c_out · (F_u + guidance · (F - F_u))
+
+    The losses of this package take estimates as they are and form D in registers, in float32, whatever dtype and
+    memory format F comes in. A plain tensor stands for an estimate whose raw output already is D.
+    """
+
+    raw: Tensor  # F [N, C, H, W], any floating dtype and memory format
+    x_t: Tensor | None = None  # the noisy input [N, C, H, W], before c_in; None: F already is D
+    c_skip: Tensor | None = None  # [N] float32
+    c_out: Tensor | None = None  # [N] float32
+    raw_uncond: Tensor | None = None  # F_u [N, C, H, W], without the condition, for classifier-free guidance
+    guidance: float = 1.0  # F <- F_u + guidance·(F - F_u)
+
+    @property
+    def images(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What of it is an image and can have a gradient: raw, x_t, raw_uncond."""
+        return self.raw, self.x_t, self.raw_uncond
+
+    def denoised(self) -> Tensor:
+        """D [N, C, H, W] in float32 (float64 where anything is), differentiable in every tensor."""
+        dtype = accum(self.raw, self.x_t, self.raw_uncond)
+        f = self.raw.to(dtype)
+        if self.raw_uncond is not None:
+            f_u = self.raw_uncond.to(dtype)
+            f = f_u + self.guidance * (f - f_u)
+        if self.x_t is None or self.c_skip is None or self.c_out is None:
+            return f
+        c_skip, c_out = per_sample(self.c_skip.to(dtype), f), per_sample(self.c_out.to(dtype), f)
+        return c_skip * self.x_t.to(dtype) + c_out * f
+
+
+def shared(fake: Estimate, real: Estimate) -> Estimate:
+    """`fake` without its x_t where that is the very tensor `real` holds, so that it is read once."""
+    return fake._replace(x_t=None) if fake.x_t is not None and fake.x_t is real.x_t else fake
+
+
+class Losses(NamedTuple):
+    """One number per sample, and how many samples were left out of it."""
+
+    value: Tensor  # [N] float32, differentiable; a sample whose value is not finite has value 0 and gradient 0
+    nonfinite: Tensor  # [] int32, on the device: how many those are

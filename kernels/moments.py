@@ -1,0 +1,133 @@
+"""Moment matching's student loss: the inner product w·<x, D_fake - D_real>, whose gradient to x is w·(D_fake - D_real).
+
+Its value has either sign and measures nothing; only the gradient, towards the teacher's moment, matters.
+Forward reads x, x_t and both raw outputs once; backward (score_match's kernel) reads x_t and the raw outputs once.
+Source: arXiv 2406.04103, Alg. 2.
+"""
+
+# Triton's launches and device functions are untyped.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+import itertools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import cpu, reference
+from kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
+from kernels._lib import BLOCK, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
+from kernels._loss import define_loss, on_reference
+from kernels._tl import clean_pair, is_finite, load, part, total, weights
+from kernels.estimate import Estimate, Losses, accum, shared
+from kernels.score_match import difference
+
+
+@triton.jit
+def _partials_kernel(x_ptr, real, fake, partials_ptr, N, D, S: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    n, s, start, end = part(tl.program_id(0), D, S, BLOCK)
+    product = tl.zeros((BLOCK,), ACC)
+    for j in range(start, end, BLOCK):
+        offset = j + tl.arange(0, BLOCK)
+        mask = offset < end
+        i = n * D + offset
+        d_real, d_fake = clean_pair(real, fake, n, i, mask, ACC)
+        product += load(x_ptr, i, mask, ACC) * (d_fake - d_real)
+    tl.store(partials_ptr + n * S + s, tl.sum(product, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D,
+    MEAN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    bad = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, N, ROWS):
+        n = start + tl.arange(0, ROWS)
+        valid = n < N
+        product = total(partials_ptr, 0, n, valid, N, S)
+        w = weights(weight_ptr, n, valid, D, MEAN, product.dtype)
+        ok = is_finite(w * product)
+        tl.store(value_ptr + n, tl.where(ok, w * product, 0.0), mask=valid)
+        tl.store(coef_ptr + n, tl.where(ok, w, 0.0), mask=valid)
+        bad += (valid & (ok == 0)).to(tl.int32)
+    tl.store(nonfinite_ptr, tl.sum(bad, 0))
+
+
+def _forward(
+    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: list[bool]
+) -> Outputs:
+    (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
+    value, nonfinite, coef = results(x, acc, (n,))
+    if n > 0:
+        partials = x.new_empty((1, n, s), dtype=acc)
+        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
+        _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
+    return value, nonfinite, [coef], []
+
+
+def _backward(
+    saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    dx = x.new_empty(x.shape)
+    difference(saved[0], g, real, fake, dx)
+    return [dx]
+
+
+_moments = define_loss(
+    "moments(Image x, Estimate real, Estimate fake, Tensor? weight, bool mean)",
+    forward=_forward,
+    backward=_backward,
+    reference=cpu.moments,
+    plain=cpu.plain_moments,
+)
+
+
+def moments(
+    x: Tensor,
+    real: Estimate | Tensor,
+    fake: Estimate | Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+) -> Losses:
+    """Moment matching loss w·<x, D_fake - D_real> per sample, differentiable in x alone.
+
+    Args:
+        x: the student's clean images [N, C, H, W].
+        real, fake: what teacher and auxiliary network say about z_s, noised from x; estimates, or clean images D.
+        weight: w(s) [N] float32; None is 1.
+        reduction: over C, H, W of a sample: "mean", or "sum" as the paper writes it.
+
+    Raises:
+        ValueError: shapes or devices differ, or anything but `x` asks for a gradient.
+    """
+    check_root("moments", "x", x)
+    real = check_estimate("moments", "real", real, "x", x)
+    fake = check_estimate("moments", "fake", fake, "x", x)
+    check_constant_estimate("moments", "real", real, "x")
+    check_constant_estimate("moments", "fake", fake, "x")
+    check_choice("moments", "reduction", reduction, ("mean", "sum"))
+    if weight is not None:
+        weight = check_per_sample("moments", "weight", weight, "x", x)
+    if on_reference("moments", x):
+        return reference.moments(x, real, fake, weight, reduction=reduction)
+    return Losses(*_moments(x, real, shared(fake, real), weight, reduction == "mean"))
+
+
+def aot_cases() -> list[AotCase]:
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x and x_t in float32."""
+    finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32", "coef_ptr": "*fp32"}
+    finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
+    cases = [aot_case("moments.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
+    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
+        name = f"moments.partials[{dtype}{', guided' if guided else ''}]"
+        sums = {
+            "x_ptr": "*fp32",
+            "real": aot_estimate(dtype, guided=guided),
+            "fake": aot_estimate(dtype, own_x_t=False),
+        }
+        sums |= {"partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        cases.append(aot_case(name, _partials_kernel, sums, S=16, BLOCK=BLOCK, ACC=tl.float32))
+    return cases

@@ -1,0 +1,191 @@
+"""GroupNorm, the embedding's scale and shift, and SiLU in one op, on NHWC and NCHW, forward and backward.
+
+    xhat = (x + add - mean) / sqrt(var + eps)        mean, var over H, W and the channels of a group
+    h = (weight·xhat + bias)·(1 + scale) + shift     y = h·sigmoid(h)
+
+Forward reads x and writes y; backward reads x and dy and writes dx; images of up to 16384 (8192) numbers per program are
+read once, larger ones twice, the second time mostly from L2. Sums are float32. Kept for backward: x itself, and mean and
+1/std [N, G]; h is computed again. Where weight and bias are frozen nothing is kept or computed for their gradients.
+Source of the op: arXiv 2006.11239 (DDPM's norm), arXiv 2105.05233 (ADM's scale and shift).
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernels import _norm, _norm_cpu, cuda
+from kernels._lib import INTERPRET, define
+from kernels._norm import gradients
+from kernels._norm_cpu import Norm
+from kernels.estimate import accum
+
+
+def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+    return _norm_cpu.forward(x, Norm(weight, bias, scale, shift, add, groups, silu), eps)
+
+
+def _cpu_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+    norm = Norm(weight, bias, scale, shift, add, groups, silu)
+    dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
+    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    for t, gradient in zip(out, (*_norm_cpu.parameters(sums, norm), dadd), strict=True):
+        if t.numel():
+            t.copy_(gradient)
+    return dx, *out
+
+
+def _cuda_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+    y = torch.empty_like(x)
+    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        cuda.library().norm_silu(x, weight, bias, scale, shift, add, groups, eps, silu, y, mean, rstd)
+    return y, mean, rstd
+
+
+def _cuda_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+    dx = torch.empty_like(x)
+    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    if x.numel() == 0:
+        return dx, *(t.zero_() for t in out)
+    sums = mean.new_empty(2, *x.shape[:2])
+    cuda.library().norm_silu_grad(
+        dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, sums, out[4] if wanted[3] else None
+    )
+    if any(wanted[:3]):
+        cuda.library().norm_silu_parameters(sums, weight, bias, scale, *(t if t.numel() else None for t in out[:4]))
+    return dx, *out
+
+
+def _fake_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+    mean = x.new_empty(x.shape[0], groups, dtype=accum(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _fake_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+    return torch.empty_like(x), *gradients(x, weight, bias, scale, shift, add, wanted)
+
+
+_GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"
+_forward_op = define(
+    f"norm_silu(Tensor x, {_GIVEN}, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
+    triton=cuda.choose("norm_silu", triton=_norm.forward, cuda=_cuda_forward, reference=_cpu_forward),
+    reference=_cpu_forward,
+    fake=_fake_forward,
+)
+_backward_op = define(
+    f"norm_silu_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_GIVEN}, bool silu, bool[4] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=cuda.choose("norm_silu", triton=_norm.backward, cuda=_cuda_backward, reference=_cpu_backward),
+    reference=_cpu_backward,
+    fake=_fake_backward,
+)
+
+
+class _NormSilu(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, add, groups, eps, silu):
+        y, mean, rstd = _forward_op(x, weight, bias, scale, shift, add, groups, eps, silu)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, *rest = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=_format(x))  # .sum() sends a stride-0 gradient
+        _, weight, bias, *each = ctx.needs_input_grad[:6]
+        wanted = [weight or bias, *each]
+        dx, *others = _backward_op(dy, x, *rest, ctx.groups, ctx.silu, wanted)
+        others = [t if need else None for t, need in zip(others, (weight, bias, *each), strict=True)]
+        return dx, *others, None, None, None
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """h = GroupNorm(x + add)·(1 + scale) + shift, then SiLU: an image like x, in x's dtype and memory format.
+
+    ADM passes scale and shift, DDPM++ passes add. Differentiable in every tensor, once: for a second derivative there
+    is `plain`. Where weight and bias do not require a gradient, nothing is computed for theirs.
+
+    Args:
+        x: [N, C, H, W], any floating dtype, NCHW or channels-last. Statistics are taken in float32.
+        weight, bias: [C].
+        groups: number of groups, a divisor of C.
+        eps: added to the variance.
+        scale, shift, add: [N, C], from the embedding.
+        silu: False leaves out the SiLU.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that do not fit.
+    """
+    _check(x, weight, bias, groups, scale, shift, add)
+    if x.device.type == "cpu" and not INTERPRET and _pytorch_is_fast(x):
+        return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous()
+    scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
+    return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
+
+
+def _pytorch_is_fast(x: Tensor) -> bool:
+    """All but 16-bit channels-last images, for which see kernels/_norm_cpu.py."""
+    return x.element_size() > 2 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+
+
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """The definition of norm_silu, in PyTorch's own operations."""
+    if add is not None:
+        x = x + add[:, :, None, None].to(x.dtype)
+    h = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    if scale is not None:
+        h = h * (1 + scale[:, :, None, None].to(x.dtype))
+    if shift is not None:
+        h = h + shift[:, :, None, None].to(x.dtype)
+    return F.silu(h) if silu else h
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *modulation: Tensor | None) -> None:
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"norm_silu: wanted a floating x [N, C, H, W], got {x.dtype} {tuple(x.shape)}")
+    n, c = x.shape[:2]
+    if groups < 1 or c % groups:
+        raise ValueError(f"norm_silu: wanted groups to divide C = {c} of x, got {groups}")
+    wanted = [("weight", weight, (c,)), ("bias", bias, (c,))]
+    wanted += [(name, t, (n, c)) for name, t in zip(("scale", "shift", "add"), modulation, strict=True)]
+    for name, t, shape in wanted:
+        if t is None:
+            continue
+        if t.shape != shape or t.device != x.device or not t.is_floating_point():
+            raise ValueError(
+                f"norm_silu: wanted a floating {name} {shape} on {x.device} for x {tuple(x.shape)}, "
+                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )

@@ -1,0 +1,198 @@
+"""What the tests of the fused losses share: inputs worth trying, and the rule for how exact is exact enough.
+
+The rule: with the same inputs, the fused error against float64 is at most twice plain PyTorch's own (`kernels.reference`
+in that dtype), plus 1e-6 of the largest number; for the values and for every gradient.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import Estimate, Losses
+from kernels._lib import INTERPRET
+
+F32, F16, F64 = torch.float32, torch.float16, torch.float64
+#: Triton's interpreter rounds float32 to bfloat16 toward zero, so there float16 stands in.
+BF16 = torch.float16 if INTERPRET else torch.bfloat16
+
+#: What spoils a sample.
+SPOILS = (float("nan"), float("inf")) if INTERPRET else (float("nan"), float("inf"), -float("inf"))
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of raw outputs; x, x_t and targets are float32 or wider
+    layout: str = "nchw"  # "nhwc"; "mixed": raw outputs NHWC, the rest NCHW
+    guided: bool = False  # with classifier-free guidance
+    own_x_t: bool = False  # the two estimates do not share x_t
+    formed: bool = False  # clean images in place of estimates
+
+    def __str__(self) -> str:
+        words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.layout]
+        words += [name for name in ("guided", "own_x_t", "formed") if getattr(self, name)]
+        return "-".join(words)
+
+
+CASES = [
+    Case((4, 1, 8, 8), F32),  # the digits
+    Case((2, 3, 8, 8), BF16, guided=True),
+    Case((3, 3, 5, 7), F16, "nhwc", guided=True, own_x_t=True),  # nothing divides anything
+    Case((2, 3, 32, 32), BF16, "nhwc"),
+    Case((1, 3, 64, 64), F32, guided=True),  # a single sample: split over programs
+    Case((2, 4, 64, 64), BF16, "mixed"),  # latents
+    Case((3, 1025), F32, own_x_t=True),  # not an image; one more than a block
+    Case((3, 1, 1, 3), F32, formed=True),
+    Case((2, 3, 8, 8), F64, "nhwc", guided=True),
+    Case((0, 3, 8, 8), F32),
+]
+
+
+class Drawn:
+    """Random inputs of one case. Tensors are drawn once by name, so that every evaluation sees the same numbers."""
+
+    def __init__(self, case: Case, seed: int = 0):
+        self.case = case
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, Tensor] = {}
+
+    def image(self, name: str, *, raw: bool = False) -> Tensor:
+        """[N, C, H, W]; raw: in the dtype of a network's output."""
+        if name not in self.tensors:
+            t = torch.randn(self.case.shape, generator=self.generator, dtype=F64)
+            dtype = self.case.dtype if raw or self.case.dtype is F64 else F32
+            nhwc = self.case.layout == "nhwc" or (self.case.layout == "mixed" and raw)
+            t = t.to(dtype, memory_format=torch.channels_last if nhwc and t.ndim == 4 else torch.contiguous_format)
+            self.tensors[name] = t
+        return self.tensors[name]
+
+    def positive(self, name: str) -> Tensor:
+        """[N] float32 in 0.2 to 1.2."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.rand(self.case.shape[0], generator=self.generator) + 0.2
+        return self.tensors[name]
+
+    def estimate(self, name: str, x_t: str = "x_t") -> Estimate | Tensor:
+        raw = self.image(name, raw=True)
+        if self.case.formed:
+            return raw
+        uncond = self.image(f"{name}_uncond", raw=True) if self.case.guided else None
+        x_t = f"{name}_x_t" if self.case.own_x_t else x_t
+        c_skip, c_out = self.positive(f"{name}_c_skip"), self.positive(f"{name}_c_out")
+        return Estimate(raw, self.image(x_t), c_skip, c_out, uncond, 2.5 if self.case.guided else 1.0)
+
+
+def evaluate(
+    loss: Callable[[Drawn], Losses | tuple[Losses, Tensor]], drawn: Drawn, wrt: tuple[str, ...], *, exact: bool = False
+) -> dict[str, Tensor]:
+    """Values, gradients for a random cotangent, and what else the loss makes; exact: everything in float64."""
+    loss(drawn)  # draws what it needs
+    given = drawn.tensors
+    present = [name for name in wrt if name in given]
+    drawn.tensors = {name: t.detach().to(F64) if exact else t.detach() for name, t in given.items()}
+    for name in present:
+        drawn.tensors[name] = drawn.tensors[name].requires_grad_()
+    out = loss(drawn)
+    losses, made = (out, ()) if isinstance(out, Losses) else (out[0], out[1:])
+    cotangent = torch.linspace(-1, 2, losses.value.shape[0], dtype=F64).to(losses.value.dtype)
+    grads = torch.autograd.grad(losses.value, [drawn.tensors[name] for name in present], cotangent)
+    drawn.tensors = given
+    result = {"value": losses.value.detach(), "nonfinite": losses.nonfinite}
+    result |= {f"gradient of {name}": g for name, g in zip(present, grads, strict=True)}
+    return result | {f"made {i}": t for i, t in enumerate(made)}
+
+
+def fused_as_exact_as_plain(
+    fused: Callable[[Drawn], Losses], reference: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...]
+) -> None:
+    """The rule above, on fresh memory full of NaN."""
+    drawn = Drawn(case)
+    exact, plain = evaluate(reference, drawn, wrt, exact=True), evaluate(reference, drawn, wrt)
+    with poisoned_memory():
+        ours = evaluate(fused, drawn, wrt)
+    assert ours.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert ours[name].shape == expected.shape and ours[name].dtype == plain[name].dtype, name
+        assert torch.isfinite(ours[name]).all(), f"{name} holds memory nobody wrote"
+        assert_no_worse(ours[name], plain[name], expected, name)
+
+
+def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> None:
+    if exact.numel() == 0:
+        return
+    scale = exact.abs().max().item()
+    error, allowed = ((t.to(F64) - exact).abs().max().item() for t in (ours, plain))
+    assert error <= 2 * allowed + 1e-6 * scale, (
+        f"{name}: error {error:.2e}, plain PyTorch's {allowed:.2e} of {scale:.2e}"
+    )
+
+
+class poisoned_memory:
+    """torch.empty and its kin return NaN (integers: the largest) inside this context."""
+
+    def __enter__(self) -> None:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(False)
+
+
+def summed_like_one_by_one(loss: Callable[[Drawn], Losses], case: Case, wrt: str) -> None:
+    """.sum() sends an upstream gradient of stride 0; it must give what a row of ones gives."""
+    drawn = Drawn(case)
+    loss(drawn)
+    t = drawn.tensors[wrt] = drawn.tensors[wrt].detach().requires_grad_()
+    value = loss(drawn).value
+    (by_sum,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+    (by_ones,) = torch.autograd.grad(value, t, torch.ones_like(value))
+    assert torch.equal(by_sum, by_ones) and by_sum.abs().sum() > 0
+
+
+def compiles_in_one_graph(loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...]) -> None:
+    """The same value and gradients under torch.compile(fullgraph=True)."""
+    drawn = Drawn(case)
+    loss(drawn)
+    inputs = [drawn.tensors[name].requires_grad_() for name in wrt]
+
+    def mean():
+        losses = loss(drawn)
+        losses = losses if isinstance(losses, Losses) else losses[0]
+        return losses.value.mean(), losses.nonfinite
+
+    expected, _ = mean()
+    with warnings.catch_warnings():  # Dynamo's own
+        warnings.filterwarnings("ignore", ".*autograd functions are all static", DeprecationWarning)
+        value, nonfinite = torch.compile(mean, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+    assert nonfinite.item() == 0
+
+
+def flat(*args: object) -> list[object]:
+    """Arguments as a registered op takes them: estimates field by field, images as [N, D]."""
+    spread: list[object] = []
+    for a in args:
+        spread += list(a) if isinstance(a, Estimate) else [a]
+    return [a.flatten(1) if isinstance(a, Tensor) and a.ndim > 1 else a for a in spread]
+
+
+def left_out(loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], poison: str, number: float) -> None:
+    """One number of sample 1 spoiled: value and gradients of that sample are 0, those of the others as before."""
+    drawn = Drawn(case)
+    clean = evaluate(loss, drawn, wrt)
+    spoiled = drawn.tensors[poison].clone()
+    spoiled[(1,) + (0,) * (spoiled.ndim - 1)] = number
+    drawn.tensors[poison] = spoiled
+    bad = evaluate(loss, drawn, wrt)
+    assert clean["nonfinite"].item() == 0 and bad["nonfinite"].item() == 1
+    assert bad["nonfinite"].dtype is torch.int32 and bad["nonfinite"].ndim == 0
+    others = [i for i in range(case.shape[0]) if i != 1]
+    for name in bad:
+        if name == "value" or name.startswith("gradient"):
+            assert not bad[name][1].any(), f"{name} of the sample left out"
+            # not to the bit: on a CPU the clean batch takes the quicker of two ways of writing some losses
+            scale = clean[name][others].abs().max().item()
+            torch.testing.assert_close(bad[name][others], clean[name][others], rtol=0, atol=1e-6 * scale)

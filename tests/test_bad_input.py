@@ -1,0 +1,163 @@
+"""Whatever a user gets wrong ends in one clear sentence and exit code 2, and nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import train
+from engine.errors import UserError
+from engine.nets.edm import from_kwargs
+from engine.nets.weights import load_net, read_tensors, save_net
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs/digits.yaml")
+TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        train.main(list(arguments))
+    sentence = str(caught.value)
+    assert "Traceback" not in sentence
+    return sentence
+
+
+def teacher_file(path: Path, **kwargs) -> Path:
+    save_net(path, from_kwargs("EDMPrecond", **{"img_resolution": 8, "img_channels": 1} | TINY | kwargs), kimg=1.0)
+    return path
+
+
+def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
+    command = [sys.executable, "-m", "engine.train", DIGITS, f"run_dir={tmp_path}/x", "train.batchsize=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: digits.yaml: there is no setting 'train.batchsize'; did you mean train.batch?\n"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trian.batch=3", ["trian", "did you mean train"]),
+        ("method.fake_per_studnt=3", ["did you mean method.fake_per_student"]),
+        ("train.batch=many", ["train.batch", "many"]),
+        ("train.batch", ["key=value"]),
+        ("method=dmdd", ["dmdd"]),
+        ("precision=fp8", ["precision wants auto, fp32, bf16, fp16, got 'fp8'"]),
+        ("device=tpu0", ["device wants"]),
+        ("train.optim.student.name=sgd", ["optimiser wants one of adam, adamw, got 'sgd'"]),
+        ("train.batch=0", ["train.batch wants at least 1, got 0"]),
+        ("train.kimg=-1", ["train.kimg wants more than 0"]),
+        ("train.micro_batch=48", ["micro_batch", "48", "does not divide"]),
+        ("net.model_channels=30", ["net:"]),
+        ("net.model_type=Transformer", ["SongUNet, DhariwalUNet", "Transformer"]),
+        ("data.path=/nowhere.zip", ["1 thing is missing", "/nowhere.zip"]),
+        ("teacher.checkpoint=/nowhere.safetensors", ["1 thing is missing", "/nowhere.safetensors"]),
+        ("eval.features=/nowhere.pt", ["/nowhere.pt"]),
+        ("eval.n=1", ["eval.n wants at least 2, got 1"]),
+    ],
+)
+def test_settings(tmp_path, override, words):
+    sentence = refused(DIGITS, f"run_dir={tmp_path}/run", override)
+    for word in words:
+        assert word in sentence, sentence
+
+
+def test_unknown_key_in_the_recipe_itself(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults: [schema, {method: dmd}, _self_]\ntrain: {batch: 8, epochs: 3}\n")
+    assert "train.epochs" in refused(str(recipe))
+
+
+def test_recipes_that_are_not_there_or_no_yaml(tmp_path):
+    assert "did you mean configs/digits.yaml?" in refused("configs/digit.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [unclosed")
+    assert "broken.yaml" in refused(str(broken))
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert "schema" in refused(str(empty))
+
+
+def test_both_missing_things_come_in_one_message(tmp_path):
+    sentence = refused(DIGITS, f"run_dir={tmp_path}/r", "data.path=/no.zip", "teacher.checkpoint=/no.safetensors")
+    assert sentence.startswith("2 things are missing")
+    assert "/no.zip" in sentence
+    assert "/no.safetensors" in sentence
+
+
+def test_empty_folder_and_mixed_sizes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused(DIGITS, f"run_dir={tmp_path}/r", f"data.path={tmp_path}/empty")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name, size in (("a.png", 8), ("b.png", 9)):
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(mixed / name)
+    sentence = refused(DIGITS, f"run_dir={tmp_path}/r", f"data.path={mixed}")
+    assert "b.png" in sentence
+    assert "engine.convert images" in sentence
+
+
+def test_teacher_and_data_of_other_sizes(tmp_path):
+    file = teacher_file(tmp_path / "t.safetensors", img_resolution=16)
+    sentence = refused(DIGITS, f"run_dir={tmp_path}/r", f"teacher.checkpoint={file}")
+    assert "resolution 16" in sentence
+    assert "--resolution 16" in sentence
+
+
+def test_teacher_with_other_classes(tmp_path):
+    file = teacher_file(tmp_path / "t.safetensors", label_dim=3)
+    assert "knows 3 classes" in refused(DIGITS, f"run_dir={tmp_path}/r", f"teacher.checkpoint={file}")
+
+
+def test_teacher_of_another_architecture(tmp_path):
+    file = teacher_file(tmp_path / "t.safetensors")
+    tensors, meta = read_tensors(file)
+    del tensors["model.map_layer0.weight"]
+    tensors["model.extra"] = torch.zeros(1)
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+    with pytest.raises(UserError, match=r"misses model.map_layer0.weight.*has model.extra"):
+        load_net(file)
+
+
+def test_truncated_and_foreign_weight_files(tmp_path):
+    file = teacher_file(tmp_path / "t.safetensors")
+    whole = file.read_bytes()
+    for cut in (0, 7, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="not a complete safetensors file"):
+            load_net(file)
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="does not say which net"):
+        load_net(file)
+
+
+def test_another_configuration_in_the_same_folder(tmp_path):
+    train.main([DIGITS, f"run_dir={tmp_path}", "--dry-run"])
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    sentence = refused(DIGITS, f"run_dir={tmp_path}")
+    assert "other settings" in sentence
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+
+
+def test_unwritable_run_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to run folder" in refused(DIGITS, f"run_dir={tmp_path}/file/run")
+
+
+def test_method_that_needs_data_without_any(tmp_path):
+    file = teacher_file(tmp_path / "t.safetensors")
+    common = [DIGITS, f"run_dir={tmp_path}/r", "data.path=null"]
+    assert "teacher.checkpoint=" in refused(*common)
+    assert "looks at real images" in refused(*common, f"teacher.checkpoint={file}", "method.gan=true")

@@ -1,0 +1,83 @@
+"""compare: one teacher, several methods, one summary; and multi-student runs as jobs of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import compare, evaluate, train
+from engine.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs/digits.yaml")
+TINY = [
+    "net.model_channels=8", "net.channel_mult=[1,1]", "net.num_blocks=1", "teacher.train.kimg=0.5", "teacher.loss.sampling_steps=2",
+    "teacher.train.grid_kimg=1", "train.grid_kimg=100", "train.batch=16", "eval.n=80", "log.tensorboard=false", "precision=fp32",
+]  # fmt: skip
+
+
+def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys):
+    compare.main([DIGITS, "methods=dmd,gdd,msd,sfd", "seconds=0.2", f"run_dir={tmp_path}/c", *TINY])
+    summary = json.loads((tmp_path / "c/summary.json").read_text())
+    assert set(summary) >= {"floor", "teacher", "methods"}
+    assert list(summary["methods"]) == ["dmd", "gdd", "msd", "sfd"]
+    for one in summary["methods"].values():
+        assert set(one) >= {"fd", "nfe", "seconds", "images", "peak_memory_gib"}
+        assert one["fd"] > summary["floor"]["fd"]
+    assert summary["methods"]["sfd"]["nfe"] == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-6:]] == ["floor", "teacher", "dmd", "gdd", "msd", "sfd"]
+    assert (tmp_path / "c/samples.png").exists()
+    assert (tmp_path / "c/msd/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(["methods=dmd,ddm"], "got 'ddm'"), (["seconds=-3"], "seconds wants a number above 0"), (["seconds=soon"], "'soon'")],
+)
+def test_refusals(tmp_path, settings, words):
+    with pytest.raises(UserError, match=words):
+        compare.main([DIGITS, f"run_dir={tmp_path}/c", *TINY, *settings])
+
+
+def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):
+    """student=1 and student=0 apart give what one command gives, down to the weights; then the run is measured as one."""
+    small = [*TINY, "train.kimg=0.1"]
+    recipe = str(ROOT / "configs/digits_msd.yaml")
+    train.main([recipe, f"run_dir={tmp_path}/apart", *small, "student=1"])
+    assert not (tmp_path / "apart/summary.json").exists()
+    train.main([recipe, f"run_dir={tmp_path}/apart", *small, "student=0"])
+    teacher = f"teacher.checkpoint={tmp_path}/apart/teacher.safetensors"
+    train.main([recipe, f"run_dir={tmp_path}/together", *small, teacher])
+    for k in range(2):
+        files = [tmp_path / run / f"student-{k}/student.safetensors" for run in ("apart", "together")]
+        from engine.nets.weights import read_tensors
+
+        a, b = (read_tensors(file)[0] for file in files)
+        assert all((a[key] == b[key]).all() for key in a)
+    capsys.readouterr()
+    evaluate.main([f"{tmp_path}/apart", "--which", "student"])
+    measured = json.loads(capsys.readouterr().out)["student"]
+    assert measured["fd"] == pytest.approx(json.loads((tmp_path / "together/summary.json").read_text())["student"]["fd"], rel=1e-4)
+
+
+def test_adm_goes_on_from_dm(tmp_path):
+    """Stage ADM: students.start takes student and fake net of stage DM; the new head starts fresh. At lr ~ 0 nothing moves."""
+    small = [*TINY, "train.kimg=0.1"]
+    recipe = str(ROOT / "configs/digits_msd.yaml")
+    train.main([recipe, f"run_dir={tmp_path}/dm", *small])
+    teacher, still = f"teacher.checkpoint={tmp_path}/dm/teacher.safetensors", "1e-12"
+    lr = [f"train.optim.student.lr={still}", f"train.optim.fake.lr={still}"]
+    train.main([recipe, f"run_dir={tmp_path}/adm", *small, teacher, f"students.start={tmp_path}/dm", "method.gan=true", *lr])
+    import torch
+
+    from engine.training.checkpoint import load_newest
+
+    for k in range(2):
+        dm, adm = (load_newest(tmp_path / run / f"student-{k}/checkpoints", "cpu") for run in ("dm", "adm"))
+        assert dm is not None
+        assert adm is not None
+        for name, tensors in dm["nets"].items():
+            for key, value in tensors.items():
+                torch.testing.assert_close(adm["nets"][name][key], value, rtol=0, atol=1e-8)
+        assert any(key.startswith("head.") for key in adm["nets"]["fake"])

@@ -1,0 +1,265 @@
+"""Downloads from a server on this machine that breaks off, lies, changes its mind and cannot send parts."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import socket
+import threading
+import types
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from engine.convert import main
+from engine.errors import UserError
+from engine.formats import download
+from engine.formats.download import cached_path, fetch
+from engine.nets.edm import from_kwargs
+from engine.nets.weights import load_net, save_net
+
+DATA = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
+AGAIN = "python -m engine.convert edm URL OUT"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the server's `does` says."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        does = self.server.does
+        does.requests.append(dict(self.headers))
+        status = does.statuses.pop(0) if does.statuses else 200
+        if status != 200:
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/file.pkl")
+            return self.end_headers()
+        start = 0
+        if does.ranges and "Range" in self.headers:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if start >= len(does.data):
+                self.send_response(416)
+                return self.end_headers()
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(does.data) - 1}/{len(does.data)}")
+        if does.etag:
+            self.send_header("ETag", does.etag)
+        if does.announces is not None:
+            self.send_header("Content-Length", str(does.announces + len(does.data) - start))
+        self.end_headers()
+        stop = does.stops.pop(0) if does.stops else len(does.data)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(does.data[start:stop])
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Its behaviour, with what it was asked; downloads go below tmp_path and nobody waits."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.does = types.SimpleNamespace(
+        data=DATA, etag='"1"', ranges=True, announces=0, stops=[], statuses=[], requests=[]
+    )
+    web.does.url = f"http://127.0.0.1:{web.server_port}/nets/file.pkl"
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield web.does
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def ranges(server):
+    return [request.get("Range") for request in server.requests]
+
+
+def failure(url, **options):
+    with pytest.raises(UserError) as caught:
+        fetch(url, command=AGAIN, **options)
+    return str(caught.value)
+
+
+def test_a_file_is_downloaded_once(server, tmp_path, capsys):
+    path = fetch(server.url, command=AGAIN)
+    assert path == tmp_path / f"cache/{server.url.removeprefix('http://').replace(':', '_')}"
+    assert path.read_bytes() == DATA
+    assert [p.name for p in path.parent.iterdir()] == ["file.pkl"]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "file.pkl: 100%" in printed.err
+    assert fetch(server.url, command=AGAIN) == path
+    assert len(server.requests) == 1
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(server):
+    server.stops = [100_000, 250_000]
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert ranges(server) == [None, "bytes=100000-", "bytes=250000-"]
+
+
+def test_a_server_that_cannot_send_parts_begins_anew(server):
+    server.stops, server.ranges = [100_000, 200_000], False
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert ranges(server) == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_what_is_there_is_kept_for_the_next_time(server):
+    server.stops = [100_000] + [100_000] * download.ATTEMPTS
+    sentence = failure(server.url)
+    path = cached_path(server.url)
+    assert f"cannot download {server.url} (it broke off after 100,000 of 300,000 bytes)" in sentence
+    assert f"put it at {path} and run this again: {AGAIN}" in sentence
+    assert not path.exists()
+    assert len(server.requests) == 1 + download.ATTEMPTS
+    server.requests.clear()
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert ranges(server) == ["bytes=100000-"]
+
+
+def test_a_length_that_is_never_reached_is_an_error(server):
+    server.announces, server.ranges = 10, False
+    assert "(it broke off after 300,000 of 300,010 bytes)" in failure(server.url)
+    assert not cached_path(server.url).exists()
+
+
+def test_without_a_length_the_end_is_believed(server):
+    server.announces = None
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("etag", ['"2"', None])
+def test_a_file_that_changed_meanwhile_is_not_mixed(server, etag):
+    server.stops = [100_000] * 10
+    failure(server.url)
+    server.stops, server.etag, server.data = [], etag, DATA[::-1] + b"more"
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA[::-1] + b"more"
+
+
+def test_a_file_that_shrank_is_fetched_anew(server):
+    server.stops = [100_000] * 10
+    failure(server.url)
+    server.stops, server.data = [], DATA[:50]
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA[:50]
+
+
+def test_a_server_that_never_sends_the_same_is_given_up(server, monkeypatch):
+    server.stops = [100_000] * 99
+    monkeypatch.setattr(download, "_partial", lambda answer, start: download.Part(None, 1))
+    assert "cannot download" in failure(server.url)
+    assert len(server.requests) < 40
+
+
+def test_the_last_byte_may_have_been_the_last_thing_done(server):
+    path = cached_path(server.url)
+    path.parent.mkdir(parents=True)
+    path.with_name("file.pkl.part").write_bytes(DATA)
+    path.with_name("file.pkl.part.json").write_text(
+        json.dumps({"url": server.url, "version": None, "length": len(DATA)})
+    )
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("about", ["", "[]", "{}", '{"url": "http://other", "version": null, "length": 5}'])
+def test_an_unfinished_file_of_unknown_origin_is_not_continued(server, about):
+    path = cached_path(server.url)
+    path.parent.mkdir(parents=True)
+    path.with_name("file.pkl.part").write_bytes(b"something else")
+    path.with_name("file.pkl.part.json").write_text(about)
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert ranges(server) == [None]
+
+
+def test_what_the_server_says_is_passed_on(server):
+    server.statuses = [404]
+    assert f"{server.url} answered 404 Not Found: correct the address, or put the file at" in failure(server.url)
+    assert len(server.requests) == 1
+    server.statuses = [503, 503, 429]
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    cached_path(server.url).unlink()
+    server.statuses = [500] * 99
+    assert "(it answered 500 Internal Server Error)" in failure(server.url)
+
+
+def test_offline_says_where_to_put_the_file(server, tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/edm/net.pkl"
+    sentence = failure(url)
+    assert sentence.startswith(f"cannot download {url} ([Errno")
+    assert f"put it at {cached_path(url)} and run this again: {AGAIN}" in sentence
+    cached_path(url).write_bytes(b"by hand")
+    assert fetch(url, command=AGAIN).read_bytes() == b"by hand"
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://host/a.pkl", "http://host/", "https:///a.pkl", "http://host/.."]
+)
+def test_only_files_on_the_web_are_fetched(url):
+    assert f"wanted the http or https address of a file, got {url}" in failure(url)
+
+
+def test_the_cache_is_not_left(server, tmp_path):
+    for url in ("http://h/../../a.pkl", "http://u:p@h:80/./a.pkl", "http://h/%2e%2e/a.pkl?x=../b"):
+        assert tmp_path / "cache" in cached_path(url).parents
+        assert ".." not in cached_path(url).parts
+    assert cached_path("http://h/a.pkl?v=1") != cached_path("http://h/a.pkl?v=2") != cached_path("http://h/a.pkl")
+    assert "p@" not in str(cached_path("http://u:p@h/a.pkl"))
+
+
+def test_redirections_stay_on_https(server):
+    server.statuses = [302]
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    handler, request = download._SafeRedirects(), urllib.request.Request("https://host/a.pkl")
+    with pytest.raises(UserError, match=r"redirects to http://host/a\.pkl, which is not https: refused"):
+        handler.redirect_request(request, None, 302, "Found", {}, "http://host/a.pkl")
+    assert (
+        handler.redirect_request(request, None, 302, "Found", {}, "https://other/a.pkl").full_url
+        == "https://other/a.pkl"
+    )
+
+
+def test_a_known_hash_is_checked(server):
+    fetch(server.url, command=AGAIN, sha256=hashlib.sha256(DATA).hexdigest())
+    assert "has the sha256" in failure(server.url, sha256="0" * 64)
+
+
+def test_one_download_at_a_time_and_room_for_it(server, monkeypatch):
+    part = cached_path(server.url).with_name("file.pkl.part")
+    part.parent.mkdir(parents=True)
+    with part.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "another process is downloading" in failure(server.url)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**16))
+    assert "MiB free, wanted 0: make room, or name another folder in POTSTILL_CACHE" in failure(server.url)
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "file"))
+    assert "cannot write" in failure(server.url)
+    assert "POTSTILL_CACHE names another folder" in failure(server.url)
+
+
+def test_the_command_converts_what_lies_on_the_web(server, tmp_path, monkeypatch):
+    net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, model_type="SongUNet", model_channels=4,
+                      channel_mult=[1], num_blocks=1, attn_resolutions=[]).eval()  # fmt: skip
+    save_net(tmp_path / "teacher.safetensors", net)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    server.data, out = (tmp_path / "net.pth").read_bytes(), tmp_path / "net.safetensors"
+    server.stops = [10_000]
+    main(["edm", server.url, str(out), "--like", str(tmp_path / "teacher.safetensors")])
+    got, metadata = load_net(out)
+    assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), net.state_dict().values(), strict=True))
+    assert metadata["source"] == server.url
+    assert metadata["sha256"] == hashlib.sha256(server.data).hexdigest()
+    with pytest.raises(UserError, match=r"put it at .* and run this again: python -m engine\.convert edm http://"):
+        main(["edm", "http://127.0.0.1:1/net.pkl", str(tmp_path / "new.safetensors")])

@@ -1,0 +1,105 @@
+"""Compiling ahead of time: it sees spills and errors, and every shipped configuration is in the list."""
+
+import sys
+
+import pytest
+import triton
+import triton.language as tl
+
+from kernels import _norm, aot
+from kernels._lib import INTERPRET, aot_case
+
+needs_compiler = pytest.mark.skipif(INTERPRET, reason="the interpreter stands in for the compiler")
+
+
+@triton.jit
+def _sum_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, SIZE))
+    tl.store(y_ptr + tl.arange(0, SIZE), x * tl.sum(x, 0))
+
+
+@triton.jit
+def _cosine_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(y_ptr + i, tl.cos(tl.load(x_ptr + i)))
+
+
+@triton.jit
+def _wrong_kernel(x_ptr, SIZE: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, SIZE), tl.zeros((SIZE + 1,), tl.float32))
+
+
+def case(kernel, name, size, num_warps=4, **pointers):
+    return aot_case(name, kernel, pointers, num_warps=num_warps, SIZE=size)
+
+
+@needs_compiler
+def test_resources_spills_and_errors_are_told_apart():
+    fits = case(_sum_kernel, "fits", 1024, x_ptr="*fp32", y_ptr="*fp32")
+    spills = case(_sum_kernel, "spills", 8192, num_warps=1, x_ptr="*fp32", y_ptr="*fp32")  # 256 numbers a thread
+    wrong = case(_wrong_kernel, "wrong", 64, x_ptr="*fp32")
+    array = case(_cosine_kernel, "array", 128, x_ptr="*fp32", y_ptr="*fp32")  # its local memory is no spill
+    a, b, c, d = (aot.usage(one, 90) for one in (fits, spills, wrong, array))
+    assert (a.problem, a.spilled) == (d.problem, d.spilled) == ("", 0)
+    assert 8 <= a.registers <= 255
+    assert a.shared > 0
+    assert b.spilled > 0
+    assert b.problem == f"{b.spilled} bytes spilled"
+    assert "CompilationError" in c.problem
+    printed = aot.table([a, b, c]).splitlines()
+    assert len({line.index("sm_90") for line in printed[1:]}) == 1
+    assert "bytes spilled" in printed[2]
+
+
+@needs_compiler
+def test_two_processes_return_every_case_for_both_architectures():
+    cases = [case(_sum_kernel, f"{n}", n, x_ptr="*fp32", y_ptr="*fp32") for n in (128, 256, 512)]
+    usages = list(aot.triton_usages(cases, 2))
+    assert [(u.name, u.arch) for u in usages] == [(c.name, arch) for c in cases for arch in (80, 90)]
+    assert all(not u.problem for u in usages)
+
+
+def test_ptxas_output_is_read():
+    output = """\
+ptxas info    : 11 bytes gmem, 8 bytes cmem[4]
+ptxas info    : Compiling entry function '_ZN8potstill49_GLOBAL__N__4f_13update_kernelIN3c108BFloat16EfEEvPKlS5_' for 'sm_80'
+ptxas info    : Function properties for _ZN8potstill49_GLOBAL__N__4f_13update_kernelIN3c108BFloat16EfEEvPKlS5_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 44 registers, used 0 barriers, 412 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN8potstill12_GLOBAL__N__14forward_kernelIfLi4ELb1EEEvPKT_' for 'sm_80'
+ptxas info    : Function properties for _ZN8potstill12_GLOBAL__N__14forward_kernelIfLi4ELb1EEEvPKT_
+    16 bytes stack frame, 12 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 128 bytes smem, 412 bytes cmem[0]
+"""
+    first, second = aot.parse_ptxas(output, 80, "a.cu")
+    assert first == aot.Usage("a.cu: update_kernel<bfloat16, float>", 80, 44, 0, 0)
+    assert second == aot.Usage("a.cu: forward_kernel<float, 4, true>", 80, 64, 128, 36, "36 bytes spilled")
+
+
+def test_every_kernel_of_the_package_is_compiled_in_some_case():
+    """A kernel that a program launches, `_name_kernel`, and that no case lists would first be compiled by a user."""
+    cases = aot.cases()
+    listed = {id(c.kernel) for c in cases}
+    for module in {c.kernel.fn.__module__ for c in cases}:
+        kernels = {
+            n: k for n, k in vars(sys.modules[module]).items() if n.endswith("_kernel") and hasattr(k, "arg_names")
+        }
+        assert [n for n, kernel in kernels.items() if id(kernel) not in listed] == [], module
+
+
+def test_every_width_of_the_edm_and_adm_networks_is_compiled():
+    widths = {128, 192, 256, 384, 512, 576, 768, 960, 1152, 1344, 1536}
+    assert widths == {c for c, _ in _norm.SONG + _norm.ADM}
+    names = [c.name for c in aot.cases() if c.name.startswith("norm_silu.")]
+    for direction in ("forward", "backward"):
+        assert widths <= {int(n.partition("[")[2].partition("x")[0]) for n in names if direction in n}
+
+
+def test_exit_status_is_1_when_anything_spills(monkeypatch, capsys):
+    good = aot.Usage("good", 80, 32, 0, 0)
+    monkeypatch.setattr(aot, "cases", list)
+    monkeypatch.setattr(aot.shutil, "which", lambda name: None)
+    for usages, status in (([good], 0), ([good, good._replace(name="bad", spilled=8, problem="8 bytes spilled")], 1)):
+        monkeypatch.setattr(aot, "triton_usages", lambda cases, processes, usages=usages: iter(usages))
+        assert aot.main() == status
+        assert "csrc/*.cu not checked: no nvcc on PATH" in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""The Triton kernels themselves on the CPU: the cases of the other files once more, under TRITON_INTERPRET=1.
+
+Without it those files test what CPU tensors get in daily life, plain PyTorch.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+#: Finite differences through an interpreter take minutes, and the float64 cases hold the kernels to the reference.
+LEFT_OUT = "not gradcheck and not divergence and not compiles and not bad_input and not module"
+
+
+@pytest.mark.parametrize(
+    "op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising"]
+)
+def test_under_the_interpreter(op):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"test_kernels_{op}.py",
+        "-k",
+        LEFT_OUT,
+    ]
+    # numpy warns where a GPU would not: the left-out samples are NaN on purpose
+    command += ["-W", "ignore::RuntimeWarning"]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout

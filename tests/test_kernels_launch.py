@@ -1,0 +1,111 @@
+"""The launchers as a GPU would see them, up to the launch: Triton binds, specialises and compiles each call for sm_90.
+
+A stand-in for the driver says there is an H100; every kernel call then goes the way it goes there, None pointers and
+named tuples included, and stops before the launch. Looks at the machine code: 128-bit accesses where shapes allow.
+"""
+
+import importlib
+import os
+import re
+
+import pytest
+import torch
+from kernel_cases import INTERPRET
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.estimate import Estimate
+
+N, D = 4, 3 * 32 * 32
+
+
+class Pretended:
+    """What triton.runtime asks a driver for, short of launching."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the driver was asked for {name}")
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Every kernel called, compiled and not launched: name -> PTX."""
+    assert not INTERPRET and os.environ.get("TRITON_INTERPRET") != "1"
+    seen, run = {}, JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen[self.fn.__name__.strip("_")] = kernel.asm["ptx"]
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    active = driver._active
+    driver.set_active(Pretended())
+    yield seen
+    driver._active = active
+
+
+def image(dtype=torch.float32, d=D):
+    return torch.randn(N, d).to(dtype)
+
+
+def estimates():
+    c = [torch.rand(N) for _ in range(4)]
+    raw = [image(torch.bfloat16) for _ in range(3)]
+    return Estimate(raw[0], image(), c[0], c[1], raw[1], 2.0), Estimate(raw[2], None, c[2], c[3])
+
+
+def launch(op, x, g):
+    module, (real, fake) = importlib.import_module(f"kernels.{op}"), estimates()
+    w, logits = torch.rand(N), [torch.randn(N, 64), torch.randn(N, 1)]
+    args = {
+        "score_match": (x, real, fake, 1e-6, [True]),
+        "moments": (x, real, fake, w, True, [True]),
+        "score_implicit": (x, real, fake, None, "huber", 1.0, 0.03, "", [True] * 5 + [False] * 2),
+        "denoise": (real, x, w, True, [True] * 3 + [False]),
+        "trajectory": (x, fake, w, w, x, "l1", 0.03, True, [False, True, False, False, False]),
+        "adversarial": (logits, [1, -1], "softplus", [True, False]),
+    }[op]
+    _, _, saved, made = module._forward(*args)
+    module._backward([*saved, *made], g, *args)
+
+
+def accesses(ptx):
+    return re.findall(r"(?:ld|st)\.global[\w.]*\.(?:v\d\.)?[bf]\d+", ptx)
+
+
+@pytest.mark.parametrize("op", ["score_match", "moments", "score_implicit", "denoise", "trajectory"])
+def test_losses(op, compiled):
+    launch(op, image(), torch.ones(()).expand(N))
+    assert len(compiled) == 3 or op == "moments"
+    for name in compiled.keys() - {"finish_kernel"}:
+        wide = [a for a in accesses(compiled[name]) if "v4.b32" in a or "v2.b64" in a]
+        assert any(a.startswith("ld") for a in wide), f"{name} reads nothing 128 bits wide"
+        assert any(a.startswith("st") for a in wide) or name == "partials_kernel", (
+            f"{name} writes nothing 128 bits wide"
+        )
+
+
+def test_adversarial(compiled):
+    launch("adversarial", image(), torch.ones(N))
+    assert compiled.keys() == {"forward_kernel", "finish_kernel", "gradient_kernel"}
+
+
+def test_noising(compiled):
+    noising = importlib.import_module("kernels.noising")
+    seed, sigma = torch.tensor(3), torch.rand(N)
+    noising._noised_input_launch(image(), sigma, None, seed, seed, sigma, 3, False, torch.bfloat16, True, 8)
+    noising._backward_launch(image(), image(torch.bfloat16, 8 * 32 * 32), sigma, 3, False, True, 8, torch.float32)
+    stores = [a for a in accesses(compiled["noising_kernel"]) if a.startswith("st")]
+    assert stores and all("v4" in a for a in stores), "eight bfloat16 channels of a pixel are one 128-bit store"
+    assert "gradient_kernel" in compiled
+    noising._normals_launch(seed, seed, [2, 3, 8, 8])

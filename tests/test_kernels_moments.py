@@ -1,0 +1,87 @@
+"""Moment matching's student loss, fused, against float64 and its formula."""
+
+import pytest
+import torch
+from kernel_cases import (
+    CASES,
+    F32,
+    F64,
+    SPOILS,
+    Case,
+    Drawn,
+    compiles_in_one_graph,
+    flat,
+    fused_as_exact_as_plain,
+    left_out,
+    summed_like_one_by_one,
+)
+
+from kernels import moments, reference
+from kernels.modules import MomentsLoss
+
+SMALL = Case((3, 3, 5, 7), F32)
+
+
+def with_(f, *, weight=True, reduction="mean"):
+    def loss(d):
+        w = d.positive("weight") if weight else None
+        return f(d.image("x"), d.estimate("real"), d.estimate("fake"), w, reduction=reduction)
+
+    return loss
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_plain(case):
+    fused_as_exact_as_plain(with_(moments), with_(reference.moments), case, ("x",))
+
+
+@pytest.mark.parametrize("options", [{"weight": False}, {"reduction": "sum"}, {"weight": False, "reduction": "sum"}])
+def test_options_as_exact_as_plain(options):
+    fused_as_exact_as_plain(with_(moments, **options), with_(reference.moments, **options), SMALL, ("x",))
+
+
+@pytest.mark.parametrize("f", [moments, reference.moments])
+def test_formula_and_gradcheck(f):
+    d = Drawn(Case((2, 2, 3, 3), F64))
+    x, real, fake, w = d.image("x"), d.image("real"), d.image("fake"), torch.tensor([0.5, 3.0], dtype=F64)
+    expected = [
+        w[i] * sum(a * b for a, b in zip(x[i].flatten(), (fake - real)[i].flatten(), strict=True)) for i in range(2)
+    ]
+    torch.testing.assert_close(f(x, real, fake, w, reduction="sum").value, torch.stack(expected))
+    torch.autograd.gradcheck(lambda x: f(x, real, fake, w).value, x.requires_grad_())
+
+
+def test_upstream_gradient_of_stride_0():
+    summed_like_one_by_one(with_(moments), SMALL, "x")
+
+
+@pytest.mark.parametrize("poison", ["x", "real", "fake", "x_t", "weight", "fake_c_out"])
+@pytest.mark.parametrize("number", SPOILS)
+def test_left_out(poison, number):
+    left_out(with_(moments), Case((3, 3, 8, 8), F32), ("x",), poison, number)
+
+
+def test_module():
+    d = Drawn(SMALL)
+    args = d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("weight")
+    torch.testing.assert_close(MomentsLoss(per_sample="sum")(*args), moments(*args, reduction="sum").value.mean())
+
+
+def test_bad_input():
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"gradient for x only: wanted fake.raw without requires_grad"):
+        moments(x, x, x.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"reduction to be one of"):
+        moments(x, x, x, reduction="none")
+
+
+def test_opcheck():
+    d, ops = Drawn(Case((3, 3, 8, 8), F32)), torch.ops.potstill
+    args = flat(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True, [True] + [False] * 6)
+    torch.library.opcheck(ops.moments.default, args)
+    _, _, saved, _ = ops.moments.default(*args)
+    torch.library.opcheck(ops.moments_backward.default, [saved, torch.ones(()).expand(3), *args])
+
+
+def test_compiles():
+    compiles_in_one_graph(with_(moments), Case((3, 3, 8, 8), F32), ("x",))

@@ -1,0 +1,150 @@
+"""Solvers against the closed form of a Gaussian: order of convergence, exactness where a method is exact, and one signature."""
+
+import math
+
+import pytest
+import torch
+
+from engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
+from engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, posterior, solve, trajectory
+from engine.sampling import Sampler, ode, one_step
+
+SD = 0.7  # the data: N(0, SD²), whose denoiser is D(x; σ) = x·SD²/(SD² + σ²)
+
+
+def denoise(x, sigma):
+    return x * SD**2 / (SD**2 + sigma**2)
+
+
+def exact(x, sigma, sigma_next):
+    """The probability flow keeps x / sqrt(SD² + σ²)."""
+    return x * math.sqrt((SD**2 + sigma_next**2) / (SD**2 + sigma**2))
+
+
+def error(solver, steps, low=0.5, high=5.0):
+    # float64 throughout: `solve` hands the denoiser float32, so the step is walked by hand
+    sigmas = torch.logspace(math.log10(high), math.log10(low), steps + 1, dtype=torch.float64)
+    x, state = torch.tensor([1.3], dtype=torch.float64), None
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x, state = SOLVERS[solver](denoise, x, sigma, sigma_next, state)
+    return (x - exact(1.3, high, low)).abs().item()
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_3m", 2), ("ipndm", 2)])
+def test_order_of_convergence(solver, order):
+    """Halving the step divides the error by 2^order (less an eighth). A multistep solver's first step has order one, an error
+    of h² that is made once: beyond order two it shows only in a single step, below."""
+    ratio = error(solver, 64) / error(solver, 128)
+    assert ratio > 0.875 * 2**order, ratio
+
+
+def local_error(solver, h, order):
+    """Of one step of size h in ln σ from the exact solution, with exact history."""
+    sigmas = [3 * math.exp(h * (order - 1 - i)) for i in range(order + 1)]
+    x, state = torch.tensor([1.3], dtype=torch.float64), None
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        at = [torch.tensor(s, dtype=torch.float64) for s in (sigma, sigma_next)]
+        reached, state = SOLVERS[solver](denoise, x, *at, state)
+        x = exact(x, sigma, sigma_next)
+    return (reached - x).abs().item()
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "steps"), [("dpmpp_2m", 2, 2), ("dpmpp_3m", 2, 3), ("dpmpp_3m_taylor", 3, 3)]
+)
+def test_order_of_a_single_multistep_step(solver, order, steps):
+    """Its error falls by 2^(order + 1) when the step is halved, and by no more. DPM-Solver++ (3M) is published with half the
+    weight on its second difference: it is of order two."""
+    ratio = local_error(solver, 0.02, steps) / local_error(solver, 0.01, steps)
+    assert 0.9 * 2 ** (order + 1) < ratio < 1.1 * 2 ** (order + 1), ratio
+
+
+def test_third_difference_pays():
+    """(3M) as published makes a sixth of (2M)'s error, with the full weight less than a tenth of that."""
+    second, published, full = (local_error(s, 0.02, k) for s, k in (("dpmpp_2m", 2), ("dpmpp_3m", 3), ("dpmpp_3m_taylor", 3)))
+    assert published < second / 5
+    assert full < published / 10
+
+
+def test_dpmpp_first_step_is_euler():
+    """In λ = -ln σ the first-order step of DPM-Solver++ is Euler's in σ, exactly."""
+    x, a, b = torch.tensor([1.3], dtype=torch.float64), torch.tensor(3.0), torch.tensor(2.0)
+    for solver in ("dpmpp_2m", "dpmpp_3m"):
+        torch.testing.assert_close(SOLVERS[solver](denoise, x, a, b, None)[0], SOLVERS["euler"](denoise, x, a, b, None)[0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluations_are_counted_right_and_zero_is_reached(solver):
+    calls = 0
+
+    def counting(x, sigma):
+        nonlocal calls
+        calls += 1
+        return denoise(x, sigma)
+
+    sampler = ode(solver, 6)
+    x = solve(SOLVERS[solver], counting, torch.ones(2, 1), torch.tensor(sampler.sigmas, dtype=torch.float64))
+    assert calls == sampler.nfe
+    assert x.isfinite().all()
+    assert EVALUATIONS[solver] in (1, 2)
+
+
+def test_trajectory_holds_every_level():
+    sigmas = with_zero(karras(5))
+    states = trajectory(SOLVERS["euler"], denoise, torch.ones(3, 1), sigmas)
+    assert len(states) == 6
+    assert all(s.dtype == torch.float64 for s in states)
+
+
+def test_ancestral_sampling_of_a_gaussian_has_its_variance():
+    """z_s = (1-r) D + r z_t + σ_s sqrt(1-r) ξ with D = k z_t: var_s = ((1-r) k + r)² var_t + σ_s² (1-r), step by step."""
+    generator = torch.Generator().manual_seed(0)
+    sigmas, n = karras(20), 40_000
+    expected = sigmas[0].item() ** 2
+    for s_t, s_s in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
+        r, k = (s_s / s_t) ** 2, SD**2 / (SD**2 + s_t**2)
+        expected = ((1 - r) * k + r) ** 2 * expected + s_s**2 * (1 - r)
+    x = torch.randn(n, 1, generator=generator).double() * sigmas[0]
+    x = solve(ancestral(lambda: torch.randn(n, 1, generator=generator)), denoise, x, sigmas)
+    assert x.var().item() == pytest.approx(expected, rel=0.02)  # the standard error is sqrt(2 / n) = 0.7 %
+
+
+def test_posterior_is_bayes():
+    """q(z_s | z_t, x) from the two Gaussians z_s ~ N(x, σ_s²), z_t ~ N(z_s, σ_t² - σ_s²), by their precisions."""
+    x, z_t, s_t, s_s = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 2.0, 1.7, 0.6))
+    precision = 1 / s_s**2 + 1 / (s_t**2 - s_s**2)
+    mean = (x / s_s**2 + z_t / (s_t**2 - s_s**2)) / precision
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    torch.testing.assert_close(posterior(x, z_t, s_t, s_s, zero), mean)
+    spread = posterior(x, z_t, s_t, s_s, one) - posterior(x, z_t, s_t, s_s, zero)
+    torch.testing.assert_close(spread**2, 1 / precision)
+
+
+def test_noise_levels_are_the_published_ones():
+    """DMD2's grid, SFD's grid and SiD's map, to the digits the specifications give."""
+    grid = grid_level(torch.tensor([0, 20, 100, 250, 500, 750, 900, 980, 999]))
+    published = torch.tensor([0.002, 0.00323, 0.0168, 0.170, 2.53, 17.6, 45.6, 72.05, 80.0])
+    torch.testing.assert_close(grid, published, rtol=5e-3, atol=0)
+    torch.testing.assert_close(karras(4, 0.006), torch.tensor([80, 10.929, 0.6699, 0.006]).double(), rtol=1e-4, atol=0)
+    sid = karras_at(torch.tensor([0.0, 0.5, 0.8]))
+    torch.testing.assert_close(sid, torch.tensor([0.002, 2.5152, 24.408]), rtol=1e-4, atol=0)
+
+
+def test_edm_weight_makes_the_raw_output_unit_weighted():
+    """λ(σ)·c_out² = 1 at every level."""
+    from engine.diffusion.precond import edm
+
+    sigma = torch.logspace(-3, 2, 50)
+    torch.testing.assert_close(edm_weight(sigma) * edm(sigma).c_out ** 2, torch.ones(50))
+
+
+def test_lognormal_law():
+    ln = lognormal(torch.randn(100_000, generator=torch.Generator().manual_seed(0))).log()
+    assert ln.mean().item() == pytest.approx(-1.2, abs=0.02)
+    assert ln.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_samplers_say_what_they_cost_and_refuse_what_they_do_not_know():
+    assert [ode("heun", 18).nfe, ode("euler", 5).nfe, one_step(80).nfe, Sampler("ancestral", [80.0, 2.5]).nfe] == [35, 5, 1, 2]
+    with pytest.raises(ValueError, match="solver wants one of"):
+        Sampler("rk45", [80.0])
