@@ -8,6 +8,7 @@ Where nvcc and the sources are present, csrc/*.cu are compiled too and ptxas rep
 import importlib
 import importlib.util
 import multiprocessing
+import os
 import pkgutil
 import re
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -95,19 +97,27 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def _usage_of(job: tuple[int, int]) -> Usage:
-    return usage(_CASES[job[0]], job[1])
+def _usage_of(job: tuple[str, int]) -> Usage:
+    name, arch = job
+    return usage(_cases_by_name()[name], arch)
 
 
-_CASES: list[AotCase] = []  # filled before the processes fork: kernels do not travel through a pipe
+@cache
+def _cases_by_name() -> dict[str, AotCase]:
+    return {case.name: case for case in cases()}
 
 
-def triton_usages(chosen: list[AotCase], processes: int) -> Iterator[Usage]:
-    """All cases on all architectures, compiled by this many processes."""
-    _CASES[:] = chosen
-    jobs = [(i, arch) for i in range(len(chosen)) for arch in ARCHITECTURES]
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        yield from pool.imap(_usage_of, jobs)
+def _own_cache(folder: str) -> None:
+    """Each process compiles into its own empty cache: what is reported was compiled now, and nobody else writes there."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+
+
+def triton_usages(names: list[str], processes: int) -> Iterator[Usage]:
+    """These cases on all architectures, compiled by this many fresh processes: a compiler does not survive a fork well."""
+    jobs = [(name, arch) for name in names for arch in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        with multiprocessing.get_context("spawn").Pool(processes, _own_cache, (folder,)) as pool:
+            yield from pool.imap(_usage_of, jobs)
 
 
 def parse_ptxas(output: str, arch: int, prefix: str) -> list[Usage]:
@@ -182,7 +192,7 @@ def table(usages: list[Usage]) -> str:
 
 def main(processes: int = 2) -> int:
     start = time.perf_counter()
-    usages = list(triton_usages(cases(), processes))
+    usages = list(triton_usages([case.name for case in cases()], processes))
     sources = sorted(CSRC.glob("*.cu"))
     if shutil.which("nvcc") and sources:
         with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -194,6 +204,8 @@ def main(processes: int = 2) -> int:
     elif not sources:
         print(f"csrc/*.cu not checked: no sources in {CSRC}")
     failed = [u for u in usages if u.problem]
+    for u in failed:  # once more at the end, where a log is cut last
+        print(f"FAILED {u.name} for sm_{u.arch}: {u.problem}")
     print(f"{len(usages)} compiled in {time.perf_counter() - start:.0f} s, {len(failed)} failed")
     return 1 if failed else 0
 

@@ -53,9 +53,9 @@ def test_resources_spills_and_errors_are_told_apart():
 
 @needs_compiler
 def test_two_processes_return_every_case_for_both_architectures():
-    cases = [case(_sum_kernel, f"{n}", n, x_ptr="*fp32", y_ptr="*fp32") for n in (128, 256, 512)]
-    usages = list(aot.triton_usages(cases, 2))
-    assert [(u.name, u.arch) for u in usages] == [(c.name, arch) for c in cases for arch in (80, 90)]
+    names = [c.name for c in aot.cases()][::100]
+    usages = list(aot.triton_usages(names, 2))
+    assert [(u.name, u.arch) for u in usages] == [(name, arch) for name in names for arch in (80, 90)]
     assert all(not u.problem for u in usages)
 
 
@@ -102,4 +102,6 @@ def test_exit_status_is_1_when_anything_spills(monkeypatch, capsys):
     for usages, status in (([good], 0), ([good, good._replace(name="bad", spilled=8, problem="8 bytes spilled")], 1)):
         monkeypatch.setattr(aot, "triton_usages", lambda cases, processes, usages=usages: iter(usages))
         assert aot.main() == status
-        assert "csrc/*.cu not checked: no nvcc on PATH" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "csrc/*.cu not checked: no nvcc on PATH" in printed
+        assert ("FAILED bad for sm_80: 8 bytes spilled" in printed) == bool(status)
