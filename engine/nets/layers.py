@@ -34,6 +34,11 @@ class Init:
         raise ValueError(f"Init wants xavier_ or kaiming_ with uniform or normal, got {self.law!r}")
 
 
+def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 weight as a layer computes with it; the one place where weights are cast."""
+    return weight.to(dtype)
+
+
 class Linear(nn.Module):
     """y = x Wᵀ + b: [N, in] -> [N, out]."""
 
@@ -45,7 +50,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(draw(out_features) * init.bias) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if self.bias is not None else None)
+        return F.linear(x, in_dtype(self.weight, x.dtype), in_dtype(self.bias, x.dtype) if self.bias is not None else None)
 
 
 class Conv2d(nn.Module):
@@ -81,8 +86,8 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype) if self.weight is not None else None
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        weight = in_dtype(self.weight, x.dtype) if self.weight is not None else None
+        bias = in_dtype(self.bias, x.dtype) if self.bias is not None else None
         if self.resample_filter is None:
             return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
         w_pad = weight.shape[-1] // 2 if weight is not None else 0
@@ -121,7 +126,7 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.group_norm(x, self.groups, in_dtype(self.weight, x.dtype), in_dtype(self.bias, x.dtype), self.eps)
 
 
 class PositionalEmbedding(nn.Module):
