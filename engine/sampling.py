@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from engine.diffusion.sigmas import karras, with_zero
-from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, solve, trajectory
+from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
 from engine.nets.denoiser import Denoiser
 
 ONE_STEP, ANCESTRAL = "one_step", "ancestral"
+CHURNED = ("euler", "heun")  # they remember nothing, so noise may come between their steps
 
 
 class SeedNoise:
@@ -34,7 +35,8 @@ class Sampler:
 
     Of an ODE walk: `afs` makes the first step without the net (SFD's analytical first step), `lower_order_final` lets
     DPM-Solver++ end with lower orders, and `step_condition` is the number of levels that is told to a net with a step
-    condition (`engine.nets.steps`); None for all other nets.
+    condition (`engine.nets.steps`); None for all other nets. `churn` = (S_churn, S_min, S_max, S_noise) makes a walk with
+    euler or heun EDM's stochastic sampler.
     """
 
     solver: str
@@ -42,6 +44,7 @@ class Sampler:
     afs: bool = False
     lower_order_final: bool = False
     step_condition: int | None = None
+    churn: tuple[float, float, float, float] | None = None
 
     def __post_init__(self):
         choices = (ONE_STEP, ANCESTRAL, *SOLVERS)
@@ -49,6 +52,10 @@ class Sampler:
             raise ValueError(f"solver wants one of {', '.join(choices)}, got {self.solver!r}")
         if self.afs and self.solver not in SOLVERS:
             raise ValueError(f"afs wants an ODE solver ({', '.join(SOLVERS)}), got {self.solver!r}")
+        if self.churn is not None:
+            if self.afs or self.step_condition is not None:
+                raise ValueError("churn wants neither afs nor a step condition")
+            self.churn = _checked_churn(self.churn, self.solver)
 
     @property
     def nfe(self) -> int:
@@ -67,11 +74,14 @@ class Sampler:
             return net(x, sigmas[0].float(), labels)
         if self.solver == ANCESTRAL:
             return self._ancestral(net, x, labels, sigmas, noise)
+        if self.churn:
+            step = churned(SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn)
+            return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
         return self.states(net, x, labels)[-1].float()
 
     def states(self, net: Denoiser, x: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
-        assert self.solver in SOLVERS
+        assert self.solver in SOLVERS and not self.churn
         told = {} if self.step_condition is None else {"steps": self.step_condition}
         sigmas, passed = torch.tensor(self.sigmas, dtype=torch.float64), []
         if self.afs:
@@ -95,7 +105,17 @@ class Sampler:
         return net(x.float(), sigmas[-1].float(), labels)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For a weight file: JSON's types. Without churn there is no word of it, so older readers know it all."""
+        return {key: value for key, value in asdict(self).items() if key != "churn" or value is not None}
+
+
+def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, float, float]:
+    if solver not in CHURNED:
+        raise ValueError(f"churn wants the solver {' or '.join(CHURNED)}, got {solver!r}")
+    if len(churn) != 4 or not churn[0] >= 0 or not 0 <= churn[1] <= churn[2] or not churn[3] > 0:
+        raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
+    s_churn, s_min, s_max, s_noise = map(float, churn)
+    return s_churn, s_min, s_max, s_noise
 
 
 def one_step(sigma: float) -> Sampler:

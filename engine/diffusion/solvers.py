@@ -3,7 +3,7 @@
 `denoise(x, σ)` estimates the clean image; x is the state in any float dtype, σ and σ_next are 0-dim tensors. `state` is
 what a multistep solver remembers (None at the first step). `solve` walks a schedule with any of them.
 
-Sources: Euler and Heun 2206.00364 (Alg. 1 without churn), DPM-Solver++ 2211.01095 in its data-prediction multistep form,
+Sources: Euler and Heun 2206.00364 (Alg. 1, and Alg. 2 with `churned`), DPM-Solver++ 2211.01095 in its data-prediction multistep form,
 iPNDM 2204.13902 (Adams-Bashforth on dx/dσ), ancestral 2006.11239 written for variance-exploding noise.
 """
 
@@ -143,6 +143,23 @@ def ancestral(normal: Callable[[], Tensor]) -> Step:
         return posterior(denoise(x, sigma), x, sigma, sigma_next, normal()), None
 
     return step
+
+
+def churned(step: Step, normal: Callable[[], Tensor], steps: int, s_churn: float, s_min: float, s_max: float, s_noise: float) -> Step:
+    """EDM's stochastic sampler (2206.00364, Alg. 2): before a step from σ in [s_min, s_max], noise lifts x to σ(1 + γ).
+
+    γ = min(s_churn / steps, √2 - 1); the noise that is added has the standard deviation s_noise·sqrt(σ̂² - σ²). `step` is a
+    one-step solver (euler, heun), `normal()` gives standard normals of x's shape, `steps` is N, the number of steps.
+    """
+    gamma = min(s_churn / steps, 2**0.5 - 1)
+
+    def lifted(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None) -> tuple[Tensor, None]:
+        if gamma > 0 and s_min <= sigma <= s_max:
+            higher = sigma * (1 + gamma)
+            x, sigma = x + (higher**2 - sigma**2).sqrt() * s_noise * normal(), higher
+        return step(denoise, x, sigma, sigma_next, state)
+
+    return lifted
 
 
 def posterior(clean: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:

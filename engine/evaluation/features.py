@@ -1,10 +1,13 @@
-"""What a Fréchet distance compares: the raw pixels, or what a network in a TorchScript file sees.
+"""What a Fréchet distance compares: the raw pixels, or what a network sees.
 
-A distance is named after its features ("FD-pixels", "FD-resnet20"); it is called FID only with the Inception network that
-FID is defined by, which none of these is.
+    pixels                 the pixels themselves
+    FILE.pt                a TorchScript module of yours
+    inception[:FILE|URL]   the Inception network that FID is defined by (engine.evaluation.inception)
+    dinov2:FILE|URL        DINOv2 ViT-L/14, clip:FILE|URL: CLIP ViT-B/32 (engine.evaluation.vision); want the extra `timm`
+
+A distance is named after its features ("FD-pixels", "FD-resnet20"); it is called FID only with those very weights.
 """
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.formats.download import digest, is_url
 
 
 class Features(nn.Module):
@@ -23,6 +27,7 @@ class Features(nn.Module):
     title: str
     sha256: str | None = None
     num_features: int = 0  # 0 until `measure` has seen an image
+    device: torch.device = torch.device("cpu")  # of the last images measured
 
     def measure(self, images: Tensor) -> None:
         """Learn num_features from the first of some images; UserError where the features do not fit them."""
@@ -31,7 +36,7 @@ class Features(nn.Module):
             raise UserError(
                 f"{self.title} wants to be a map [N, C, H, W] -> [N, D], got {list(found.shape)} for one image"
             )
-        self.num_features = found.shape[1]
+        self.num_features, self.device = found.shape[1], images.device
 
 
 class Pixels(Features):
@@ -53,18 +58,11 @@ class Scripted(Features):
     def __init__(self, path: Path):
         super().__init__()
         self.title = f"FD-{path.stem}"
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
-                self.script = torch.jit.load(path, map_location="cpu").eval()
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{path} is no TorchScript file ({_first_line(error)}): wanted one written by torch.jit.save"
-            ) from None
+        self.sha256 = digest(path)
+        self.script = torchscript(path)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.script(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images).double()
+        return self.script(rgb(images)).double()
 
     def measure(self, images: Tensor) -> None:
         if images.shape[1] not in (1, 3):
@@ -77,14 +75,52 @@ class Scripted(Features):
             ) from error
 
 
-def load_features(name: str) -> Features:
-    """`pixels`, or the path of a TorchScript file. UserError for anything else."""
+def rgb(images: Tensor) -> Tensor:
+    """[N, 1 or 3, H, W] as [N, 3, H, W]."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def torchscript(path: Path) -> torch.jit.ScriptModule:
+    """The module in a file written by torch.jit.save, in eval mode on the CPU."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
+            return torch.jit.load(path, map_location="cpu").eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no TorchScript file ({_first_line(error)}): wanted one written by torch.jit.save"
+        ) from None
+
+
+def check_features(name: str) -> None:
+    """UserError for features that cannot be meant, before anything is loaded or downloaded."""
+    kind, _, where = name.partition(":")
+    if name == "pixels" or (kind in KINDS and (where or kind == "inception")):
+        if where and not is_url(where) and not Path(where).is_file():
+            raise UserError(f"no file {where}: features {kind} want the file or the address of their weights")
+    elif not Path(name).is_file():
+        raise UserError(
+            f"no features {name!r}: wanted pixels, inception, {', '.join(f'{k}:FILE' for k in KINDS)}, or the path of a "
+            "TorchScript file"
+        )
+
+
+def load_features(name: str, *, command: str = "the same command") -> Features:
+    """The features of a name as above. UserError for anything else; `command` is what to type again after a download."""
+    # They are Features, so they import this file.
+    from engine.evaluation.inception import load_inception
+    from engine.evaluation.vision import load_vision
+
+    check_features(name)
+    kind, _, where = name.partition(":")
     if name == "pixels":
         return Pixels()
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"no features {name!r}: wanted pixels or the path of a TorchScript file")
-    return Scripted(path)
+    if kind not in KINDS:
+        return Scripted(Path(name))
+    return load_inception(where, command) if kind == "inception" else load_vision(kind, where, command)
+
+
+KINDS = ("inception", "dinov2", "clip")  # the networks whose distances have names of their own
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.nets.router import MANIFEST, Router, load_router
 from engine.nets.weights import load_net
-from engine.sampling import Sampler, ode
+from engine.sampling import CHURNED, Sampler, ode
 
 STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
@@ -75,11 +75,13 @@ def open_models(
     *,
     steps: int | None = None,
     solver: str | None = None,
+    of_teacher: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Model]:
     """The nets at `where`, or only the one that is `which`. UserError where there is none such.
 
-    `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so.
+    `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so;
+    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there.
     """
     files = weight_files(where)
     if which and which not in files and "" not in files:
@@ -92,8 +94,11 @@ def open_models(
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)
         if which and role != which:
             raise UserError(f"{path} is a {role}'s weight file, wanted a {which}'s")
-        sampler = sampler_for(role, net, metadata, steps=steps, solver=solver, source=path)
+        how: dict[str, Any] = {"steps": steps, "solver": solver} | ((of_teacher or {}) if role == TEACHER else {})
+        sampler = sampler_for(role, net, metadata, **how, source=path)
         found.append(Model(role, path, net.to(device).eval(), sampler, metadata))
+    if of_teacher and all(model.role != TEACHER for model in found):
+        raise UserError(f"presets and churn are for teachers, and {where} holds a student: leave them out")
     return found
 
 
@@ -104,6 +109,7 @@ def sampler_for(
     *,
     steps: int | None,
     solver: str | None,
+    churn: tuple[float, float, float, float] | None = None,
     source: Path,
 ) -> Sampler:
     """How a net is sampled: as its file says, unless steps or solver are given; a teacher's default is EDM's Heun.
@@ -116,6 +122,12 @@ def sampler_for(
     if solver is not None and solver not in SOLVERS:
         raise UserError(f"solver wants one of {', '.join(SOLVERS)}, got {solver!r}")
     own = _own_sampler(metadata, source)
+    if churn:
+        walk = sampler_for(role, net, metadata, steps=steps, solver=solver, source=source)
+        if walk.solver not in CHURNED or walk.afs or walk.step_condition is not None:
+            raise UserError(f"{source} is sampled by {walk.solver}, churn wants a walk with {' or '.join(CHURNED)}")
+        lift, low, high, noise = churn
+        return replace(walk, churn=(lift, low, min(high, walk.sigmas[0]), noise))
     if role == STUDENT and own is None and solver is None:
         raise UserError(
             f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver"
