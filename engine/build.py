@@ -13,6 +13,7 @@ import torch
 from engine.config import Config, NetConfig
 from engine.data.images import Images, open_images
 from engine.errors import UserError
+from engine.evaluation.features import check_features
 from engine.methods import moment_matching
 from engine.methods.base import Method, frozen
 from engine.methods.dmd import DMD
@@ -195,8 +196,7 @@ def check_settings(cfg: Config) -> None:
     if cfg.eval.n is not None and cfg.eval.n < 2:
         raise UserError(f"eval.n wants at least 2, got {cfg.eval.n}")
     precision(cfg.precision, device(cfg.device))
-    if cfg.eval.features != "pixels" and not Path(cfg.eval.features).is_file():
-        raise UserError(f"eval.features wants pixels or a TorchScript file, and there is none at {cfg.eval.features}")
+    check_features(cfg.eval.features)
 
 
 def check_complete(cfg: Config) -> None:

@@ -78,7 +78,7 @@ class TeacherConfig:
 class EvalConfig:
     """The Frechet distance at the end of a run and, with train.eval_kimg, within it."""
 
-    features: str = "pixels"  # pixels | a TorchScript file
+    features: str = "pixels"  # pixels | inception[:FILE|URL] | dinov2:FILE | clip:FILE | a TorchScript file
     n: int | None = None  # images generated; null: as many as the data has, at most 50,000
     batch: int = 512
     seed: int = 0

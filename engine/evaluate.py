@@ -1,82 +1,188 @@
 """python -m engine.evaluate RUN_OR_FILE: the Fréchet distance of student and teacher, with the floor, as one JSON object.
 
-The object is the only thing on stdout: {"student": {"fd": …, "nfe": …, …}, "teacher": {…}, "floor": {"fd": …, …}}.
+The object is the only thing on stdout: {"student": {"fd": …, "nfe": …, …}, "teacher": {…}, "floor": {"fd": …, …}}. Under
+torchrun the images are shared out over the processes. As EDM's fid.py measures: --features inception --reference
+cifar10-32x32.npz, which means 50,000 images from the seeds 0-49999 with the classes that these seeds draw.
 """
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.cli import run
 from engine.data.images import Images, open_images
-from engine.diffusion.solvers import SOLVERS
 from engine.errors import UserError
-from engine.evaluation.features import load_features
-from engine.evaluation.score import check_fit, reference, score
-from engine.evaluation.source import ROLES, device_named, open_models, settings
+from engine.evaluation import presets
+from engine.evaluation.classes import RANDOM, parse_classes
+from engine.evaluation.features import Features, check_features, load_features
+from engine.evaluation.places import check_writable
+from engine.evaluation.provenance import tools
+from engine.evaluation.references import read_reference, write_reference
+from engine.evaluation.score import FD, METRICS, Reference, check_fit, reference, score
+from engine.evaluation.shards import Shards, from_torchrun
+from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
+from engine.formats.download import digest, fetch, is_url
 
 MOST = 50_000  # images, unless --n asks for more
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    print(json.dumps(evaluate(args), allow_nan=False))
+    args.command = shlex.join(["python", "-m", "engine.evaluate", *argv])
+    with from_torchrun(device_named(args.device)) as (shards, device):
+        found = evaluate(args, shards, device)
+        if shards.rank == 0:
+            print(json.dumps(found, allow_nan=False))
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine.evaluate", description=__doc__)
-    p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a run folder or a .safetensors file")
+    p = argparse.ArgumentParser(
+        prog="python -m engine.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "source", type=Path, nargs="?", metavar="RUN_OR_FILE",
+        help="a run folder or a .safetensors file; may be left out with --data and --save-reference",
+    )  # fmt: skip
     p.add_argument("--data", help="digits, a zip, a folder, an .npz (default: the data of the run)")
-    p.add_argument("--features", help="pixels or a TorchScript file (default: those of the run, else pixels)")
+    p.add_argument(
+        "--features",
+        help="pixels, inception[:FILE|URL], dinov2:FILE|URL, clip:FILE|URL or a TorchScript file (default: the run's, else pixels)",
+    )
+    p.add_argument("--metrics", default=FD, help=f"some of {','.join(METRICS)}: Fréchet, kernel, precision and recall (default fd)")
+    p.add_argument("--reference", help="file or address of an .npz with mu and sigma, instead of the data's own")
+    p.add_argument("--save-reference", type=Path, metavar="FILE.npz", help="write mu and sigma of the data, as EDM's fid.py ref")
     p.add_argument(
         "--n", type=int, help="images to generate (default: as the run, else as many as the data, <= 50,000)"
     )
     p.add_argument(
         "--seed", type=int, help="of the first image; the next one has the next (default: the run's, else 0)"
     )
-    p.add_argument("--batch", type=int, help="images at a time (default: the run's, else 256)")
     p.add_argument(
-        "--steps", type=int, help="sampling steps, for nets that can be sampled so (default: those of the file)"
+        "--labels", help="data, balanced, random (EDM's, from the seeds) or classes such as 0,1 (default data; random with --reference)"
     )
-    p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
+    p.add_argument("--best-of", type=int, default=1, metavar="K", help="the smallest of K distances on n seeds each, marked as such")
+    p.add_argument("--batch", type=int, help="images at a time (default: the run's, else 256)")
+    presets.add_options(p)
     p.add_argument("--which", choices=ROLES, help="of a run folder's nets (default: all there are)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> dict[str, Any]:
     """Scores by role, and the floor they share."""
-    recipe = settings(args.source)
+    check_arguments(args)
+    recipe = settings(args.source) if args.source else {}
     chosen = {"features": "pixels", "n": None, "seed": 0, "batch": 256}
-    chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in chosen and v is not None}
+    kept = ("features", "batch") if args.reference else tuple(chosen)  # a published reference goes with published numbers
+    chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in kept and v is not None}
     chosen |= {k: v for k in chosen if (v := getattr(args, k)) is not None}
-    device = device_named(args.device)
-    models = open_models(args.source, args.which, steps=args.steps, solver=args.solver, device=device)
-    features = load_features(chosen["features"])
-    images = open_data(args.data, recipe.get("data") or {}, args.source)
-    wanted = min(len(images), MOST) if chosen["n"] is None else chosen["n"]
-    n, seed, batch = check_numbers(wanted, chosen["seed"], chosen["batch"])
+    check_features(chosen["features"])
+    how = presets.how(args)
+    models = open_models(args.source, args.which, **how, device=device) if args.source else []
+    needed = not args.reference or args.labels == "data"
+    images = open_data(args.data, recipe.get("data") or {}, args.source) if needed or args.data else None
+    default = MOST if args.reference or images is None else min(len(images), MOST)
+    n = default if chosen["n"] is None else chosen["n"]
+    n, seed, batch = check_numbers(n, chosen["seed"], chosen["batch"], args.best_of)
     for model in models:
-        check_fit(model.net, images)
-    against = reference(images, features, n=n, seed=seed, batch=batch, device=device)
+        check_model(model, images, args.labels)
+    features = in_turn(shards, lambda: load_features(chosen["features"], command=args.command)).to(device)
+    metrics = args.metrics.split(",")
+    if args.reference:
+        against = in_turn(shards, lambda: given_reference(args.reference, features, models, device, n, args.command))
+    else:
+        assert images is not None
+        against = reference(
+            images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=metrics != [FD]
+        )
+    if args.save_reference:
+        save_reference(args.save_reference, against, shards)
     floor = {"fd": against.floor, "kind": against.floor_kind, "n": n}
-    say(f"floor: {features.title} {against.floor:.4g} ({against.floor_kind})")
+    say = print_on_first(shards)
+    if against.floor is not None:
+        say(f"floor: {features.title} {against.floor:.4g} ({against.floor_kind})")
     found: dict[str, Any] = {}
     for model in models:
-        role, net, sampler = model.role, model.net, model.sampler
-        found[role] = score(
-            net, sampler, images, features, n=n, seed=seed, batch=batch, device=device, against=against, progress=role
-        )
-        found[role] |= {"weights": str(model.path)}
-        say(f"{role}: {features.title} {found[role]['fd']:.4g}, NFE {sampler.nfe}, {n} images")
-        if warning := found[role].get("warning"):
-            say(f"warning: {warning}")
+        labels = (args.labels or (RANDOM if args.reference else None)) if model.net.label_dim else None
+        found[model.role] = one = score(
+            model.net, model.sampler, images, features, n=n, seed=seed, batch=batch, device=device, against=against,
+            labels=labels, metrics=metrics, best_of=args.best_of, shards=shards,
+            progress=model.role if shards.rank == 0 else None,
+        )  # fmt: skip
+        one |= about(model)
+        say(in_words(model.role, one))
+        for note in notes(model, one):
+            say(f"note: {note}")
+    if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
+        found["teacher_of_summary"] = known
+        say(in_words("teacher (summary.json)", known))
+    if not models:
+        found |= {"reference": {"data": against.data, "sha256": against.sha256, "images": against.images}, "tools": tools()}
     return found | {"floor": floor}
 
 
-def open_data(named: str | None, recipe: dict[str, Any], source: Path) -> Images:
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.source is None and not (args.data and args.save_reference):
+        raise UserError("wanted a run folder or a weight file to evaluate, or --data and --save-reference to write a reference")
+    if unknown := [m for m in args.metrics.split(",") if m not in METRICS]:
+        raise UserError(f"--metrics wants some of {','.join(METRICS)}, got {unknown[0]!r}")
+    if args.save_reference:
+        if args.reference:
+            raise UserError("--save-reference writes the data's reference: leave --reference out")
+        if args.save_reference.suffix != ".npz":
+            raise UserError(f"--save-reference wants a name ending in .npz, got {args.save_reference}")
+        check_writable(args.save_reference)
+    if args.reference and args.metrics != FD:
+        raise UserError("kid and pr compare images, and a reference file holds none: leave --reference out, and name --data")
+    if args.reference and not is_url(args.reference) and not Path(args.reference).is_file():
+        raise UserError(f"no reference at {args.reference}: wanted an .npz with mu and sigma, or its address")
+
+
+def check_model(model: Model, images: Images | None, labels: str | None) -> None:
+    if images is not None:
+        check_fit(model.net, images)
+    if labels not in (None, "data", "balanced", RANDOM) and model.net.label_dim:
+        parse_classes(labels, model.net.label_dim)
+    if labels is not None and not model.net.label_dim:
+        raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
+
+
+def in_turn(shards: Shards, work: Callable[[], Any]) -> Any:
+    """What work() gives, first in the first process: the others then find what it has downloaded."""
+    found = work() if shards.rank == 0 else None
+    shards.wait()
+    return found if shards.rank == 0 else work()
+
+
+def given_reference(
+    where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str
+) -> Reference:
+    """The Gaussian of a file or address, if it is one of these features."""
+    path = fetch(where, command=command) if is_url(where) else Path(where)
+    gaussian = read_reference(path)
+    net = next(iter(models)).net
+    features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))
+    if len(gaussian.mu) != features.num_features:
+        raise UserError(
+            f"{path} is of {len(gaussian.mu)} features, {features.title} has {features.num_features}: "
+            "name the --features that it was made with"
+        )
+    return Reference(gaussian, n, None, "not known: a reference file holds no images", path.name, None, digest(path))
+
+
+def save_reference(path: Path, against: Reference, shards: Shards) -> None:
+    if shards.rank == 0:
+        write_reference(path, against.gaussian)
+        print(f"{path}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
+
+
+def open_data(named: str | None, recipe: dict[str, Any], source: Path | None) -> Images:
     """The images of --data, else those of the run's config.yaml."""
     if named is not None:
         return open_images(named)
@@ -87,18 +193,57 @@ def open_data(named: str | None, recipe: dict[str, Any], source: Path) -> Images
     return open_images(recipe["path"], resolution=recipe.get("resolution"))
 
 
-def check_numbers(n: int, seed: int, batch: int) -> tuple[int, int, int]:
+def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int, int, int]:
     if n < 2:
         raise UserError(f"a Fréchet distance wants at least 2 images, got --n {n}")
     if seed < 0:
         raise UserError(f"seeds start at 0, got --seed {seed}")
+    if best_of < 1:
+        raise UserError(f"wanted at least 1 evaluation, got --best-of {best_of}")
+    if seed + n * best_of > 2**63:
+        raise UserError(f"{n * best_of} images from seed {seed} on go beyond the last seed, 2^63 - 1: take a smaller --seed")
     if batch < 1:
         raise UserError(f"wanted at least 1 image at a time, got --batch {batch}")
     return n, seed, batch
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
+def about(model: Model) -> dict[str, Any]:
+    """Of the weights: where they lie, and whether they were chosen by their distance."""
+    found: dict[str, Any] = {"weights": str(model.path), "weights_sha256": digest(model.path)}
+    found |= {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
+    chosen = model.metadata.get("chosen_by")
+    return found | ({"weights_chosen_by": chosen} if chosen else {})
+
+
+def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
+    if warning := one.get("warning"):
+        yield warning
+    if chosen := one.get("weights_chosen_by"):
+        yield f"these weights are the best of {chosen['best_of']} by {chosen['metric']}: on the same seeds their distance is flattered"
+
+
+def in_words(role: str, one: dict[str, Any]) -> str:
+    more = f", best of {one['best_of']}" if "best_of" in one else ""
+    more += f", KID {one['kid']:.4g}" if "kid" in one else ""
+    more += f", precision {one['precision']:.3f}, recall {one['recall']:.3f}" if "precision" in one else ""
+    return f"{role}: {one['features']} {one['fd']:.4g}{more}, NFE {one['nfe']}, {one['n']} images"
+
+
+def teacher_of_summary(source: Path, student: dict[str, Any]) -> dict[str, Any] | None:
+    """The teacher's score that the run has kept, if it was measured as the student's is now."""
+    path = (source if source.is_dir() else source.parent) / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        known = json.loads(path.read_text()).get("teacher")
+    except (ValueError, AttributeError):
+        return None
+    alike = ("features", "features_sha256", "n", "seeds", "data", "labels", "reference_sha256")
+    return known if isinstance(known, dict) and "fd" in known and all(known.get(k) == student[k] for k in alike) else None
+
+
+def print_on_first(shards: Shards) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr) if shards.rank == 0 else None
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ class Job:
         result = self.score(run.ema.net, run.method.sampler)
         if result["fd"] < run.best:
             run.best = result["fd"]
-            self.save(run, folder / "checkpoints" / "best.safetensors")
+            chosen = {"metric": f"{result['features']}@{result['n']}", "best_of": run.times(run.cfg.eval_kimg or run.cfg.kimg)}
+            self.save(run, folder / "checkpoints" / "best.safetensors", chosen_by=chosen)
         return {f"fd@{result['n']}": result["fd"]}
 
     def measure(self, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:

@@ -26,6 +26,11 @@ class Shards:
         """Which of `total` items, made `batch` at a time, are this process's, in their order: [m] int64."""
         return self._of(self.rank, total, batch)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world > 1:

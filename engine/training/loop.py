@@ -95,6 +95,11 @@ class Run:
         every, now = every_kimg * 1000, self.images_seen
         return now // every > (now - self.cfg.batch) // every or self.step == self.total
 
+    def times(self, every_kimg: float) -> int:
+        """How often `due` has said so by now."""
+        whole, rest = divmod(self.images_seen, every_kimg * 1000)
+        return min(int(whole), self.step) + (self.step == self.total and rest >= self.cfg.batch)
+
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
         torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
