@@ -1,53 +1,72 @@
 """python -m engine.sample RUN_OR_FILE --seeds 0-63 --out grid.png: images from a student or a teacher, one per seed."""
 
 import argparse
-import io
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from engine.cli import run
-from engine.diffusion.solvers import SOLVERS
 from engine.errors import UserError
-from engine.evaluation.generate import generate
-from engine.evaluation.pictures import default_columns, grid
+from engine.evaluation import presets
+from engine.evaluation.classes import parse_classes
+from engine.evaluation.generate import Between, generate
+from engine.evaluation.outputs import columns_for, open_output, out_kind
+from engine.evaluation.pictures import save_png, sheet
 from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
 
-MOST_COLUMNS = 40  # with more classes than this a grid is square
+FRAMES = 8  # of a strip
+Seeds = Sequence[int] | Sequence[Between]
 
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    seeds = parse_seeds(args.seeds)
-    kind = out_kind(args.out)
-    which = args.which or (STUDENT if STUDENT in weight_files(args.source) else None)
-    device = device_named(args.device)
-    model = open_models(args.source, which, steps=args.steps, solver=args.solver, device=device)[0]
-    labels = parse_labels(args.labels, model.net.label_dim, seeds)
-    batches = generate(model.net, model.sampler, labels, seeds, batch=args.batch, device=device)
-    images = np.concatenate([batch.cpu().numpy() for batch in batches])
-    save(args.out, kind, images, labels, seeds)
-    print(f"{describe(model, images, labels)} -> {args.out}", file=sys.stderr)
+    seeds = parse_strips(args.strip, args.frames) if args.strip else parse_seeds(args.seeds or "0-63")
+    check_arguments(args)
+    kind, device = out_kind(args.out), device_named(args.device)
+    models = chosen_models(args, device)
+    labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
+    columns = args.frames if args.strip else None
+
+    def made(model: Model) -> Iterator[np.ndarray]:
+        for batch in generate(model.net, model.sampler, labels, seeds, batch=args.batch, device=device):
+            yield batch.cpu().numpy()
+
+    if args.beside is not None:
+        grids = {title(model): np.concatenate(list(made(model))) for model in models}
+        write_sheet(args.out, grids, columns or columns_for(labels, len(seeds)))
+    else:
+        numbers = range(len(seeds)) if args.strip else seeds
+        with open_output(args.out, kind, labels, numbers, columns) as output:
+            for images in made(models[0]):
+                output.add(images)
+    said = "; ".join(describe(model, len(seeds), labels) for model in models)
+    print(f"{said} -> {args.out}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m engine.sample", description=__doc__)
     p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a run folder or a .safetensors file")
-    p.add_argument("--seeds", default="0-63", help="such as 0-63 or 3,5,10-19: one image per seed (default 0-63)")
+    p.add_argument("--seeds", help="such as 0-63 or 3,5,10-19: one image per seed (default 0-63)")
+    p.add_argument("--strip", metavar="A-B", help="instead: from seed A's image to seed B's; 3-7,8-9 are two strips")
+    p.add_argument("--frames", type=int, help=f"images of a strip, its ends among them (default {FRAMES})")
     p.add_argument(
         "--labels",
-        help="classes such as 0,1,2, or all: given to the images in turn (default: seed s has class s mod classes)",
+        help="classes such as 0,1,2, or all: given to the images (or strips) in turn (default: seed s has class s mod classes)",
     )
-    p.add_argument("--steps", type=int, help="sampling steps (default: those of the file)")
-    p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
-    p.add_argument("--which", choices=ROLES, help=f"of a run folder's nets (default {STUDENT}, else {TEACHER})")
     p.add_argument(
-        "--out", type=Path, required=True, help="grid.png, x.npz (images, labels, seeds), or a folder of PNGs"
-    )
+        "--beside", nargs="?", const="", metavar="TEACHER",
+        help="a PNG of these images and those of this teacher (default: the run's own) from the same noise",
+    )  # fmt: skip
+    presets.add_options(p)
+    roles = p.add_mutually_exclusive_group()
+    roles.add_argument("--which", choices=ROLES, help=f"of a run folder's nets (default {STUDENT}, else {TEACHER})")
+    roles.add_argument("--teacher", action="store_const", const=TEACHER, dest="which", help="the same as --which teacher")
+    p.add_argument(
+        "--out", type=Path, required=True,
+        help="grid.png, x.npz (images, labels, seeds), x.zip (an EDM data set), or a folder of PNGs",
+    )  # fmt: skip
     p.add_argument("--batch", type=positive, default=256, help="images at a time; changes no image (default 256)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
@@ -58,6 +77,35 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"wants to be at least 1, got {number}")
     return number
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.strip and args.seeds:
+        raise UserError("--strip names its own seeds: leave --seeds out")
+    if args.frames is not None and not args.strip:
+        raise UserError("--frames is of --strip A-B, which is not there")
+    if args.beside is not None and args.out.suffix.lower() != ".png":
+        raise UserError(f"--beside makes one picture: wanted --out with a name ending in .png, got {args.out}")
+    args.frames = args.frames or FRAMES
+
+
+def chosen_models(args: argparse.Namespace, device) -> list[Model]:
+    """The net to be sampled and, with --beside, its teacher; they must make images of one size and know the same classes."""
+    how = presets.how(args)
+    which = args.which or (STUDENT if STUDENT in weight_files(args.source) else None)
+    if args.beside is None:
+        return [open_models(args.source, which, **how, device=device)[0]]
+    own = {"steps": how["steps"], "solver": how["solver"]}
+    where = Path(args.beside) if args.beside else args.source
+    shown = [
+        open_models(args.source, which, **own, device=device)[0],
+        open_models(where, TEACHER, of_teacher=how["of_teacher"], device=device)[0],
+    ]
+    sizes = [(m.net.img_channels, m.net.img_resolution, m.net.label_dim) for m in shown]
+    if sizes[0] != sizes[1]:
+        texts = [f"{c}x{r}x{r} with {k} classes" for c, r, k in sizes]
+        raise UserError(f"nets side by side want images of one size: {shown[0].path} makes {texts[0]}, {shown[1].path} {texts[1]}")
+    return shown
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -77,85 +125,49 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int]) -> np.ndarray | None:
-    """The class of every image, [len(seeds)]; None for an unconditional net."""
+def parse_strips(text: str, frames: int | None) -> list[Between]:
+    """`3-7,8-9` as evenly spaced points on two ways, one after the other."""
+    frames = FRAMES if frames is None else frames
+    if frames < 2:
+        raise UserError(f"a strip wants at least 2 frames, got --frames {frames}")
+    points = []
+    for part in text.split(","):
+        first, _, last = (p.strip() for p in part.partition("-"))
+        if not (first.isdecimal() and last.isdecimal()) or int(first) == int(last) or max(int(first), int(last)) >= 2**63:
+            raise UserError(f"a strip wants two different seeds such as 3-7, got {part!r}")
+        points += [Between(int(first), int(last), i / (frames - 1)) for i in range(frames)]
+    return points
+
+
+def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: argparse.Namespace) -> np.ndarray | None:
+    """The class of every image, [len(seeds)]; None for an unconditional net. All frames of a strip have one class."""
     if not label_dim:
         if text is not None:
             raise UserError(f"this net knows no classes, got --labels {text}")
         return None
     if text is None:
         return np.array([seed % label_dim for seed in seeds])
-    if text == "all":
-        return np.arange(len(seeds)) % label_dim
-    parts = [part.strip() for part in text.split(",")]
-    if bad := [p for p in parts if not p.isdecimal() or int(p) >= label_dim]:
-        raise UserError(f"labels want to be among 0 … {label_dim - 1}, such as 0,1,2, or all; got {bad[0]!r}")
-    return np.resize([int(part) for part in parts], len(seeds))
+    each = args.frames if args.strip else 1
+    classes = range(label_dim) if text == "all" else parse_classes(text, label_dim)
+    return np.resize(list(classes), len(seeds) // each).repeat(each)
 
 
-def out_kind(out: Path) -> str:
-    """png, npz or folder; UserError for what cannot be written there."""
-    suffix = "" if out.is_dir() else out.suffix.lower()
-    if suffix not in ("", ".png", ".npz"):
-        raise UserError(f"--out wants a name ending in .png or .npz, or a folder, got {out}")
-    if not suffix and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: wanted a folder, or a name ending in .png or .npz")
-    nearest = out if not suffix else out.parent
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{out} cannot be written: no permission to write in {nearest}")
-    return suffix.removeprefix(".") or "folder"
-
-
-def save(out: Path, kind: str, images: np.ndarray, labels: np.ndarray | None, seeds: Sequence[int]) -> None:
-    """Every file is written beside its place and moved there, so it is whole or absent."""
+def write_sheet(out: Path, grids: dict[str, np.ndarray], columns: int) -> None:
     try:
-        folder = out if kind == "folder" else out.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        if kind == "png":
-            replace(out, png_bytes(grid(images, columns_for(labels, len(images)))))
-        elif kind == "npz":
-            replace(out, npz_bytes(images, labels, seeds))
-        else:
-            for image, seed in zip(images, seeds, strict=True):
-                replace(out / f"{seed:06d}.png", png_bytes(grid(image[None], 1, scale=1)))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_png(sheet(grids, columns), out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
-def columns_for(labels: np.ndarray | None, n: int) -> int:
-    """One column per class where the classes come in turn, else about square."""
-    if labels is not None:
-        period = len(np.unique(labels))
-        if 1 < period <= MOST_COLUMNS and np.array_equal(labels, np.resize(labels[:period], n)):
-            return period
-    return default_columns(n)
+def title(model: Model) -> str:
+    return f"{model.role}, {model.sampler.nfe} evaluation{'s' * (model.sampler.nfe > 1)}"
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def npz_bytes(images: np.ndarray, labels: np.ndarray | None, seeds: Sequence[int]) -> bytes:
-    """images [N, H, W, C] uint8, seeds [N] and, for a conditional net, labels [N]: what --data reads."""
-    arrays = {"images": images.transpose(0, 2, 3, 1), "seeds": np.array(seeds)}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays, **({} if labels is None else {"labels": labels}))
-    return buffer.getvalue()
-
-
-def replace(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-def describe(model: Model, images: np.ndarray, labels: np.ndarray | None) -> str:
+def describe(model: Model, n: int, labels: np.ndarray | None) -> str:
     classes = "" if labels is None else f", {len(np.unique(labels))} classes"
-    return f"{len(images)} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}, NFE {model.sampler.nfe}"
+    churn = " with churn" if model.sampler.churn else ""
+    return f"{n} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}"
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def test_seeds_that_are_none(text):
         (["RUN", "--seeds", "9-3", "--out", "x.png"], "the range of seeds 9-3 is empty"),
         (["RUN", "--labels", "3,10", "--out", "x.png"], "among 0 … 9, such as 0,1,2, or all; got '10'"),
         (["RUN", "--labels", "cat", "--out", "x.png"], "got 'cat'"),
-        (["RUN", "--out", "x.jpg"], "ending in .png or .npz, or a folder, got x.jpg"),
+        (["RUN", "--out", "x.jpg"], "ending in .png, .npz or .zip, or a folder, got x.jpg"),
         (["RUN", "--out", "FILE"], "is a file: wanted a folder"),
         (["RUN", "--out", "FILE/x.png"], "cannot be written"),
         (["RUN/student.safetensors", "--which", "teacher", "--out", "x.png"], "is a student's weight file"),

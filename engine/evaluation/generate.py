@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +26,47 @@ class PortableNoise(SeedNoise):
         return super().normal(*shape).to(self.device)
 
 
+class Between(NamedTuple):
+    """A point on the way from the noise of one seed (t = 0) to that of another (t = 1)."""
+
+    start: int
+    end: int
+    t: float
+
+
+class BetweenNoise:
+    """The noise at such points: interpolated on the sphere, so that it keeps the length of normal noise."""
+
+    def __init__(self, points: Sequence[Between], device: torch.device | str):
+        self.ends = [SeedNoise([p.start for p in points]), SeedNoise([p.end for p in points])]
+        self.t, self.device = torch.tensor([p.t for p in points], dtype=torch.float64), device
+
+    def normal(self, *shape: int) -> Tensor:
+        a, b = (end.normal(*shape).double() for end in self.ends)
+        return slerp(a, b, self.t).float().to(self.device)
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation of a and b [n, …] at t [n]: a at 0, b at 1, at constant speed along the arc between."""
+    norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    angle = ((a * b).flatten(1).sum(1) / norms).clamp(-1, 1).acos()
+    of_a, of_b = (torch.sin(s * angle) / torch.sin(angle) for s in (1 - t, t))
+    rest = [1] * (a.ndim - 1)
+    return of_a.view(-1, *rest) * a + of_b.view(-1, *rest) * b
+
+
 def generate(
     net: Denoiser,
     sampler: Sampler,
     labels: np.ndarray | None,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | Sequence[Between],
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
     """Images as uint8 tensors [n, C, H, W] on the device, n <= batch, one image per seed in the order of the seeds.
 
-    labels: class of each image [len(seeds)], or None. `net` is on the device and in eval mode. Convolutions and matrix
+    seeds: or points between two seeds. labels: class of each image [len(seeds)], or None. `net` is on the device and in eval mode. Convolutions and matrix
     products may add in another order for another batch size, so between batch sizes a pixel can differ in its last float32
     bits, and rarely by one of 255. UserError if the net's output is not finite.
     """
@@ -47,7 +77,8 @@ def generate(
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
         classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
-        images = _sample(net, sampler, classes, PortableNoise(chosen, device))
+        noise = (BetweenNoise if isinstance(chosen[0], Between) else PortableNoise)(chosen, device)
+        images = _sample(net, sampler, classes, noise)
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
             raise UserError(
@@ -57,7 +88,7 @@ def generate(
 
 
 @torch.no_grad()
-def _sample(net: Denoiser, sampler: Sampler, labels: Tensor | None, noise: PortableNoise) -> Tensor:
+def _sample(net: Denoiser, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
     return sampler(net, labels, noise)
 
 
