@@ -58,8 +58,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reference", help="file or address of an .npz with mu and sigma, instead of the data's own")
     p.add_argument("--save-reference", type=Path, metavar="FILE.npz", help="write mu and sigma of the data, as EDM's fid.py ref")
     p.add_argument(
-        "--n", type=int, help="images to generate (default: as the run, else as many as the data, <= 50,000)"
-    )
+        "--n", "--images", type=int, dest="n",
+        help="images to generate (default: as the run, else as many as the data, <= 50,000); torchrun takes --n for its own: --images",
+    )  # fmt: skip
     p.add_argument(
         "--seed", type=int, help="of the first image; the next one has the next (default: the run's, else 0)"
     )

@@ -23,18 +23,14 @@ BROKEN += (zipfile.BadZipFile, zlib.error, struct.error)
 def read_reference(path: Path) -> Gaussian:
     """UserError for all but two float arrays that are a mean and a covariance."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if missing := [key for key in ("mu", "sigma") if key not in file.files]:
-                held = ", ".join(file.files) or "nothing"
-                raise UserError(f"{path} holds {held}, wanted {' and '.join(missing)}: the mean and covariance of features")
-            size = max(member.file_size for member in file.zip.infolist())
-            if size > 8 * MOST_FEATURES**2 + 1024:
-                raise UserError(f"{path} holds an array of {size:,} bytes: wanted at most {MOST_FEATURES:,} features")
-            mu, sigma = file["mu"], file["sigma"]
+        arrays = _arrays(path)
     except (*BROKEN, AttributeError) as error:  # AttributeError: one plain .npy, which has no names
         raise UserError(
             f"{path} is no complete .npz of plain arrays ({type(error).__name__}): wanted EDM's reference, mu and sigma"
         ) from error
+    if len(arrays) < 2:
+        raise UserError(f"{path} holds {' '.join(arrays) or 'neither'} of mu and sigma, wanted both: the mean and covariance of features")
+    mu, sigma = arrays["mu"], arrays["sigma"]
     d = len(mu) if mu.ndim == 1 else 0
     if not d or sigma.shape != (d, d) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise UserError(
@@ -46,6 +42,14 @@ def read_reference(path: Path) -> Gaussian:
     if abs(sigma - sigma.T).max() > 1e-6 * max(abs(sigma).max(), 1e-300):
         raise UserError(f"{path} has a sigma that is not symmetric, wanted a covariance")
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """mu and sigma as far as they are there. Raises one of BROKEN."""
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        if max((member.file_size for member in file.zip.infolist()), default=0) > 8 * MOST_FEATURES**2 + 1024:
+            raise MemoryError
+        return {name: file[name] for name in ("mu", "sigma") if name in file.files}
 
 
 def write_reference(path: Path, gaussian: Gaussian) -> None:

@@ -1,0 +1,496 @@
+"""Evaluation as published: FID's own network or no FID, EDM's references and seeds, kernel distance, precision and recall."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from engine import evaluate
+from engine.data.images import open_images
+from engine.errors import UserError
+from engine.evaluation import features as features_module
+from engine.evaluation import inception, quality
+from engine.evaluation.classes import labels_for
+from engine.evaluation.features import Pixels, load_features
+from engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
+from engine.evaluation.quality import kid, precision_recall
+from engine.evaluation.references import read_reference, write_reference
+from engine.evaluation.score import reference, score
+from engine.evaluation.shards import Shards
+from engine.formats import download
+from engine.nets.edm import from_kwargs
+from engine.nets.weights import save_net
+from engine.sampling import ode, one_step
+from engine.training.loop import Run
+
+ROOT = Path(__file__).parent.parent
+TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16}
+TINY |= {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+
+
+def tiny_net(**changes):
+    net = from_kwargs("EDMPrecond", **TINY | changes).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    folder.mkdir()
+    save_net(folder / "teacher.safetensors", tiny_net(), method="teacher", sampler=ode("heun", 2).to_dict())
+    save_net(folder / "student.safetensors", tiny_net(), method="dmd", sampler=one_step(80).to_dict())
+    (folder / "config.yaml").write_text("data: {path: digits, resolution: 8}\neval: {n: 64, batch: 100}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_images("digits")
+
+
+def random_images(n, shape, seed=0):
+    return torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def evaluated(capsys, *arguments):
+    evaluate.main([str(a) for a in arguments])
+    return json.loads(capsys.readouterr().out)
+
+
+# The distance
+
+
+def test_torchmetrics_agrees():
+    a, b = random_images(500, (3, 4, 4)), random_images(300, (3, 4, 4), 1)
+    a[:, 1], b[:, 2] = a[:, 0] // 2, b[:, 2] // 3
+    pixels = Pixels()
+    pixels.measure(a)
+    theirs = FrechetInceptionDistance(pixels)
+    theirs.update(a, real=True)
+    theirs.update(b, real=False)
+    assert frechet(a.split(64), b.split(64), Pixels()) == pytest.approx(theirs.compute().item(), rel=1e-8)
+
+
+def test_two_gaussians_whose_covariances_do_not_commute():
+    """Of 2x2 matrices tr √M = sqrt(tr M + 2 sqrt(det M)) for M = Σ_1 Σ_2, which has positive eigenvalues."""
+    first, second = torch.tensor([[2.0, 0.6], [0.6, 0.5]]).double(), torch.tensor([[1.0, -0.4], [-0.4, 3.0]]).double()
+    product = first @ second
+    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    assert (first @ second - second @ first).abs().max() > 0.1
+    wanted = 3**2 + 4**2 + first.trace() + second.trace() - 2 * root
+    found = squared_distance(Gaussian(torch.zeros(2).double(), first), Gaussian(torch.tensor([3.0, 4.0]).double(), second))
+    assert found == pytest.approx(float(wanted), rel=1e-13)
+
+
+def test_a_singular_covariance_costs_no_accuracy():
+    """Rank 1 in 50 dimensions, far from unit scale: the roots of rounding errors would show at 1e-7 of the trace."""
+    u = torch.randn(50, dtype=torch.float64)
+    sigma, mu = 1e4 * torch.outer(u, u), torch.zeros(50).double()
+    assert abs(squared_distance(Gaussian(mu, sigma), Gaussian(mu, sigma))) < 1e-12 * sigma.trace()
+    assert squared_distance(Gaussian(mu, sigma), Gaussian(mu, 4 * sigma)) == pytest.approx(float(sigma.trace()), rel=1e-12)
+
+
+# Several processes
+
+
+def test_shares_are_whole_batches_and_make_a_whole():
+    for total, batch, world in ((10, 3, 2), (1, 5, 3), (12, 4, 3), (0, 4, 2)):
+        shares = [Shards(rank, world).mine(total, batch).tolist() for rank in range(world)]
+        assert sorted(sum(shares, [])) == list(range(total))
+        for share in shares:
+            starts = share[::batch]
+            assert all(s % batch == 0 for s in starts)
+    assert Shards(1, 2).mine(10, 3).tolist() == [3, 4, 5, 9]
+
+
+@pytest.mark.parallel
+def test_two_processes_measure_what_one_does(run_dir, capsys):
+    """gloo: the images, their order and all metrics; the sums differ only in the order of adding."""
+    arguments = [str(run_dir), "--which", "student", "--images", "150", "--batch", "32", "--metrics", "fd,kid,pr", "--device", "cpu"]
+    alone = evaluated(capsys, *arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # as torchrun sets them
+    world |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "engine.evaluate", *arguments], cwd=ROOT, text=True,
+            env=os.environ | world | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        (out, err), (second, _) = (process.communicate(timeout=120) for process in started)
+    finally:
+        for process in started:
+            process.kill()
+    assert started[0].returncode == started[1].returncode == 0, err
+    assert second == "", "one process prints"
+    both = json.loads(out)
+    assert (alone["student"]["processes"], both["student"]["processes"]) == (1, 2)
+    for key in ("fd", "floor"):
+        assert both["student"][key] == pytest.approx(alone["student"][key], rel=1e-10)
+    for key in ("kid", "kid_std", "precision", "recall"):
+        assert both["student"][key] == pytest.approx(alone["student"][key], rel=1e-12, abs=1e-12)
+    assert both["student"]["reference_sha256"] == alone["student"]["reference_sha256"]
+
+
+# Kernel distance, precision and recall
+
+
+def test_kernel_distance_of_whole_sets():
+    """As many images as a subset: every subset is all of them, and sklearn's kernel gives the unbiased estimate."""
+    a, b = torch.randn(60, 5, dtype=torch.float64), torch.randn(60, 5, dtype=torch.float64) * 1.5 + 0.3
+    xx, yy, xy = (polynomial_kernel(p, q, degree=3, gamma=1 / 5, coef0=1) for p, q in ((a, a), (b, b), (a, b)))
+    wanted = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (60 * 59) - 2 * xy.mean()
+    before = torch.random.get_rng_state()
+    found = kid(a, b)
+    assert torch.equal(torch.random.get_rng_state(), before), "an evaluation moved the training's generator"
+    assert found["kid"] == pytest.approx(wanted, rel=1e-12)
+    assert (found["kid_std"], found["kid_subset_size"]) == (pytest.approx(0, abs=1e-12), 60)
+
+
+def test_kernel_distance_is_of_its_seed(monkeypatch):
+    monkeypatch.setattr(quality, "SUBSETS", 3)
+    a, b = torch.randn(1500, 4, dtype=torch.float64), torch.randn(1200, 4, dtype=torch.float64)
+    assert kid(a, b) == kid(a, b) != kid(a, b, seed=1)
+    assert kid(a, b)["kid_subset_size"] == 1000
+    assert abs(kid(a, b)["kid"]) < 0.05
+    with pytest.raises(UserError, match="at least 2 images"):
+        kid(a[:1], b)
+
+
+@pytest.mark.parametrize("block", [7, 1000])
+def test_precision_and_recall_against_sklearn(block):
+    real, fake = torch.randn(120, 3, dtype=torch.float64), torch.randn(90, 3, dtype=torch.float64) * 0.5 + 0.7
+
+    def covered(centres, points):
+        radii = NearestNeighbors(n_neighbors=4).fit(centres).kneighbors(centres)[0][:, 3]
+        between = np.linalg.norm(points[:, None].numpy() - centres[None].numpy(), axis=2)
+        return (between <= radii).any(1).mean()
+
+    found = precision_recall(real, fake, block=block)
+    assert found == {"precision": covered(real, fake), "recall": covered(fake, real), "neighbours": 3}
+    assert 0 < found["recall"] < found["precision"] < 1
+    assert precision_recall(real, real + 1000) == {"precision": 0, "recall": 0, "neighbours": 3}
+    with pytest.raises(UserError, match="more than 3 images"):
+        precision_recall(real[:3], fake)
+
+
+# References
+
+
+def test_a_reference_goes_round(tmp_path, digits):
+    found = reference(digits, Pixels(), n=100)
+    write_reference(tmp_path / "a" / "digits.npz", found.gaussian)
+    with np.load(tmp_path / "a" / "digits.npz") as file:  # as EDM's fid.py reads it
+        mu, sigma = file["mu"], file["sigma"]
+    pixels = np.stack([digits.read(i) for i in range(1797)]).reshape(1797, -1) / 127.5 - 1
+    np.testing.assert_allclose(mu, pixels.mean(0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sigma, np.cov(pixels, rowvar=False), rtol=0, atol=1e-12)
+    again = read_reference(tmp_path / "a" / "digits.npz")
+    assert torch.equal(again.mu, found.gaussian.mu) and torch.equal(again.sigma, found.gaussian.sigma)
+    assert os.listdir(tmp_path / "a") == ["digits.npz"]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+GOOD = {"mu": np.zeros(4), "sigma": np.eye(4)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(4)}, "holds mu of mu and sigma, wanted both"),
+        ({"a": np.zeros(4)}, "holds neither of mu and sigma"),
+        (GOOD | {"mu": np.zeros(3)}, "mu [3] float64 and sigma [4, 4] float64, wanted floats [D] and [D, D]"),
+        (GOOD | {"mu": np.zeros((4, 1))}, "mu [4, 1]"),
+        (GOOD | {"mu": np.float64(3)}, "mu []"),
+        (GOOD | {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "mu [0]"),
+        (GOOD | {"sigma": np.eye(4, dtype=int)}, "sigma [4, 4] int64"),
+        (GOOD | {"mu": np.full(4, np.nan)}, "not finite"),
+        (GOOD | {"sigma": -np.eye(4)}, "negative variance"),
+        (GOOD | {"sigma": np.arange(16.0).reshape(4, 4)}, "not symmetric"),
+        (GOOD | {"mu": "EVIL"}, "no complete .npz of plain arrays"),
+    ],
+)
+def test_files_that_are_no_references(tmp_path, arrays, message):
+    arrays = {k: np.array([Evil(tmp_path / "executed")], object) if isinstance(v, str) else v for k, v in arrays.items()}
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_reference(tmp_path / "x.npz")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_damaged_references(tmp_path):
+    np.savez(tmp_path / "x.npz", **GOOD)
+    whole = (tmp_path / "x.npz").read_bytes()
+    np.save(tmp_path / "y.npy", np.zeros(3))
+    for broken in (whole[:-40], whole[:200], b"", b"hello", (tmp_path / "y.npy").read_bytes()):
+        (tmp_path / "x.npz").write_bytes(broken)
+        with pytest.raises(UserError, match=r"no complete \.npz"):
+            read_reference(tmp_path / "x.npz")
+
+
+def test_evaluate_writes_and_reads_references(run_dir, tmp_path, capsys):
+    path = tmp_path / "new" / "ref.npz"
+    found = evaluated(capsys, "--data", "digits", "--save-reference", path)
+    assert found["reference"]["images"] == 1797 and "torch" in found["tools"]
+    direct = evaluated(capsys, run_dir, "--labels", "random")
+    by_file = evaluated(capsys, run_dir, "--reference", path, "--n", "64")
+    for role in ("student", "teacher"):
+        one = by_file[role]
+        assert one["fd"] == pytest.approx(direct[role]["fd"], rel=1e-12)
+        assert (one["floor"], one["labels"], one["data"], one["seeds"]) == (None, "random", "ref.npz", "0-63")
+        assert one["reference_sha256"] == download.digest(path) != direct[role]["reference_sha256"]
+    options = evaluate.parser().parse_args([str(run_dir), "--reference", str(path)])
+    assert options.n is None  # and without --n:
+    with pytest.raises(StopMeasuring, match="50000 seeds from 0"):
+        measured_seeds(evaluate, [str(run_dir), "--reference", str(path)])
+
+
+class StopMeasuring(Exception):
+    pass
+
+
+def measured_seeds(module, arguments):
+    """What evaluate would ask score for, without making 50,000 images."""
+
+    def stop(*args, n, seed, labels, **more):
+        assert labels == "random"
+        raise StopMeasuring(f"{n} seeds from {seed}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "score", stop)
+        module.main(arguments)
+
+
+def test_the_fingerprint_is_of_the_images_and_their_order(digits):
+    prints = [reference(digits.subset(c), Pixels(), n=20, batch=b).sha256 for c, b in (([1, 2], 7), ([1, 2], 50), ([1, 3], 7))]
+    assert prints[0] == prints[1] != prints[2]
+    assert re.fullmatch("[0-9a-f]{64}", prints[0])
+
+
+# Labels, seeds, the best of several
+
+
+def test_random_labels_are_drawn_after_the_noise_of_their_seed():
+    net = tiny_net()
+    labels, kind = labels_for(net, None, 30, "random", seed=4)
+    for seed, label in zip(range(4, 34), labels, strict=True):
+        torch.manual_seed(seed)
+        torch.randn([1, 8, 8])
+        assert int(torch.randint(10, size=[])) == label
+    assert kind == "random" and len(set(labels)) > 5
+
+
+def test_labels_by_name(digits):
+    net = tiny_net()
+    assert labels_for(net, digits, 4, "3,7") [0].tolist() == [3, 7, 3, 7]
+    assert labels_for(net, digits, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
+    with pytest.raises(UserError, match="among 0 … 9"):
+        labels_for(net, digits, 4, "10")
+    with pytest.raises(UserError, match="data wants labelled data"):
+        labels_for(net, None, 4, "data")
+    with pytest.raises(UserError, match="knows no classes"):
+        labels_for(tiny_net(label_dim=0), digits, 4, "balanced")
+
+
+def test_the_best_of_several_is_marked(digits, capsys, run_dir):
+    net, pixels = tiny_net(), Pixels()
+    each = [score(net, one_step(80), digits, pixels, n=30, seed=s)["fd"] for s in (5, 35, 65)]
+    found = score(net, one_step(80), digits, pixels, n=30, seed=5, best_of=3)
+    assert found["fd_all"] == pytest.approx(each, rel=1e-12)
+    assert found["fd"] == min(found["fd_all"])
+    first = 5 + 30 * int(np.argmin(each))
+    assert (found["best_of"], found["seeds"], found["seeds_all"]) == (3, f"{first}-{first + 29}", "5-94")
+    assert "best_of" not in score(net, one_step(80), digits, pixels, n=30)
+    evaluate.main([str(run_dir), "--n", "20", "--best-of", "2"])
+    assert "best of 2" in capsys.readouterr().err
+
+
+def test_weights_that_were_chosen_say_so(run_dir, tmp_path, capsys):
+    chosen = {"metric": "FD-pixels@64", "best_of": 7}
+    save_net(tmp_path / "best.safetensors", tiny_net(), method="dmd", sampler=one_step(80).to_dict(), chosen_by=chosen)
+    evaluate.main([str(tmp_path / "best.safetensors"), "--data", "digits", "--n", "30"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["student"]["weights_chosen_by"] == chosen
+    assert "best of 7 by FD-pixels@64" in err
+
+
+@pytest.mark.parametrize(("batch", "kimg", "every"), [(10, 1, 0.1), (7, 1, 0.1), (50, 1, 0.3), (100, 1, 0.05), (64, 0.1, 1)])
+def test_evaluations_are_counted(batch, kimg, every):
+    total, asked = max(1, round(kimg * 1000 / batch)), 0
+    for step in range(1, total + 1):
+        run = SimpleNamespace(images_seen=step * batch, step=step, total=total, cfg=SimpleNamespace(batch=batch))
+        asked += Run.due(run, every)
+        assert Run.times(run, every) == asked
+
+
+def test_every_number_says_where_it_comes_from(run_dir, capsys):
+    student = evaluated(capsys, run_dir)["student"]
+    assert student["tools"].keys() >= {"python", "torch", "torchmetrics", "numpy"}
+    assert student["weights_sha256"] == download.digest(run_dir / "student.safetensors")
+    for key in ("n", "seeds", "labels", "reference_sha256", "features_sha256", "floor"):
+        assert key in student
+
+
+def test_the_teacher_s_number_stands_beside_the_student_s(run_dir, tmp_path, capsys):
+    """From summary.json where only the student is measured, if it was measured in the same way."""
+    both = evaluated(capsys, run_dir)
+    for name in ("student.safetensors", "config.yaml"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    (tmp_path / "summary.json").write_text(json.dumps({"teacher": both["teacher"]}))
+    evaluate.main([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["teacher_of_summary"]["fd"] == both["teacher"]["fd"]
+    assert f"teacher (summary.json): FD-pixels {both['teacher']['fd']:.4g}" in err
+    assert "teacher_of_summary" not in evaluated(capsys, tmp_path, "--n", "63")
+
+
+# FID's network
+
+
+class Fake(torch.nn.Module):
+    """What NVIDIA's module looks like from outside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        x = images.float().mean(dim=[2, 3])
+        return x[:, :1].expand(-1, self.width) if return_features else x
+
+
+def fake_inception(path, width=2048):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Fake(width)).save(path)
+    return path
+
+
+def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
+    path, images = fake_inception(tmp_path / "inception.pt"), random_images(3, (1, 8, 8))
+    found = load_features(f"inception:{path}")
+    found.measure(images)
+    assert (found.title, found.num_features) == ("FD-inception (not FID's Inception: another sha256)", 2048)
+    assert torch.equal(found(images)[:, 7], images.double().mean((1, 2, 3)).float().double())
+    monkeypatch.setattr(inception, "SHA256", download.digest(path))
+    assert load_features(f"inception:{path}").title == "FID"
+    assert load_features(str(path)).title == "FD-inception"  # as any other TorchScript file
+    small = load_features(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
+    with pytest.raises(UserError, match=r"has 2048 features, FD-small .* has 5"):
+        small.measure(images)
+
+
+def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    monkeypatch.setattr(download, "PAUSE", 0)
+    url = "http://127.0.0.1:9/metrics/inception-2015-12-05.pt"
+    monkeypatch.setattr(inception, "URL", url)
+    place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
+    with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
+        load_features("inception", command="python -m engine.evaluate X")
+    fake_inception(place)
+    with pytest.raises(UserError, match=r"has the sha256 .* wanted f58cb9b6"):
+        load_features("inception")
+    monkeypatch.setattr(inception, "SHA256", download.digest(place))
+    assert load_features("inception").title == "FID"
+
+
+def test_a_state_dict_is_read_without_unpickling_it(tmp_path):
+    torch.save({"a": Evil(tmp_path / "executed")}, tmp_path / "evil.pth")
+    for broken in ("evil.pth", "list.pth", "text.pth"):
+        if broken == "list.pth":
+            torch.save([1], tmp_path / broken)
+        if broken == "text.pth":
+            (tmp_path / broken).write_text("hello")
+        with pytest.raises(UserError, match="no plain state dict"):
+            inception.read_state_dict(tmp_path / broken)
+    assert not (tmp_path / "executed").exists()
+    torch.save({"a": torch.ones(2)}, tmp_path / "good.pth")
+    assert inception.read_state_dict(tmp_path / "good.pth")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("module", ["torch_fidelity", "timm"])
+def test_libraries_that_are_not_there_are_named(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    torch.save({}, tmp_path / "x.pth")
+    name = f"inception:{tmp_path}/x.pth" if module == "torch_fidelity" else f"clip:{tmp_path}/x.pth"
+    with pytest.raises(UserError, match="pip install 'potstill"):
+        load_features(name)
+
+
+def test_all_known_networks_are_described():
+    assert all(kind in features_module.__doc__ for kind in features_module.KINDS)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "wanted a run folder or a weight file to evaluate"),
+        (["RUN", "--features", "inception:nowhere.pt"], "no file nowhere.pt"),
+        (["RUN", "--features", "dinov2"], "no features 'dinov2'"),
+        (["RUN", "--labels", "3,10"], "among 0 … 9"),
+        (["RUN", "--labels", "cats"], "among 0 … 9"),
+        (["RUN", "--metrics", "fid"], "--metrics wants some of fd,kid,pr, got 'fid'"),
+        (["RUN", "--metrics", "fd,kid", "--reference", "REF"], "a reference file holds none"),
+        (["RUN", "--reference", "nowhere.npz"], "no reference at nowhere.npz"),
+        (["RUN", "--reference", "REF"], "is of 4 features, FD-pixels has 64"),
+        (["RUN", "--reference", "REF", "--save-reference", "x.npz"], "leave --reference out"),
+        (["RUN", "--save-reference", "x.txt"], "ending in .npz"),
+        (["RUN", "--save-reference", "REF/x.npz"], "cannot be written"),
+        (["RUN", "--save-reference", "FOLDER.npz"], "is a folder"),
+        (["RUN", "--best-of", "0"], "at least 1 evaluation"),
+        (["RUN", "--seed", str(2**63 - 10), "--n", "20"], "beyond the last seed"),
+        (["RUN", "--S_max", "5"], "add --S_churn"),
+        (["RUN", "--S_churn", "5", "--S_min", "9", "--S_max", "3"], "S_min <= S_max"),
+        (["RUN", "--which", "student", "--preset", "cifar10"], "presets and churn are for teachers"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(run_dir, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "ref.npz", **GOOD)
+    (tmp_path / "folder.npz").mkdir()
+    places = {"RUN": str(run_dir), "REF": "ref.npz", "FOLDER": "folder"}
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate.main([re.sub("RUN|REF|FOLDER", lambda m: places[m[0]], a) for a in arguments])
+    assert sorted(os.listdir(tmp_path)) == ["folder.npz", "ref.npz"]
+
+
+def test_a_preset_is_the_teacher_s(run_dir, capsys):
+    found = evaluated(capsys, run_dir, "--preset", "imagenet64", "--steps", "1", "--n", "10")
+    assert (found["student"]["nfe"], found["teacher"]["nfe"]) == (1, 1)
+    assert found["teacher"]["churn"] == [40, 0.05, 50, 1.003] and "churn" not in found["student"]
+
+
+def test_a_kept_reference_can_be_asked_again():
+    a, b = random_images(60, (1, 3, 3)), random_images(60, (1, 3, 3), 1)
+    side = fitted(a.split(7), Pixels())
+    assert distance(side, b.split(11)) == pytest.approx(distance(side, [b]), rel=1e-12)
