@@ -82,7 +82,7 @@ class Student(nn.Module):
         if tuple(z.shape[1:]) != wanted:
             raise UserError(f"this student wants noise {['N', *wanted]}, got {list(z.shape)}")
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
-        return self.sampler(self.net, self._rows(labels, len(z)), noise)
+        return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
 
     @torch.no_grad()
     def forward(

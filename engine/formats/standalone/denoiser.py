@@ -2,6 +2,8 @@
 
 D(x; sigma) = c_skip x + c_out F(c_in x, c_noise, labels) with F a DDPM++, NCSN++ (SongUNet) or ADM (DhariwalUNet) of
 arXiv 2206.00364. The names of the weights are EDM's. Apache-2.0; the weights beside this file have their own licence.
+
+diffusers runs this file anew for every pipeline, in the same module: nothing here may ask isinstance of a class of its own.
 """
 
 import math
@@ -246,7 +248,7 @@ class SongUNet(nn.Module):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + layer(aux)) / math.sqrt(2)
             else:
-                x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+                x = layer(x, emb) if hasattr(layer, "affine") else layer(x)
                 skips.append(x)
         out = None
         for name, layer in self.dec.items():
@@ -305,7 +307,7 @@ class DhariwalUNet(nn.Module):
         emb = emb if self.map_steps is None else torch.cat([emb, self.map_steps(steps).expand_as(emb)], 1)
         skips = []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb) if hasattr(layer, "affine") else layer(x)
             skips.append(x)
         for layer in self.dec.values():
             x = layer(x if x.shape[1] == layer.in_channels else torch.cat([x, skips.pop()], 1), emb)
