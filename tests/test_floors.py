@@ -13,7 +13,7 @@ FLOORS = [
     ["engine.methods"],
     ["engine.training", "engine.data", "engine.evaluation", "engine.formats"],
     ["engine.config"],
-    ["engine.build", "engine.folder"],
+    ["engine.build", "engine.folder", "engine.student"],
     ["engine.job", "engine.rehearsal"],
     ["engine.train", "engine.sample", "engine.evaluate", "engine.convert", "engine.probe", "engine.compare", "engine.export"],
 ]  # fmt: skip

@@ -74,11 +74,16 @@ def _quality(about: About) -> str:
     rows += [(who, (summary.get(who) or {}).get("nfe", ""), (summary.get(who) or {}).get("fd")) for who in ("teacher", "student")]
     table = [f"| | evaluations per image | {features}, n = {n:,} |", "|---|---|---|"]
     table += [f"| {who} | {nfe} | {_number(fd)} |" for who, nfe, fd in rows if fd is not None]
-    told = f"Against {student.get('reference_images', 0):,} real images of {student.get('data', '?')}, seeds {student.get('seeds', '?')}."
+    images = student.get("reference_images")
+    against = f"{images:,} real images of " if images else ""
+    told = f"Against {against}{student.get('data', '?')}, seeds {student.get('seeds', '?')}."
+    if student.get("best_of", 1) > 1:
+        told += f" The student's is the best of {student['best_of']} evaluations with different seeds."
     if "fid" not in str(features).lower():
         told += f" {features} is no FID: compare it only with {features} of the same data at the same n."
-    if student.get("features_sha256"):
-        told += f" Features' sha256: `{student['features_sha256']}`."
+    for key, title in (("features_sha256", "Features'"), ("reference_sha256", "Reference's")):
+        if student.get(key):
+            told += f" {title} sha256: `{student[key]}`."
     return "\n".join(table) + "\n\n" + " ".join([told, *([student["warning"] + "."] if "warning" in student else [])])
 
 
