@@ -100,8 +100,12 @@ class Tars:
 def _members(shard: Path) -> list[tarfile.TarInfo]:
     """The plain files in a tar, in their order."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            return [member for member in tar if member.isreg()]
+        with tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
+            members = list(tar)
+            file.seek(max((-(-(m.offset_data + m.size) // 512) * 512 for m in members if m.isreg()), default=0))
+            if not members or file.read(512) != bytes(512):  # tarfile passes over an end that is missing
+                raise tarfile.ReadError("its end is missing" if members else "it is empty")
+            return [member for member in members if member.isreg()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} is no complete, uncompressed tar ({error}): copy or download it again") from error
     except OSError as error:
