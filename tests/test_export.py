@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import types
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -129,7 +128,7 @@ def test_a_clean_process_gets_the_same_images_from_file_and_hub_folder(tmp_path)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "hub/config.json").read_text())
     assert config["kwargs"] == SONG
-    assert config["sampler"] == asdict(sampler)
+    assert config["sampler"] == sampler.to_dict()
 
 
 def test_a_student_is_a_module_with_a_differentiable_generator(tmp_path):
