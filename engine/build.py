@@ -12,6 +12,7 @@ import torch
 
 from engine.config import Config, NetConfig
 from engine.data.images import Images, open_images
+from engine.data.sources import is_there
 from engine.errors import UserError
 from engine.evaluation.features import check_features
 from engine.methods import moment_matching
@@ -161,8 +162,9 @@ def missing(cfg: Config) -> list[str]:
     """What a run needs and does not find on disk, with the commands that get it."""
     wants = []
     path = cfg.data.path
-    if path and path != "digits" and not path.startswith("synthetic:") and not Path(path).exists():
-        wants.append(f"data: nothing at {path}. " + (cfg.data.how or "Set data.path to an EDM zip, a folder or an .npz."))
+    if path and not is_there(path):
+        other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
+        wants.append(f"data: nothing at {path}. " + (cfg.data.how or other))
     checkpoint = cfg.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))

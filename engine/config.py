@@ -35,7 +35,7 @@ RECIPES = Path(__file__).parent.parent / "configs"
 class DataConfig:
     """The real images; they also say resolution, channels and number of classes."""
 
-    path: str | None = "digits"  # digits | EDM zip | folder | .npz | synthetic:64x3; null: none, for data-free methods
+    path: str | None = "digits"  # digits | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
     resolution: int | None = None  # wanted; null: as it comes
     flips: bool = False  # mirror half of the images
     workers: int = 2  # processes that decode images when they do not fit in memory

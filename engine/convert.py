@@ -22,7 +22,8 @@ from engine.nets.weights import save_net
 from engine.sampling import one_step
 
 IMAGES = """\
-SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, 'digits' or synthetic:RESOLUTIONxCHANNELS.
+SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),
+hf:NAME[:CONFIG][@SPLIT] for a Hugging Face data set, 'digits' or synthetic:RESOLUTIONxCHANNELS.
 Pictures may be of any size and are turned as the camera was held; if all are grey the set is grey, otherwise RGB. EDM's
 own tool resizes with lanczos: add --filter lanczos for a set like those its published teachers were trained on."""
 

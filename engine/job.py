@@ -284,8 +284,18 @@ class Job:
         save_net(
             path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
             method=self.cfg.method.name if run.method.product == "student" else "teacher",
-            data=self.images.name if self.images else "none", **more,
+            data=self.images.name if self.images else "none", **self.inherited, **more,
         )  # fmt: skip
+
+    @cached_property
+    def inherited(self) -> dict[str, Any]:
+        """What a weight file of this run has from its teacher's: the licence, and which teacher it was."""
+        if not self.cfg.teacher.checkpoint:
+            return {}
+        path = Path(self.cfg.teacher.checkpoint)
+        own = read_metadata(path)
+        teacher = {key: own[key] for key in ("source", "sha256") if key in own} or own.get("teacher") or {"source": path.name}
+        return {"teacher": teacher} | ({"license": own["license"]} if "license" in own else {})
 
 
 class NoImages:

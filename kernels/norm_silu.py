@@ -136,6 +136,8 @@ def norm_silu(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit.
     """
+    if torch.compiler.is_exporting():  # a graph for other programs holds PyTorch's own operations
+        return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
     if x.device.type == "cpu" and not INTERPRET and _pytorch_is_fast(x):
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)

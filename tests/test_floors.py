@@ -14,7 +14,7 @@ FLOORS = [
     ["engine.training", "engine.data", "engine.formats"],
     ["engine.evaluation"],
     ["engine.config"],
-    ["engine.build", "engine.folder"],
+    ["engine.build", "engine.folder", "engine.student"],
     ["engine.job", "engine.rehearsal"],
     ["engine.train", "engine.sample", "engine.evaluate", "engine.convert", "engine.probe", "engine.compare", "engine.export"],
 ]  # fmt: skip

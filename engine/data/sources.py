@@ -12,8 +12,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from engine.data import hugging_face
 from engine.data.files import METADATA, Files, open_files
 from engine.data.labels import MAX_CLASSES, Labels, checked, from_folders, from_json
+from engine.data.tars import Tars, shards_of
 from engine.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
@@ -63,21 +65,44 @@ class Source(Protocol):
 
 
 def open_source(path: str | Path, *, labelled: bool = True) -> Source:
-    """Pictures of "digits", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder or a zip. UserError if there are none."""
+    """Pictures of "digits", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder, a zip, webdataset's tars, "hf:NAME".
+
+    UserError if there are none.
+    """
     text = str(path)
     if text == "digits":
         return _digits(labelled)
     if text.startswith("synthetic:"):
         return _synthetic(text, labelled)
+    if text.startswith(hugging_face.PREFIX):
+        files, labels = hugging_face.encoded(text, labelled)
+        source = FileSource(files, labelled=False)
+        source.labels = labels
+        return source
+    if text.endswith(".tar") and shards_of(text):
+        return FileSource(_not_empty(Tars(text)), labelled)
     place = Path(path).expanduser()
     if not os.path.exists(place):  # Path.exists raises where a folder above is closed to us
         raise UserError(
-            f"no images at {text}, wanted an EDM dataset zip, a folder of images, an .npz file, 'digits' or "
+            f"no images at {text}, wanted an EDM dataset zip, a folder of images, an .npz file, .tar shards, hf:NAME, 'digits' or "
             "synthetic:RESOLUTIONxCHANNELS"
         )
     if place.suffix.lower() == ".npz":
         return _npz(place, labelled)
     return FileSource(open_files(place), labelled)
+
+
+def is_there(path: str) -> bool:
+    """Is there something at a source's name, as far as can be told without opening it?"""
+    if path == "digits" or path.startswith(("synthetic:", hugging_face.PREFIX)):
+        return True
+    return bool(shards_of(path)) if path.endswith(".tar") else os.path.exists(Path(path).expanduser())
+
+
+def _not_empty(tars: Tars) -> Tars:
+    if not tars.names:
+        raise UserError(f"no images in {tars.path}: wanted tars with KEY.png and, if any, KEY.cls")
+    return tars
 
 
 class FileSource:

@@ -107,11 +107,11 @@ class Denoiser(nn.Module):
         return (c.c_in[:, None, None, None] * x).to(self.compute_dtype)
 
     def _sigmas(self, sigma: Tensor, x: Tensor) -> Tensor:
-        return sigma.float().to(x.device).reshape(-1).expand(len(x))
+        return sigma.float().to(x.device).reshape(-1).expand(x.shape[0])  # torch.export would take len(x) for a constant
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if not self.label_dim:
             return None
         if labels is None:
-            return torch.zeros(len(x), self.label_dim, device=x.device)
-        return labels.float().reshape(-1, self.label_dim).expand(len(x), -1)
+            return torch.zeros(x.shape[0], self.label_dim, device=x.device)
+        return labels.float().reshape(-1, self.label_dim).expand(x.shape[0], -1)

@@ -1,0 +1,244 @@
+"""python -m engine.export RUN_OR_FILE --to safetensors|hub|diffusers|onnx --out DIR: a student for other programs.
+
+DIR gets a README.md (a model card with method, teacher, data, quality and licence) beside the files of the format.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.cli import run
+from engine.errors import UserError
+from engine.evaluation.source import STUDENT, open_models, settings
+from engine.formats.card import About, card
+from engine.formats.diffusers import write_diffusers
+from engine.formats.hub import write_hub, write_safetensors
+from engine.formats.onnx import largest_difference, write_onnx
+from engine.nets.router import Router
+from engine.student import Student
+
+ONNX = "student.onnx"
+MOST_UNLIKE = 1e-3  # between onnxruntime and PyTorch, of images in [-1, 1]: more is another net, not another rounding
+
+
+@dataclass
+class Subject:
+    """What is exported: a student, the file it is in, and what is known about it."""
+
+    student: Student
+    path: Path
+    about: About
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    out = args.out.expanduser()
+    if out.exists():
+        raise UserError(f"{out} exists: choose a folder that does not, or remove it")
+    subject = found(args.source.expanduser())
+    part = out.with_name(out.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        told = FORMATS[args.to](subject, part)
+        library, use = USES[args.to](subject)
+        (part / "README.md").write_text(card(subject.about, library, use))
+        part.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {told}, {size / 2**20:.1f} MiB; read {out}/README.md before you publish it", file=sys.stderr)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a finished run, or a student's .safetensors file")
+    p.add_argument("--to", choices=list(FORMATS), required=True, help="what shall read it")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    return p
+
+
+def found(source: Path) -> Subject:
+    """The student at `source`. UserError if there is none, or its run is not finished."""
+    if source.is_dir():
+        summary = _summary(source)
+    else:  # a file of a run: the run's numbers are about its last student only
+        summary = _summary(source.parent, wanted=False) if source.name == "student.safetensors" else {}
+    model = open_models(source, STUDENT)[0]
+    student = Student(model.net, model.sampler, model.metadata).eval()
+    net = student.net
+    classes = f"{net.label_dim:,} classes" if net.label_dim else "no classes"
+    size = f"{net.img_resolution}x{net.img_resolution}x{net.img_channels}, {classes}, "
+    about = About(
+        name=(source if source.is_dir() else source.parent if summary else source.with_suffix("")).resolve().name,
+        metadata=model.metadata,
+        nfe=model.sampler.nfe,
+        size=size + f"{sum(p.numel() for p in net.parameters()):,} parameters",
+        students=len(net.students) if isinstance(net, Router) else 1,
+        teacher=_teacher(source, model.metadata),
+        summary=summary,
+    )
+    return Subject(student, model.path, about)
+
+
+def _summary(run: Path, wanted: bool = True) -> dict[str, Any]:
+    """summary.json of a run, which is there when it is finished."""
+    path = run / "summary.json"
+    if not path.is_file():
+        if not wanted:
+            return {}
+        again = "repeat its python -m engine.train command to finish it"
+        has = (run / "student.safetensors").is_file()
+        raise UserError(
+            f"{run} is no finished run (it has no summary.json): {again}"
+            + (", or export the file student.safetensors in it" if has else "")
+        )
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not readable as JSON ({error}): repeat the training command to renew it") from error
+
+
+def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
+    """A name for what the student learnt from."""
+    teacher = metadata.get("teacher")
+    if isinstance(teacher, dict) and teacher.get("source"):
+        sha = str(teacher.get("sha256", ""))
+        return str(teacher["source"]) + (f" (sha256 {sha})" if sha else "")
+    recipe = settings(source)
+    if not recipe:
+        return None
+    given = (recipe.get("teacher") or {}).get("checkpoint")
+    return Path(given).name if given else f"a teacher trained in the same run on {metadata.get('data', 'its data')}"
+
+
+# How each format is written: into a folder, and what to say about it.
+
+
+def to_safetensors(subject: Subject, folder: Path) -> str:
+    write_safetensors(subject.path, folder)
+    return "weights with their description in their metadata"
+
+
+def to_hub(subject: Subject, folder: Path) -> str:
+    write_hub(subject.path, folder)
+    return "a folder for the Hugging Face hub"
+
+
+def to_diffusers(subject: Subject, folder: Path) -> str:
+    student = single(subject, "diffusers")
+    metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
+    write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
+    return "a diffusers pipeline"
+
+
+def to_onnx(subject: Subject, folder: Path) -> str:
+    """The graph and its check. UserError if onnxruntime's images are not PyTorch's."""
+    generator = Graph(single(subject, "onnx"))
+    example, names = generator.example(), generator.names
+    write_onnx(generator, example, names, folder / ONNX)
+    difference = largest_difference(folder / ONNX, generator, example, names)
+    if difference is None:
+        return "an ONNX graph, not checked (pip install onnxruntime checks it)"
+    if not difference < MOST_UNLIKE:
+        raise UserError(f"onnxruntime's images differ by {difference:.2g} from PyTorch's: export to safetensors instead")
+    return f"an ONNX graph, within {difference:.1e} of PyTorch in onnxruntime"
+
+
+def single(subject: Subject, kind: str) -> Student:
+    if isinstance(subject.student.net, Router):
+        files = ", ".join(f"student-{k}/student.safetensors" for k in range(min(subject.about.students, 3)))
+        raise UserError(
+            f"--to {kind} takes one net, this run has {subject.about.students} students: export each by its file ({files} …), "
+            "or all of them --to hub"
+        )
+    subject.student.net.compute_dtype = torch.float32
+    return subject.student
+
+
+class Graph(nn.Module):
+    """forward(z, labels) of a student, for torch.export."""
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+        self.names = ("z", "labels") if student.label_dim else ("z",)
+
+    def example(self) -> tuple[Tensor, ...]:
+        student = self.student
+        shape = student.shape if student.draws == 1 else (student.draws, *student.shape)
+        z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        return (z, torch.arange(2) % student.label_dim) if student.label_dim else (z,)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.student.generate(z, labels)
+
+
+def _use_file(subject: Subject) -> tuple[str, str]:
+    where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
+    return "potstill", _python(where) + "\n\nOr `python -m engine.sample student.safetensors --seeds 0-63 --out grid.png`."
+
+
+def _use_hub(subject: Subject) -> tuple[str, str]:
+    up = "Upload it with `hf upload USER/NAME DIR`; only safetensors and JSON are ever read."
+    return "potstill", _python('"USER/NAME"', "or this folder") + "\n\n" + up
+
+
+def _python(where: str, comment: str = "") -> str:
+    return f"""\
+```python
+from engine.student import Student  # potstill
+
+student = Student.from_pretrained({where}){f"  # {comment}" if comment else ""}
+images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
+```"""
+
+
+def _use_diffusers(subject: Subject) -> tuple[str, str]:
+    classes = ", class_labels=[0, 1, 2, 3]" if subject.student.label_dim else ""
+    return "diffusers", f"""\
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+images = pipe(seeds=[0, 1, 2, 3]{classes}).images
+```
+
+`trust_remote_code` runs pipeline.py and unet/denoiser.py of this folder: read them, they are short."""
+
+
+def _use_onnx(subject: Subject) -> tuple[str, str]:
+    student = subject.student
+    shape = ", ".join(map(str, student.shape if student.draws == 1 else (student.draws, *student.shape)))
+    labels = ', "labels": np.arange(16)' + (f" % {student.label_dim}" if student.label_dim < 16 else "") if student.label_dim else ""
+    return "onnx", f"""\
+```python
+import numpy as np, onnxruntime
+
+z = np.random.default_rng(0).standard_normal((16, {shape}), np.float32)
+(images,) = onnxruntime.InferenceSession("{ONNX}").run(None, {{"z": z{labels}}})  # about in [-1, 1]
+```"""
+
+
+FORMATS: dict[str, Callable[[Subject, Path], str]] = {
+    "safetensors": to_safetensors,
+    "hub": to_hub,
+    "diffusers": to_diffusers,
+    "onnx": to_onnx,
+}
+USES = {"safetensors": _use_file, "hub": _use_hub, "diffusers": _use_diffusers, "onnx": _use_onnx}
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,49 @@
+"""A folder that Hugging Face's diffusers loads as a pipeline, with nothing of ours installed.
+
+    model_index.json    which classes in which files, and how the student is sampled
+    pipeline.py         noise to images; unet/denoiser.py: the net (both from `engine/formats/standalone`)
+    unet/               config.json with EDM's keyword arguments, diffusion_pytorch_model.safetensors
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from engine.errors import UserError
+from engine.nets.denoiser import Denoiser
+
+FILES = Path(__file__).parent / "standalone"
+SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows
+DIFFUSERS = "0.30.0"  # the form of the files; written where diffusers puts its version
+
+
+def write_diffusers(net: Denoiser, sampler: dict[str, Any], folder: Path, metadata: dict[str, str]) -> None:
+    """The files into a folder that exists. UserError for a way of sampling that pipeline.py does not know."""
+    if sampler["solver"] not in SOLVERS:
+        raise UserError(f"the diffusers pipeline samples by {', '.join(SOLVERS)}, this file wants {sampler['solver']}")
+    unet = folder / "unet"
+    unet.mkdir()
+    shutil.copyfile(FILES / "pipeline.py", folder / "pipeline.py")
+    shutil.copyfile(FILES / "denoiser.py", unet / "denoiser.py")
+    _write(
+        folder / "model_index.json",
+        {
+            "_class_name": ["pipeline", "StudentPipeline"],
+            "_diffusers_version": DIFFUSERS,
+            "sampler": sampler,
+            "unet": ["denoiser", "Denoiser"],
+        },
+    )
+    kwargs = {k: v for k, v in net.kwargs.items() if v != math.inf}  # JSON has no infinity, and it is the default
+    described = {"_class_name": "Denoiser", "_diffusers_version": DIFFUSERS, "precond": net.precond, "net": kwargs}
+    _write(unet / "config.json", described)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
+    save_file(tensors, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"} | metadata)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
