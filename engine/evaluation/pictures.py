@@ -1,6 +1,7 @@
 """Images side by side: a grid, and a sheet of captioned grids."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,16 @@ def sheet(rows: dict[str, Tensor | np.ndarray], columns: int | None = None, *, s
         draw.text((left, GAP // 2), caption, fill="black", font=font)
         canvas.paste(picture, (left, top))
         left += width + GAP
+    return canvas
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one under the other, on white."""
+    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, top))
+        top += picture.height
     return canvas
 
 
