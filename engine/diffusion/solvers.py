@@ -63,7 +63,7 @@ def heun(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: 
     """Second order; two evaluations, one on the step to σ = 0."""
     d = slope(denoise, x, sigma)
     x_next = x + (sigma_next - sigma) * d
-    if sigma_next > 0:
+    if sigma_next.item() > 0:  # a schedule lies on the host: no device is asked
         x_next = x + (sigma_next - sigma) * (d + slope(denoise, x_next, sigma_next)) / 2
     return x_next, None
 
@@ -92,7 +92,7 @@ def _dpmpp(
 ) -> tuple[Tensor, Any]:
     """One step in λ = -ln σ. The state holds (D, λ) of the last steps, newest first."""
     history = [(denoise(x, sigma), -sigma.log()), *(state or [])][:order]
-    if sigma_next == 0:  # λ is infinite there: the limit of the first-order step is D itself
+    if sigma_next.item() == 0:  # λ is infinite there: the limit of the first-order step is D itself
         return history[0][0], history
     h = -sigma_next.log() - history[0][1]
     p1 = torch.expm1(-h)

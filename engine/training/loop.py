@@ -8,7 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
 from engine.training.ema import EMA, ema_decay
+from engine.training.graphs import build_graphs, seed_dropout
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
-from engine.training.optim import OptimConfig, build_optimizer, learning_rate
+from engine.training.optim import OptimConfig, build_optimizer, learning_rate, rates_as_tensors, set_rate
 from engine.training.step import Trained, iteration
 
 
@@ -39,6 +40,7 @@ class TrainConfig:
     eval_kimg: float | None = None  # Frechet distance in the loop; null: never
     checkpoint_kimg: float | None = None  # null: ten over the run
     keep: int = 2  # newest checkpoints kept
+    graphs: str = "auto"  # replay every turn as one CUDA graph: auto (where there is CUDA) | on (or stop) | off
 
 
 @dataclass
@@ -81,6 +83,26 @@ class Run:
         self.ema = EMA(method.nets[method.product])
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
+        self.generators: list[torch.Generator] = []  # one a micro-batch, the same every iteration: graphs know them
+        self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients)
+        self._place_rates()
+
+    def _place_rates(self) -> None:
+        """Where graphs may be, learning rates lie on the device, so that a replay sees the schedule."""
+        if self.graphs or self.device.type == "cuda":
+            for one in self.trained.values():
+                rates_as_tensors(one.optimizer, self.device)
+
+    def forget_gradients(self) -> None:
+        for one in self.trained.values():
+            one.optimizer.zero_grad(set_to_none=True)
+
+    def graph_report(self) -> dict[str, Any]:
+        """How much of this run was replayed, and what was not, and why."""
+        if self.graphs is None:
+            why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
+            return {"mode": "off", "why": why}
+        return self.graphs.report()
 
     @property
     def images_seen(self) -> int:
@@ -102,20 +124,22 @@ class Run:
 
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
-        torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
-        for name, one in self.trained.items():
-            for group in one.optimizer.param_groups:
-                group["lr"] = learning_rate(self.optim[name], self.step, self.total)
-        micro = self.cfg.micro_batch or len(images)
-        batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
-        logs = iteration(self.method, self.trained, batches, self.step)
-        self.step += 1
-        self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
-        self.meter.add(logs)
+        with self.graphs.stream() if self.graphs else nullcontext():
+            seed_dropout(self.device, mixed(self.seed, self.step, 1))
+            for name, one in self.trained.items():
+                set_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
+            micro = self.cfg.micro_batch or len(images)
+            batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
+            logs = iteration(self.method, self.trained, batches, self.step, self.graphs)
+            self.step += 1
+            self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
+            self.meter.add(logs)
 
     def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
         window = slice(start, start + micro)
-        generator = torch.Generator(self.device).manual_seed(mixed(self.seed, self.step, 0))
+        if (number := start // micro) == len(self.generators):
+            self.generators.append(torch.Generator(self.device))
+        generator = self.generators[number].manual_seed(mixed(self.seed, self.step, 0))
         host = random.Random(mixed(self.seed, self.step, 2))
         draws = Draws(generator, len(images), window, host, self.classes)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
@@ -137,6 +161,7 @@ class Run:
         for name, net in self.method.nets.items():
             restore(net, state["nets"][name], f"net {name!r}")
             restore(self.trained[name].optimizer, state["optimizers"][name], f"optimiser of {name!r}")
+        self._place_rates()
         restore(self.ema.net, state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
         self.meter.load_state_dict(state["meter"])

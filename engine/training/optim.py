@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.errors import UserError
 
@@ -56,3 +56,20 @@ def learning_rate(cfg: OptimConfig, step: int, total: int) -> float:
     if cfg.schedule == "halfway" and step >= total / 2:
         return cfg.lr / 10
     return cfg.lr
+
+
+def rates_as_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Learning rates as 0-dim tensors on the device, which a captured step reads anew at every replay."""
+    for group in optimizer.param_groups:
+        group["capturable"] = device.type == "cuda"
+        if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+            group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate from the next step on."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -5,11 +5,14 @@ The one place where the alternation of nets is written. It never reads a tensor'
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.methods.base import Batch, Logs, Method
+from engine.methods.base import Batch, Logs, Method, Turn
+from engine.training.graphs import Graphs
 
 
 @dataclass
@@ -22,27 +25,47 @@ class Trained:
     reduce: Callable[[Sequence[Tensor]], None] = lambda gradients: None  # average gradients over ranks
 
 
-def iteration(method: Method, trained: Mapping[str, Trained], micro_batches: Sequence[Batch], step: int) -> Logs:
+def iteration(
+    method: Method, trained: Mapping[str, Trained], micro_batches: Sequence[Batch], step: int, graphs: Graphs | None = None
+) -> Logs:
     """Take every turn due at iteration `step` (from 0). Returns device tensors "<net>/<name>", summed over micro-batches."""
     logs: Logs = {}
-    shared = [method.begin(batch) for batch in micro_batches]
-    for turn in method.turns:
+    shared: list[Any] = list(micro_batches)
+    if type(method).begin is not Method.begin:
+        work = partial(begun, method)
+        shared, _ = graphs.run("begin", work, shared) if graphs else work(shared)
+    for number, turn in enumerate(method.turns):
         if step < turn.after or (step - turn.after) % turn.every:
             continue
-        taken = False
-        for one in shared:
-            if (result := turn.loss(one)) is None:
-                continue
-            (loss, log), taken = result, True
-            (loss / len(shared)).backward()
-            for name, value in log.items():
-                key = f"{turn.trains}/{name}"
-                share = value.detach() if name == "nonfinite" else value.detach() / len(shared)
-                logs[key] = logs[key] + share if key in logs else share
-        if taken:
-            logs[f"{turn.trains}/grad_norm"] = update(trained[turn.trains])
-            method.after_step(turn.trains)
+        work = partial(taken, method, turn, trained[turn.trains])
+        shared, own = graphs.run(f"turn {number} ({turn.trains})", work, shared) if graphs else work(shared)
+        for name, value in own.items():
+            logs[name] = logs[name] + value if name in logs and not name.endswith("/grad_norm") else value
     return logs
+
+
+def begun(method: Method, micro_batches: Sequence[Batch]) -> tuple[list[Any], Logs]:
+    """What the turns of this iteration share, of every micro-batch."""
+    return [method.begin(batch) for batch in micro_batches], {}
+
+
+def taken(method: Method, turn: Turn, trained: Trained, shared: list[Any]) -> tuple[list[Any], Logs]:
+    """One turn over all micro-batches. Returns what they share, which it may have changed, and what to log."""
+    logs: Logs = {}
+    stepped = False
+    for one in shared:
+        if (result := turn.loss(one)) is None:
+            continue
+        (loss, log), stepped = result, True
+        (loss / len(shared)).backward()
+        for name, value in log.items():
+            key = f"{turn.trains}/{name}"
+            share = value.detach() if name == "nonfinite" else value.detach() / len(shared)
+            logs[key] = logs[key] + share if key in logs else share
+    if stepped:
+        logs[f"{turn.trains}/grad_norm"] = update(trained)
+        method.after_step(turn.trains)
+    return shared, logs
 
 
 def update(trained: Trained) -> Tensor:

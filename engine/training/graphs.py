@@ -1,0 +1,315 @@
+"""CUDA graphs: a piece of an iteration that has been seen a few times is captured once and from then on replayed.
+
+A piece is what `begin` does, or one turn: forward, loss, backward, clip, optimiser step. Launching its thousands of kernels
+one by one costs the host more time than a small batch costs the GPU; a replay is one launch. What a replay sees:
+
+    what the pieces share    is copied into buffers of the graph's own before, results are copied out of it after
+    noise, dropout           from the generators of the run, seeded before every iteration: the numbers of an eager run
+    learning rate            a device tensor that is filled before
+    host decisions           SFD-v's number of steps, None where an iteration has no use for a turn: part of the key
+
+so for every key there is a graph. Its first `warmup` runs are eager and train as any, on the stream of the later capture.
+At most `limit` graphs are kept, since each pins memory; what comes later stays eager. Whatever stays eager says why.
+"""
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.methods.base import Draws, Logs
+
+MODES = ("auto", "on", "off")
+Work = Callable[[Any], tuple[Any, Logs]]  # what the pieces share -> the same afterwards, and what to log
+
+
+class Backend(Protocol):
+    """What records kernels: CUDA, or a stand-in where there is none."""
+
+    def stream(self) -> Any:
+        """A context in which all work of an iteration runs, captured or not."""
+        ...
+
+    def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        """Record body's work without its effects; returns what repeats it. RuntimeError where it cannot be recorded."""
+        ...
+
+    def recover(self, generators: Sequence[torch.Generator]) -> None:
+        """Make eager work possible again after a capture that failed. Replays of earlier captures are no longer valid."""
+        ...
+
+
+class CUDA:
+    """Captures on one side stream into one memory pool."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.side = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Eager iterations run here too: cuBLAS workspaces and autograd's accumulation nodes belong to a stream."""
+        outside = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(outside)
+        with torch.cuda.stream(self.side):
+            yield
+        outside.wait_stream(self.side)
+
+    def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a turn that this iteration has no use for
+            # thread_local: the thread that pins batches in advance may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
+                body()
+        return graph.replay
+
+    def recover(self, generators: Sequence[torch.Generator]) -> None:
+        """A failed capture leaves its generators believing that they are being captured: give them a new state."""
+        torch.cuda.synchronize(self.device)
+        for generator in [*generators, default_generator(self.device)]:
+            generator.graphsafe_set_state(generator.clone_state())
+
+
+@dataclasses.dataclass
+class Captured:
+    """One graph with the tensors it reads and writes."""
+
+    replay: Callable[[], None]
+    inputs: list[Tensor]
+    shape: Hashable = None  # of what the pieces share afterwards
+    sources: Sequence[int | Tensor] = ()  # its leaves: number of an incoming leaf, or a tensor in the graph's memory
+    names: Sequence[str] = ()
+    logs: Tensor | None = None  # [len(names)] float64
+
+
+class Foretold(NamedTuple):
+    """The host's generator of one micro-batch, some of whose next answers were asked for in advance."""
+
+    number: int
+    host: Any
+    answers: list[Any]
+    asked: list[tuple[int, tuple, Any]]  # (number, options, answer) of all micro-batches, in the order of asking
+
+    def choice(self, options: Sequence[Any]) -> Any:
+        answer = self.answers.pop(0) if self.answers else self.host.choice(options)
+        self.asked.append((self.number, tuple(options), answer))
+        return answer
+
+
+class Unfit(Exception):
+    """Something that a graph cannot hold."""
+
+
+class Graphs:
+    """Runs pieces: eagerly at first, then as graphs. `strict`: a piece that cannot be captured is an error.
+
+    reset: called when a capture has failed, to throw away half-made gradients. say: told what stays eager, and why.
+    """
+
+    def __init__(
+        self, backend: Backend, *, warmup: int = 3, limit: int = 32, strict: bool = False,
+        reset: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        self.backend, self.warmup, self.limit, self.strict, self.reset, self.say = backend, warmup, limit, strict, reset, say
+        self.captured: dict[Hashable, Captured] = {}
+        self.refused: dict[Hashable, str] = {}  # key: why
+        self.seen: Counter[Hashable] = Counter()
+        self.counts: dict[str, Counter[str]] = {}
+        self._asks: dict[Hashable, tuple[int, tuple]] = {}  # what a piece asks the host next, having had the answers in the key
+
+    def stream(self) -> Any:
+        return self.backend.stream()
+
+    def run(self, name: str, work: Work, state: Any) -> tuple[Any, Logs]:
+        """work(state), or a replay of it. `name` is the same for the same work."""
+        count = self.counts.setdefault(name, Counter())
+        leaves: list[Any] = []
+        try:
+            first = (name, split(state, leaves))
+        except Unfit as reason:
+            self._refuse(name, name, str(reason))
+            count["eager"] += 1
+            return work(state)
+        draws = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Draws)}.values())
+        key, answers = self._foresee(first, draws)
+        if key not in self.captured and key not in self.refused and self.seen[key] >= self.warmup:
+            self._capture(name, key, work, first[1], leaves, draws, answers)
+        if key in self.captured:
+            count["replayed"] += 1
+            return replayed(self.captured[key], leaves)
+        count["eager"] += 1
+        with foretold(draws, answers) as asked:
+            result = work(state)
+        self.seen[self._learn(first, asked)] += 1
+        return result
+
+    def _foresee(self, key: Hashable, draws: Sequence[Draws]) -> tuple[Hashable, list[list[Any]]]:
+        """The key with the host's decisions, made in advance as far as it is known which will be asked for."""
+        answers: list[list[Any]] = [[] for _ in draws]
+        while key in self._asks:
+            number, options = self._asks[key]
+            answers[number].append(draws[number].host.choice(options))
+            key = (key, answers[number][-1])
+        return key, answers
+
+    def _learn(self, key: Hashable, asked: Sequence[tuple[int, tuple, Any]]) -> Hashable:
+        for number, options, answer in asked:
+            self._asks[key] = (number, options)
+            key = (key, answer)
+        return key
+
+    def _capture(
+        self, name: str, key: Hashable, work: Work, shape: Hashable, leaves: list[Any], draws: Sequence[Draws],
+        answers: list[list[Any]],
+    ) -> None:  # fmt: skip
+        if len(self.captured) >= self.limit:
+            return self._refuse(name, key, f"the limit of {self.limit} graphs is reached")
+        statics = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        made = Captured(lambda: None, [t for t in statics if isinstance(t, Tensor)])
+        versions = [t._version if isinstance(t, Tensor) else 0 for t in statics]
+
+        def body() -> None:
+            with foretold(draws, [list(a) for a in answers]):
+                after, logs = work(joined(shape, iter(statics)))
+            found: list[Any] = []
+            made.shape = split(after, found)
+            same = {id(t): i for i, t in enumerate(statics) if not isinstance(t, Tensor) or t._version == versions[i]}
+            made.sources = [same.get(id(leaf), leaf) for leaf in found]
+            made.names = list(logs)
+            if logs:
+                made.logs = torch.stack([value.detach().double().reshape(()) for value in logs.values()])
+
+        generators = [one.generator for one in draws]
+        try:
+            made.replay = self.backend.capture(body, generators)
+        except (RuntimeError, Unfit) as error:
+            self.reset()
+            self.backend.recover(generators)
+            self.captured.clear()  # they replay with the generators' old states
+            return self._refuse(name, key, first_line(error))
+        self.captured[key] = made
+        self.counts[name]["captured"] += 1
+
+    def _refuse(self, name: str, key: Hashable, why: str) -> None:
+        if self.strict:
+            raise UserError(f"train.graphs=on, but {name} cannot be a CUDA graph ({why}): use auto, which leaves it eager, or off")
+        if key not in self.refused:
+            self.say(f"CUDA graphs: {name} stays eager ({why})")
+        self.refused[key] = why
+
+    def report(self) -> dict[str, Any]:
+        """How often each piece was captured, replayed and run eagerly, and why any stays eager."""
+        kinds = ("captured", "replayed", "eager")
+        total = {kind: sum(count[kind] for count in self.counts.values()) for kind in kinds}
+        pieces = {name: {kind: count[kind] for kind in kinds} for name, count in self.counts.items()}
+        return {"mode": "on", **total, "pieces": pieces, "stay_eager": sorted(set(self.refused.values()))}
+
+
+def replayed(one: Captured, leaves: Sequence[Any]) -> tuple[Any, Logs]:
+    """Fill the graph's inputs, replay, and take copies of its results: the next replay of any graph may overwrite them."""
+    incoming = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if incoming:
+        torch._foreach_copy_(one.inputs, incoming)  # pyright: ignore[reportPrivateImportUsage]
+    one.replay()
+    after = [leaves[s] if isinstance(s, int) else s.clone() if isinstance(s, Tensor) else s for s in one.sources]
+    logs = {} if one.logs is None else dict(zip(one.names, one.logs.clone().unbind(), strict=True))
+    return joined(one.shape, iter(after)), logs
+
+
+@contextmanager
+def foretold(draws: Sequence[Draws], answers: list[list[Any]]) -> Iterator[list[tuple[int, tuple, Any]]]:
+    """Lets `draws` give these answers first; yields the list of what is asked."""
+    asked: list[tuple[int, tuple, Any]] = []
+    hosts = [one.host for one in draws]
+    for number, one in enumerate(draws):
+        one.host = Foretold(number, hosts[number], answers[number], asked)  # type: ignore[assignment]
+    try:
+        yield asked
+    finally:
+        for one, host in zip(draws, hosts, strict=True):
+            one.host = host
+
+
+def split(value: Any, leaves: list[Any]) -> Hashable:
+    """The shape of nested data, hashable, with all its numbers; tensors and draws are appended to `leaves`.
+
+    Raises Unfit for what it does not know, and for a tensor with a gradient's history, which would cross pieces.
+    """
+    match value:
+        case Tensor():
+            if value.requires_grad:
+                raise Unfit("it shares a tensor that carries a gradient")
+            leaves.append(value)
+            return Tensor, value.dtype, value.device, tuple(value.shape), value.stride()
+        case Draws():
+            leaves.append(value)
+            return Draws, value.total, (value.window.start, value.window.stop), id(value.generator), id(value.classes)
+        case None | bool() | int() | float() | str() | torch.dtype():
+            return type(value), value
+        case list() | tuple():
+            return type(value), None, *(split(item, leaves) for item in value)
+        case dict():
+            return dict, tuple(value), *(split(item, leaves) for item in value.values())
+    if dataclasses.is_dataclass(value):
+        names = tuple(f.name for f in dataclasses.fields(value))
+        return type(value), names, *(split(getattr(value, name), leaves) for name in names)
+    raise Unfit(f"it shares a {type(value).__name__}")
+
+
+def joined(shape: Any, leaves: Iterator[Any]) -> Any:
+    """The data of that shape from its leaves."""
+    kind, about, *parts = shape
+    if kind is Tensor or kind is Draws:
+        return next(leaves)
+    if not parts and not (issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)):
+        return about
+    items = [joined(part, leaves) for part in parts]
+    if kind is list or kind is tuple:
+        return kind(items)
+    return dict(zip(about, items, strict=True)) if kind is dict else kind(*items)
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that dropout draws from on this device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """torch.manual_seed for the host and the one device in use; for all devices it costs milliseconds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        default_generator(device).manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong first: a capture that fails to end hides the error that broke it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_graphs(mode: str, device: torch.device, where: str) -> None:
+    """UserError for a choice that does not exist, or that this device has not got."""
+    if mode not in MODES:
+        raise UserError(f"{where}.graphs wants one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "on" and device.type != "cuda":
+        raise UserError(f"{where}.graphs=on wants a CUDA device, and this run is on {device.type}: use auto or off")
+
+
+def build_graphs(mode: str, device: torch.device, reset: Callable[[], None]) -> Graphs | None:
+    """As train.graphs says; None: everything is eager. `auto` is on where there are CUDA graphs."""
+    check_graphs(mode, device, "train")
+    if mode == "off" or device.type != "cuda":
+        return None
+    return Graphs(CUDA(device), strict=mode == "on", reset=reset)
