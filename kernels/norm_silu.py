@@ -28,7 +28,10 @@ def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
 
 def _cpu_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
     norm = Norm(weight, bias, scale, shift, add, groups, silu)
-    dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
+    if x.numel() and _norm_cpu.rows(x):
+        dx, sums, dadd = _norm_cpu.rows_backward(dy, x, mean, rstd, norm, wanted)
+    else:
+        dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
     out = gradients(x, weight, bias, scale, shift, add, wanted)
     for t, gradient in zip(out, (*_norm_cpu.parameters(sums, norm), dadd), strict=True):
         if t.numel():
@@ -137,17 +140,20 @@ def norm_silu(
         ValueError: shapes, devices or dtypes that do not fit.
     """
     _check(x, weight, bias, groups, scale, shift, add)
-    if x.device.type == "cpu" and not INTERPRET and _pytorch_is_fast(x):
-        return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
+    if x.device.type == "cpu" and not INTERPRET:
+        if _definition_is_fast(x):
+            return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
+        if add is not None and _norm_cpu.rows(x):  # PyTorch's norm cannot add; the sum is kept in place of x
+            x, add = x + add[:, :, None, None].to(x.dtype), None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
     return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
 
 
-def _pytorch_is_fast(x: Tensor) -> bool:
-    """All but 16-bit channels-last images, for which see kernels/_norm_cpu.py."""
-    return x.element_size() > 2 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+def _definition_is_fast(x: Tensor) -> bool:
+    """Of CPU tensors, 32-bit channels-last ones; see kernels/_norm_cpu.py."""
+    return x.element_size() > 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def plain(
