@@ -1,10 +1,10 @@
-"""norm_silu on CPU tensors, in the fastest of three ways (CPU time of one thread, 32 to 256 channels, 4 to 64 pixels a side).
+"""norm_silu on CPU tensors: how it is fastest in each memory format (CPU time of one thread, 32 to 256 channels, 4 to 64
+pixels a side).
 
-NCHW: PyTorch's own GroupNorm, in both directions. Samples times channels count as the channels of one image, so that
-every sample has weights of its own and scale and shift cost nothing; h is computed again by a BatchNorm at rest.
+NCHW: PyTorch's own GroupNorm in both directions, h computed again in between (`rows`).
 16-bit channels-last: a few samples at a time, so that every pass but the first finds them in cache. PyTorch's forward takes
 2 to 4 times as long as this on images below 32 x 32, and its backward 1.3 to 4 times on all.
-32-bit channels-last: the definition, outside of this file.
+32-bit channels-last: the definition, in kernels/norm_silu.py.
 Sums are float32, float64 for float64 tensors.
 """
 
@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.estimate import accum
@@ -64,8 +66,6 @@ def _affine(norm: Norm, n: slice, rstd: Tensor) -> tuple[Tensor, Tensor]:
 
 def forward(x: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y like x, and mean and 1/std [N, G]."""
-    if rows(x):
-        return _rows_forward(x, norm, eps)
     if x.element_size() == 2 and x.shape[2:].numel() >= _PYTORCH_IS_FAST:
         return _pytorch_forward(x, norm, eps)
     groups, hw, k = norm.groups, x.shape[2:].numel(), x.shape[1] // norm.groups
@@ -85,56 +85,6 @@ def forward(x: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         h = torch.addcmul(offset.unsqueeze(axis), d, gain.unsqueeze(axis), out=square)
         ys[n] = F.silu(h, inplace=True) if norm.silu else h
     return y, mean, rstd
-
-
-def rows(x: Tensor) -> bool:
-    """Does every channel of x lie in one piece?"""
-    return x.is_contiguous()
-
-
-def _rows_affine(norm: Norm, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight, bias [N·C] of the norm of the image that has the channels of all n samples."""
-    weight, bias = norm.weight.to(dtype).expand(n, -1), norm.bias.to(dtype).expand(n, -1)
-    if norm.scale is not None:
-        factor = 1 + norm.scale.to(dtype)
-        weight, bias = weight * factor, bias * factor
-    bias = bias if norm.shift is None else bias + norm.shift.to(dtype)
-    return weight.flatten(), bias.flatten()
-
-
-def _rows_forward(x: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    n, c, h, w = x.shape
-    weight, bias = _rows_affine(norm, n, accum(x))
-    x = x if norm.add is None else x + norm.add[:, :, None, None].to(x.dtype)
-    if not x.numel():
-        return x.clone(), *x.new_empty(2, n, norm.groups, dtype=accum(x))
-    wide = x.view(1, n * c, h, w)
-    y, mean, rstd = torch.native_group_norm(wide, weight, bias, 1, n * c, h * w, n * norm.groups, eps)
-    y = y.view_as(x)
-    return F.silu(y, inplace=True) if norm.silu else y, mean.view(n, -1), rstd.view(n, -1)
-
-
-def rows_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm: Norm, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward`; no sums where neither the parameters nor scale and shift are wanted, and dadd only where it is."""
-    n, c, h, w = x.shape
-    weight, bias = _rows_affine(norm, n, mean.dtype)
-    x = x if norm.add is None else x + norm.add[:, :, None, None].to(x.dtype)
-    wide, dh = x.view(1, n * c, h, w), dy
-    if norm.silu:
-        zero, one = torch.zeros_like(weight), torch.ones_like(weight)
-        gain = rstd.repeat_interleave(c // norm.groups, 1).flatten() * weight
-        offset = bias - mean.repeat_interleave(c // norm.groups, 1).flatten() * gain
-        work = F.batch_norm(wide, zero, one, gain, offset, eps=0).view_as(x)
-        dh = torch.ops.aten.silu_backward.grad_input(dy, work, grad_input=work)
-    some = any(wanted[:3])
-    dx, dhx, dh_sum = torch.ops.aten.native_group_norm_backward(
-        dh.view_as(wide), wide, mean.view(1, -1), rstd.view(1, -1), weight, 1, n * c, h * w, n * norm.groups, [True, some, some]
-    )
-    dx = dx.view_as(x)
-    sums = torch.stack([dh_sum.view(n, c), dhx.view(n, c)]) if some else mean.new_empty(2, 0, c)
-    return dx, sums, dx.sum((2, 3), dtype=mean.dtype) if wanted[3] else mean.new_empty(0, c)
 
 
 def _pytorch_forward(x: Tensor, norm: Norm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,3 +134,49 @@ def parameters(sums: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor
     factor = 1 if norm.scale is None else 1 + norm.scale.to(dh.dtype)
     dscale = dhx * norm.weight.to(dh.dtype) + dh * norm.bias.to(dh.dtype)
     return (dhx * factor).sum(0), (dh * factor).sum(0), dscale, dh
+
+
+def rows(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
+    scale: Tensor | None, shift: Tensor | None, add: Tensor | None, silu: bool,
+) -> Tensor:  # fmt: skip
+    """norm_silu of NCHW images. With scale or shift, samples times channels are the channels of one image, so that every
+    sample has weights of its own. x + add is kept in place of x."""
+    n, c, h, w = x.shape
+    weight, bias = weight.to(accum(x)), bias.to(accum(x))
+    if add is not None:
+        x = x + add[:, :, None, None].to(x.dtype)
+    if scale is None and shift is None:
+        return _Rows.apply(x, weight, bias, groups, eps, silu)
+    if scale is not None:
+        factor = 1 + scale.to(weight.dtype)
+        weight, bias = weight * factor, bias * factor
+    weight, bias = weight.expand(n, c), bias.expand(n, c) if shift is None else bias + shift.to(weight.dtype)
+    return _Rows.apply(x.view(1, n * c, h, w), weight.flatten(), bias.flatten(), n * groups, eps, silu).view(n, c, h, w)
+
+
+class _Rows(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        n, c, h, w = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.groups, ctx.silu = groups, silu
+        return F.silu(y, inplace=True) if silu else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        n, c, h, w = x.shape
+        dh = dy.contiguous()  # .sum() sends a stride-0 gradient
+        if ctx.silu:
+            shape = n, ctx.groups, c // ctx.groups
+            gain = rstd.unsqueeze(2) * weight.view(shape[1:])
+            offset = bias.view(shape[1:]) - mean.unsqueeze(2) * gain
+            zero, one = gain.new_zeros(n * c), gain.new_ones(n * c)
+            # h = gain·x + offset, each row its own: a BatchNorm at rest
+            rest = F.batch_norm(x.view(1, n * c, h, w), zero, one, gain.flatten(), offset.flatten(), eps=0.0)
+            dh = torch.ops.aten.silu_backward(dh, rest.view_as(x))
+        given = mean, rstd, weight, n, c, h * w, ctx.groups
+        return *torch.ops.aten.native_group_norm_backward(dh, x, *given, list(ctx.needs_input_grad[:3])), None, None, None

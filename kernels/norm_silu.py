@@ -28,10 +28,7 @@ def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
 
 def _cpu_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
     norm = Norm(weight, bias, scale, shift, add, groups, silu)
-    if x.numel() and _norm_cpu.rows(x):
-        dx, sums, dadd = _norm_cpu.rows_backward(dy, x, mean, rstd, norm, wanted)
-    else:
-        dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
+    dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
     out = gradients(x, weight, bias, scale, shift, add, wanted)
     for t, gradient in zip(out, (*_norm_cpu.parameters(sums, norm), dadd), strict=True):
         if t.numel():
@@ -141,19 +138,24 @@ def norm_silu(
     """
     _check(x, weight, bias, groups, scale, shift, add)
     if x.device.type == "cpu" and not INTERPRET:
+        if _in_rows(x):
+            return _norm_cpu.rows(x, weight, bias, groups, eps, scale, shift, add, silu)
         if _definition_is_fast(x):
             return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
-        if add is not None and _norm_cpu.rows(x):  # PyTorch's norm cannot add; the sum is kept in place of x
-            x, add = x + add[:, :, None, None].to(x.dtype), None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
     return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
 
 
+def _in_rows(x: Tensor) -> bool:
+    """Does every channel of x lie in one piece, and is there any?"""
+    return x.is_contiguous() and x.numel() > 0
+
+
 def _definition_is_fast(x: Tensor) -> bool:
-    """Of CPU tensors, 32-bit channels-last ones; see kernels/_norm_cpu.py."""
-    return x.element_size() > 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    """Of CPU tensors that do not lie in rows, all but 16-bit channels-last ones; see kernels/_norm_cpu.py."""
+    return x.element_size() > 2 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def plain(

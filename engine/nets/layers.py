@@ -183,6 +183,9 @@ class BlockStyle:
     init_attn: Init
 
 
+CHECKPOINTING = ("off", "blocks")
+
+
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention: [N, in, H, W], [N, emb] -> [N, out, H', W']."""
 
@@ -232,7 +235,7 @@ class UNetBlock(nn.Module):
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = self._scaled(h + (x if self.skip is None else self.skip(x)))
         if self.heads:
-            x = self._scaled(self.proj(self._attention(self.norm2(x))) + x)
+            x = self._scaled(x + self._attention(self.norm2(x)))
         return x
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -240,9 +243,23 @@ class UNetBlock(nn.Module):
         return x if self.skip_scale == 1 else x.mul_(self.skip_scale)
 
     def _attention(self, x: Tensor) -> Tensor:
-        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}).
+        """Self-attention over pixels, projected: an image like x, of any memory format."""
+        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}). The rows of the weight are put in the
+        # order ({q, k, v}, head, channel), so that q, k and v come out in pieces that SDPA takes without a copy.
         n, c, height, width = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(n, height * width, self.heads, c // self.heads, 3)
-        q, k, v = qkv.transpose(1, 2).unbind(-1)
-        a = F.scaled_dot_product_attention(q, k, v)
-        return a.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
+        weight, bias = (in_dtype(t, x.dtype) for t in (self.qkv.weight, self.qkv.bias))
+        weight = weight.view(self.heads, c // self.heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
+        bias = bias.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        qkv = F.linear(tokens, weight, bias).view(n, height * width, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        weight, bias = (in_dtype(t, x.dtype) for t in (self.proj.weight, self.proj.bias))
+        return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def set_checkpointing(net: nn.Module, kept: str) -> None:
+    """What a net's backward finds kept: "off", every activation it wants; "blocks", only what enters each block."""
+    for module in net.modules():
+        if isinstance(module, UNetBlock):
+            module.checkpoint = kept == "blocks"
