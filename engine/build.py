@@ -25,6 +25,7 @@ from engine.methods.sim import SIM
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs, without_augmentation
 from engine.nets.features import load_features
+from engine.nets.layers import CHECKPOINTING
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.training.checkpoint import load_newest
@@ -193,6 +194,9 @@ def check_settings(cfg: Config) -> None:
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
+        if stage.activation_checkpointing not in CHECKPOINTING:
+            wanted = " or ".join(CHECKPOINTING)
+            raise UserError(f"{name}.activation_checkpointing wants {wanted}, got {stage.activation_checkpointing!r}")
         for net, optim in stage.optim.items():
             check_optim(optim, f"{name}.optim.{net}")
     if cfg.eval.n is not None and cfg.eval.n < 2:

@@ -25,6 +25,7 @@ from engine.methods.dmd import Pairs
 from engine.methods.msd import TSM, TSMConfig
 from engine.methods.teacher import Teacher
 from engine.nets.denoiser import Denoiser
+from engine.nets.layers import set_checkpointing
 from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
 from engine.sampling import Sampler, ode
@@ -93,7 +94,7 @@ class Job:
         if not given and not here.exists():
             assert self.images is not None
             net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
-            method = Teacher(self.cfg.teacher.loss, self.prepared(net))
+            method = Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
             self.save(self.stage(method, self.cfg.teacher.train, self.dir / "teacher"), here)
         return self.prepared(build.load_teacher(Path(given) if given else here, self.images))
 
@@ -105,7 +106,7 @@ class Job:
         here = self.dir / "tsm.safetensors"
         if not here.exists():
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
-            method = TSM(TSMConfig(), teacher, self.prepared(net))
+            method = TSM(TSMConfig(), teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
         return self.prepared(load_net(here)[0])
 
@@ -271,8 +272,9 @@ class Job:
         settings = self._score_settings | {"against": self._reference, "progress": progress}
         return score(net.eval(), sampler, self.images, self.features, **settings)
 
-    def prepared(self, net: Any) -> Any:
-        """A net on the device, computing in the precision of this run."""
+    def prepared(self, net: Any, stage: TrainConfig | None = None) -> Any:
+        """A net on the device, computing in the precision of this run and keeping what its stage says; null: distillation."""
+        set_checkpointing(net, (stage or self.cfg.train).activation_checkpointing)
         for module in net.modules():
             if isinstance(module, Denoiser):
                 module.compute_dtype = self.dtype

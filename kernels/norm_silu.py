@@ -139,17 +139,25 @@ def norm_silu(
     if torch.compiler.is_exporting():  # a graph for other programs holds PyTorch's own operations
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
-    if x.device.type == "cpu" and not INTERPRET and _pytorch_is_fast(x):
-        return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
+    if x.device.type == "cpu" and not INTERPRET:
+        if _in_rows(x):
+            return _norm_cpu.rows(x, weight, bias, groups, eps, scale, shift, add, silu)
+        if _definition_is_fast(x):
+            return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
     return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
 
 
-def _pytorch_is_fast(x: Tensor) -> bool:
-    """All but 16-bit channels-last images, for which see kernels/_norm_cpu.py."""
-    return x.element_size() > 2 or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+def _in_rows(x: Tensor) -> bool:
+    """Does every channel of x lie in one piece, and is there any?"""
+    return x.is_contiguous() and x.numel() > 0
+
+
+def _definition_is_fast(x: Tensor) -> bool:
+    """Of CPU tensors that do not lie in rows, all but 16-bit channels-last ones; see kernels/_norm_cpu.py."""
+    return x.element_size() > 2 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 def plain(

@@ -35,6 +35,7 @@ from engine.nets.denoiser import Denoiser
 from engine.nets.discriminators import ProjectedDiscriminator
 from engine.nets.features import FeatureNet
 from engine.nets.frozen import freeze
+from engine.nets.ops import definitions
 from engine.sampling import one_step
 from kernels import discriminator_adversarial, generator_adversarial
 from kernels.estimate import accum
@@ -111,7 +112,7 @@ class GDD(Method):
     def r1_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """The discriminator's slope at real images, taken down to the pixels."""
         y = it.images.detach().requires_grad_()
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+        with sdpa_kernel(SDPBackend.MATH), definitions():  # the fused attentions and norms have no second derivative
             score = torch.stack([logits.sum() for logits in self.logits(self.discriminator, y, it)]).sum()
             (slope,) = torch.autograd.grad(score, y, create_graph=True)
         penalty = slope.to(accum(slope)).square().flatten(1).sum(1).mean()

@@ -91,4 +91,4 @@ class DhariwalUNet(UNet):
             if x.shape[1] != block.in_channels:
                 x = torch.cat([x, skips.pop()], 1)
             x = block(x, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm(x, silu=True))

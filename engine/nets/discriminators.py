@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.nets import ops
 from engine.nets.denoiser import Denoiser
 from engine.nets.features import Tap
+from engine.nets.layers import in_dtype
 from kernels import Estimate
 from kernels.estimate import accum
 
@@ -115,7 +117,8 @@ def projected(level: int, width: int) -> int:
 
 
 def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
+    weight, bias = (in_dtype(t, x.dtype) for t in (conv.weight, conv.bias))
+    return ops.conv(x, weight, bias, frozen=not (conv.weight.requires_grad or conv.bias.requires_grad))
 
 
 def _heads(taps: Sequence[Tap], width: int, label_dim: int) -> list["PatchHead"]:

@@ -1,7 +1,7 @@
 """The layers of EDM's U-Nets (2206.00364, Appendix F.2): state_dict keys are EDM's, the code is ours.
 
 Weights stay float32; a layer casts them to the dtype of its input, so a net runs in bfloat16 by being fed bfloat16.
-Statistics, softmax and the embedding are computed in float32.
+Statistics, softmax and the embedding are computed in float32. What lies below a layer is chosen in engine/nets/ops.py.
 """
 
 import math
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.nets import ops
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Conv2d(nn.Module):
         self.up, self.down, self.fused_resample = up, down, fused_resample
         self.box = tuple(resample_filter) == (1, 1)  # two taps: nearest neighbour up, mean of four down, no padding
         fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
+        self.padding = kernel // 2
         self.weight = self.bias = None
         if kernel:
             shape = (out_channels, in_channels, kernel, kernel)
@@ -86,37 +90,42 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = in_dtype(self.weight, x.dtype) if self.weight is not None else None
-        bias = in_dtype(self.bias, x.dtype) if self.bias is not None else None
         if self.resample_filter is None:
-            return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-        w_pad = weight.shape[-1] // 2 if weight is not None else 0
+            return self._convolve(x, self.padding)
         f_pad = (self.resample_filter.shape[-1] - 1) // 2
-        if self.fused_resample and weight is not None:
+        if self.fused_resample and self.weight is not None:
             if self.up:
-                x = self._upsample(x, padding=max(f_pad - w_pad, 0))
-                return F.conv2d(x, weight, bias, padding=max(w_pad - f_pad, 0))
-            x = F.conv2d(x, weight, padding=w_pad + f_pad)
-            x = self._downsample(x, padding=0)
-            return x + bias[:, None, None]
+                x = self._upsample(x, padding=max(f_pad - self.padding, 0))
+                return self._convolve(x, max(self.padding - f_pad, 0))
+            x = self._convolve(x, self.padding + f_pad, bias=False)
+            return self._downsample(x, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
         x = self._upsample(x, f_pad) if self.up else self._downsample(x, f_pad)
-        return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
+        return x if self.weight is None else self._convolve(x, self.padding)
+
+    def _convolve(self, x: Tensor, padding: int, bias: bool = True) -> Tensor:
+        frozen = not (self.weight.requires_grad or self.bias.requires_grad)
+        given = in_dtype(self.bias, x.dtype) if bias else None
+        return ops.conv(x, in_dtype(self.weight, x.dtype), given, frozen=frozen, padding=padding)
 
     def _upsample(self, x: Tensor, padding: int) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        filters = (self.resample_filter * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return F.conv_transpose2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
+        return ops.spread(x, (self.resample_filter * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
 
     def _downsample(self, x: Tensor, padding: int) -> Tensor:
         if self.box:
-            return F.avg_pool2d(x, 2)
+            return ops.halved(x)
         filters = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return F.conv2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
+        return ops.conv(x, filters, None, frozen=True, stride=2, padding=padding)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with at most 32 groups of at least 4 channels each, optionally followed by SiLU."""
+    """Group normalisation with at most 32 groups of at least 4 channels each, and what stands around it in a block:
+
+        GroupNorm(x + add)·(1 + scale) + shift, then SiLU        x [N, C, H, W]; add, scale, shift [N, C] or None
+
+    Its weights are read in float32, whatever x is.
+    """
 
     def __init__(self, channels: int, *, eps: float = 1e-5):
         super().__init__()
@@ -125,8 +134,8 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm wants channels that divide into min(32, channels // 4) groups, got {channels}")
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, in_dtype(self.weight, x.dtype), in_dtype(self.bias, x.dtype), self.eps)
+    def forward(self, x: Tensor, *, silu: bool = False, **given: Tensor) -> Tensor:
+        return ops.norm_silu(x, self.weight, self.bias, self.groups, self.eps, silu=silu, **given)
 
 
 class PositionalEmbedding(nn.Module):
@@ -174,6 +183,9 @@ class BlockStyle:
     init_attn: Init
 
 
+CHECKPOINTING = ("off", "blocks")
+
+
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention: [N, in, H, W], [N, emb] -> [N, out, H', W']."""
 
@@ -191,6 +203,7 @@ class UNetBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = style.dropout, style.skip_scale, style.adaptive_scale
         self.heads = 0 if not attention else style.heads or out_channels // 64
+        self.checkpoint = False  # keep only x and emb for backward, and compute the block again (same numbers, same dropout)
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, init=style.init, **resample)
@@ -207,23 +220,46 @@ class UNetBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.checkpoint and torch.is_grad_enabled() and not ops.by_definition():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(self.norm0(x, silu=True))
+        params = self.affine(emb).to(h.dtype)
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+            h = self.norm1(h, scale=scale, shift=shift, silu=True)
         else:
-            h = F.silu(self.norm1(h + params))
+            h = self.norm1(h, add=params, silu=True)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        x = self._scaled(h + (x if self.skip is None else self.skip(x)))
         if self.heads:
-            x = (self.proj(self._attention(self.norm2(x))) + x) * self.skip_scale
+            x = self._scaled(x + self._attention(self.norm2(x)))
         return x
 
+    def _scaled(self, x: Tensor) -> Tensor:
+        """x·skip_scale, in x's own memory: a sum needs nothing kept of itself."""
+        return x if self.skip_scale == 1 else x.mul_(self.skip_scale)
+
     def _attention(self, x: Tensor) -> Tensor:
-        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}).
+        """Self-attention over pixels, projected: an image like x, of any memory format."""
+        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}). The rows of the weight are put in the
+        # order ({q, k, v}, head, channel), so that q, k and v come out in pieces that SDPA takes without a copy.
         n, c, height, width = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(n, height * width, self.heads, c // self.heads, 3)
-        q, k, v = qkv.transpose(1, 2).unbind(-1)
-        a = F.scaled_dot_product_attention(q, k, v)
-        return a.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
+        weight, bias = (in_dtype(t, x.dtype) for t in (self.qkv.weight, self.qkv.bias))
+        weight = weight.view(self.heads, c // self.heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
+        bias = bias.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
+        tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+        qkv = F.linear(tokens, weight, bias).view(n, height * width, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        weight, bias = (in_dtype(t, x.dtype) for t in (self.proj.weight, self.proj.bias))
+        return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def set_checkpointing(net: nn.Module, kept: str) -> None:
+    """What a net's backward finds kept: "off", every activation it wants; "blocks", only what enters each block."""
+    for module in net.modules():
+        if isinstance(module, UNetBlock):
+            module.checkpoint = kept == "blocks"

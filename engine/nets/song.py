@@ -16,6 +16,7 @@ from engine.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
 )
+from engine.nets.ops import laid
 from engine.nets.unet import UNet
 
 
@@ -130,7 +131,7 @@ class SongUNet(UNet):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + block(aux)) / math.sqrt(2)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+                x = block(x, emb) if isinstance(block, UNetBlock) else laid(block(x))
                 skips.append(x)
         return skips
 
@@ -141,9 +142,9 @@ class SongUNet(UNet):
             if "aux_up" in name:
                 aux = block(aux)
             elif "aux_norm" in name:
-                normed = block(x)
+                normed = block(x, silu=True)
             elif "aux_conv" in name:
-                out = block(F.silu(normed))
+                out = block(normed)
                 aux = out if aux is None else out + aux
             else:
                 if x.shape[1] != block.in_channels:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.nets.layers import UNetBlock
+from engine.nets.ops import laid
 
 
 class UNet(nn.Module):
@@ -29,7 +30,7 @@ class UNet(nn.Module):
         """The encoder's outputs that the decoder reads, first to last."""
         skips = []
         for block in self.enc.values():
-            x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
+            x = block(x, emb) if isinstance(block, UNetBlock) else laid(block(x))
             skips.append(x)
         return skips
 
@@ -46,7 +47,7 @@ class UNet(nn.Module):
         steps: int | None = None,
     ) -> Tensor:
         emb = self.conditioned(self.embed(c_noise, labels, augment_labels), steps)
-        return self.decode(self.encode(x, emb), emb)
+        return self.decode(self.encode(laid(x), emb), emb)
 
     def conditioned(self, emb: Tensor, steps: int | None) -> Tensor:
         """`emb` and, in a net with a step condition, the number of levels beside it: what blocks are called with."""
@@ -61,7 +62,7 @@ class UNet(nn.Module):
 
     def levels(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The last encoder output of every resolution, finest first; the decoder does not run."""
-        skips = self.encode(x, self.conditioned(self.embed(c_noise, labels, None), None))
+        skips = self.encode(laid(x), self.conditioned(self.embed(c_noise, labels, None), None))
         last = {skip.shape[-1]: skip for skip in skips}
         return list(last.values())
 

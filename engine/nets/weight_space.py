@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 
 from engine.nets.denoiser import Denoiser
+from engine.nets.ops import definitions
 from kernels import Estimate
 
 MODES = ("forward", "difference")
@@ -57,7 +58,7 @@ class WeightSpace(nn.Module):
 
         if mode == "forward":
             load_forward_rules()
-            with sdpa_kernel(SDPBackend.MATH), ContiguousGroupNorm():  # what has a forward mode
+            with sdpa_kernel(SDPBackend.MATH), definitions(), ContiguousGroupNorm():  # what has a forward mode
                 return torch.func.jvp(g, (theta,), (tangent,))[1]
         h = 1e-3 * get_total_norm(list(theta.values())) / get_total_norm(nu).clamp(min=1e-30)
         ahead, behind = ({name: p + side * tangent[name] for name, p in theta.items()} for side in (h, -h))

@@ -35,6 +35,7 @@ class TrainConfig:
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
     ema_kimg: float = 500.0  # half-life of the average of the weights
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
+    activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
     log_iterations: int = 50
     grid_kimg: float | None = None  # sample grid from fixed latents; null: ten over the run
     eval_kimg: float | None = None  # Frechet distance in the loop; null: never

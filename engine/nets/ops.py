@@ -1,0 +1,130 @@
+"""What the layers compute with, chosen in one place: how images lie in memory, and what autograd keeps of them.
+
+A convolution's gradient to its input needs the weight alone, but PyTorch keeps the input too, whether or not the weight
+wants a gradient (2.13). A teacher, a fake net in the student's turn and GDD-I's frozen layers want the first without the
+second, so a convolution whose weight does not require a gradient is `_FixedConv` here, and keeps no image. No
+`requires_grad` is ever toggled: it is read off the parameter.
+
+Gradients of gradients go through `_FixedConv` and `_Halved`, not through the fused GroupNorm; forward mode goes through none of
+them. Who wants either says so, with `definitions()`: under it every layer is PyTorch's own differentiable operations.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+import kernels
+from kernels.norm_silu import plain
+
+_definitions: ContextVar[bool] = ContextVar("definitions", default=False)
+
+
+@contextmanager
+def definitions() -> Iterator[None]:
+    """Within it nets run on PyTorch's own operations: any number of derivatives, in reverse and forward mode."""
+    token = _definitions.set(True)
+    try:
+        yield
+    finally:
+        _definitions.reset(token)
+
+
+def by_definition() -> bool:
+    """Are we within `definitions()`?"""
+    return _definitions.get()
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How a U-Net's images lie in memory on a device.
+
+    GPU: NHWC, which tensor cores want; the norms are ours, so nothing transposes. CPU: NCHW in every dtype: oneDNN's
+    convolutions gain 3 to 10 % from NHWC, and PyTorch's GroupNorm loses twice as much in it.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def laid(x: Tensor) -> Tensor:
+    """x [N, C, H, W] in its device's memory format; copies only what lies differently."""
+    return x.contiguous(memory_format=memory_format(x.device))
+
+
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **given: Tensor | bool | None) -> Tensor:
+    """kernels.norm_silu, or its definition within `definitions()`."""
+    return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, **given)
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride: int = 1, padding: int = 0) -> Tensor:
+    """A convolution of [N, C, H, W]; a weight with one input channel is applied to each channel of x.
+
+    `frozen`: weight and bias want no gradient; then nothing but the weight is kept for backward.
+    """
+    groups = x.shape[1] // weight.shape[1]
+    if _keeps_nothing(x, frozen):
+        return _FixedConv.apply(x, weight, bias, stride, padding, groups, False)
+    return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+
+
+def spread(x: Tensor, filters: Tensor, padding: int) -> Tensor:
+    """Each channel of x [N, C, H, W] up by 2 with fixed filters [C, 1, k, k]."""
+    if _keeps_nothing(x, True):
+        return _FixedConv.apply(x, filters, None, 2, padding, x.shape[1], True)
+    return F.conv_transpose2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
+
+
+def halved(x: Tensor) -> Tensor:
+    """Means of 2x2 pixels: [N, C, H, W] -> [N, C, H/2, W/2]; keeps nothing."""
+    return _Halved.apply(x) if _keeps_nothing(x, True) else F.avg_pool2d(x, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v for [N, heads, S, d].
+
+    GPU: SDPA. CPU: two matrix products; there SDPA's fused backward takes 2 to 5 times as long in bfloat16, and its
+    other way does bfloat16 in float32.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def _keeps_nothing(x: Tensor, frozen: bool) -> bool:
+    return frozen and x.requires_grad and torch.is_grad_enabled() and not by_definition()
+
+
+class _FixedConv(Function):
+    """A convolution, or its transpose, by a constant weight. The gradient to x is the other of the two, of dy."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, groups, transposed):
+        ctx.save_for_backward(weight)
+        ctx.given, ctx.transposed, ctx.sides = (stride, padding, groups), transposed, x.shape[2:]
+        if transposed:
+            return F.conv_transpose2d(x, weight, bias, stride, padding, 0, groups)
+        return F.conv2d(x, weight, bias, stride, padding, 1, groups)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        stride, padding, groups = ctx.given
+        if ctx.transposed:
+            return F.conv2d(dy, weight, None, stride, padding, 1, groups), *[None] * 6
+        k = weight.shape[-1]
+        lost = [side - ((out - 1) * stride + k - 2 * padding) for side, out in zip(ctx.sides, dy.shape[2:], strict=True)]
+        return F.conv_transpose2d(dy, weight, None, stride, padding, lost, groups), *[None] * 6
+
+
+class _Halved(Function):
+    """avg_pool2d(x, 2), which would keep x for its shape."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return F.interpolate(dy / 4, scale_factor=2, mode="nearest")
