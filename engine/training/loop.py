@@ -17,11 +17,13 @@ import torch
 
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
+from engine.nets.shadow import give_shadows, renew_stale
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
 from engine.training.ema import EMA, ema_decay
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
-from engine.training.optim import OptimConfig, build_optimizer, learning_rate
+from engine.training.optim import OptimConfig, build_optimizer, fitting, learning_rate, set_learning_rate
 from engine.training.step import Trained, iteration
+from kernels import AdamEMA
 
 
 @dataclass
@@ -32,6 +34,8 @@ class TrainConfig:
     batch: int = 128  # images per iteration, over all micro-batches and ranks
     micro_batch: int | None = None  # images per forward; null: the whole batch
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
+    optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam (engine.training.optim); the numbers are the same
+    shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
     ema_kimg: float = 500.0  # half-life of the average of the weights
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
     log_iterations: int = 50
@@ -74,13 +78,21 @@ class Run:
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
         optim = {name: optim_config(cfg, name) for name in method.nets}
         self.optim = optim
+        self.ema = EMA(method.nets[method.product])
+        self.shadowed = give_shadows(modules_of(method)) if cfg.shadows else []
         self.trained = {
-            name: Trained(net.train(), build_optimizer(net, optim[name]), optim[name].clip)
+            name: Trained(net.train(), build_optimizer(net, optim[name], cfg.optimizer, self.average(name)), optim[name].clip)
             for name, net in method.nets.items()
         }
-        self.ema = EMA(method.nets[method.product])
+        optimizer = self.trained[method.product].optimizer
+        self.averages = isinstance(optimizer, AdamEMA) and self.average(method.product) is not None
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
+
+    def average(self, name: str) -> torch.nn.Module | None:
+        """What AdamEMA may average within its step: the product, where one turn an iteration trains it."""
+        turns = sum(turn.trains == name for turn in self.method.turns)
+        return self.ema.net if name == self.method.product and turns == 1 else None
 
     @property
     def images_seen(self) -> int:
@@ -99,13 +111,18 @@ class Run:
         """One iteration on this batch."""
         torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
         for name, one in self.trained.items():
-            for group in one.optimizer.param_groups:
-                group["lr"] = learning_rate(self.optim[name], self.step, self.total)
+            set_learning_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
+        seen, product = (self.step + 1) * self.cfg.batch, self.method.product
+        decay = ema_decay(self.cfg.batch, seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
+        if self.averages:
+            self.trained[product].optimizer.set_ema_decay(decay)  # type: ignore[attr-defined]
+        renew_stale(self.shadowed)
         micro = self.cfg.micro_batch or len(images)
         batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
         logs = iteration(self.method, self.trained, batches, self.step)
         self.step += 1
-        self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
+        averaged = self.averages and f"{product}/grad_norm" in logs  # its turn came, so its optimiser has done it
+        self.ema.update(decay, weights=not averaged)
         self.meter.add(logs)
 
     def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
@@ -131,7 +148,8 @@ class Run:
             raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(missing))} differ): use another run_dir=")
         for name, net in self.method.nets.items():
             restore(net, state["nets"][name], f"net {name!r}")
-            restore(self.trained[name].optimizer, state["optimizers"][name], f"optimiser of {name!r}")
+            optimizer = self.trained[name].optimizer
+            restore(optimizer, fitting(optimizer, state["optimizers"][name]), f"optimiser of {name!r}")
         restore(self.ema.net, state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
         self.meter.load_state_dict(state["meter"])
@@ -233,6 +251,21 @@ def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
             f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; "
             f"checkpoints from before are in {kept}"
         )
+
+
+def modules_of(method: Method) -> list[torch.nn.Module]:
+    """Every net a method holds, trained or not, frozen views included."""
+    found: list[torch.nn.Module] = []
+    held: list[Any] = list(vars(method).values())
+    while held:
+        one = held.pop()
+        if isinstance(one, torch.nn.Module):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            held += one
+        elif isinstance(one, dict):
+            held += one.values()
+    return found
 
 
 def optim_config(cfg: TrainConfig, net: str) -> OptimConfig:
