@@ -26,6 +26,7 @@ from engine.nets.features import load_features
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.training.checkpoint import load_newest
+from engine.training.compile import check_compile
 from engine.training.optim import IMPLEMENTATIONS, check_optim
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
@@ -190,6 +191,7 @@ def check_settings(cfg: Config) -> None:
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
+        check_compile(stage.compile, device(cfg.device), f"{name}.compile")
         if stage.optimizer not in IMPLEMENTATIONS:
             raise UserError(f"{name}.optimizer wants one of {', '.join(IMPLEMENTATIONS)}, got {stage.optimizer!r}")
         for net, optim in stage.optim.items():

@@ -10,7 +10,7 @@ from engine.methods.moment_matching import Instant, MomentMatchingConfig
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets import shadow
 from engine.nets.edm import from_kwargs
-from engine.nets.shadow import give_shadows, in_dtype, renew_stale, shadow_of
+from engine.nets.shadow import give_shadows, renew_stale, shadow_of
 from engine.training.loop import Run, TrainConfig
 from kernels import AdamEMA
 

@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
 from engine.nets.shadow import give_shadows, renew_stale
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
+from engine.training.compile import cache_in, compile_nets
 from engine.training.ema import EMA, ema_decay
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
 from engine.training.optim import OptimConfig, build_optimizer, fitting, learning_rate, set_learning_rate
@@ -35,6 +36,7 @@ class TrainConfig:
     micro_batch: int | None = None  # images per forward; null: the whole batch
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
     optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam (engine.training.optim); the numbers are the same
+    compile: str = "off"  # off | blocks | net: torch.compile of the U-Nets; minutes of waiting, for long runs
     shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
     ema_kimg: float = 500.0  # half-life of the average of the weights
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
@@ -85,6 +87,7 @@ class Run:
             for name, net in method.nets.items()
         }
         optimizer = self.trained[method.product].optimizer
+        self.compiled = compile_nets(modules_of(method), cfg.compile, device)
         self.averages = isinstance(optimizer, AdamEMA) and self.average(method.product) is not None
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
@@ -181,6 +184,10 @@ def train(
 
     def save() -> Path:
         return save_checkpoint(kept, run.step, run.state_dict(), cfg.keep)
+
+    if run.compiled:
+        cache_in(folder)
+        progress.compiling(run.compiled)
 
     with signals() as caught:
         clock = Clock(run)
