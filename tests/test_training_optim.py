@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine import build
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
@@ -89,3 +90,20 @@ def test_auto_is_pytorchs_on_a_cpu():
 @pytest.mark.gpu
 def test_auto_is_ours_on_a_gpu():
     assert chosen("auto", net(torch.float32).cuda().parameters()) == "adam_ema"
+
+
+@pytest.fixture
+def switches():
+    found = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [one.fp32_precision for one in found]
+    yield found
+    for one, value in zip(found, before, strict=True):
+        one.fp32_precision = value
+
+
+def test_tf32_says_where_it_does_nothing_and_sets_both_kinds_of_product(switches):
+    assert build.set_tf32(None, torch.device("cuda")) == ""
+    assert "does nothing here" in build.set_tf32(True, CPU)
+    for tf32, value in ((True, "tf32"), (False, "ieee")):
+        assert "TF32" in build.set_tf32(tf32, torch.device("cuda"))
+        assert [one.fp32_precision for one in switches] == [value, value]
