@@ -3,6 +3,7 @@
 --benchmark        run them (without it they are skipped)
 --compiled         on a CPU too, time torch.compile of the plain version (a C++ build for every row)
 --results DIR      where the JSON goes (.benchmarks)
+--ladder-seconds S what one ladder of bench_ladder.py may take (10)
 --at-least R       fail a row whose eager/ours is below R
 """
 
@@ -15,6 +16,8 @@ import torch
 
 COLUMNS = ("case", "ours us", "eager", "formula", "compiled", "copy", "eager/ours", "GB/s", "of copy", "launches")
 ROWS: list[dict[str, Any]] = []
+RUNGS = ("rung", "ms", "img/s", "of published", "of the one below", "of all", "ops", "launches", "kept MB", "peak MB", "MFU")
+LEFT_OUT: set[str] = set()  # rungs of the ladder that this tree or device does not have, and why
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--benchmark", action="store_true", help="run the benches")
     group.addoption("--compiled", action="store_true", help="time torch.compile of the plain version on CPUs too")
     group.addoption("--results", default=".benchmarks", help="folder the JSON is written to")
+    group.addoption("--ladder-seconds", type=float, default=10.0, help="what one ladder may take, warm-up apart")
     group.addoption("--at-least", type=float, default=0.0, help="fail a row whose eager/ours is below this")
 
 
@@ -64,6 +68,17 @@ def record(request, benchmark):
     return add
 
 
+@pytest.fixture
+def record_ladder():
+    """record_ladder(case, rows, why, kind): one ladder for the table and the JSON."""
+
+    def add(case: str, rows: list[dict[str, Any]], why: list[str], kind: str) -> None:
+        LEFT_OUT.update(f"{kind}: {reason}" for reason in why)
+        ROWS.extend({"group": "ladder", "kind": kind, "case": case} | row for row in rows)
+
+    return add
+
+
 def _synchronised(ours: harness.Run, kind: str):
     def once() -> None:
         ours(0)
@@ -79,9 +94,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         line("benches not run: pytest benches --benchmark runs them")
         return
     for kind in ("cpu", "cuda"):
-        rows = [row for row in ROWS if row["kind"] == kind]
+        rows = [row for row in ROWS if row["kind"] == kind and row["group"] != "ladder"]
         if rows:
             _table(rows, kind, line)
+        _ladders([row for row in ROWS if row["kind"] == kind and row["group"] == "ladder"], kind, line)
     if not torch.cuda.is_available():
         skipped = terminalreporter.stats.get("skipped", [])
         line(f"GPU groups not run ({len(skipped)} rows): torch {torch.__version__} sees no CUDA device")
@@ -98,9 +114,27 @@ def _table(rows: list[dict[str, Any]], kind: str, line) -> None:
         "us per forward + backward, medians of interleaved rounds; eager: the same outputs in plain PyTorch; formula: the"
     )
     line("same without leaving out non-finite samples; copy: a copy moving as many bytes as ours, GB/s counts those")
-    shown = [[_cell(row.get(column)) for column in COLUMNS] for row in rows]
-    widths = [max(len(r[i]) for r in [list(COLUMNS), *shown]) for i in range(len(COLUMNS))]
-    for cells in [list(COLUMNS), *shown]:
+    _columns(rows, COLUMNS, line)
+
+
+def _ladders(rows: list[dict[str, Any]], kind: str, line) -> None:
+    if rows:
+        line("")
+        line(", ".join(f"{k} {v}" for k, v in harness.machine(torch.device(kind)).items()))
+        line("a step or a net, medians of interleaved rounds; ratios are speed over that of another rung; kept: for backward")
+        for reason in sorted(LEFT_OUT):
+            line(f"left out on {reason}")
+    for case in dict.fromkeys(row["case"] for row in rows):
+        line("")
+        line(case)
+        some = [row for row in rows if row["case"] == case]
+        _columns(some, tuple(c for c in RUNGS if any(row.get(c) is not None for row in some)), line)
+
+
+def _columns(rows: list[dict[str, Any]], columns: tuple[str, ...], line) -> None:
+    shown = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(r[i]) for r in [list(columns), *shown]) for i in range(len(columns))]
+    for cells in [list(columns), *shown]:
         line(
             "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         )

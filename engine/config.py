@@ -100,7 +100,8 @@ class Config:
     run_dir: str | None = None  # null: runs/<name of the recipe>
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda | cuda:1
-    precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16 | fp16; weights and losses are always float32
+    precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
+    tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)

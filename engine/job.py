@@ -42,6 +42,8 @@ class Job:
         self.cfg, self.began = cfg, time.perf_counter()
         self.device = build.device(cfg.device)
         self.dtype, why = build.precision(cfg.precision, self.device)
+        if note := build.set_tf32(cfg.tf32, self.device):
+            tell(note)
         self.images = build.build_images(cfg)
         if self.images is None and not cfg.teacher.checkpoint:
             raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")

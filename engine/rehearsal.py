@@ -42,6 +42,8 @@ def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     device = build.device(cfg.device)
     dtype, _ = build.precision(cfg.precision, device)
+    if note := build.set_tf32(cfg.tf32, device):
+        print(note, file=sys.stderr)
     images = build.build_images(cfg)
     assert images is not None
     batch = cfg.train.micro_batch or cfg.train.batch

@@ -97,7 +97,7 @@ def _coefs_kernel(
 
 @triton.jit
 def _update(
-    p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, moves,
+    p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, moves, shadowed,
     ONE_MINUS_BETA1: tl.constexpr, BETA2: tl.constexpr, ONE_MINUS_BETA2: tl.constexpr, EPS: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr, HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr,
     FULL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -125,7 +125,7 @@ def _update(
         if HAS_EMA:
             ema = _get(ema_ptr, i, n, FULL)
             _put(ema_ptr, i, n, ema + ema_weight * (p - ema), FULL)
-        if HAS_SHADOW:
+        if HAS_SHADOW and shadowed:
             _put(shadow_ptr, i, n, p.to(shadow_ptr.dtype.element_ty), FULL)
 
 
@@ -149,7 +149,8 @@ def _update_kernel(
         m_ptr = tl.load(fixed_ptr + tensors + tensor).to(tl.pointer_type(tl.float32))
         v_ptr = tl.load(fixed_ptr + 2 * tensors + tensor).to(tl.pointer_type(tl.float32))
         ema_ptr = tl.load(fixed_ptr + 3 * tensors + tensor).to(tl.pointer_type(tl.float32))
-        shadow_ptr = tl.load(fixed_ptr + 4 * tensors + tensor).to(tl.pointer_type(SHADOW))
+        shadow = tl.load(fixed_ptr + 4 * tensors + tensor)
+        shadow_ptr = shadow.to(tl.pointer_type(SHADOW))
         g_ptr = address.to(tl.pointer_type(GRAD))
         if ALIGNED:
             p_ptr, m_ptr, v_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
@@ -157,13 +158,15 @@ def _update_kernel(
             shadow_ptr = tl.multiple_of(shadow_ptr, 16)
         if first + CHUNK <= n:
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, ONE_MINUS_BETA1, BETA2,
-                ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, True, CHUNK, BLOCK,
+                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, shadow != 0,
+                ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, True, CHUNK,
+                BLOCK,
             )  # fmt: skip
         else:
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, ONE_MINUS_BETA1, BETA2,
-                ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, False, CHUNK, BLOCK,
+                p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, shadow != 0,
+                ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, False, CHUNK,
+                BLOCK,
             )  # fmt: skip
 
 

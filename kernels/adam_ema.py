@@ -41,7 +41,8 @@ class AdamEMA(torch.optim.Optimizer):
         decoupled: weight decay as in AdamW.
         ema: one tensor a parameter, in the order of params over all groups, of the same dtype and memory layout.
         ema_decay: EMA <- ema_decay·EMA + (1 - ema_decay)·p after each step.
-        shadow: one bfloat16 or float16 tensor a parameter, likewise. Written at once, and after each step.
+        shadow: one bfloat16 or float16 tensor a parameter, likewise, or None for a parameter that has none. Written at
+            once, and after each step.
         nonfinite: "skip": a step in which any gradient is not finite changes nothing, EMA included, and is counted
             in `self.nonfinite`, a 0-dim int32 device tensor; "ignore" saves the look at the gradients.
 
@@ -63,7 +64,7 @@ class AdamEMA(torch.optim.Optimizer):
         amsgrad: bool = False,
         ema: Iterable[Tensor] | None = None,
         ema_decay: float | Tensor = 0.0,
-        shadow: Iterable[Tensor] | None = None,
+        shadow: Iterable[Tensor | None] | None = None,
         nonfinite: str = "skip",
     ):
         if nonfinite not in ("skip", "ignore"):
@@ -114,7 +115,7 @@ class AdamEMA(torch.optim.Optimizer):
         self.refresh_shadow()
 
     def _part(
-        self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor] | None, device: torch.device
+        self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device
     ) -> Part:
         """State of every parameter, made now: a captured step must not allocate it."""
         steps = torch.zeros(len(params), dtype=torch.float32, device=device)
@@ -126,7 +127,7 @@ class AdamEMA(torch.optim.Optimizer):
                 [local(self.state[p]["exp_avg"]) for p in params],
                 [local(self.state[p]["exp_avg_sq"]) for p in params],
                 None if ema is None else [local(t) for t in ema],
-                None if shadow is None else [local(t) for t in shadow],
+                None if shadow is None else [None if t is None else local(t) for t in shadow],
                 steps,
             )
 
@@ -134,8 +135,12 @@ class AdamEMA(torch.optim.Optimizer):
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadows again, after something else (a checkpoint) has changed them."""
         for part in self._parts:
-            if part.shadow is not None:
-                torch._foreach_copy_(part.shadow, part.params)
+            _round(part)
+
+    @property
+    def written_shadows(self) -> set[int]:
+        """Addresses of the shadows that step() writes."""
+        return {s.data_ptr() for part in self._parts for s in part.shadow or () if s is not None}
 
     @torch.no_grad()
     def set_lr(self, lr: float | Tensor) -> None:
@@ -257,7 +262,7 @@ class AdamEMA(torch.optim.Optimizer):
                 self.state[p] = tensors
 
 
-def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor] | None) -> None:
+def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor | None] | None) -> None:
     """Cut a list over all parameters into one list a group, under the group's key `name`."""
     if tensors is None:
         return
@@ -298,21 +303,22 @@ def _check_params(params: Sequence[Tensor], device: torch.device) -> None:
 
 
 def _check_companions(
-    name: str, tensors: Sequence[Tensor] | None, params: Sequence[Tensor], dtypes: Callable[[Tensor], tuple]
+    name: str, tensors: Sequence[Tensor | None] | None, params: Sequence[Tensor], dtypes: Callable[[Tensor], tuple]
 ) -> None:
     """One tensor a parameter, with the same memory layout, on the same device, of one of these dtypes."""
     if tensors is None:
         return
     if len(tensors) != len(params):
         raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {len(params)}, got {len(tensors)}")
-    for t, p in zip(map(local, tensors), map(local, params), strict=True):
+    there = [(local(t), local(p)) for t, p in zip(tensors, params, strict=True) if t is not None or name != "shadow"]
+    for t, p in there:
         if t.dtype not in dtypes(p) or t.device != p.device or not same_layout(t, p):
             raise ValueError(
                 f"AdamEMA wanted {name} {tuple(p.shape)} with strides {p.stride()} on {p.device} of dtype "
                 f"{' or '.join(map(str, dtypes(p)))}, got {tuple(t.shape)} with {t.stride()} on {t.device} of {t.dtype}"
             )
-    if len({t.dtype for t in tensors}) > 1:
-        raise ValueError(f"AdamEMA wanted one dtype in {name}, got {sorted({str(t.dtype) for t in tensors})}")
+    if name == "shadow" and len({t.dtype for t, _ in there}) > 1:
+        raise ValueError(f"AdamEMA wanted one dtype in {name}, got {sorted({str(t.dtype) for t, _ in there})}")
 
 
 def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | None:
@@ -353,5 +359,11 @@ def _reference(group: dict[str, Any], part: Part, bad: Tensor, grad_scale: Tenso
         else:
             for e, p in zip(part.ema, part.params, strict=True):
                 e.lerp_(p, weight.to(e.dtype))
-    if part.shadow is not None:
-        torch._foreach_copy_(part.shadow, part.params)
+    _round(part)
+
+
+def _round(part: Part) -> None:
+    """Parameters into their shadows."""
+    pairs = [(s, p) for s, p in zip(part.shadow or (), part.params, strict=False) if s is not None]
+    if pairs:
+        torch._foreach_copy_([s for s, _ in pairs], [p for _, p in pairs])

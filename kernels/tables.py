@@ -108,7 +108,7 @@ class Part:
 
     def __init__(
         self, params: list[Tensor], exp_avg: list[Tensor], exp_avg_sq: list[Tensor], ema: list[Tensor] | None,
-        shadow: list[Tensor] | None, steps: Tensor,
+        shadow: list[Tensor | None] | None, steps: Tensor,
     ):  # fmt: skip
         self.params, self.exp_avg, self.exp_avg_sq, self.ema, self.shadow = params, exp_avg, exp_avg_sq, ema, shadow
         self.steps = steps  # [P] float32: how often each tensor moved
@@ -126,7 +126,7 @@ class Part:
             self.where = where
             rows = [self.params, self.exp_avg, self.exp_avg_sq, self.ema, self.shadow]
             numels = [p.numel() for p in self.params]
-            addresses = [[t.data_ptr() for t in row] if row else [0] * len(where) for row in rows]
+            addresses = [[0 if t is None else t.data_ptr() for t in row] if row else [0] * len(where) for row in rows]
             self._aligned = all(a % 16 == 0 for row in addresses for a in row)
             self.fixed = torch.tensor([*addresses, numels], dtype=torch.int64).to(self.steps.device)
             self.chunks = chunks(numels, self.steps.device)
@@ -145,7 +145,7 @@ class Part:
 
     @property
     def shadow_dtype(self) -> torch.dtype:
-        return self.shadow[0].dtype if self.shadow else torch.bfloat16
+        return next((s.dtype for s in self.shadow or () if s is not None), torch.bfloat16)
 
 
 class Flags:

@@ -183,7 +183,7 @@ def test_replayed_iterations_are_those_of_an_eager_run(name, micro):
     graphs = Graphs(Taped(), warmup=2)
     eager, graphed = run_of(name, micro_batch=micro), run_of(name, graphs=graphs, micro_batch=micro)
     for one in eager.trained.values():
-        rates_as_tensors(one.optimizer, CPU)
+        rates_as_tensors(one.optimizer)
     for step in range(16):
         with Watched():
             eager.take(*batch(step))

@@ -113,6 +113,19 @@ def test_shadows_are_the_parameters_rounded_to_nearest(dtype):
         optimizer.step()
 
 
+def test_some_parameters_may_have_no_shadow():
+    params = parameters()
+    twin = copies(params)
+    shadow = [torch.empty_like(p, dtype=torch.float16) if k % 2 else None for k, p in enumerate(params)]
+    optimizer, reference = AdamEMA(params, lr=3e-3, shadow=shadow), theirs("Adam", twin)
+    for _ in range(2):
+        assert all(s is None or torch.equal(s, p.detach().half()) for s, p in zip(shadow, params, strict=True))
+        give_gradients(params, twin)
+        optimizer.step()
+        reference.step()
+    assert_close(params, twin)
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     params = parameters()
     twin = copies(params)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.nets import ops
 
+from engine.nets.shadow import in_dtype
+
 
 @dataclass(frozen=True)
 class Init:
@@ -35,11 +37,6 @@ class Init:
             case "kaiming_normal":
                 return math.sqrt(1 / fan_in) * normal
         raise ValueError(f"Init wants xavier_ or kaiming_ with uniform or normal, got {self.law!r}")
-
-
-def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 weight as a layer computes with it; the one place where weights are cast."""
-    return weight.to(dtype)
 
 
 class Linear(nn.Module):

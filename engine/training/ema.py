@@ -16,9 +16,10 @@ class EMA:
         self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """average ← decay · average + (1 - decay) · weights."""
-        torch._foreach_lerp_(self._targets, self._sources, 1 - decay)
+    def update(self, decay: float, *, weights: bool = True) -> None:
+        """average ← decay · average + (1 - decay) · weights. weights=False: the optimiser has done that; buffers only."""
+        if weights:
+            torch._foreach_lerp_(self._targets, self._sources, 1 - decay)
         for target, source in self._buffers:
             target.copy_(source)
 

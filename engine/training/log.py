@@ -121,6 +121,11 @@ class Progress:
         parts += [f"{_clock(left)} left"] if left and not last else []
         print(f"{self.title} {metrics['step']}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
 
+    def compiling(self, modules: int) -> None:
+        """Why the first iterations take so long; on a terminal it stands in the bar until there are numbers."""
+        self.bar.set_postfix_str("compiling…")
+        self.say(f"{self.title}: compiling {modules} modules; the first iterations take minutes")
+
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 

@@ -17,12 +17,15 @@ import torch
 
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
+from engine.nets.shadow import give_shadows, renew_stale
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
+from engine.training.compile import cache_in, compile_nets
 from engine.training.ema import EMA, ema_decay
 from engine.training.graphs import build_graphs, seed_dropout
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
-from engine.training.optim import OptimConfig, build_optimizer, learning_rate, rates_as_tensors, set_rate
+from engine.training.optim import OptimConfig, build_optimizer, fitting, learning_rate, rates_as_tensors, set_learning_rate
 from engine.training.step import Trained, iteration
+from kernels import AdamEMA
 
 
 @dataclass
@@ -33,6 +36,9 @@ class TrainConfig:
     batch: int = 128  # images per iteration, over all micro-batches and ranks
     micro_batch: int | None = None  # images per forward; null: the whole batch
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
+    optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam (engine.training.optim); the numbers are the same
+    compile: str = "off"  # off | blocks | net: torch.compile of the U-Nets; minutes of waiting, for long runs
+    shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
     ema_kimg: float = 500.0  # half-life of the average of the weights
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
     activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
@@ -77,11 +83,15 @@ class Run:
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
         optim = {name: optim_config(cfg, name) for name in method.nets}
         self.optim = optim
+        self.ema = EMA(method.nets[method.product])
+        self.shadowed = give_shadows(modules_of(method)) if cfg.shadows else []
         self.trained = {
-            name: Trained(net.train(), build_optimizer(net, optim[name]), optim[name].clip)
+            name: Trained(net.train(), build_optimizer(net, optim[name], cfg.optimizer, self.average(name)), optim[name].clip)
             for name, net in method.nets.items()
         }
-        self.ema = EMA(method.nets[method.product])
+        optimizer = self.trained[method.product].optimizer
+        self.compiled = compile_nets(modules_of(method), cfg.compile, device)
+        self.averages = isinstance(optimizer, AdamEMA) and self.average(method.product) is not None
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
         self.generators: list[torch.Generator] = []  # one a micro-batch, the same every iteration: graphs know them
@@ -92,7 +102,7 @@ class Run:
         """Where graphs may be, learning rates lie on the device, so that a replay sees the schedule."""
         if self.graphs or self.device.type == "cuda":
             for one in self.trained.values():
-                rates_as_tensors(one.optimizer, self.device)
+                rates_as_tensors(one.optimizer)
 
     def forget_gradients(self) -> None:
         for one in self.trained.values():
@@ -104,6 +114,11 @@ class Run:
             why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
             return {"mode": "off", "why": why}
         return self.graphs.report()
+
+    def average(self, name: str) -> torch.nn.Module | None:
+        """What AdamEMA may average within its step: the product, where one turn an iteration trains it."""
+        turns = sum(turn.trains == name for turn in self.method.turns)
+        return self.ema.net if name == self.method.product and turns == 1 else None
 
     @property
     def images_seen(self) -> int:
@@ -125,15 +140,21 @@ class Run:
 
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
+        seen, product = (self.step + 1) * self.cfg.batch, self.method.product
+        decay = ema_decay(self.cfg.batch, seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with self.graphs.stream() if self.graphs else nullcontext():
             seed_dropout(self.device, mixed(self.seed, self.step, 1))
             for name, one in self.trained.items():
-                set_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
+                set_learning_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
+            if self.averages:
+                self.trained[product].optimizer.set_ema_decay(decay)  # type: ignore[attr-defined]
+            renew_stale(self.shadowed)
             micro = self.cfg.micro_batch or len(images)
             batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
             logs = iteration(self.method, self.trained, batches, self.step, self.graphs)
             self.step += 1
-            self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
+            averaged = self.averages and f"{product}/grad_norm" in logs  # its turn came, so its optimiser has done it
+            self.ema.update(decay, weights=not averaged)
             self.meter.add(logs)
 
     def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
@@ -161,7 +182,8 @@ class Run:
             raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(missing))} differ): use another run_dir=")
         for name, net in self.method.nets.items():
             restore(net, state["nets"][name], f"net {name!r}")
-            restore(self.trained[name].optimizer, state["optimizers"][name], f"optimiser of {name!r}")
+            optimizer = self.trained[name].optimizer
+            restore(optimizer, fitting(optimizer, state["optimizers"][name]), f"optimiser of {name!r}")
         self._place_rates()
         restore(self.ema.net, state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
@@ -194,6 +216,10 @@ def train(
 
     def save() -> Path:
         return save_checkpoint(kept, run.step, run.state_dict(), cfg.keep)
+
+    if run.compiled:
+        cache_in(folder)
+        progress.compiling(run.compiled)
 
     with signals() as caught:
         clock = Clock(run)
@@ -264,6 +290,21 @@ def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
             f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; "
             f"checkpoints from before are in {kept}"
         )
+
+
+def modules_of(method: Method) -> list[torch.nn.Module]:
+    """Every net a method holds, trained or not, frozen views included."""
+    found: list[torch.nn.Module] = []
+    held: list[Any] = list(vars(method).values())
+    while held:
+        one = held.pop()
+        if isinstance(one, torch.nn.Module):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            held += one
+        elif isinstance(one, dict):
+            held += one.values()
+    return found
 
 
 def optim_config(cfg: TrainConfig, net: str) -> OptimConfig:

@@ -1,11 +1,19 @@
-"""Optimisers and learning-rate schedules, one of each per trained net."""
+"""Optimisers and learning-rate schedules, one of each per trained net.
 
+Two implementations of the same Adam, whose checkpoints are interchangeable: PyTorch's fused one, after which the EMA and
+the 16-bit shadows are a pass each (`_foreach_lerp_`, `_foreach_copy_`), and `kernels.AdamEMA`, which does all three in one.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
+from engine.nets.shadow import shadow_of
+from kernels import AdamEMA
 
 
 @dataclass
@@ -26,6 +34,13 @@ KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "linear", "halfway")
 
 
+#: train.optimizer. auto: adam_ema on CUDA, where it is one pass over memory and reads learning rate and decay on the
+#: device; torch on a CPU, where AdamEMA is the same fused Adam with more around it, and for sharded parameters.
+IMPLEMENTATIONS = ("auto", "torch", "adam_ema")
+#: What a checkpoint says of the implementation that wrote it, and must not say to the one that reads it.
+_OWN = ("foreach", "fused", "capturable", "differentiable")
+
+
 def check_optim(cfg: OptimConfig, where: str) -> None:
     """UserError for settings that no optimiser takes."""
     if cfg.name not in KINDS:
@@ -38,13 +53,51 @@ def check_optim(cfg: OptimConfig, where: str) -> None:
         raise UserError(f"{where}: clip wants more than 0, or null for none, got {cfg.clip}")
 
 
-def build_optimizer(net: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of one net's trainable parameters."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    beta1, beta2 = cfg.betas
-    return KINDS[cfg.name](
-        parameters, lr=cfg.lr, betas=(beta1, beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
-    )
+def build_optimizer(
+    net: nn.Module, cfg: OptimConfig, implementation: str = "auto", average: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of one net's trainable parameters.
+
+    Args:
+        average: a copy of the net; AdamEMA, and it alone, lets it follow the net in every step.
+    """
+    pairs = zip(net.parameters(), (average or net).parameters(), strict=True)
+    trained = [(p, a) for p, a in pairs if p.requires_grad]
+    parameters, beta1, beta2 = [p for p, _ in trained], *cfg.betas
+    options: dict[str, Any] = {"lr": cfg.lr, "betas": (beta1, beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if chosen(implementation, parameters) == "torch":
+        return KINDS[cfg.name](parameters, fused=True, **options)
+    shadows = [shadow_of(p) for p in parameters]
+    return AdamEMA(
+        parameters, decoupled=cfg.name == "adamw", ema=[a for _, a in trained] if average is not None else None,
+        shadow=shadows if any(s is not None for s in shadows) else None, nonfinite="ignore", **options,
+    )  # fmt: skip
+
+
+def chosen(implementation: str, parameters: Iterable[Tensor]) -> str:
+    """"torch" or "adam_ema"."""
+    if implementation != "auto":
+        return implementation
+    on_gpu = all(p.is_cuda and p.dtype is torch.float32 and not hasattr(p, "device_mesh") for p in parameters)
+    return "adam_ema" if on_gpu else "torch"
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The rate of every group from the next step on; where it is a tensor, a captured graph reads it there."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def fitting(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict of either implementation as this one loads it."""
+    groups = [
+        loaded | {name: own[name] for name in _OWN if name in own}
+        for loaded, own in zip(state["param_groups"], optimizer.param_groups, strict=False)
+    ]
+    return state | {"param_groups": groups}
 
 
 def learning_rate(cfg: OptimConfig, step: int, total: int) -> float:
@@ -58,18 +111,12 @@ def learning_rate(cfg: OptimConfig, step: int, total: int) -> float:
     return cfg.lr
 
 
-def rates_as_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Learning rates as 0-dim tensors on the device, which a captured step reads anew at every replay."""
+def rates_as_tensors(optimizer: torch.optim.Optimizer) -> None:
+    """Learning rates as 0-dim tensors on the parameters' device, which a captured step reads anew at every replay."""
+    if isinstance(optimizer, AdamEMA):
+        return  # they always are
     for group in optimizer.param_groups:
+        device = group["params"][0].device
         group["capturable"] = device.type == "cuda"
         if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
             group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate from the next step on."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate

@@ -1,0 +1,61 @@
+"""torch.compile of a method's U-Nets as one switch, in place: `nn.Module.compile()` changes neither keys nor modules.
+
+blocks: each residual block by itself. Blocks of one shape share a graph, so this is the shorter wait. net: each U-Net in one
+graph, which lets the compiler see across blocks. Both compute what the eager net does up to the order of sums in float32
+and below; dropout draws other masks. Frozen views are compiled as well; the EMA, which is only sampled from, is not.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.nets.layers import UNetBlock
+from engine.nets.unet import UNet
+
+MODES: dict[str, type[nn.Module] | None] = {"off": None, "blocks": UNetBlock, "net": UNet}
+
+#: Graphs a module may want: training or not, with gradients or without, and what differs between a net and its views.
+VARIANTS = 8
+
+
+def check_compile(mode: str, device: torch.device, where: str) -> None:
+    """UserError for a mode that does not exist or that this machine cannot do."""
+    if mode not in MODES:
+        raise UserError(f"{where} wants one of {', '.join(MODES)}, got {mode!r}")
+    if mode != "off" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise UserError(f"{where}={mode} on a CPU wants a C++ compiler, and there is no g++ or clang++: install one, or use off")
+
+
+def compile_nets(nets: Iterable[nn.Module], mode: str, device: torch.device, *, backend: str = "inductor") -> int:
+    """Compile the U-Nets in these modules in place; how many modules that made. Work is done at their first call."""
+    kind = MODES[mode]
+    if kind is None:
+        return 0
+    found = list({id(m): m for net in nets for m in net.modules() if isinstance(m, kind)}.values())
+    options: dict[str, Any] = {}
+    if backend == "inductor" and device.type == "cuda":
+        # One convolution with fewer channels out than half of those in vetoes NHWC for a whole training graph, and a
+        # U-Net's decoder has many; the rest are on tensor cores, which want it.
+        options = {"options": {"force_layout_optimization": True}}
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS * len(found))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, VARIANTS * len(found))
+    for module in found:
+        module.compile(backend=backend, dynamic=False, **options)
+    return len(found)
+
+
+def cache_in(folder: Path) -> None:
+    """Keep compiled code in the run folder, so that a resumed run finds it; a cache the user has named stays."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((folder / "compiled").resolve()))
+
+
+def graphs_compiled() -> int:
+    """How many graphs this process has compiled: constant after the first iterations, or something recompiles."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

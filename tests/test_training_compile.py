@@ -1,0 +1,91 @@
+"""The compile switch: what it compiles, that keys stay, that numbers agree, and that nothing compiles after the warm-up."""
+
+import os
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.methods.sim import SIM, SIMConfig
+from engine.nets.edm import from_kwargs
+from engine.training import compile as switch
+from engine.training import loop
+from engine.training.compile import check_compile, compile_nets, graphs_compiled
+from engine.training.loop import Run, TrainConfig, modules_of
+
+TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+CPU = torch.device("cpu")
+pytestmark = [  # Dynamo's own
+    pytest.mark.filterwarnings("ignore:.*autograd functions are all static:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+def net(dtype):
+    torch.manual_seed(1)
+    made = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, dropout=0.0, **TINY)
+    made.compute_dtype = dtype
+    return made
+
+
+def new_run(mode, dtype=torch.bfloat16):
+    method = SIM(SIMConfig(), net(dtype), net(dtype), net(dtype))
+    return Run(method, TrainConfig(kimg=1, batch=4, compile=mode), 0, CPU)
+
+
+def losses(run, steps):
+    found = []
+    for _ in range(steps):
+        run.take(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(run.step)), None)
+        found.append(run.meter.read())
+    return found
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Everything of torch.compile but the code generator: what is a graph, and when, is decided before it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(loop, "compile_nets", lambda *given: compile_nets(*given, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", ["blocks", "net"])
+def test_nothing_compiles_after_the_first_iteration_and_numbers_stay(mode, traced):
+    run = new_run(mode)
+    keys = [n.state_dict().keys() for n in run.method.nets.values()]
+    assert keys == [net(torch.float32).state_dict().keys()] * 2
+    unets = 5  # teacher, student, fake, and frozen views of the last two
+    assert run.compiled == unets * (1 if mode == "net" else sum(isinstance(m, switch.UNetBlock) for m in net(CPU).modules()))
+    first = losses(run, 1)
+    warm = graphs_compiled()
+    assert warm > 0
+    later = losses(run, 3)
+    assert graphs_compiled() == warm
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert first + later == losses(new_run("off"), 4)
+
+
+def test_off_compiles_nothing():
+    method = SIM(SIMConfig(), *(net(torch.float32) for _ in range(3)))
+    assert compile_nets(modules_of(method), "off", CPU) == 0
+    assert all(m._compiled_call_impl is None for n in modules_of(method) for m in n.modules())
+
+
+def test_the_average_is_a_plain_net_and_the_code_is_kept_in_the_run_folder(tmp_path, monkeypatch, traced):
+    run = new_run("net")
+    assert run.compiled
+    assert all(m._compiled_call_impl is None for m in run.ema.net.modules())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    switch.cache_in(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+
+
+def test_bad_modes_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="wants one of off, blocks, net, got"):
+        check_compile("max", CPU, "train.compile")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="wants a C\\+\\+ compiler"):
+        check_compile("net", CPU, "train.compile")

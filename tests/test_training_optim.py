@@ -1,0 +1,109 @@
+"""Who computes Adam does not matter: AdamEMA in the loop against PyTorch's Adam and the EMA after it, checkpoints included."""
+
+import pytest
+import torch
+
+from engine import build
+from engine.methods.dmd import DMD, DMDConfig
+from engine.methods.sim import SIM, SIMConfig
+from engine.nets.edm import from_kwargs
+from engine.nets.shadow import shadow_of
+from engine.training.loop import Run, TrainConfig
+from engine.training.optim import OptimConfig, build_optimizer, chosen, fitting
+from kernels import AdamEMA
+
+TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+CPU = torch.device("cpu")
+OPTIM = {"student": OptimConfig(lr=1e-3, betas=[0.0, 0.99], schedule="linear"), "fake": OptimConfig("adamw", weight_decay=0.1)}
+
+
+def net(dtype):
+    torch.manual_seed(1)
+    made = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, dropout=0.0, **TINY)
+    made.compute_dtype = dtype
+    return made
+
+
+def new_run(method, dtype, optimizer):
+    made = {
+        "dmd": lambda: DMD(DMDConfig(fake_per_student=3), net(dtype), net(dtype), net(dtype)),  # the student rests twice in three
+        "sim": lambda: SIM(SIMConfig(), net(dtype), net(dtype), net(dtype)),
+    }[method]()
+    return Run(made, TrainConfig(kimg=0.05, batch=4, optim=OPTIM, ema_kimg=0.02, ema_ramp_up=1.0, optimizer=optimizer), 0, CPU)
+
+
+def advance(run, steps):
+    for _ in range(steps):
+        images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(run.step))
+        run.take(images, None)
+    return run
+
+
+def assert_same(a, b):
+    nets = [(x, b.method.nets[name]) for name, x in a.method.nets.items()] + [(a.ema.net, b.ema.net)]
+    for x, y in nets:
+        for (name, p), q in zip(x.named_parameters(), y.parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["dmd", "sim"])
+def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype):
+    """On a CPU both call the same fused Adam; on a GPU they differ by rounding (test_kernels_adam_ema)."""
+    theirs, ours = (advance(new_run(method, dtype, kind), 7) for kind in ("torch", "adam_ema"))
+    assert ours.averages and not theirs.averages
+    assert_same(theirs, ours)
+    moved = [not torch.equal(p, q) for p, q in zip(ours.ema.net.parameters(), net(dtype).parameters(), strict=True)]
+    assert any(moved)
+    shadowed = [p for p in ours.method.nets["student"].parameters() if shadow_of(p) is not None]
+    assert bool(shadowed) == (dtype is torch.bfloat16)
+    assert all(torch.equal(shadow_of(p), p.detach().to(dtype)) for p in shadowed)
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("torch", "adam_ema"), ("adam_ema", "torch")])
+def test_a_run_goes_on_under_the_other_one(writer, reader, tmp_path):
+    """Exact resume does not ask who computed Adam."""
+    first = advance(new_run("sim", torch.bfloat16, writer), 3)
+    torch.save(first.state_dict() | {"step": first.step}, tmp_path / "a.pt")
+    second = new_run("sim", torch.bfloat16, reader)
+    second.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert_same(advance(first, 3), advance(second, 3))
+
+
+def test_a_checkpoint_does_not_say_how_it_is_read():
+    """capturable and fused are of the machine: a GPU's checkpoint steps on a CPU."""
+    weight = torch.nn.Linear(2, 2)
+    state = AdamEMA(weight.parameters()).state_dict()
+    state["param_groups"][0] |= {"capturable": True, "fused": None}
+    adam = build_optimizer(weight, OptimConfig(), "torch")
+    adam.load_state_dict(fitting(adam, state))
+    weight(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    assert adam.param_groups[0]["fused"] is True and adam.param_groups[0]["capturable"] is False
+
+
+def test_auto_is_pytorchs_on_a_cpu():
+    assert chosen("auto", net(torch.float32).parameters()) == "torch"
+    assert isinstance(build_optimizer(net(torch.float32), OptimConfig()), torch.optim.Adam)
+
+
+@pytest.mark.gpu
+def test_auto_is_ours_on_a_gpu():
+    assert chosen("auto", net(torch.float32).cuda().parameters()) == "adam_ema"
+
+
+@pytest.fixture
+def switches():
+    found = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [one.fp32_precision for one in found]
+    yield found
+    for one, value in zip(found, before, strict=True):
+        one.fp32_precision = value
+
+
+def test_tf32_says_where_it_does_nothing_and_sets_both_kinds_of_product(switches):
+    assert build.set_tf32(None, torch.device("cuda")) == ""
+    assert "does nothing here" in build.set_tf32(True, CPU)
+    for tf32, value in ((True, "tf32"), (False, "ieee")):
+        assert "TF32" in build.set_tf32(tf32, torch.device("cuda"))
+        assert [one.fp32_precision for one in switches] == [value, value]
