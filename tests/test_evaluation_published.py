@@ -103,6 +103,9 @@ def test_a_singular_covariance_costs_no_accuracy():
     sigma, mu = 1e4 * torch.outer(u, u), torch.zeros(50).double()
     assert abs(squared_distance(Gaussian(mu, sigma), Gaussian(mu, sigma))) < 1e-12 * sigma.trace()
     assert squared_distance(Gaussian(mu, sigma), Gaussian(mu, 4 * sigma)) == pytest.approx(float(sigma.trace()), rel=1e-12)
+    round_one = 1e6 * torch.eye(50, dtype=torch.float64)  # which any root of a rounding error would be multiplied with
+    wanted = sigma.trace() + round_one.trace() - 2 * (1e6 * sigma.trace()).sqrt()
+    assert squared_distance(Gaussian(mu, sigma), Gaussian(mu, round_one)) == pytest.approx(float(wanted), rel=1e-12)
 
 
 # Several processes
