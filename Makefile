@@ -19,6 +19,8 @@ bench: $(STAMP)  ## the benches this machine can run
 kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU needed
 	$(RUN) -m kernels.aot
 
+# DATA, FEATURES, RECIPE … are variables of benches/gpu.py, in the environment or after `make gpu`.
+export DATA FEATURES RECIPE SECONDS TEACHER_SECONDS SWITCH_SECONDS GPU_STEPS GPU_LIST REDO
 gpu:  ## everything that needs a GPU, in resumable steps; uses .venv if there is one, else $(PYTHON) as it is
 	$$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
 

@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> None:
     """Rehearse at every point of the grid; points that do not fit say so. Written after each."""
     rows: list[dict[str, Any]] = []
     for batch, resolution, channels in product(args.batch, args.resolution, args.channels):
-        settings = [*args.settings, f"train.batch={batch}"]
+        settings = [*args.settings, f"train.batch={batch}", "train.micro_batch=null"]
         settings += [f"data.resolution={resolution}"] if resolution else []
         settings += [f"net.model_channels={channels}"] if channels else []
         command = [sys.executable, "-m", "engine.train", str(args.recipe), "rehearse=true", "teacher.checkpoint=null", *settings]

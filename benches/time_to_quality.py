@@ -25,6 +25,8 @@ from engine.config import load  # noqa: E402
 from engine.errors import UserError  # noqa: E402
 from engine.folder import write_atomically  # noqa: E402
 
+FILE = "time_to_quality.json"
+
 
 @dataclass
 class Switch:
@@ -56,24 +58,28 @@ def main(arguments: list[str]) -> None:
         chosen.append(Switch("with skipping", [f"skipping.plan={args.plan}"]))
     if args.only:
         chosen = [s for s in chosen if s.name in args.only.split(",")]
-    rows: list[dict[str, Any]] = []
-    told: dict[str, Any] = {}
+    told, rows = before(args)
     for switch in chosen:
+        rows = [r for r in rows if r["switch"] != switch.name]
         methods = [m for m in args.methods.split(",") if switch.methods is None or m in switch.methods]
         if not methods:
             continue
         if reason := unavailable(args.recipe, switch, args.settings, methods[0]):
+            print(f"{switch.name}: {reason}")
             rows += [{"switch": switch.name, "method": m, "unavailable": reason} for m in methods]
             continue
         summary = compared(args, switch, methods)
         title = args.title or next(iter(summary["floor"]["scores"]))
-        told = told or about(summary, title, args.factor)
+        now = about(summary, title, args.factor)
+        if told and told != now:
+            sys.exit(f"{args.out / FILE} holds rows of another teacher, data or bar: move it away, or choose another --out")
+        told = now
         rows += [row(switch.name, name, summary["methods"][name], title, told["bar"]) for name in methods]
         args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / "time_to_quality.json", json.dumps(told | {"rows": rows}, indent=2) + "\n")
+        write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
     if not told:
-        sys.exit("no switch could be measured: " + "; ".join(sorted({r["unavailable"] for r in rows})))
-    write_atomically(args.out / "time_to_quality.json", json.dumps(told | {"rows": rows}, indent=2) + "\n")
+        return print("nothing was measured")
+    write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
     from readme import time_to_quality
 
     print(time_to_quality(told | {"rows": rows}), end="")
@@ -103,6 +109,13 @@ def parsed(text: str) -> Switch:
     parts = changes.split(";")
     environment = dict(part.removeprefix("ENV:").split("=", 1) for part in parts if part.startswith("ENV:"))
     return Switch(name, [part for part in parts if part and not part.startswith("ENV:")], environment)
+
+
+def before(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What an earlier call wrote: everything but its rows, and its rows."""
+    path = args.out / FILE
+    told = json.loads(path.read_text()) if path.exists() else {}
+    return told, told.pop("rows", [])
 
 
 def unavailable(recipe: Path, switch: Switch, settings: list[str], method: str) -> str | None:

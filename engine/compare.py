@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -387,7 +388,7 @@ def sheets(job: Watched, teacher: Any, summary: dict[str, Any], folder: Path) ->
     assert job.images is not None
     columns = job.columns(teacher)
     shown = [int(i) for i in job.shown_images()[:SHOWN]]
-    pictures = {"real": torch.stack([torch.from_numpy(job.images.read(i)) for i in shown])}
+    pictures = {"real": torch.from_numpy(np.stack([job.images.read(i) for i in shown]))}
     pictures[f"teacher, NFE {summary['teacher']['nfe']}"] = job.samples(teacher, job.teacher_sampler())[:SHOWN]
     for name, one in summary["methods"].items():
         (model,) = open_models(folder / name, STUDENT)

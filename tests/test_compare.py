@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from engine import compare, evaluate, train
+from engine.config import load
 from engine.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -16,24 +18,76 @@ TINY = [
 ]  # fmt: skip
 
 
+HERE = "apart=false"  # in this process: starting one takes seconds
+
+
 def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys):
-    compare.main([DIGITS, "methods=dmd,gdd,msd,sfd", "seconds=0.2", f"run_dir={tmp_path}/c", *TINY])
+    compare.main([DIGITS, "methods=dmd,gdd,msd", "seconds=0.2", "points=2", f"run_dir={tmp_path}/c", HERE, *TINY])
+    teacher = (tmp_path / "c/teacher.safetensors").read_bytes()
+    compare.main([DIGITS, "methods=sfd", "seconds=0.2", "points=2", f"run_dir={tmp_path}/c", HERE, *TINY])
+    assert (tmp_path / "c/teacher.safetensors").read_bytes() == teacher
     summary = json.loads((tmp_path / "c/summary.json").read_text())
     assert set(summary) >= {"floor", "teacher", "methods"}
     assert list(summary["methods"]) == ["dmd", "gdd", "msd", "sfd"]
-    for one in summary["methods"].values():
-        assert set(one) >= {"fd", "nfe", "seconds", "images", "peak_memory_gib"}
+    for name, one in summary["methods"].items():
+        assert set(one) >= {"fd", "nfe", "seconds", "images", "images_per_second", "peak_memory_gib"}
         assert one["fd"] > summary["floor"]["fd"]
+        assert [point["images"] for point in one["curve"]][::len(one["curve"]) - 1] == [0, one["images"]]
+        assert one["curve"][-1]["scores"] == {"FD-pixels": one["fd"]}
+        seconds = [point["seconds"] for point in one["curve"]]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] == pytest.approx(one["seconds"], abs=0.15)
+        assert json.loads((tmp_path / "c" / name / "summary.json").read_text())["student"]["fd"] == one["fd"]
     assert summary["methods"]["sfd"]["nfe"] == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-6:]] == ["floor", "teacher", "dmd", "gdd", "msd", "sfd"]
-    assert (tmp_path / "c/samples.png").exists()
+    assert (tmp_path / "c/table.md").read_text().count("\n") == 8
     assert (tmp_path / "c/msd/manifest.json").exists()
+    for name in ("curves.png", "samples.png"):
+        with Image.open(tmp_path / "c" / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_the_final_score_is_what_evaluate_finds(tmp_path, capsys):
+    """The one number that matters, by another way: engine.evaluate on the run folder, with generation and reference anew."""
+    compare.main([DIGITS, "methods=sim", "seconds=0.1", "points=1", f"run_dir={tmp_path}/c", HERE, *TINY])
+    found = json.loads((tmp_path / "c/summary.json").read_text())
+    capsys.readouterr()
+    evaluate.main([f"{tmp_path}/c/sim"])
+    wanted = json.loads(capsys.readouterr().out)
+    assert found["methods"]["sim"]["fd"] == pytest.approx(wanted["student"]["fd"], rel=1e-4)
+    assert found["teacher"]["fd"] == pytest.approx(wanted["teacher"]["fd"], rel=1e-4)
+    assert found["floor"]["fd"] == pytest.approx(wanted["floor"]["fd"], rel=1e-9)
+
+
+def test_a_process_of_its_own_knows_its_peak_memory_and_hands_on_its_refusal(tmp_path, capfd):
+    cfg = load(Path(DIGITS), [*TINY, f"run_dir={tmp_path}/c"])
+    compare.train_apart(cfg, tmp_path / "done.json", True, only_teacher=True)
+    peak = json.loads((tmp_path / "done.json").read_text())["peak_memory_gib"]
+    assert 0.1 < peak < 8
+    assert (tmp_path / "c/teacher.safetensors").exists()
+    cfg.data.path = f"{tmp_path}/nothing.zip"
+    with pytest.raises(SystemExit) as stopped:
+        compare.train_apart(cfg, tmp_path / "failed.json", True, only_teacher=True)
+    assert stopped.value.code == 2
+    assert "nothing.zip" in capfd.readouterr().err
+    assert not (tmp_path / "failed.json").exists()
+
+
+def test_the_length_is_remembered_and_only_for_the_same_seconds(tmp_path):
+    cfg = load(Path(DIGITS), [*TINY, f"run_dir={tmp_path}/c"])
+    (tmp_path / "kimg.json").write_text(json.dumps({"kimg": 1.25, "seconds": 3.0}))
+    assert compare.with_length(cfg, 3.0, tmp_path).train.kimg == 1.25
+    with pytest.raises(UserError, match="holds a run of 3 seconds, got 4"):
+        compare.with_length(cfg, 4.0, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [(["methods=dmd,ddm"], "got 'ddm'"), (["seconds=-3"], "seconds wants a number above 0"), (["seconds=soon"], "'soon'")],
+    [
+     (["methods=dmd,ddm"], "got 'ddm'"), (["seconds=-3"], "seconds wants a number above 0"), (["seconds=soon"], "'soon'"),
+     (["points=0"], "points wants at least 1"), (["apart=perhaps"], "apart wants true or false"), (["features=pixels,pixels"], "different names"),
+     (["features=A:nothing.pt"], "nothing.pt")],
 )
 def test_refusals(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
