@@ -20,7 +20,7 @@ from engine.methods.sim import SIM, SIMConfig
 from engine.nets import ops
 from engine.nets.edm import from_kwargs
 from engine.nets.frozen import freeze
-from engine.nets.layers import set_checkpointing
+from engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 
@@ -189,6 +189,19 @@ def test_fixed_resampling_has_pytorchs_gradients():
 def test_attention_is_pytorchs():
     q, k, v = torch.randn(3, 2, 3, 10, 8, dtype=torch.float64)
     torch.testing.assert_close(ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_heads_interleave_q_k_and_v_as_in_edm():
+    """2206.00364's released code: channel = (head, channel in head, {q, k, v}); written out in float64."""
+    style = BlockStyle(8, 0.0, 4, 1.0, 1e-5, (1, 1), False, True, Init(), Init(), Init())
+    block = UNetBlock(24, 24, style, attention=True).double()
+    x = torch.randn(2, 24, 3, 5, dtype=torch.float64)
+    w, b = block.qkv.weight[:, :, 0, 0], block.qkv.bias
+    y = torch.einsum("oc,ncs->nos", w, x.flatten(2)) + b[:, None]
+    q, k, v = y.reshape(2, 4, 6, 3, 15).unbind(3)
+    weights = torch.einsum("nhcq,nhck->nhqk", q, k / 6**0.5).softmax(-1)
+    a = torch.einsum("nhqk,nhck->nhcq", weights, v).reshape(2, 24, 3, 5)
+    torch.testing.assert_close(block._attention(x), F.conv2d(a, block.proj.weight, block.proj.bias))
 
 
 SMALL = {"img_resolution": 8, "img_channels": 3, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
