@@ -280,3 +280,14 @@ def test_definitions_have_any_number_of_derivatives_and_the_fused_norm_says_that
     (slope,) = torch.autograd.grad(block(x, emb).square().mean(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+# Dynamo's own doing, when it meets an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_block_compiles_into_one_graph_trained_and_frozen(trains):
+    block = from_kwargs("EDMPrecond", **NETS["DDPM++"]).model.enc["4x4_block0"].requires_grad_(trains)
+    x, emb = torch.randn(2, block.in_channels, 4, 4, requires_grad=True), torch.randn(2, block.affine.in_features)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    ours, eager = (torch.autograd.grad(f(x, emb).square().sum(), x)[0] for f in (compiled, block))
+    torch.testing.assert_close(ours, eager)
