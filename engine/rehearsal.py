@@ -11,6 +11,7 @@ import torch
 from engine import build
 from engine.config import Config, to_yaml
 from engine.data.sampler import Stream
+from engine.nets.layers import set_checkpointing
 from engine.training.loop import Run
 
 
@@ -51,6 +52,7 @@ def rehearse(cfg: Config) -> None:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
     net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)
     net.compute_dtype = dtype
+    set_checkpointing(net, cfg.train.activation_checkpointing)
     method = build.build_method(cfg.method, net)
     for one in method.nets.values():
         one.to(device)

@@ -58,6 +58,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
         ("train.optim.student.name=sgd", ["optimiser wants one of adam, adamw, got 'sgd'"]),
         ("train.batch=0", ["train.batch wants at least 1, got 0"]),
         ("train.kimg=-1", ["train.kimg wants more than 0"]),
+        ("train.activation_checkpointing=all", ["train.activation_checkpointing wants off or blocks, got 'all'"]),
         ("train.micro_batch=48", ["micro_batch", "48", "does not divide"]),
         ("net.model_channels=30", ["net:"]),
         ("net.model_type=Transformer", ["SongUNet, DhariwalUNet", "Transformer"]),

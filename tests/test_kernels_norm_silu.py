@@ -280,6 +280,58 @@ def test_on_the_gpu_no_worse_than_pytorch(dtype, backend, monkeypatch):
         check(case, dtype, device="cuda")
 
 
+ROWS = {name: case._replace(last=False) for name, case in CASES.items()}
+
+
+@pytest.mark.skipif(INTERPRET, reason="what CPU tensors take without the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ROWS.values(), ids=ROWS)
+def test_in_rows_on_average_no_worse_than_pytorch(case, dtype, monkeypatch):
+    """NCHW on a CPU rounds h and dh to the dtype of x, as PyTorch does, so that the largest error of one draw is luck."""
+    monkeypatch.undo()  # back to what users get
+    taken = []
+    monkeypatch.setattr(module._norm_cpu, "rows", lambda *args, rows=module._norm_cpu.rows: taken.append(1) or rows(*args))
+    ours, torchs = {}, {}
+    draws = 8
+    for _ in range(draws):
+        x, g, given = inputs(case, dtype)
+        exact = outputs(plain, case, x, g, given, torch.float64)
+        for errors, function in ((ours, norm_silu), (torchs, plain)):
+            for name, got in outputs(function, case, x, g, given).items():
+                largest = max(1.0, exact[name].abs().max().item())
+                errors[name] = errors.get(name, 0.0) + error(got, exact[name]) / largest / draws
+    assert len(taken) == draws
+    n = {name: 1 if name in ("y", "dx") else case.h * case.w * case.n for name in ours}
+    for name, found in ours.items():
+        allowed = 2 * torchs[name] + max(1e-6, 6e-8 * n[name] ** 0.5)
+        assert found <= allowed, f"{name}: {found:.1e} > {allowed:.1e}"
+
+
+@pytest.mark.skipif(INTERPRET, reason="what CPU tensors take without the interpreter")
+@pytest.mark.parametrize("extras", [(), ("add",), (*MODULATED, "add"), ("shift",)], ids=str)
+def test_in_rows_gradcheck(extras, monkeypatch):
+    monkeypatch.undo()
+    case = Case(2, 6, 3, 2, 2, last=False, extras=extras)
+    x, _, given = inputs(case, torch.float64)
+    names = ("weight", "bias", *extras)
+
+    def function(x, weight, bias, *rest):
+        return norm_silu(x, weight, bias, case.groups, 1e-5, **dict(zip(extras, rest, strict=True)))
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in (x, *(given[name] for name in names))])
+
+
+@pytest.mark.skipif(INTERPRET, reason="what CPU tensors take without the interpreter")
+def test_in_rows_only_x_and_statistics_are_kept(monkeypatch):
+    monkeypatch.undo()
+    case = Case(2, 48, 8, 8, 8, last=False, extras=("add",))
+    x, _, given = inputs(case)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm_silu(x.requires_grad_(), given["weight"], given["bias"], case.groups, 1e-5, add=given["add"])
+    assert sum(t.numel() for t in kept) == x.numel() + 2 * case.n * case.groups + 2 * case.c
+
+
 if not INTERPRET:
 
     def test_all_of_this_holds_for_the_triton_kernels_under_the_interpreter(monkeypatch):

@@ -11,7 +11,6 @@ them. Who wants either says so, with `definitions()`: under it every layer is Py
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +20,23 @@ from torch.autograd import Function
 import kernels
 from kernels.norm_silu import plain
 
-_definitions: ContextVar[bool] = ContextVar("definitions", default=False)
+_by_definition = False  # a plain global: the compiler guards on it, and knows no ContextVar
 
 
 @contextmanager
 def definitions() -> Iterator[None]:
     """Within it nets run on PyTorch's own operations: any number of derivatives, in reverse and forward mode."""
-    token = _definitions.set(True)
+    global _by_definition
+    before, _by_definition = _by_definition, True
     try:
         yield
     finally:
-        _definitions.reset(token)
+        _by_definition = before
 
 
 def by_definition() -> bool:
     """Are we within `definitions()`?"""
-    return _definitions.get()
+    return _by_definition
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
