@@ -26,6 +26,7 @@ from engine.nets.features import load_features
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.training.checkpoint import load_newest
+from engine.training.graphs import check_graphs
 from engine.training.optim import check_optim
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
@@ -190,6 +191,7 @@ def check_settings(cfg: Config) -> None:
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
+        check_graphs(stage.graphs, device(cfg.device), name)
         for net, optim in stage.optim.items():
             check_optim(optim, f"{name}.optim.{net}")
     if cfg.eval.n is not None and cfg.eval.n < 2:

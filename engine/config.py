@@ -102,6 +102,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16 | fp16; weights and losses are always float32
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
+    profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -107,6 +107,8 @@ class Denoiser(nn.Module):
         return (c.c_in[:, None, None, None] * x).to(self.compute_dtype)
 
     def _sigmas(self, sigma: Tensor, x: Tensor) -> Tensor:
+        if sigma.ndim == 0 and sigma.device != x.device:  # a number, not a copy from pageable memory that waits
+            return x.new_ones(len(x), dtype=torch.float32) * sigma.float()
         return sigma.float().to(x.device).reshape(-1).expand(len(x))
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
