@@ -1,6 +1,6 @@
 """make gpu: everything that needs a GPU, in steps of under ten minutes that are not repeated once they are done.
 
-Steps: the tests marked gpu, then the benches. Results go to benches/results/<device>-<date>/: one JSON per step with device,
+Steps: the tests marked gpu, the benches, whole iterations with and without CUDA graphs, the FFHQ-64 recipes rehearsed. Results go to benches/results/<device>-<date>/: one JSON per step with device,
 driver, versions and commit, and README.md with a table of what each step said. Needs no network and no virtual environment.
 GPU_STEPS=benches runs some of the steps; REDO=1 repeats those that are done.
 """
@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 580  # seconds a step may take
 STEPS = {
     "tests": ["-m", "pytest", "-q", "-m", "gpu", "tests", "--junitxml={folder}/tests.xml"],
-    "benches": ["-m", "pytest", "-q", "benches", "--benchmark", "--benchmark-json={folder}/benches.json"],
+    "benches": ["-m", "pytest", "-q", "benches", "--benchmark", "--benchmark-json={folder}/benches.json", "--ignore=benches/bench_step.py"],
+    "step": ["-m", "pytest", "-q", "benches/bench_step.py", "--benchmark", "--results={folder}"],
+    "evidence": ["benches/evidence.py", "{folder}/recipes"],
 }
 
 
