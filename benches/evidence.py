@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from engine.rehearsal import PEAKS
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540  # seconds of one call, under make gpu's
-A100 = 312e12
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, from the vendor's data sheets
 MICRO = 32
 RUNS = {  # recipe, overrides, published
     "sid": ("ffhq64", [], "500 M images; no hours published"),
@@ -68,7 +68,7 @@ def projected(result: dict) -> dict:
     peak = next((p for chip, p in PEAKS.items() if chip in result.get("device", "")), None)
     if peak is None:
         return {}
-    return {"a100_hours_projected_not_measured": round(result["projected_hours"] * peak / A100, 2)}
+    return {"a100_hours_projected_not_measured": round(result["projected_hours"] * peak / PEAKS["A100"], 2)}
 
 
 def table(folder: Path) -> str:
