@@ -276,7 +276,7 @@ def test_the_error_that_broke_a_capture_is_the_one_told():
 
 
 def test_graphs_on_without_cuda_is_one_sentence():
-    with pytest.raises(UserError, match="train.graphs=on wants a CUDA device, and this run is on cpu"):
+    with pytest.raises(UserError, match=r"train\.graphs=on wants a CUDA device, and this run is on cpu"):
         build_graphs("on", CPU, lambda: None)
     with pytest.raises(UserError, match="wants one of auto, on, off, got 'yes'"):
         build_graphs("yes", CPU, lambda: None)
