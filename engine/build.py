@@ -30,6 +30,7 @@ from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.training.checkpoint import load_newest
 from engine.training.compile import check_compile
+from engine.training.graphs import check_graphs
 from engine.training.optim import IMPLEMENTATIONS, check_optim
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
@@ -199,6 +200,7 @@ def check_settings(cfg: Config) -> None:
             wanted = " or ".join(CHECKPOINTING)
             raise UserError(f"{name}.activation_checkpointing wants {wanted}, got {stage.activation_checkpointing!r}")
         check_compile(stage.compile, device(cfg.device), f"{name}.compile")
+        check_graphs(stage.graphs, device(cfg.device), name)
         if stage.optimizer not in IMPLEMENTATIONS:
             raise UserError(f"{name}.optimizer wants one of {', '.join(IMPLEMENTATIONS)}, got {stage.optimizer!r}")
         for net, optim in stage.optim.items():

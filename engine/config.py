@@ -103,6 +103,7 @@ class Config:
     precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
     tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
+    profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -30,6 +30,7 @@ from engine.nets.router import MANIFEST, load_router, student_folder, write_mani
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
 from engine.sampling import Sampler, ode
 from engine.training.loop import Hook, Run, TrainConfig, train
+from engine.training.profile import Profile
 
 
 class Job:
@@ -40,6 +41,7 @@ class Job:
         build.check_settings(cfg)
         build.check_complete(cfg)
         self.cfg, self.began = cfg, time.perf_counter()
+        self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.device = build.device(cfg.device)
         self.dtype, why = build.precision(cfg.precision, self.device)
         if note := build.set_tf32(cfg.tf32, self.device):
@@ -154,7 +156,9 @@ class Job:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if student is None else f"student {student}"
         stream = self.stream(cfg, classes)
-        train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks)
+        profile = Profile(folder) if self.cfg.profile else None
+        train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile)
+        self.graphs[title] = run.graph_report()
         return run
 
     def stream(self, cfg: TrainConfig, classes: list[int] | None) -> Any:
@@ -218,6 +222,7 @@ class Job:
             "parameters": sum(p.numel() for p in teacher.parameters()),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
             "precision": str(self.dtype).removeprefix("torch."),
+            "graphs": self.graphs,
             "seed": self.cfg.seed,
             "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         }

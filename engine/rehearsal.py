@@ -7,12 +7,16 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from engine import build
 from engine.config import Config, to_yaml
 from engine.data.sampler import Stream
 from engine.nets.layers import set_checkpointing
 from engine.training.loop import Run
+
+#: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def dry_run(cfg: Config) -> None:
@@ -57,15 +61,17 @@ def rehearse(cfg: Config) -> None:
     for one in method.nets.values():
         one.to(device)
     period = max(turn.every for turn in method.turns if turn.every < 50)
-    warmup, timed = (3, 10 * period) if device.type == "cuda" else (1, period)
-    settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (warmup + timed) / 1000)
+    # On a GPU every turn is run eagerly three times and then captured before the clock starts.
+    warmup, timed = (5 * period, 10 * period) if device.type == "cuda" else (1, period)
+    settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
     print(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
-    for step in range(warmup):
+    flops = counted(run, stream, period)
+    for step in range(period, period + warmup):
         run.take(*stream.at(step))
     synchronize(device)
     start = time.perf_counter()
-    for step in range(warmup, warmup + timed):
+    for step in range(period + warmup, period + warmup + timed):
         run.take(*stream.at(step))
     synchronize(device)
     seconds = (time.perf_counter() - start) / timed
@@ -79,10 +85,30 @@ def rehearse(cfg: Config) -> None:
                 "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
                 "parameters": sum(p.numel() for p in net.parameters()),
                 "projected_hours": round(hours, 2),
+                "graphs": run.graph_report(),
+                "gflop_per_image": round(flops / batch / 1e9, 2),
+                "mfu": mfu(flops / seconds, device),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
             }
         )
     )
+
+
+def counted(run: Run, stream: Stream, iterations: int) -> float:
+    """Floating-point operations of one iteration: convolutions, matrix products and attention, forward and backward."""
+    graphs, run.graphs = run.graphs, None
+    with FlopCounterMode(display=False) as counter:
+        for step in range(iterations):
+            run.take(*stream.at(step))
+    run.graphs = graphs
+    return counter.get_total_flops() / iterations
+
+
+def mfu(flops_per_second: float, device: torch.device) -> float | None:
+    """The share of the GPU's dense bf16 peak that is reached; None where the peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
+    return None if peak is None else round(flops_per_second / peak, 4)
 
 
 def synchronize(device: torch.device) -> None:

@@ -618,3 +618,49 @@ def test_in_order_keeps_the_order_and_stops_at_an_error():
     with pytest.raises(UserError, match="twenty"):
         list(in_order(work, 10_000, "work", chunk=4, threads=2))
     assert len(seen) < 200, "work ahead is bounded and cancelled"
+
+
+class NoStream:
+    """In a CUDA stream's place: notes what waits for what."""
+
+    def __init__(self, device=None):
+        self.waited = []
+
+    def record_event(self):
+        return object()
+
+    def wait_event(self, event):
+        assert event is not None
+        self.waited.append(event)
+
+    def wait_stream(self, stream):
+        pass
+
+
+def test_images_are_copied_a_step_ahead_into_two_buffers(monkeypatch):
+    from contextlib import nullcontext
+
+    from engine.data.sampler import _Ahead
+
+    main, read = NoStream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+    def images(step):
+        read.append(step)
+        if step == 5:
+            raise UserError("image 5 is damaged")
+        return torch.full((2,), step)
+
+    ahead = _Ahead(images, torch.device("cpu"))
+    buffers = set()
+    for step in (0, 1, 2, 3, 9, 10, 3):  # 3 once more: a run that goes back
+        found = ahead.at(step)
+        assert found.tolist() == [step, step] and read[-1] == step + 1
+        buffers.add(found.data_ptr())
+    assert len(buffers) == 2 and read == [0, 1, 2, 3, 4, 9, 10, 11, 3, 4]
+    assert len(main.waited) == 7 and len(ahead.stream.waited) >= 6  # a buffer in use is not written
+    assert ahead.at(4).tolist() == [4, 4]  # the damage of the step after is not told yet
+    with pytest.raises(UserError, match="image 5"):
+        ahead.at(5)

@@ -224,7 +224,7 @@ def test_gpu_steps_without_data_say_what_is_wanted(tmp_path):
     assert known["teacher"] == known["method:sfd"] == "wants DATA=FILE.zip: images of the recipe's size"
     known = gpu.steps({"DATA": "a.zip", "RECIPE": "configs/fast64.yaml", "SECONDS": "7"}, tmp_path / "some-gpu-2026-01-01")
     assert {"configs/fast64.yaml", "data.path=a.zip", "seconds=7", "methods=sfd"} <= set(known["method:sfd"])
-    assert list(known)[:3] == ["tests", "benches", "ladder"]
+    assert list(known)[:3] == ["tests", "benches", "step"]
     assert list(known)[-1] == "scaling:project"
 
 

@@ -6,7 +6,8 @@ s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image co
 
 import os
 import signal
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class Stream:
         pixels = images.pixels(memory)
         self._pixels = None if pixels is None else torch.from_numpy(pixels).to(self.device)
         self._reader = None if self._pixels is not None else _Reader(images, options, workers, self.device)
+        self._ahead = _Ahead(self._reader.at, self.device) if self._reader and self.device.type == "cuda" else None
 
     def at(self, step: int) -> tuple[Tensor, Tensor | None]:
         """This window of batch `step`. Steps asked for in order come from what the workers have read ahead."""
@@ -93,7 +95,7 @@ class Stream:
             uint8 = self._pixels[indices]
         else:
             assert self._reader is not None
-            uint8 = self._reader.at(step).to(self.device, non_blocking=True)
+            uint8 = self._ahead.at(step) if self._ahead else self._reader.at(step).to(self.device)
         uint8 = torch.where(mirrored[:, None, None, None], uint8.flip(3), uint8)
         return uint8.float().div_(127.5).sub_(1), self._one_hot(indices)
 
@@ -109,8 +111,64 @@ class Stream:
 
     def close(self) -> None:
         """Stop the worker processes; `at` starts new ones."""
+        if self._ahead is not None:
+            self._ahead.forget()
         if self._reader is not None:
             self._reader.close()
+
+
+class _Ahead:
+    """Copies the next step's images from pinned memory on a stream of its own while this step computes: two buffers.
+
+    An error in the next step's images is kept until that step is asked for: the run may end before.
+    """
+
+    def __init__(self, read: Callable[[int], Tensor], device: torch.device):
+        self.read, self.device, self.stream = read, device, torch.cuda.Stream(device)
+        self.buffers: dict[int, tuple[Tensor, Any]] = {}  # step % 2: the images on the device, and when they were last used
+        self.next: tuple[int, Any, UserError | None] = (-1, None, None)  # step, when its copy is done, or what went wrong
+
+    def at(self, step: int) -> Tensor:
+        """uint8 [n, C, H, W] of step `step` on the device, valid until the step after next is asked for."""
+        if self.next[0] != step:
+            self._used(step % 2, torch.cuda.current_stream(self.device))
+            self._fetch(step)
+        _, copied, error = self.next
+        if error is not None:
+            self.forget()
+            raise error
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(copied)
+        images, _ = self.buffers[step % 2]
+        self._used((step + 1) % 2, now)  # what computes on the step before was launched before this call
+        self._fetch(step + 1)
+        return images
+
+    def _used(self, slot: int, stream: Any) -> None:
+        if slot in self.buffers:
+            self.buffers[slot] = self.buffers[slot][0], stream.record_event()
+
+    def _fetch(self, step: int) -> None:
+        try:
+            pinned = self.read(step)
+        except UserError as error:
+            self.next = step, None, error
+            return
+        with torch.cuda.stream(self.stream):
+            images, used = self.buffers.get(step % 2, (None, None))
+            if images is None or images.shape != pinned.shape:
+                images = torch.empty(pinned.shape, dtype=pinned.dtype, device=self.device)
+            elif used is not None:
+                self.stream.wait_event(used)
+            images.copy_(pinned, non_blocking=True)
+            self.buffers[step % 2] = images, None
+            self.next = step, self.stream.record_event(), None
+
+    def forget(self) -> None:
+        """Another order of steps may come."""
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.buffers, self.next = {}, (-1, None, None)
 
 
 class _Options(NamedTuple):

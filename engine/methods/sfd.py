@@ -98,7 +98,8 @@ class SFD(Method):
         steps = range(int(cfg.afs), max(cfg.num_steps) - 1)
         self.turns = tuple(Turn("student", partial(self.step_loss, i)) for i in steps)
         self.sampler = self.student_sampler(cfg.sample_num_steps or cfg.num_steps[-1])
-        nfe = {n: self.student_sampler(n).nfe for n in cfg.num_steps}
+        self.walks = {n: (self.student_sampler(n), self.teacher_sampler(n)) for n in cfg.num_steps}
+        nfe = {n: student.nfe for n, (student, _) in self.walks.items()}
         self.notes = [f"num_steps {n}{' with AFS' * cfg.afs} is NFE {nfe[n]}" for n in cfg.num_steps]
 
     def student_sampler(self, num_steps: int) -> Sampler:
@@ -124,11 +125,12 @@ class SFD(Method):
     def begin(self, batch: Batch) -> Walk:
         """The noise, the teacher's whole walk from it, and the student's first step if that is free."""
         net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
-        t = self.student_sampler(num_steps).sigmas
+        mine, teachers = self.walks[num_steps]
+        t = mine.sigmas
         x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
         labels = random_labels(net, batch.draws)
         with torch.no_grad():
-            states = self.teacher_sampler(num_steps).states(self.teacher, x, labels)
+            states = teachers.states(self.teacher, x, labels)
         targets = [state.to(x.dtype) for state in states[:: self.cfg.K]]
         if self.cfg.afs:
             x = analytic_first_step(x, *torch.tensor(t[:2], dtype=torch.float64))

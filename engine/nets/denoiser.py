@@ -107,7 +107,10 @@ class Denoiser(nn.Module):
         return (c.c_in[:, None, None, None] * x).to(self.compute_dtype)
 
     def _sigmas(self, sigma: Tensor, x: Tensor) -> Tensor:
-        return sigma.float().to(x.device).reshape(-1).expand(x.shape[0])  # torch.export would take len(x) for a constant
+        n = x.shape[0]  # torch.export would take len(x) for a constant
+        if sigma.ndim == 0 and sigma.device != x.device:  # a number, not a copy from pageable memory that waits
+            return x.new_ones(n, dtype=torch.float32) * sigma.float()
+        return sigma.float().to(x.device).reshape(-1).expand(n)
 
     def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
         if not self.label_dim:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.nets import ops
-
 from engine.nets.shadow import in_dtype
 
 

@@ -206,6 +206,11 @@ class Graphs:
             self.say(f"CUDA graphs: {name} stays eager ({why})")
         self.refused[key] = why
 
+    def __str__(self) -> str:
+        told = self.report()
+        why = f"; stays eager: {', '.join(told['stay_eager'])}" if told["stay_eager"] else ""
+        return f"CUDA graphs: {told['captured']} captured, {told['replayed']} replayed, {told['eager']} pieces run eagerly{why}"
+
     def report(self) -> dict[str, Any]:
         """How often each piece was captured, replayed and run eagerly, and why any stays eager."""
         kinds = ("captured", "replayed", "eager")

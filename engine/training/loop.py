@@ -23,7 +23,15 @@ from engine.training.compile import cache_in, compile_nets
 from engine.training.ema import EMA, ema_decay
 from engine.training.graphs import build_graphs, seed_dropout
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
-from engine.training.optim import OptimConfig, build_optimizer, fitting, learning_rate, rates_as_tensors, set_learning_rate
+from engine.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    fitting,
+    learning_rate,
+    rates_as_tensors,
+    set_learning_rate,
+)
+from engine.training.profile import STEP, WAITING, Profile, span
 from engine.training.step import Trained, iteration
 from kernels import AdamEMA
 
@@ -199,6 +207,7 @@ def train(
     title: str,
     log: LogConfig,
     hooks: Sequence[Hook] = (),
+    profile: Profile | None = None,
 ) -> None:
     """Run to the end, from the newest checkpoint in folder/checkpoints if there is one.
 
@@ -220,12 +229,20 @@ def train(
     if run.compiled:
         cache_in(folder)
         progress.compiling(run.compiled)
-
+    if run.graphs:
+        run.graphs.say = progress.say
+    if profile:
+        profile.start(run.device, run.total - run.step)
     with signals() as caught:
         clock = Clock(run)
         while run.step < run.total:
-            run.take(*batch_at(run.step))
+            with span(WAITING):
+                batch = batch_at(run.step)
+            with span(STEP):
+                run.take(*batch)
             progress.advance()
+            if profile:
+                profile.step(progress.say)
             last = run.step == run.total
             if run.step % cfg.log_iterations == 0 or last:
                 metrics = run.meter.read()  # the only wait for the device
@@ -242,6 +259,8 @@ def train(
                 if caught and not last:
                     progress.close()
                     raise Interrupted(caught[0], path)
+    if run.graphs:
+        progress.say(f"{title}: {run.graphs}")
     progress.close()
 
 
