@@ -133,6 +133,8 @@ def applied(stack: Stack, device: torch.device) -> Iterator[None]:
 
         if not stack.sdpa:
             patch(torch.nn.functional, "scaled_dot_product_attention", einsum_attention)
+            if hasattr(ops, "attention"):  # which is not SDPA on a CPU
+                patch(ops, "attention", einsum_attention)
         if ops is not None and not stack.norm:
             patch(ops, "norm_silu", plain)
             patch(ops, "memory_format", lambda device: torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,28 @@ NAMESPACE = "potstill"
 
 #: True when Triton interprets kernels on the CPU (TRITON_INTERPRET=1): CPU tensors then take the Triton path too.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+
+def check_interpreter(triton_version: str, numpy_version: str) -> None:
+    """ImportError for a pair that cannot interpret our loops.
+
+    The interpreter of Triton 3.6 turns a loop's bound, an array of one element, into an int by NumPy's rule for scalars,
+    which NumPy 2.4 dropped. Triton 3.7 does not, and on a GPU nothing of this matters.
+    """
+    if _version(triton_version) < (3, 7) and _version(numpy_version) >= (2, 4):
+        raise ImportError(
+            f"TRITON_INTERPRET=1 wants triton >= 3.7 or numpy < 2.4, got triton {triton_version} and numpy {numpy_version}: "
+            "pip install 'numpy<2.4', or unset TRITON_INTERPRET"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(".")[:2])
+
+
+if INTERPRET:
+    check_interpreter(version("triton"), version("numpy"))
 
 _ESTIMATE = (
     "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"

@@ -276,8 +276,12 @@ def plain_denoise(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool
 
 def plain_moments(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool) -> tuple[Tensor]:
     dtype = accum(x, *real.images, *fake.images)
-    value = _reduced(x.to(dtype) * _clean_difference(real, fake, dtype), mean)
-    return (value if weight is None else value * weight.to(dtype),)
+    g = _clean_difference(real, fake, dtype)  # new memory without a graph: what scales the value scales it beforehand
+    if weight is not None:
+        g.mul_((weight.to(dtype) / _size(x) if mean else weight.to(dtype)).view(_rows(x)))
+    elif mean:
+        g.div_(_size(x))
+    return (_sum(x.to(dtype) * g),)
 
 
 def plain_score_implicit(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels._lib import check_interpreter
+
 HERE = Path(__file__).parent
 #: Finite differences through an interpreter take minutes, and the float64 cases hold the kernels to the reference.
 LEFT_OUT = "not gradcheck and not divergence and not compiles and not bad_input and not module"
@@ -36,3 +38,11 @@ def test_under_the_interpreter(op):
     done = subprocess.run(command, cwd=HERE, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize(("triton", "numpy", "works"), [("3.6.0", "2.3.5", True), ("3.7.1", "2.4.6", True), ("3.6.0", "2.4.0", False)])
+def test_a_pair_that_cannot_interpret_is_named(triton, numpy, works):
+    if works:
+        return check_interpreter(triton, numpy)
+    with pytest.raises(ImportError, match=r"wants triton >= 3\.7 or numpy < 2\.4, got triton 3\.6\.0 and numpy 2\.4\.0"):
+        check_interpreter(triton, numpy)

@@ -46,7 +46,7 @@ def assert_same(model, plain, x=None):
 def test_loss_and_gradients_are_those_of_casting_bit_for_bit(dtype, monkeypatch):
     plain, shadowed = net(dtype), net(dtype)
     weights = give_shadows([shadowed])
-    assert len(weights) > 40 and all(w.ndim != 2 for w in weights)
+    assert {id(w) for w in weights} >= {id(w) for w in shadowed.parameters() if w.ndim == 4}
     assert_same(shadowed, plain)
     used = []
     monkeypatch.setattr(shadow._StraightThrough, "forward", lambda ctx, w, s: used.append(w) or s.detach() + 1)

@@ -23,7 +23,7 @@ FEW = 1 << 16
 
 
 class Shadow:
-    """The rounded copy of one weight, always in the same memory."""
+    """The rounded copy of one weight, in the same memory for as long as the weight keeps its layout."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         self.tensor = weight.detach().to(dtype)
@@ -41,7 +41,10 @@ class Shadow:
 
     @torch.no_grad()
     def renew(self, weight: Tensor) -> None:
-        self.tensor.copy_(weight)
+        if self.tensor.stride() == weight.stride():
+            self.tensor.copy_(weight)
+        else:  # laid out anew, as a cast would be
+            self.tensor = weight.to(self.tensor.dtype)
         self.seen = _state(weight)
 
 
@@ -74,8 +77,8 @@ def shadow_of(weight: Tensor) -> Tensor | None:
 def give_shadows(nets: Iterable[nn.Module]) -> list[Tensor]:
     """Give the weights of all 16-bit denoisers among these modules a shadow; returns the weights that have one.
 
-    Linear layers have none: they work on the embedding, which stays float32. Nor have sharded parameters, whose local
-    copy FSDP2 casts itself.
+    Those are the convolutions': linear layers work on the embedding, which stays float32, and a norm's weights are a few
+    numbers. Sharded parameters have none: FSDP2 casts its local copies itself.
     """
     known: dict[Any, Shadow] = {}
     for net in nets:
@@ -102,7 +105,7 @@ def renew_stale(weights: Iterable[Tensor]) -> None:
 def _cast_parameters(net: nn.Module) -> Iterable[nn.Parameter]:
     for layer in net.modules():
         own = list(layer.parameters(recurse=False))
-        if not any(p.ndim == 2 for p in own):
+        if any(p.ndim == 4 for p in own):
             yield from (p for p in own if p.dtype is torch.float32 and not hasattr(p, "device_mesh"))
 
 
