@@ -74,6 +74,8 @@ class Sampler:
         assert self.solver in SOLVERS
         told = {} if self.step_condition is None else {"steps": self.step_condition}
         sigmas, passed = torch.tensor(self.sigmas, dtype=torch.float64), []
+        if (restart := getattr(net, "restart", None)) is not None:  # a net that remembers within a walk (engine.skipping)
+            restart()
         if self.afs:
             passed = [x.double()]
             x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]

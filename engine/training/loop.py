@@ -17,6 +17,7 @@ import torch
 
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
+from engine.skipping.apply import Guard
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
 from engine.training.ema import EMA, ema_decay
 from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
@@ -81,6 +82,7 @@ class Run:
         self.ema = EMA(method.nets[method.product])
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
+        self.guard: Guard | None = None  # of a teacher that leaves out layers
 
     @property
     def images_seen(self) -> int:
@@ -97,6 +99,8 @@ class Run:
 
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
+        if self.guard is not None:
+            self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
         torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
         for name, one in self.trained.items():
             for group in one.optimizer.param_groups:
@@ -108,11 +112,24 @@ class Run:
         self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
         self.meter.add(logs)
 
+    def product_gradient(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The gradient for the product's parameters at this iteration, on its first micro-batch; changes nothing."""
+        torch.manual_seed(mixed(self.seed, self.step, 1))
+        name = self.method.product
+        parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
+        shared = self.method.begin(self._window(images, labels, 0, self.cfg.micro_batch or len(images)))
+        total = [torch.zeros_like(p) for p in parameters]
+        for turn in self.method.turns:
+            if turn.trains == name and (result := turn.loss(shared)) is not None:
+                gradients = torch.autograd.grad(result[0], parameters, materialize_grads=True)
+                total = [t + g for t, g in zip(total, gradients, strict=True)]
+        return torch.cat([t.flatten() for t in total])
+
     def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
         window = slice(start, start + micro)
         generator = torch.Generator(self.device).manual_seed(mixed(self.seed, self.step, 0))
         host = random.Random(mixed(self.seed, self.step, 2))
-        draws = Draws(generator, len(images), window, host, self.classes)
+        draws = Draws(generator, len(images), window, host, self.classes, self.method.stratified)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +139,7 @@ class Run:
             "ema": self.ema.net.state_dict(),
             "method": self.method.state.state_dict(),
             "meter": self.meter.state_dict(),
+            "guard": {} if self.guard is None else self.guard.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -135,6 +153,8 @@ class Run:
         restore(self.ema.net, state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
         self.meter.load_state_dict(state["meter"])
+        if self.guard is not None and state.get("guard"):
+            self.guard.load_state_dict(state["guard"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
 
 
