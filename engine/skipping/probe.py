@@ -124,9 +124,11 @@ def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] =
         loss = denoising_loss(net, choose, low, high)
         columns["loss"].append(loss)
         columns["taylor"].append([t / loss for t in taylor(probed, choose, low, high, affine, k)])
-        for column, calibrated in (("raw", False), ("alone", True)):
-            off = [left_out(probed, [name], affine, k, calibrated) for name in names]
-            columns[column].append([e / loss for e in deviations(net, probed, choose, low, high, off)])
+        on = [left_out(probed, [name], affine, k) for name in names]
+        bare = [left_out(probed, [name], affine, k, calibrated=False) for name in names]
+        far = deviations(net, probed, choose, low, high, on + bare)
+        columns["alone"].append([e / loss for e in far[: len(names)]])
+        columns["raw"].append([e / loss for e in far[len(names) :]])
         say(f"bin {k + 1} of {bins}: σ {low:.3g} … {high:.3g}, loss per pixel {loss / data.images[0].numel():.3g}")
     arrays = {name: np.array(column).T for name, column in columns.items()}
     block, passed, whole = latencies(probed, data)
