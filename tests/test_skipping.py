@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import build, probe as command
+from engine import build
+from engine import probe as command
 from engine.diffusion.sigmas import karras_at
 from engine.errors import UserError
-from engine.methods.base import Batch, Draws, frozen
+from engine.methods.base import Draws, frozen
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.gdd import GDDConfig
 from engine.methods.moment_matching import Alternating, MomentMatchingConfig
@@ -25,10 +26,20 @@ from engine.nets.frozen import is_frozen
 from engine.nets.weights import save_net, weights_hash
 from engine.sampling import ode
 from engine.skipping import freezing, picture
-from engine.skipping.apply import Guard, Skipping
+from engine.skipping.apply import Skipping
 from engine.skipping.blocks import block_names
 from engine.skipping.plan import (
-    Plan, SkippingConfig, check_budget, check_config, check_plan, kl_budget, load_plan, nested_order, prefixes, save_plan, saved,
+    Plan,
+    SkippingConfig,
+    check_budget,
+    check_config,
+    check_plan,
+    kl_budget,
+    load_plan,
+    nested_order,
+    prefixes,
+    save_plan,
+    saved,
 )  # fmt: skip
 from engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
 from engine.skipping.probe import probe as probed
@@ -248,7 +259,7 @@ def test_a_net_of_one_resolution_has_nothing_to_remember():
 
 @pytest.fixture(scope="module")
 def learnt():
-    """A net of 12 blocks that has learnt bright squares on dark ground for a few seconds, and images of them."""
+    """A net of ten blocks that has learnt bright rectangles on dark ground for a few seconds, and images of them."""
     torch.manual_seed(0)
 
     def squares(n, g):
@@ -260,7 +271,7 @@ def learnt():
 
     g = torch.Generator().manual_seed(0)
     net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, **SONG)
-    cfg = TrainConfig(kimg=22, batch=64, ema_kimg=1, optim={"teacher": OptimConfig(lr=4e-3, warmup=20, schedule="linear")})
+    cfg = TrainConfig(kimg=10, batch=64, ema_kimg=1, optim={"teacher": OptimConfig(lr=4e-3, warmup=20, schedule="linear")})
     run = Run(Teacher(EDMLoss(), net), cfg, 0, CPU)
     while run.step < run.total:
         run.take(squares(64, g), None)
@@ -361,6 +372,19 @@ def test_freezing_trains_no_more_than_the_published_level(learnt):
     needy = max(needs, key=needs.get)
     frozen_1 = found["1"]["frozen"]
     assert any(needy in n for n, _ in model.named_parameters() if n not in frozen_1 and is_frozen(n, 3))
+
+
+def test_gdd_freezes_what_a_plan_proposes(learnt, tmp_path):
+    plan = plan_for(learnt.teacher)
+    plan.report["freeze"] = freezing.propose(learnt.teacher.model, learnt.profile)
+    save_plan(tmp_path / "plan.json", plan)
+    cfg = GDDConfig(freeze=1, freeze_plan=str(tmp_path / "plan.json"))
+    student = build.build_method(cfg, learnt.teacher).student
+    stays = [name for name, p in student.model.named_parameters() if not p.requires_grad]
+    assert stays == plan.report["freeze"]["levels"]["1"]["frozen"]
+    for wrong in (replace(cfg, freeze=0), replace(cfg, freeze=4)):
+        with pytest.raises(UserError, match="from 1 to 3"):
+            build.build_method(wrong, learnt.teacher)
 
 
 # --- choosing

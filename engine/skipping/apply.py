@@ -161,7 +161,7 @@ class Skipping(Denoiser):
     def run_share(self, n: int) -> dict[str, float]:
         """Per block the share of a stratified batch of n that it runs on."""
         schedule = self._planned(self.bins_of_samples(n), False) if self.plan else None
-        rows = {name: None for name in self.parts} if schedule is None else {k: v[0] for k, v in schedule.blocks.items()}
+        rows = dict.fromkeys(self.parts) if schedule is None else {k: v[0] for k, v in schedule.blocks.items()}
         return {name: 1.0 if run is None else run / n for name, run in rows.items()}
 
 

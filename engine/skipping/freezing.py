@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from engine.errors import UserError
 from engine.nets.frozen import KINDS, is_frozen
+from engine.skipping.plan import Plan
 from engine.skipping.probe import Profile
 
 MOST = len(KINDS)  # the level whose parameters are up for choice: all that any level freezes
+
+
+def proposed(plan: Plan, level: int) -> list[str]:
+    """What a plan proposes to freeze instead of a published level."""
+    levels = plan.report.get("freeze", {}).get("levels", {})
+    if str(level) not in levels:
+        raise UserError(f"method.freeze_plan wants method.freeze from 1 to {MOST} and a plan that engine.probe wrote, got level {level}")
+    return levels[str(level)]["frozen"]
 
 
 def need(profile: Profile) -> dict[str, float]:
