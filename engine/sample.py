@@ -16,6 +16,10 @@ from engine.errors import UserError
 from engine.evaluation.generate import generate
 from engine.evaluation.pictures import default_columns, grid
 from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
+from engine.nets.denoiser import Denoiser
+from engine.nets.router import Router
+from engine.skipping.apply import Skipping
+from engine.skipping.plan import check_plan, load_plan
 
 MOST_COLUMNS = 40  # with more classes than this a grid is square
 
@@ -27,8 +31,9 @@ def main(argv: list[str]) -> None:
     which = args.which or (STUDENT if STUDENT in weight_files(args.source) else None)
     device = device_named(args.device)
     model = open_models(args.source, which, steps=args.steps, solver=args.solver, device=device)[0]
+    net = lightened(model, args.plan, args.cache)
     labels = parse_labels(args.labels, model.net.label_dim, seeds)
-    batches = generate(model.net, model.sampler, labels, seeds, batch=args.batch, device=device)
+    batches = generate(net, model.sampler, labels, seeds, batch=args.batch, device=device)
     images = np.concatenate([batch.cpu().numpy() for batch in batches])
     save(args.out, kind, images, labels, seeds)
     print(f"{describe(model, images, labels)} -> {args.out}", file=sys.stderr)
@@ -48,9 +53,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out", type=Path, required=True, help="grid.png, x.npz (images, labels, seeds), or a folder of PNGs"
     )
+    p.add_argument("--plan", type=Path, help="of engine.probe: leave out what the teacher can do without (teachers only)")
+    p.add_argument(
+        "--cache", type=positive, default=1, metavar="N",
+        help="compute deep features at every Nth evaluation only (teachers only; default 1: always)",
+    )  # fmt: skip
     p.add_argument("--batch", type=positive, default=256, help="images at a time; changes no image (default 256)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
+
+
+def lightened(model: Model, plan: Path | None, cache: int) -> Denoiser | Router:
+    """The net itself, or a teacher that leaves out layers. Students are never lightened."""
+    if plan is None and cache == 1:
+        return model.net
+    if model.role != TEACHER or not isinstance(model.net, Denoiser):
+        raise UserError(f"--plan and --cache are for teachers, {model.path} is a {model.role}: --which teacher takes the run's teacher")
+    found = None if plan is None else load_plan(plan)
+    if found is not None:
+        check_plan(found, model.net, str(plan))
+    return Skipping(model.net, found, cache=cache).eval()
 
 
 def positive(text: str) -> int:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine import build
+from engine import build, sample
 from engine import probe as command
 from engine.diffusion.sigmas import karras_at
 from engine.errors import UserError
+from engine.evaluation.generate import generate
 from engine.methods.base import Draws, frozen
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.gdd import GDDConfig
@@ -24,7 +25,7 @@ from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
 from engine.nets.frozen import is_frozen
 from engine.nets.weights import save_net, weights_hash
-from engine.sampling import ode
+from engine.sampling import ode, one_step
 from engine.skipping import freezing, picture
 from engine.skipping.apply import Skipping
 from engine.skipping.blocks import block_names
@@ -547,6 +548,24 @@ def test_an_empty_plan_trains_the_same_bits(tmp_path):
     assert len(said) == 1 and "leaves out nothing" in said[0]
     for a, b in zip(*(run.method.student.parameters() for run in runs), strict=True):
         assert torch.equal(a, b)
+
+
+def test_teachers_are_sampled_light_and_students_are_not(tmp_path):
+    """engine.sample with a plan and a cache, against the sampler on the light net."""
+    net = net_of(label_dim=10)
+    save_net(tmp_path / "teacher.safetensors", net)
+    save_net(tmp_path / "student.safetensors", net, method="sim", sampler=one_step(2.5).to_dict())
+    save_plan(tmp_path / "plan.json", plan_for(net))
+    more = ["--plan", str(tmp_path / "plan.json"), "--cache", "2", "--seeds", "0-3", "--out", str(tmp_path / "x.npz")]
+    sample.main([str(tmp_path / "teacher.safetensors"), "--steps", "3", *more])
+    light = Skipping(net, plan_for(net), cache=2)
+    (images,) = generate(light, ode("heun", 3), np.arange(4), range(4))
+    saved_images = np.load(tmp_path / "x.npz")["images"].transpose(0, 3, 1, 2)
+    assert np.array_equal(saved_images, images.numpy())
+    (full,) = generate(net, ode("heun", 3), np.arange(4), range(4))
+    assert not np.array_equal(saved_images, full.numpy())
+    with pytest.raises(UserError, match="are for teachers"):
+        sample.main([str(tmp_path / "student.safetensors"), *more])
 
 
 # --- what a user can get wrong
