@@ -4,13 +4,15 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
-from engine import build, sample
+from engine import build, sample, train
 from engine import probe as command
 from engine.diffusion.sigmas import karras_at
 from engine.errors import UserError
@@ -195,6 +197,17 @@ def test_rows_are_fixed_by_the_batch_size():
         light.estimate(*inputs(seed=seed)[:1], karras_at(draws(seed).level()))
         seen.append({name: block.rows for name, block in light.parts.items()})
     assert seen[0] == seen[1]
+
+
+def test_a_compiled_teacher_is_compiled_once():
+    """Rows are Python numbers that every batch of one size shares: one graph without breaks, whatever the levels."""
+    light, counter = Skipping(net_of(num_blocks=1, channel_mult=[1]), None, LEVELS), torch._dynamo.testing.CompileCounter()
+    light.set_plan(plan_for(net_of(num_blocks=1, channel_mult=[1])))
+    plain = [light(inputs(seed=seed)[0], karras_at(draws(seed).level())) for seed in range(2)]
+    light.model.forward = torch.compile(light.model.forward, backend=counter, fullgraph=True, dynamic=False)
+    compiled = [light(inputs(seed=seed)[0], karras_at(draws(seed).level())) for seed in range(2)]
+    assert counter.frame_count == 1
+    torch.testing.assert_close(compiled, plain)
 
 
 def test_one_level_for_all_leaves_whole_blocks_out():
@@ -628,3 +641,19 @@ def test_the_command_refuses_and_probes(tmp_path, capsys):
     check_plan(plan, net, "plan.json")
     assert (tmp_path / "plan.png").exists() and "time saved" in capsys.readouterr().out
     assert set(plan.report["freeze"]["levels"]) == {"1", "2", "3"}
+
+
+def test_training_refuses_before_it_begins(plan_file, tmp_path):
+    """A plan of another teacher, and a method without a teacher, end before the run folder exists."""
+    digits = Path(__file__).parent.parent / "configs"
+    other = net_of(label_dim=10)
+    save_net(tmp_path / "other.safetensors", other)
+    line = [f"run_dir={tmp_path}/run", f"teacher.checkpoint={tmp_path}/other.safetensors"]
+    with pytest.raises(UserError, match="another teacher"):
+        train.main([str(digits / "digits.yaml"), *line, f"skipping.plan={plan_file}"])
+    save_plan(plan_file, plan_for(other))
+    with pytest.raises(UserError, match="GDD does not"):
+        train.main([str(digits / "digits_gdd.yaml"), *line, f"skipping.plan={plan_file}"])
+    with pytest.raises(UserError, match="1 thing is missing"):
+        train.main([str(digits / "digits.yaml"), *line, f"skipping.plan={tmp_path}/none.json"])
+    assert not (tmp_path / "run").exists()
