@@ -28,6 +28,8 @@ from engine.nets.features import load_features
 from engine.nets.layers import CHECKPOINTING
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
+from engine.skipping.apply import Guard, Skipping
+from engine.skipping.plan import Plan, SkippingConfig, check_config, check_plan, load_plan
 from engine.training.checkpoint import load_newest
 from engine.training.compile import check_compile
 from engine.training.graphs import check_graphs
@@ -72,6 +74,45 @@ def copied(net: Denoiser) -> Denoiser:
 def build_method(cfg: Any, teacher: Denoiser, start: Denoiser | None = None) -> Method:
     """The method that cfg.name names; its student starts as `start`, or like its other nets as the teacher."""
     return METHODS[cfg.name](cfg, teacher, start or teacher)
+
+
+def lighten(method: Method, cfg: SkippingConfig, say: Callable[[str], None]) -> Guard | None:
+    """Let the method's teacher leave out layers as cfg says; returns the guard for its run, or None where nothing is asked.
+
+    UserError if the method has no teacher for that, or the plan is another teacher's.
+    """
+    walks = check_lightens(method, cfg)
+    if not cfg.plan and cfg.cache == 1:
+        return None
+    teacher: Denoiser = method.teacher  # type: ignore[attr-defined]
+    plan = check_own_plan(cfg, teacher)
+    if (plan is None or plan.empty) and cfg.cache == 1:
+        say(f"skipping: {cfg.plan} leaves out nothing, so the teacher stays as it is")
+        return None
+    light = Skipping(teacher, plan, None if walks else method.teacher_level, cfg.cache)
+    method.teacher = light  # type: ignore[attr-defined]
+    method.stratified = not walks
+    return Guard(light, cfg, say)
+
+
+def check_lightens(method: Method, cfg: SkippingConfig) -> bool:
+    """Does this method let its teacher walk? UserError if `cfg` asks for what its teacher cannot do."""
+    name = type(method).__name__
+    if (cfg.plan or cfg.cache > 1) and not isinstance(getattr(method, "teacher", None), Denoiser):
+        raise UserError(f"skipping is for methods that ask a teacher for denoised images, and {name} does not: unset skipping.plan and skipping.cache")
+    walks = method.teacher_level(torch.zeros(1)) is None
+    if cfg.cache > 1 and not walks:
+        raise UserError(f"skipping.cache is for teachers that walk (method sfd), and {name} asks for single noise levels: set it to 1")
+    return walks
+
+
+def check_own_plan(cfg: SkippingConfig, teacher: Denoiser) -> Plan | None:
+    """The plan that cfg names, which must be this teacher's; None for none."""
+    if not cfg.plan:
+        return None
+    plan = load_plan(Path(cfg.plan))
+    check_plan(plan, teacher, cfg.plan)
+    return plan
 
 
 def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) -> Denoiser:
@@ -171,6 +212,9 @@ def missing(cfg: Config) -> list[str]:
     checkpoint = cfg.teacher.checkpoint
     if checkpoint and not Path(checkpoint).is_file():
         wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))
+    plan = cfg.skipping.plan
+    if plan and not Path(plan).is_file():
+        wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path} --out {plan}")
     return wants + missing_packages(cfg.method)
 
 
@@ -205,6 +249,7 @@ def check_settings(cfg: Config) -> None:
             raise UserError(f"{name}.optimizer wants one of {', '.join(IMPLEMENTATIONS)}, got {stage.optimizer!r}")
         for net, optim in stage.optim.items():
             check_optim(optim, f"{name}.optim.{net}")
+    check_config(cfg.skipping)
     if cfg.eval.n is not None and cfg.eval.n < 2:
         raise UserError(f"eval.n wants at least 2, got {cfg.eval.n}")
     precision(cfg.precision, device(cfg.device))

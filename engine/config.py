@@ -26,6 +26,7 @@ from engine.methods.moment_matching import MomentMatchingConfig
 from engine.methods.sfd import SFDConfig
 from engine.methods.sim import SIMConfig
 from engine.methods.teacher import EDMLoss
+from engine.skipping.plan import SkippingConfig
 from engine.training.loop import LogConfig, TrainConfig
 
 RECIPES = Path(__file__).parent.parent / "configs"
@@ -111,6 +112,7 @@ class Config:
     students: StudentsConfig = field(default_factory=StudentsConfig)
     student: int | None = None  # of several students train this one only, as a job of its own; null: all in turn
     train: TrainConfig = field(default_factory=TrainConfig)
+    skipping: SkippingConfig = field(default_factory=SkippingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -29,6 +29,7 @@ from engine.nets.layers import set_checkpointing
 from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
 from engine.sampling import Sampler, ode
+from engine.skipping.apply import Guard
 from engine.training.loop import Hook, Run, TrainConfig, train
 from engine.training.profile import Profile
 
@@ -60,12 +61,14 @@ class Job:
         """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""
         if self.cfg.teacher.checkpoint:
             net = build.load_teacher(Path(self.cfg.teacher.checkpoint), self.images)
+            build.check_own_plan(self.cfg.skipping, net)
         else:
             assert self.images is not None
             with torch.device("meta"):
                 net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
         with torch.device("meta"):
             method = build.build_method(self.cfg.method, net.to("meta"))
+        build.check_lightens(method, self.cfg.skipping)
         if method.needs_data and self.images is None:
             raise UserError(f"method {self.cfg.method.name} looks at real images: set data.path")
         self.partition = build.build_partition(self.cfg, net.label_dim, self.images)
@@ -126,7 +129,8 @@ class Job:
         for note in method.notes:
             tell(note)
         self.sampler = method.sampler
-        run = self.stage(method, self.cfg.train, folder, k if self.partition else None)
+        guard = build.lighten(method, self.cfg.skipping, tell)
+        run = self.stage(method, self.cfg.train, folder, k if self.partition else None, guard)
         share = {"partition": self.partition.hash, "student": k} if self.partition else {}
         self.save(run, folder / "student.safetensors", **share)
         return run.ema.net
@@ -144,13 +148,16 @@ class Job:
         one_hot = None if classes is None else torch.eye(teacher.label_dim)[classes].to(self.device)
         return Pairs(tensors["z"].to(self.device), y, one_hot)
 
-    def stage(self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None) -> Run:
+    def stage(
+        self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None
+    ) -> Run:
         """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share."""
         classes = self.partition.classes(student) if self.partition and student is not None else None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         for net in method.nets.values():
             net.to(self.device)
         run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes)
+        run.guard = guard
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))

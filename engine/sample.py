@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from engine.evaluation.generate import Between, generate
 from engine.evaluation.outputs import columns_for, open_output, out_kind
 from engine.evaluation.pictures import save_png, sheet
 from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
+from engine.nets.denoiser import Denoiser
+from engine.skipping.apply import Skipping
+from engine.skipping.plan import check_plan, load_plan
 
 FRAMES = 8  # of a strip
 Seeds = Sequence[int] | Sequence[Between]
@@ -26,6 +30,7 @@ def main(argv: list[str]) -> None:
     check_arguments(args)
     kind, device = out_kind(args.out), device_named(args.device)
     models = chosen_models(args, device)
+    models[-1] = lightened(models[-1], args.plan, args.cache)
     labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
     columns = args.frames if args.strip else None
 
@@ -67,9 +72,26 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True,
         help="grid.png, x.npz (images, labels, seeds), x.zip (an EDM data set), or a folder of PNGs",
     )  # fmt: skip
+    p.add_argument("--plan", type=Path, help="of engine.probe: leave out what the teacher can do without (teachers only)")
+    p.add_argument(
+        "--cache", type=positive, default=1, metavar="N",
+        help="compute deep features at every Nth evaluation only (teachers only; default 1: always)",
+    )  # fmt: skip
     p.add_argument("--batch", type=positive, default=256, help="images at a time; changes no image (default 256)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
+
+
+def lightened(model: Model, plan: Path | None, cache: int) -> Model:
+    """The same model, or a teacher that leaves out layers. Students are never lightened."""
+    if plan is None and cache == 1:
+        return model
+    if model.role != TEACHER or not isinstance(model.net, Denoiser):
+        raise UserError(f"--plan and --cache are for teachers, {model.path} is a {model.role}: --which teacher takes the run's teacher")
+    found = None if plan is None else load_plan(plan)
+    if found is not None:
+        check_plan(found, model.net, str(plan))
+    return replace(model, net=Skipping(model.net, found, cache=cache).eval())
 
 
 def positive(text: str) -> int:

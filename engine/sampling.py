@@ -84,6 +84,7 @@ class Sampler:
         assert self.solver in SOLVERS and not self.churn
         told = {} if self.step_condition is None else {"steps": self.step_condition}
         sigmas, passed = torch.tensor(self.sigmas, dtype=torch.float64), []
+        begin_walk(net)
         if self.afs:
             passed = [x.double()]
             x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]
@@ -100,6 +101,7 @@ class Sampler:
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
 
     def _ancestral(self, net: Denoiser, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
+        begin_walk(net)
         step = ancestral(lambda: noise.normal(*x.shape[1:]))
         x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
         return net(x.float(), sigmas[-1].float(), labels)
@@ -116,6 +118,12 @@ def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, f
         raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
     s_churn, s_min, s_max, s_noise = map(float, churn)
     return s_churn, s_min, s_max, s_noise
+
+
+def begin_walk(net: Any) -> None:
+    """Tell a net that remembers from one evaluation to the next (`engine.skipping`) that what comes is another walk."""
+    if (restart := getattr(net, "restart", None)) is not None:
+        restart()
 
 
 def one_step(sigma: float) -> Sampler:

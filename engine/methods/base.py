@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.sampling import Sampler
+from engine.strata import strata
 
 Logs = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -40,9 +41,16 @@ class Draws:
     """
 
     def __init__(
-        self, generator: torch.Generator, total: int, window: slice, host: random.Random, classes: Tensor | None = None
+        self,
+        generator: torch.Generator,
+        total: int,
+        window: slice,
+        host: random.Random,
+        classes: Tensor | None = None,
+        stratified: bool = False,
     ):
         self.generator, self.total, self.window, self.host, self.classes = generator, total, window, host, classes
+        self.stratified = stratified
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normals, [n, *shape] for the n samples of the window."""
@@ -57,6 +65,23 @@ class Draws:
         draws = torch.randint(low, high + 1, (self.total,), generator=self.generator, device=self.generator.device)
         return draws[self.window]
 
+    def level(self) -> Tensor:
+        """Uniform on [0, 1), [n]: where in its law each sample's noise level for the teacher lies.
+
+        Stratified, sample i is drawn from slice `strata(…)[i]` of the batch's equal slices, which is unbiased for a mean
+        over the batch, and lets `engine.skipping` know before the draw which samples can have which level.
+        """
+        return self._stratified()[self.window] if self.stratified else self.uniform()
+
+    def integer_level(self, low: int, high: int) -> Tensor:
+        """The same for laws of uniform integers low … high, both included, [n]."""
+        return integer_at(self._stratified()[self.window], low, high) if self.stratified else self.integers(low, high)
+
+    def _stratified(self) -> Tensor:
+        start, stop, _ = self.window.indices(self.total)
+        slices = torch.tensor(strata(self.total, stop - start), device=self.generator.device)
+        return (slices + torch.rand(self.total, generator=self.generator, device=self.generator.device)) / self.total
+
     def labels(self, label_dim: int) -> Tensor:
         """Uniform classes as one-hot rows [n, label_dim]; only those of the student's share, where it has one."""
         among = label_dim if self.classes is None else len(self.classes)
@@ -67,6 +92,11 @@ class Draws:
     def choice(self, options: Sequence[int]) -> int:
         """One of `options`, the same for the whole global batch, known to the host without asking the device."""
         return self.host.choice(options)
+
+
+def integer_at(u: Tensor, low: int, high: int) -> Tensor:
+    """The quantile at u in [0, 1] of uniform integers low … high, int64."""
+    return (low + (u * (high - low + 1)).long()).clamp(max=high)
 
 
 class Batch(NamedTuple):
@@ -92,6 +122,13 @@ class Method:
     notes: Sequence[str] = ()
     #: What besides the nets must survive a restart: a module's buffers and parameters, which no optimiser touches.
     state: nn.Module = nn.Module()
+
+    #: Draw the teacher's noise levels stratified (`Draws.level`)?
+    stratified: bool = False
+
+    def teacher_level(self, u: Tensor) -> Tensor | None:
+        """σ at the quantiles u of the law it asks its teacher at, growing with u; None if it only lets its teacher walk."""
+        return None
 
     def begin(self, batch: Batch) -> Any:
         """What the turns of one iteration share, drawn once. By default the batch itself."""

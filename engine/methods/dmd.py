@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.diffusion.sigmas import edm_weight, grid_level
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
+from engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
 from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from engine.nets.denoiser import Denoiser
 from engine.nets.discriminators import Critic
@@ -90,6 +90,9 @@ class DMD(Method):
         self.pairs: Pairs | None = None  # given before training where cfg.regression > 0
         self.perceptual = LPIPS() if cfg.regression and cfg.regression_metric == "lpips" else None
 
+    def teacher_level(self, u: Tensor) -> Tensor:
+        return grid_level(integer_at(u, *self.cfg.match_index))
+
     def begin(self, batch: Batch) -> Shared:
         return Shared(batch, random_labels(self.student, batch.draws))
 
@@ -98,7 +101,7 @@ class DMD(Method):
         x = generate(self.student, it.batch.draws, self.cfg.sigma, it.labels)
         it.images = x.detach()
         with torch.no_grad():
-            sigma = grid_level(it.batch.draws.integers(*self.cfg.match_index))
+            sigma = grid_level(it.batch.draws.integer_level(*self.cfg.match_index))
             x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
             real = self.teacher.estimate(x_t, sigma, it.labels, guidance=self.cfg.guidance)
             fake = self.frozen_fake.estimate(x_t, sigma, it.labels)

@@ -23,6 +23,7 @@ Double backward: the R1 turn differentiates the feature nets twice, so they and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ from engine.methods.parts import generate, noise_like, set_dropout
 from engine.nets.denoiser import Denoiser
 from engine.nets.discriminators import ProjectedDiscriminator
 from engine.nets.features import FeatureNet
-from engine.nets.frozen import freeze
+from engine.nets.frozen import freeze, freeze_named
 from engine.nets.ops import definitions
 from engine.sampling import one_step
+from engine.skipping.freezing import proposed
+from engine.skipping.plan import load_plan
 from kernels import discriminator_adversarial, generator_adversarial
 from kernels.estimate import accum
 
@@ -48,6 +51,7 @@ class GDDConfig:
     name: str = "gdd"
     sigma: float = 80.0  # the student's only noise level
     freeze: int = 0  # 0: GDD; 1: GDD-I; 2 and 3 freeze still more (its ablations)
+    freeze_plan: str | None = None  # of engine.probe: freeze what it proposes at as few trained parameters; ours, not the paper's
     features: list[str] = field(default_factory=lambda: ["teacher"])  # teacher[:SIGMA] | timm:NAME | torchscript:FILE
     feature_noise: bool = False  # show teacher features noisy images, at their own level (diffusion GAN); not in the paper
     feature_dtype: str = "fp32"  # fp32 (the paper's) | bf16, for feature nets and projectors; heads are float32
@@ -78,8 +82,11 @@ class GDD(Method):
     def __init__(self, cfg: GDDConfig, student: Denoiser, features: Sequence[FeatureNet]):
         self.cfg, self.student, self.features = cfg, student, list(features)
         set_dropout(student, 0.0)
-        stay, total = freeze(student.model, cfg.freeze)
-        self.notes = [f"freeze level {cfg.freeze}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
+        if cfg.freeze_plan:
+            stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan)), cfg.freeze))
+        else:
+            stay, total = freeze(student.model, cfg.freeze)
+        self.notes = [f"freeze level {cfg.freeze}{' by ' * bool(cfg.freeze_plan)}{cfg.freeze_plan or ''}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
         self.discriminator = ProjectedDiscriminator(
             [net.taps for net in features], width=cfg.width, label_dim=student.label_dim
         )

@@ -91,13 +91,16 @@ class MomentMatching(Method):
         """S(t)."""
         return LEVELS[self.cfg.levels](t, self.cfg)
 
+    def teacher_level(self, u: Tensor) -> Tensor:
+        return self.level(u.double())
+
     def weight(self, S: Tensor) -> Tensor:
         """w [N] at levels S [N]."""
         return WEIGHTS[self.cfg.weight](S, self.cfg)
 
     def begin(self, batch: Batch) -> Jump:
         x, labels, draws = batch
-        s = draws.uniform().double()
+        s = draws.level().double()
         t = (s + draws.uniform() / self.cfg.steps).clamp(max=1)
         S_t, S_s = self.level(t).to(x.dtype), self.level(s).to(x.dtype)
         return Jump(add_noise(x, S_t, noise_like(x, draws)), S_t, S_s, noise_like(x, draws), labels, batch)

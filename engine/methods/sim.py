@@ -82,9 +82,12 @@ class SIM(Method):
         """L_g on fresh noise and labels."""
         labels = random_labels(self.student, batch.draws)
         x = generate(self.student, batch.draws, self.cfg.sigma, labels)
-        sigma = karras_at(self.cfg.t_max * batch.draws.uniform())
+        sigma = self.teacher_level(batch.draws.level())
         loss, nonfinite = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
         return self.cfg.scale * loss.mean(), {"implicit": loss.detach().mean(), "nonfinite": nonfinite}
+
+    def teacher_level(self, u: Tensor) -> Tensor:
+        return karras_at(self.cfg.t_max * u)
 
     def implicit_distance(
         self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None

@@ -8,6 +8,8 @@
 Norms, the maps of noise level and class, the blocks' affine maps of them, and the first and last convolutions always train.
 """
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from engine.errors import UserError
@@ -26,7 +28,14 @@ def freeze(model: nn.Module, level: int) -> tuple[int, int]:
     """Take the parameters of freeze level 0 … 3 out of training, for good. Returns how many numbers stay, and of how many."""
     if level not in range(len(KINDS) + 1):
         raise UserError(f"method.freeze wants a level from 0 (train all) to {len(KINDS)}, got {level}")
-    frozen = [p for name, p in model.named_parameters() if is_frozen(name, level)]
-    for p in frozen:
-        p.requires_grad_(False)
-    return sum(p.numel() for p in frozen), sum(p.numel() for p in model.parameters())
+    return freeze_named(model, [name for name, _ in model.named_parameters() if is_frozen(name, level)])
+
+
+def freeze_named(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:
+    """The same for parameters chosen by name. UserError for a name that the model lacks."""
+    parameters = dict(model.named_parameters())
+    if unknown := [name for name in names if name not in parameters]:
+        raise UserError(f"method.freeze_plan freezes {unknown[0]}, which this net lacks: probe this teacher with engine.probe")
+    for name in names:
+        parameters[name].requires_grad_(False)
+    return sum(parameters[name].numel() for name in names), sum(p.numel() for p in parameters.values())

@@ -1,5 +1,6 @@
 """Weight files: safetensors whose metadata says how to rebuild the net and how to sample it. Nothing is unpickled."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """What a weight file says about itself, without reading its tensors."""
     with _opened(path) as file:
         return {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+
+
+def weights_hash(net: nn.Module) -> str:
+    """SHA-256 over names, shapes and float32 values of a net's weights and buffers: which net this is, whatever its file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

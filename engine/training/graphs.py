@@ -129,6 +129,11 @@ class Graphs:
     def stream(self) -> Any:
         return self.backend.stream()
 
+    def forget(self) -> None:
+        """Capture anew: what the pieces do has changed, by a decision of the host's that is in no key."""
+        for known in (self.captured, self.refused, self.seen, self._asks):
+            known.clear()
+
     def run(self, name: str, work: Work, state: Any) -> tuple[Any, Logs]:
         """work(state), or a replay of it. `name` is the same for the same work."""
         count = self.counts.setdefault(name, Counter())

@@ -18,6 +18,7 @@ import torch
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
 from engine.nets.shadow import give_shadows, renew_stale
+from engine.skipping.apply import Guard
 from engine.training.checkpoint import load_newest, restore, save_checkpoint
 from engine.training.compile import cache_in, compile_nets
 from engine.training.ema import EMA, ema_decay
@@ -103,6 +104,7 @@ class Run:
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
         self.generators: list[torch.Generator] = []  # one a micro-batch, the same every iteration: graphs know them
+        self.guard: Guard | None = None  # of a teacher that leaves out layers
         self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients)
         self._place_rates()
 
@@ -151,12 +153,14 @@ class Run:
         seen, product = (self.step + 1) * self.cfg.batch, self.method.product
         decay = ema_decay(self.cfg.batch, seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with self.graphs.stream() if self.graphs else nullcontext():
+            renew_stale(self.shadowed)
+            if self.guard is not None:
+                self._guarded(self.guard, images, labels)
             seed_dropout(self.device, mixed(self.seed, self.step, 1))
             for name, one in self.trained.items():
                 set_learning_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
             if self.averages:
                 self.trained[product].optimizer.set_ema_decay(decay)  # type: ignore[attr-defined]
-            renew_stale(self.shadowed)
             micro = self.cfg.micro_batch or len(images)
             batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
             logs = iteration(self.method, self.trained, batches, self.step, self.graphs)
@@ -165,13 +169,33 @@ class Run:
             self.ema.update(decay, weights=not averaged)
             self.meter.add(logs)
 
+    def _guarded(self, guard: Guard, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Let the guard look, and forget graphs of a teacher that left out something else."""
+        before = guard.state
+        self.meter.add(guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
+        if self.graphs and guard.state != before:
+            self.graphs.forget()
+
+    def product_gradient(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The gradient for the product's parameters at this iteration, on its first micro-batch; changes nothing."""
+        seed_dropout(self.device, mixed(self.seed, self.step, 1))
+        name = self.method.product
+        parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
+        shared = self.method.begin(self._window(images, labels, 0, self.cfg.micro_batch or len(images)))
+        total = [torch.zeros_like(p) for p in parameters]
+        for turn in self.method.turns:
+            if turn.trains == name and (result := turn.loss(shared)) is not None:
+                gradients = torch.autograd.grad(result[0], parameters, materialize_grads=True)
+                total = [t + g for t, g in zip(total, gradients, strict=True)]
+        return torch.cat([t.flatten() for t in total])
+
     def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
         window = slice(start, start + micro)
         if (number := start // micro) == len(self.generators):
             self.generators.append(torch.Generator(self.device))
         generator = self.generators[number].manual_seed(mixed(self.seed, self.step, 0))
         host = random.Random(mixed(self.seed, self.step, 2))
-        draws = Draws(generator, len(images), window, host, self.classes)
+        draws = Draws(generator, len(images), window, host, self.classes, self.method.stratified)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,6 +205,7 @@ class Run:
             "ema": self.ema.net.state_dict(),
             "method": self.method.state.state_dict(),
             "meter": self.meter.state_dict(),
+            "guard": {} if self.guard is None else self.guard.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -196,6 +221,8 @@ class Run:
         restore(self.ema.net, state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
         self.meter.load_state_dict(state["meter"])
+        if self.guard is not None and state.get("guard"):
+            self.guard.load_state_dict(state["guard"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
 
 

@@ -1,0 +1,102 @@
+"""python -m engine.probe TEACHER.safetensors --data digits|ZIP|DIR --out plan.json: which layers a teacher can do without.
+
+Measures every residual block at every noise level, chooses what to leave out within a budget of excess denoising loss, and
+writes the plan for `skipping.plan=plan.json`. Beside it: a heat map (plan.png), and on stdout a table.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.cli import run
+from engine.data.images import Images, open_images
+from engine.errors import UserError
+from engine.evaluation.score import check_fit
+from engine.evaluation.source import device_named
+from engine.nets.denoiser import Denoiser
+from engine.nets.weights import load_net
+from engine.skipping.freezing import propose
+from engine.skipping.picture import heat_map, table
+from engine.skipping.plan import BUDGET, HARDEST, check_budget, save_plan
+from engine.skipping.probe import Material, make_plan, probe, spearman
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    check_budget(args.budget)
+    check_numbers(args)
+    device = device_named(args.device)
+    net, _ = load_net(args.teacher)
+    images = open_images(args.data)
+    check_fit(net, images)
+    data = material(images, net, args.images, args.batch, args.seed, device)
+    profile = probe(net.to(device), data, args.bins, say)
+    plan = make_plan(net, data, profile, args.budget)
+    plan.report |= {"data": images.name, "images": len(data.images), "batch": args.batch, "latency": timing(device)}
+    plan.report["rank_correlation"] = {
+        "taylor": [round(spearman(profile.taylor[:, k], profile.alone[:, k]), 4) for k in range(plan.bins)],
+        "residual_share": [round(spearman(profile.share[:, k], profile.raw[:, k]), 4) for k in range(plan.bins)],
+    }
+    plan.report["freeze"] = propose(net.model, profile)
+    save_plan(args.out, plan)
+    heat_map(args.out.with_suffix(".png"), profile, plan)
+    print(table(profile, plan))
+    report = plan.report
+    print(
+        f"\ntime saved {report['latency_saved']:.1%}, mean over bins (timing of {report['latency']}); KL budget "
+        f"{report['kl_nats']:.3g} nats per image; rank correlation with the error: Taylor "
+        f"{mean(report['rank_correlation']['taylor']):.2f}, residual share {mean(report['rank_correlation']['residual_share']):.2f}"
+    )
+    say(f"-> {args.out}, {args.out.with_suffix('.png')}; use it with skipping.plan={args.out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m engine.probe", description=__doc__)
+    p.add_argument("teacher", type=Path, metavar="TEACHER.safetensors")
+    p.add_argument("--data", required=True, help="the teacher's data: digits, a zip, a folder, an .npz")
+    p.add_argument("--out", type=Path, required=True, help="plan.json; the heat map goes beside it")
+    p.add_argument("--bins", type=int, default=8, help="of noise levels, equal in log σ (default 8)")
+    p.add_argument(
+        "--budget", type=float, default=BUDGET, help=f"excess denoising loss per bin (default {BUDGET}, at most {HARDEST})"
+    )
+    p.add_argument("--images", type=int, default=1024, help="looked at, at most (default 1024)")
+    p.add_argument("--batch", type=int, default=128, help="images at a time, and for the latencies (default 128)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
+    return p
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    if args.batch < 1 or args.images < 1 or args.seed < 0:
+        raise UserError(f"wanted --batch and --images of at least 1 and --seed of at least 0, got {args.batch}, {args.images} and {args.seed}")
+    if args.out.suffix != ".json" or not args.out.resolve().parent.is_dir():
+        raise UserError(f"--out wants a name ending in .json in a folder that exists, got {args.out}")
+
+
+def material(images: Images, net: Denoiser, most: int, batch: int, seed: int, device: torch.device) -> Material:
+    """At most `most` images of the set, at random, with the labels that the net knows."""
+    chosen = np.random.default_rng(seed).permutation(len(images))[:most]
+    pixels = torch.from_numpy(np.stack([images.read(int(i)) for i in chosen]))
+    labels = None
+    if net.label_dim and images.labels is not None:
+        labels = torch.eye(net.label_dim)[torch.from_numpy(images.labels[chosen])].to(device)
+    return Material((pixels.float() / 127.5 - 1).to(device), labels, batch, seed)
+
+
+def timing(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,86 @@
+"""A U-Net whose residual blocks can be left out, for some samples or all: what probing and skipping are both built on.
+
+A block is y = skip_scale · (F(x) + s) with s its skip path (and once more with attention). Left out, y becomes a_c · s + b_c,
+per channel c, with a_c the block's own scale and b_c = 0 unless something better was fitted. A skip path that changes
+shape (1x1 convolution, resampling) always runs, so every block can be left out.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from engine.nets.layers import UNetBlock
+from engine.nets.unet import UNet
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+class Skippable(UNetBlock):
+    """A block that runs on the first `rows` samples (None: on all), while the others take its skip path.
+
+    `rows` is a Python number, so a compiled or captured net has static shapes. scale and shift are [n, C, 1, 1] for the n
+    samples left out, or [1, C, 1, 1] for all alike. `watch(self, s, y)` sees skip path and output, and may replace y.
+    """
+
+    def __init__(self, block: UNetBlock):
+        nn.Module.__init__(self)
+        self.block = block
+        self.in_channels, self.out_channels = block.in_channels, block.out_channels
+        self.rows: int | None = None
+        self.scale: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.watch: Callable[[Skippable, Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def plain_scale(self) -> float:
+        """What the block itself multiplies its skip path with."""
+        return self.block.skip_scale ** (2 if self.block.heads else 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.watch is not None:
+            return self.watch(self, self.shortcut(x), self.block(x, emb))
+        if self.rows is None or self.rows >= len(x):
+            return self.block(x, emb)
+        passed = self.calibrated(self.shortcut(x[self.rows :]))
+        return torch.cat([self.block(x[: self.rows], emb[: self.rows]), passed]) if self.rows else passed
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """s: the skip path without the block's scale."""
+        return x if self.block.skip is None else self.block.skip(x)
+
+    def calibrated(self, s: Tensor) -> Tensor:
+        """What stands for the block's output where it is left out."""
+        if self.scale is None or self.shift is None:
+            return s * self.plain_scale
+        return torch.addcmul(self.shift.to(s.dtype), s, self.scale.to(s.dtype))
+
+
+def skippable(model: UNet) -> UNet:
+    """A view of a U-Net that shares its weights and whose residual blocks are `Skippable`; the net itself stays as it is."""
+    view = shared_view(model)
+    for part in (view.enc, view.dec):
+        for name, block in part.items():
+            if isinstance(block, UNetBlock):
+                part[name] = Skippable(block)
+    return view
+
+
+def shared_view(net: Net) -> Net:
+    """A copy of the modules around the very same parameters and buffers."""
+    memo = {id(t): t for t in [*net.parameters(), *net.buffers()]}
+    return copy.deepcopy(net, memo)
+
+
+def blocks_of(model: UNet) -> dict[str, Skippable]:
+    """The blocks of a skippable U-Net in the order they run, named like "enc.16x16_block0"."""
+    parts = (("enc", model.enc), ("dec", model.dec))
+    return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, Skippable)}
+
+
+def block_names(model: UNet) -> list[str]:
+    """The same names for a U-Net as it is."""
+    parts = (("enc", model.enc), ("dec", model.dec))
+    return [f"{part}.{name}" for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)]

@@ -1,0 +1,75 @@
+"""Which layers of a one-step GAN student stay frozen, by what the teacher's blocks do at different noise levels.
+
+GDD-I (2405.20750) freezes by kind: the 3x3 convolutions of every block (`engine.nets.frozen`). The choice here is ours, not
+the paper's: at as many trained parameters as a published level, what trains is chosen by *need*. A block that matters at
+some noise levels (its Taylor error) but not at the highest, where the student starts, has to be woken up; one that matters
+there as much as anywhere is ready for one step and stays. Norms, embeddings, first and last convolutions always train, as
+in the paper.
+"""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from engine.errors import UserError
+from engine.nets.frozen import KINDS, is_frozen
+from engine.skipping.plan import Plan
+from engine.skipping.probe import Profile
+
+MOST = len(KINDS)  # the level whose parameters are up for choice: all that any level freezes
+
+
+def proposed(plan: Plan, level: int) -> list[str]:
+    """What a plan proposes to freeze instead of a published level."""
+    levels = plan.report.get("freeze", {}).get("levels", {})
+    if str(level) not in levels:
+        raise UserError(f"method.freeze_plan wants method.freeze from 1 to {MOST} and a plan that engine.probe wrote, got level {level}")
+    return levels[str(level)]["frozen"]
+
+
+def need(profile: Profile) -> dict[str, float]:
+    """Per block in [0, 1]: 1 - its Taylor error at the highest noise levels over the largest of all levels'."""
+    top = profile.taylor.max(1)
+    return dict(zip(profile.names, (1 - profile.taylor[:, -1] / np.maximum(top, 1e-30)).tolist(), strict=True))
+
+
+def chosen_frozen(model: nn.Module, needs: dict[str, float], level: int) -> list[str]:
+    """Parameters that stay, by name: as few trained numbers as at freeze level `level`, spent on the neediest blocks.
+
+    A layer is trained or frozen as a whole (weight and bias); what no longer fits is passed over.
+    """
+    parameters = dict(model.named_parameters())
+    layers: dict[str, int] = {}
+    for name, p in parameters.items():
+        if is_frozen(name, MOST):
+            layer = name.rpartition(".")[0]
+            layers[layer] = layers.get(layer, 0) + p.numel()
+    allowed = sum(p.numel() for name, p in parameters.items() if is_frozen(name, MOST) and not is_frozen(name, level))
+    trained = set()
+    for layer in sorted(layers, key=lambda layer: -needs.get(block_of(layer), 1.0)):
+        if layers[layer] <= allowed:
+            allowed -= layers[layer]
+            trained.add(layer)
+    return [name for name in parameters if is_frozen(name, MOST) and name.rpartition(".")[0] not in trained]
+
+
+def block_of(layer: str) -> str:
+    """enc.8x8_block0.conv1 -> enc.8x8_block0."""
+    return ".".join(layer.split(".")[:2])
+
+
+def propose(model: nn.Module, profile: Profile) -> dict[str, Any]:
+    """For every published level: what to freeze instead, and how many numbers each of the two trains."""
+    needs, levels = need(profile), {}
+    for level in range(1, MOST + 1):
+        names = chosen_frozen(model, needs, level)
+        parameters = dict(model.named_parameters())
+        total = sum(p.numel() for p in parameters.values())
+        published = sum(p.numel() for name, p in parameters.items() if not is_frozen(name, level))
+        levels[str(level)] = {
+            "frozen": names,
+            "trained": total - sum(parameters[name].numel() for name in names),
+            "trained_published": published,
+        }
+    return {"need": needs, "levels": levels}

@@ -1,0 +1,211 @@
+"""Which blocks of a teacher are left out at which noise level: one nested order, of which every bin takes a prefix.
+
+Errors of left-out blocks nearly add up, so the plan is a knapsack: save as much latency as possible while every bin's
+excess denoising loss E|D_skip - D|² / E|D - y|² stays within its budget. Nested prefixes cost a little of that, and
+buy static shapes: sort a batch by how much it leaves out, and every block runs on the first so many samples of it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.nets.denoiser import Denoiser
+from engine.nets.weights import weights_hash
+from engine.skipping.blocks import block_names
+
+FORMAT = "potstill-plan-1"
+BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
+
+
+@dataclass
+class SkippingConfig:
+    """Leave out what the teacher does not need at a noise level; off by default."""
+
+    plan: str | None = None  # a file of engine.probe, made for this very teacher
+    cache: int = 1  # of a teacher's walk (SFD): deep features are computed at every so-manieth evaluation; 1: always
+    anneal: float = 0.2  # share of the training, its last, with the full teacher
+    guard_iterations: int = 500  # between comparisons with the full teacher; 0: none
+    cosine: float = 0.99  # least cosine of the student's gradients with and without; below, the plan shrinks
+    norm: float = 0.05  # most relative difference of their norms
+
+
+@dataclass
+class Plan:
+    """edges: K + 1 noise levels, ascending; order: blocks, the most dispensable first; prefix: how many of them bin k leaves out.
+
+    affine: per block that any bin leaves out, a [K, C] and b [K, C] as lists. report: what the probe measured, for people.
+    """
+
+    teacher: str  # weights_hash
+    resolution: int
+    edges: list[float]
+    order: list[str]
+    prefix: list[int]
+    budget: float
+    affine: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bins(self) -> int:
+        return len(self.prefix)
+
+    @property
+    def empty(self) -> bool:
+        return not any(self.prefix)
+
+    def bin_of(self, sigma: float) -> int | None:
+        """The bin of a noise level; None outside of all, where the full teacher runs."""
+        if not self.edges[0] <= sigma <= self.edges[-1]:
+            return None
+        return min(int(np.searchsorted(self.edges, sigma, side="right")) - 1, self.bins - 1)
+
+    def bins_between(self, low: float, high: float) -> list[int | None]:
+        """All bins that noise levels in [low, high] can be in, with None for outside; rounding of the levels included."""
+        low, high = low * (1 - 1e-5), high * (1 + 1e-5)
+        inside = [k for k in range(self.bins) if self.edges[k] <= high and low <= self.edges[k + 1]]
+        outside = low < self.edges[0] or high > self.edges[-1]
+        return [*inside, *([None] if outside else [])]
+
+    def left_out(self, bin: int | None) -> int:
+        """How many blocks, from the front of `order`."""
+        return 0 if bin is None else self.prefix[bin]
+
+    def shrunk(self) -> "Plan":
+        """A quarter less in every bin, and at least one block less."""
+        return replace(self, prefix=[p * 3 // 4 for p in self.prefix])
+
+
+def save_plan(path: Path, plan: Plan) -> None:
+    """As JSON, atomically."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n")
+    os.replace(part, path)
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan file. UserError if it is not one."""
+    if not path.is_file():
+        raise UserError(f"no plan at {path}: python -m engine.probe TEACHER.safetensors --data DATA --out {path} makes one")
+    try:
+        found = json.loads(path.read_text())
+        if found.pop("format") != FORMAT:
+            raise ValueError("another format")
+        plan = Plan(**found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a plan of engine.probe ({error}): make it again") from error
+    consistent = (
+        len(plan.edges) == plan.bins + 1 > 1
+        and all(a < b for a, b in zip(plan.edges, plan.edges[1:], strict=False))
+        and all(isinstance(p, int) and 0 <= p <= len(plan.order) for p in plan.prefix)
+    )
+    if not consistent:
+        raise UserError(f"{path} contradicts itself (bins, edges, prefixes): make it again with engine.probe")
+    check_budget(plan.budget)
+    return plan
+
+
+def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
+    """UserError if the plan was not made for this very net."""
+    if plan.resolution != net.img_resolution:
+        raise UserError(f"{source} is for {plan.resolution}x{plan.resolution} images, the teacher makes {net.img_resolution}x{net.img_resolution}: probe this teacher")
+    if (ours := weights_hash(net)) != plan.teacher:
+        raise UserError(f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {ours[:12]}): probe this one with engine.probe")
+    if unknown := set(plan.order) - set(block_names(net.model)):
+        raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
+
+
+def check_budget(budget: float) -> None:
+    if not 0 < budget <= HARDEST:
+        raise UserError(f"the budget of excess denoising loss wants to be above 0 and at most {HARDEST}, got {budget}")
+
+
+def check_config(cfg: SkippingConfig) -> None:
+    """UserError for settings that make no sense."""
+    if not 0 <= cfg.anneal <= 1:
+        raise UserError(f"skipping.anneal wants a share of the training in [0, 1], got {cfg.anneal}")
+    if cfg.cache < 1:
+        raise UserError(f"skipping.cache wants at least 1 (always compute), got {cfg.cache}")
+    if cfg.guard_iterations < 0:
+        raise UserError(f"skipping.guard_iterations wants at least 0 (no guard), got {cfg.guard_iterations}")
+    if not (-1 <= cfg.cosine <= 1 and cfg.norm > 0):
+        raise UserError(f"wanted skipping.cosine in [-1, 1] and skipping.norm > 0, got {cfg.cosine} and {cfg.norm}")
+
+
+def prefixes(order: Sequence[int], error: np.ndarray, budget: float) -> list[int]:
+    """How far every bin gets in `order` while its errors [B, K], added up, stay within the budget: [K]."""
+    running = np.cumsum(error[list(order)], axis=0)
+    return [int(n) for n in (running <= budget).sum(0)]
+
+
+def saved(order: Sequence[int], error: np.ndarray, latency: np.ndarray, budget: float) -> float:
+    """The latency [B] that these prefixes save, mean over bins."""
+    steps = np.concatenate([[0.0], np.cumsum(latency[list(order)])])
+    return float(np.mean([steps[p] for p in prefixes(order, error, budget)]))
+
+
+def nested_order(error: np.ndarray, latency: np.ndarray, budget: float) -> list[int]:
+    """One order for all bins whose prefixes save the most: by error per latency, then moved about while that helps.
+
+    error [B, K]: of leaving out block b alone in bin k; latency [B]: what that saves. Blocks that save nothing are not in it.
+    """
+    useful = [b for b in range(len(latency)) if latency[b] > 0]
+    if not useful:
+        return []
+    score = np.log(np.maximum(error, 1e-12)).mean(1) - np.log(np.maximum(latency, 1e-12))
+    starts = [sorted(useful, key=lambda b: score[b])]
+    starts += [sorted(useful, key=lambda b, k=k: error[b, k] / latency[b]) for k in range(error.shape[1])]
+    return max((_improved(start, error, latency, budget) for start in starts), key=lambda o: saved(o, error, latency, budget))
+
+
+def _improved(order: list[int], error: np.ndarray, latency: np.ndarray, budget: float, sweeps: int = 3) -> list[int]:
+    """Hill climbing: take one block out and put it where the saving is largest."""
+    best, value = order, saved(order, error, latency, budget)
+    for _ in range(sweeps):
+        before = value
+        for b in order:
+            rest = [other for other in best if other != b]
+            for at in range(len(best)):
+                moved = [*rest[:at], b, *rest[at:]]
+                if (now := saved(moved, error, latency, budget)) > value + 1e-15:
+                    best, value = moved, now
+        if value == before:
+            break
+    return best
+
+
+def free_choice(error: np.ndarray, latency: np.ndarray, budget: float) -> float:
+    """What could be saved if every bin chose its own blocks (greedy by error per latency, what fits): mean over bins."""
+    total = 0.0
+    for k in range(error.shape[1]):
+        spent = 0.0
+        for b in sorted(range(len(latency)), key=lambda b, k=k: error[b, k] / max(latency[b], 1e-12)):
+            if latency[b] > 0 and spent + error[b, k] <= budget:
+                spent, total = spent + error[b, k], total + latency[b]
+    return float(total / error.shape[1])
+
+
+def settled(prefix: list[int], longest: int, excess: Callable[[int, int], float], budget: float) -> list[int]:
+    """Prefixes corrected by what leaving the blocks out together really costs: `excess(k, p)` of bin k with prefix p."""
+    found = []
+    for k, p in enumerate(prefix):
+        if p and excess(k, p) > budget:
+            while p and excess(k, p) > budget:
+                p -= 1
+        else:
+            while p < longest and excess(k, p + 1) <= budget:
+                p += 1
+        found.append(p)
+    return found
+
+
+def kl_budget(edges: Sequence[float], scaled: Sequence[float]) -> float:
+    """Σ_k Δln σ · E|D_skip - D|²/σ²: an upper bound of KL(teacher || skipping teacher), in nats per image (Girsanov, σ(t) = t)."""
+    widths = [math.log(b / a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return float(sum(w * s for w, s in zip(widths, scaled, strict=True)))
