@@ -77,6 +77,16 @@ class Batch(NamedTuple):
     draws: Draws
 
 
+class Alone:
+    """The other ranks of a run, as far as a method may know of them; here there are none."""
+
+    count = 1
+    together = False  # are batch statistics over all ranks' samples, and not over each micro-batch's?
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over ranks."""
+
+
 class Method:
     """Base of all methods. Subclasses fill `nets` (what is trained, by name) and `turns` (one iteration)."""
 
@@ -92,6 +102,8 @@ class Method:
     notes: Sequence[str] = ()
     #: What besides the nets must survive a restart: a module's buffers and parameters, which no optimiser touches.
     state: nn.Module = nn.Module()
+    #: The other ranks, for a method with batch statistics of its own.
+    others: Alone = Alone()
 
     def begin(self, batch: Batch) -> Any:
         """What the turns of one iteration share, drawn once. By default the batch itself."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method
-from engine.training.checkpoint import load_newest, restore, save_checkpoint
+from engine.training.checkpoint import ShardedWriter, fitted, load_newest, restore, save_checkpoint
 from engine.training.ema import EMA, ema_decay
-from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
+from engine.training.log import Meter, MetricsFile, Progress, Silent, TensorBoard, WandB
+from engine.training.memory import fitting_micro_batch
 from engine.training.optim import OptimConfig, build_optimizer, learning_rate
+from engine.training.parallel import FSDPConfig, Sharded, wire
+from engine.training.ranks import ALONE, Ranks
 from engine.training.step import Trained, iteration
 
 
@@ -30,7 +34,9 @@ class TrainConfig:
 
     kimg: float = 100.0
     batch: int = 128  # images per iteration, over all micro-batches and ranks
-    micro_batch: int | None = None  # images per forward; null: the whole batch
+    micro_batch: int | str | None = None  # images per forward and rank; null: its whole share; auto: what the GPU's memory allows
+    parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (engine.training.parallel)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
     ema_kimg: float = 500.0  # half-life of the average of the weights
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
@@ -67,18 +73,26 @@ class Run:
     """The moving parts of one stage: a method's nets with their optimisers, the EMA of its product, and the step counter."""
 
     def __init__(
-        self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None = None
-    ):
-        self.method, self.cfg, self.seed, self.device = method, cfg, seed, device
+        self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None = None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self.method, self.cfg, self.seed, self.device, self.ranks = method, cfg, seed, device, ranks
+        self.micro = cfg.micro_batch if isinstance(cfg.micro_batch, int) else None
+        self.together = self.micro is None and not (cfg.micro_batch == "auto" and device.type == "cuda")
         self.classes = None if classes is None else torch.tensor(classes, device=device)  # a student's share
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
         optim = {name: optim_config(cfg, name) for name in method.nets}
         self.optim = optim
+        for net in method.nets.values():
+            net.train()
+        self.wired = wire(method, cfg.parallel, cfg.fsdp, ranks, device, together=self.together)
         self.trained = {
-            name: Trained(net.train(), build_optimizer(net, optim[name]), optim[name].clip)
-            for name, net in method.nets.items()
+            name: Trained(
+                one.net, build_optimizer(one.net, optim[name]), optim[name].clip, one.accumulate, one.reduce, one.norm, one.renew
+            )
+            for name, one in self.wired.items()
         }
-        self.ema = EMA(method.nets[method.product])
+        self.ema = EMA(self.wired[method.product].net)
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
 
@@ -90,6 +104,27 @@ class Run:
     def kimg(self) -> float:
         return self.images_seen / 1000
 
+    @property
+    def sharded(self) -> bool:
+        return any(isinstance(one, Sharded) for one in self.wired.values())
+
+    @property
+    def window(self) -> slice:
+        """This rank's images of the batch: every ranks-th where batch statistics are over all ranks, so that any aligned part
+        of the batch is shared evenly; else consecutive ones, so that a micro-batch is the same whichever rank has it."""
+        return self._samples(0, self.cfg.batch // self.ranks.count, self.cfg.batch // self.ranks.count)
+
+    def _samples(self, start: int, stop: int, share: int) -> slice:
+        """Where this rank's images start … stop - 1 are in the batch of all ranks."""
+        ranks, rank = self.ranks.count, self.ranks.rank
+        if ranks == 1:
+            return slice(start, stop)
+        return slice(start * ranks + rank, stop * ranks, ranks) if self.together else slice(rank * share + start, rank * share + stop)
+
+    def average(self) -> torch.nn.Module:
+        """The net that is sampled and saved, the average of the product's weights. All ranks must ask for it."""
+        return self.wired[self.method.product].whole(self.ema.net)
+
     def due(self, every_kimg: float) -> bool:
         """Has the step just done crossed a multiple of `every_kimg`, or was it the last?"""
         every, now = every_kimg * 1000, self.images_seen
@@ -97,31 +132,37 @@ class Run:
 
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
-        torch.manual_seed(mixed(self.seed, self.step, 1))  # dropout
+        torch.manual_seed(mixed(self.seed, self.step, 1 + 16 * self.ranks.rank))  # dropout
         for name, one in self.trained.items():
             for group in one.optimizer.param_groups:
                 group["lr"] = learning_rate(self.optim[name], self.step, self.total)
-        micro = self.cfg.micro_batch or len(images)
-        batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
+        micro = self.micro or len(images)
+        batches = [self.micro_batch(images, labels, start, micro) for start in range(0, len(images), micro)]
         logs = iteration(self.method, self.trained, batches, self.step)
         self.step += 1
         self.ema.update(ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up))
         self.meter.add(logs)
 
-    def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
-        window = slice(start, start + micro)
+    def micro_batch(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
+        """`micro` images of this rank's share, with the randomness that is theirs."""
+        window, share = slice(start, start + micro), len(images)
         generator = torch.Generator(self.device).manual_seed(mixed(self.seed, self.step, 0))
         host = random.Random(mixed(self.seed, self.step, 2))
-        draws = Draws(generator, len(images), window, host, self.classes)
+        draws = Draws(generator, share * self.ranks.count, self._samples(start, min(start + micro, share), share), host, self.classes)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
 
+    def forget_gradients(self) -> None:
+        for one in self.trained.values():
+            one.optimizer.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
+        """All ranks must ask for it; it is the same for all, with DTensors for what is sharded."""
         return {
-            "nets": {name: net.state_dict() for name, net in self.method.nets.items()},
-            "optimizers": {name: one.optimizer.state_dict() for name, one in self.trained.items()},
-            "ema": self.ema.net.state_dict(),
+            "nets": {name: one.state(one.net) for name, one in self.wired.items()},
+            "optimizers": {n: self.wired[n].optimizer_state(one.optimizer.state_dict()) for n, one in self.trained.items()},
+            "ema": self.wired[self.method.product].state(self.ema.net),
             "method": self.method.state.state_dict(),
-            "meter": self.meter.state_dict(),
+            "meter": self.meter.state_dict(self.ranks),
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -129,13 +170,28 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if missing := self.method.nets.keys() ^ state["nets"].keys():
             raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(missing))} differ): use another run_dir=")
-        for name, net in self.method.nets.items():
-            restore(net, state["nets"][name], f"net {name!r}")
-            restore(self.trained[name].optimizer, state["optimizers"][name], f"optimiser of {name!r}")
-        restore(self.ema.net, state["ema"], "EMA")
+        for name, one in self.wired.items():
+            fitted(partial(one.load, one.net), state["nets"][name], f"net {name!r}")
+            own = one.own_optimizer_state(state["optimizers"][name])
+            restore(self.trained[name].optimizer, own, f"optimiser of {name!r}")
+            one.renew()
+        fitted(partial(self.wired[self.method.product].load, self.ema.net), state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meter"], self.ranks)
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+    def like(self, key: tuple[Any, ...], size: torch.Size) -> torch.Tensor | None:
+        """The DTensor that a checkpoint's tensor is to be cut like, None for what every rank has whole."""
+        match key:
+            case ("nets", net, name):
+                found = self.wired[net].like(name)
+            case ("optimizers", net, "state", number, _):
+                found = self.wired[net].like(str(number))
+            case ("ema", name):
+                found = self.wired[self.method.product].like(name)
+            case _:
+                return None
+        return found if found is not None and found.shape == size else None
 
 
 def train(
@@ -151,18 +207,26 @@ def train(
 
     Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
     """
-    cfg, kept = run.cfg, folder / "checkpoints"
-    if state := load_newest(kept, run.device):
+    cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
+    if state := load_newest(kept, run.device, run.like if run.sharded else None):
         run.load_state_dict(state)
-    writers = [MetricsFile(folder / "metrics.jsonl", run.step)]
-    writers += [TensorBoard(folder, run.step)] if log.tensorboard else []
-    writers += [WandB(folder, log.wandb)] if log.wandb else []
-    progress = Progress(title, run.total, run.step)
+    ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
+    writers: list[Any] = [MetricsFile(folder / "metrics.jsonl", run.step)] if ranks.first else []
+    writers += [TensorBoard(folder, run.step)] if log.tensorboard and ranks.first else []
+    writers += [WandB(folder, log.wandb)] if log.wandb and ranks.first else []
+    progress = Progress(title, run.total, run.step) if ranks.first else Silent()
     if state:
         progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({kept})")
 
+    if cfg.micro_batch == "auto":
+        run.micro = fitting_micro_batch(run, batch_at(run.step), progress.say)
+    sharded = ShardedWriter(kept, ranks, cfg.keep)
+
     def save() -> Path:
-        return save_checkpoint(kept, run.step, run.state_dict(), cfg.keep)
+        state = run.state_dict()
+        if run.sharded:
+            return sharded.save(run.step, state)
+        return save_checkpoint(kept, run.step, state, cfg.keep) if ranks.first else kept
 
     with signals() as caught:
         clock = Clock(run)
@@ -171,7 +235,7 @@ def train(
             progress.advance()
             last = run.step == run.total
             if run.step % cfg.log_iterations == 0 or last:
-                metrics = run.meter.read()  # the only wait for the device
+                metrics = run.meter.read(ranks)  # the only wait for the device
                 check_finite(metrics, run.step, kept)
                 write(writers, progress, run, metrics, seconds_per_step=clock.lap())
             for hook in hooks:
@@ -179,12 +243,16 @@ def train(
                     with clock.stopped():
                         if metrics := hook.call(run):
                             write(writers, progress, run, metrics)
-            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or caught:
+            stop = ranks.stop(caught[0] if caught else 0)
+            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
                 clock.tick()
                 path = save()
-                if caught and not last:
+                if stop and not last:
+                    sharded.finish()
+                    ranks.wait()
                     progress.close()
-                    raise Interrupted(caught[0], path)
+                    raise Interrupted(stop, path)
+    sharded.finish()
     progress.close()
 
 
@@ -214,7 +282,7 @@ class Clock:
 
 
 def write(
-    writers: Sequence[Any], progress: Progress, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
+    writers: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
 ) -> None:
     line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
     if seconds_per_step:
