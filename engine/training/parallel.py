@@ -257,7 +257,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
         parts += [fully_shard(block, mp_policy=policy, **options) for block in blocks]
         parts.append(fully_shard(model, **options))  # the embedding stays float32, as in a run on one rank
         register_fsdp_forward_method(model, "levels")
-    heads = [m.head for m in net.modules() if isinstance(m, Critic) and m.head is not None]
+    heads = [m.head.layers for m in net.modules() if isinstance(m, Critic) and m.head is not None]
     parts += [fully_shard(head, **options) for head in heads]
     assert all(hasattr(p, "device_mesh") for p in net.parameters()), "a parameter is in no part"
     return parts
