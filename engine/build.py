@@ -26,7 +26,9 @@ from engine.nets.features import load_features
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.training.checkpoint import load_newest
+from engine.training.loop import TrainConfig
 from engine.training.optim import check_optim
+from engine.training.parallel import check_parallel, check_shares
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
 
@@ -179,15 +181,22 @@ def missing_packages(method: Any) -> list[str]:
     return wants
 
 
-def check_settings(cfg: Config) -> None:
-    """UserError for numbers that no run can use."""
+def check_settings(cfg: Config, ranks: int = 1) -> None:
+    """UserError for numbers that no run can use, or not on so many ranks."""
     for name, stage in (("teacher.train", cfg.teacher.train), ("train", cfg.train)):
         if stage.batch < 1:
             raise UserError(f"{name}.batch wants at least 1, got {stage.batch}")
         if not stage.kimg > 0:
             raise UserError(f"{name}.kimg wants more than 0, got {stage.kimg}")
-        if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch % stage.micro_batch):
+        micro = stage.micro_batch
+        if isinstance(micro, str) and micro != "auto":
+            raise UserError(f"{name}.micro_batch wants a number, auto or null, got {micro!r}")
+        if isinstance(micro, int) and (micro < 1 or stage.batch % micro):
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
+        check_parallel(stage.parallel, stage.fsdp, name)
+        if ranks > 1:
+            check_shares(stage.batch, micro, ranks, stage.parallel, stage.fsdp, name)
+            check_fsdp(cfg, stage, name)
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
         for net, optim in stage.optim.items():
@@ -197,6 +206,20 @@ def check_settings(cfg: Config) -> None:
     precision(cfg.precision, device(cfg.device))
     if cfg.eval.features != "pixels" and not Path(cfg.eval.features).is_file():
         raise UserError(f"eval.features wants pixels or a TorchScript file, and there is none at {cfg.eval.features}")
+
+
+def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
+    """UserError for what sharded nets cannot do."""
+    if stage.parallel != "fsdp":
+        return
+    if stage.micro_batch == "auto":
+        raise UserError(f"{name}.micro_batch=auto cannot try sizes with sharded nets, which do not survive it: give a number")
+    sees_weights = getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
+    if stage.fsdp.teacher == "shard" and sees_weights and name == "train":
+        raise UserError(
+            f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
+            f"that shards do not know: use {name}.fsdp.teacher=replicate"
+        )
 
 
 def check_complete(cfg: Config) -> None:
