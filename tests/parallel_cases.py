@@ -1,14 +1,17 @@
 """What tests/test_parallel.py runs in several processes: every method on tiny U-Nets, a few iterations at a time."""
 
+import contextlib
 import os
 import pickle
-import sys
+import signal
 import traceback
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from engine.errors import UserError
+from engine.methods.base import frozen
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.gdd import GDD, GDDConfig
 from engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
@@ -17,12 +20,11 @@ from engine.methods.sfd import SFD, SFDConfig
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.features import load_features
+from engine.training import ranks as speech
 from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
-from engine.training.loop import Run, TrainConfig
+from engine.training.loop import Interrupted, LogConfig, Run, TrainConfig, train
 from engine.training.optim import OptimConfig
-from engine.training.parallel import FSDPConfig
-from engine.training.ranks import Ranks, meet
-from engine.methods.base import frozen
+from engine.training.ranks import Ranks, meet, one_voice
 
 BATCH, STEPS = 8, 20
 CPU = torch.device("cpu")
@@ -128,11 +130,16 @@ def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dic
     return curve, weights(run)
 
 
-def process(rank: int, count: int, port: int, out: str, work: str, arguments: tuple) -> None:
+def process(rank: int, count: int, port: int, out: str, work: str, arguments: tuple, beats: tuple | None = None) -> None:
     """One of `count` processes: does work(ranks, *arguments); rank 0 leaves the result, or any its error, in `out`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    os.dup2(os.open(f"{out}.{rank}.stderr", os.O_WRONLY | os.O_CREAT), 2)
+    if beats:
+        speech.BEAT, speech.STALE, speech.LAST_WORDS = beats
     try:
+        if work == "command":  # which meets the others itself
+            return command(speech.ALONE, *arguments)
         ranks = meet()
         ranks.connect(CPU)
         result = globals()[work](ranks, *arguments)
@@ -141,5 +148,44 @@ def process(rank: int, count: int, port: int, out: str, work: str, arguments: tu
         ranks.close()
     except BaseException:
         Path(f"{out}.{rank}.error").write_text(traceback.format_exc())
-        sys.stderr.flush()
         os._exit(1)
+
+
+def command(ranks: Ranks, *arguments: str) -> None:
+    """engine.train as every rank of torchrun calls it; `ranks` is not there yet."""
+    from engine import train
+
+    train.main(list(arguments))
+
+
+def one_refuses(ranks: Ranks) -> None:
+    """Rank 1 has something to say, the others wait for it."""
+    with one_voice(ranks):
+        if ranks.rank == 1:
+            raise UserError("only rank 1 has seen this")
+        ranks.wait()
+
+
+def one_hangs(ranks: Ranks) -> None:
+    """Rank 1 stops in the middle of everything, as a process does whose machine swaps or is gone."""
+    with one_voice(ranks):
+        ranks.wait()
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ranks.wait()
+
+
+def interrupted(ranks: Ranks, folder: str) -> list[int]:
+    """Rank 1 alone is asked to stop after iteration 5. Returns where each rank stopped."""
+    run, path = new_run("sim", ranks, "fsdp", log_iterations=2), Path(folder)
+
+    def batch_at(step: int) -> tuple[torch.Tensor, None]:
+        if step == 5 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(BATCH // ranks.count, 1, 1, 1), None
+
+    with contextlib.suppress(Interrupted):
+        train(run, batch_at, path, title="x", log=LogConfig(tensorboard=False))
+    steps = torch.zeros(ranks.count)
+    steps[ranks.rank] = run.step
+    return [int(s) for s in ranks.total(steps)]

@@ -24,6 +24,7 @@ T = TypeVar("T")
 COLLECTIVE = timedelta(minutes=10)  # longest wait of one rank for the gradients of another
 PATIENCE = timedelta(hours=24)  # longest wait for what rank 0 does alone: measuring, making pairs
 BEAT, STALE = 2.0, 30.0  # seconds between signs of life, and after which a rank without one is given up
+LAST_WORDS = 5.0  # seconds that a rank with an error waits for the others, so that all end alike
 BUCKET = 1 << 25  # bytes that one all-reduce carries at most: large enough for bandwidth, small enough to overlap
 
 
@@ -222,15 +223,15 @@ def is_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def finish(ranks: Ranks, code: int, sentence: str, patience: float = 5.0) -> NoReturn:
-    """Exit with `code` when all ranks are here or `patience` seconds have passed; the first to come says the sentence.
+def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
+    """Exit with `code` when all ranks are here or LAST_WORDS seconds have passed; the first to come says the sentence.
 
     Ranks that lose touch because another one has something to say keep silent and take over its code.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
     assert ranks.store is not None
     try:
-        store, deadline = ranks.store, time.monotonic() + patience
+        store, deadline = ranks.store, time.monotonic() + LAST_WORDS
         if code == 2:
             store.set("code", "2")
         if store.add("said", 1) == 1:
@@ -238,6 +239,10 @@ def finish(ranks: Ranks, code: int, sentence: str, patience: float = 5.0) -> NoR
         while store.add("said", 0) < ranks.count and time.monotonic() < deadline:
             time.sleep(0.05)
         code = 2 if store.check(["code"]) else code
+        if not ranks.first:
+            store.add("gone", 1)
+        while ranks.first and store.add("gone", 0) < ranks.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # without torchrun it is rank 0 who holds the store
     except (dist.DistError, RuntimeError):  # the store went with the rank that held it
         print(sentence, file=sys.stderr, flush=True)
     sys.stdout.flush()
