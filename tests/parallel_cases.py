@@ -178,6 +178,7 @@ def one_hangs(ranks: Ranks) -> None:
 def interrupted(ranks: Ranks, folder: str) -> list[int]:
     """Rank 1 alone is asked to stop after iteration 5. Returns where each rank stopped."""
     run, path = new_run("sim", ranks, "fsdp", log_iterations=2), Path(folder)
+    path.mkdir(exist_ok=True)
 
     def batch_at(step: int) -> tuple[torch.Tensor, None]:
         if step == 5 and ranks.rank == 1:

@@ -173,7 +173,7 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
         (["train.parallel=fsdp", "train.fsdp.teacher=half"], "train.fsdp.teacher wants one of replicate, shard, got 'half'"),
         (["train.parallel=fsdp", "train.fsdp.replicas=3"], "train.fsdp.replicas = 3 does not divide the 2 ranks"),
         (["train.parallel=fsdp", "train.micro_batch=auto"], "train.micro_batch=auto cannot try sizes with sharded nets"),
-        ([str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.parallel=fsdp", "train.fsdp.teacher=shard"], "train.fsdp.teacher=shard cannot be had with method gdd"),
+        ([str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.micro_batch=null", "train.parallel=fsdp", "train.fsdp.teacher=shard"], "train.fsdp.teacher=shard cannot be had with method gdd"),
         (["data.path={one}"], "2 ranks want as many images"),
         (["run_dir={file}/run"], "cannot write to run folder"),
         (["--dry-run"], "--dry-run and rehearse=true are for one process, got 2"),
