@@ -60,7 +60,7 @@ class ShardedWriter:
             part.mkdir(parents=True)
             torch.save(rest, part / "rest.pt")
         self.ranks.wait()
-        future = async_save(tensors, storage_writer=FileSystemWriter(part), process_group=self.group)
+        future = async_save(tensors, storage_writer=FileSystemWriter(str(part)), process_group=self.group)
         assert isinstance(future, Future)
         if self.ranks.first:  # whose part is done last: it writes the index when all have written their shards
             future.add_done_callback(lambda done: self._name(part, path, done))
