@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ class Job:
         for note in method.notes:
             self.tell(note)
         self.sampler = method.sampler
-        run = self.stage(method, self.cfg.train, folder, k if self.partition else None)
+        run = self.stage(method, self.cfg.train, folder, k if self.partition else None, spare=(teacher, start))
+        self.prepared(teacher)
         share = {"partition": self.partition.hash, "student": k} if self.partition else {}
         self.save(run, folder / "student.safetensors", **share)
         return run.average()  # type: ignore[return-value]
@@ -149,13 +151,21 @@ class Job:
         one_hot = None if classes is None else torch.eye(teacher.label_dim)[classes].to(self.device)
         return Pairs(tensors["z"].to(self.device), y, one_hot)
 
-    def stage(self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None) -> Run:
-        """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share."""
+    def stage(
+        self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, spare: Sequence[Denoiser] = ()
+    ) -> Run:
+        """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share.
+
+        spare: nets that wait in host memory meanwhile, where the method has them in shards.
+        """
         classes = self.partition.classes(student) if self.partition and student is not None else None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         for net in method.nets.values():
             net.to(self.device)
         run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes, self.ranks)
+        if run.sharded and cfg.fsdp.teacher == "shard":
+            for net in spare:
+                net.cpu()
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))

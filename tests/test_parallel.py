@@ -22,7 +22,9 @@ import torch
 from engine.errors import UserError
 from engine.training import ranks as speech
 from engine.training.checkpoint import checkpoints, load_newest
-from engine.training.parallel import FSDPConfig, check_shares
+from engine.training.loop import Run, TrainConfig
+from engine.training.memory import fitting_micro_batch, sizes
+from engine.training.parallel import FSDPConfig, check_shares, modules_of
 from engine.training.ranks import ALONE
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +236,37 @@ def test_parallel_buckets_keep_the_order(monkeypatch):
     assert all(a is b for a, b in zip((t for group in groups for t in group), tensors, strict=True))
 
 
+def test_parallel_auto_micro_batch_takes_all_on_a_cpu_and_says_so():
+    said = []
+    run = cases.new_run("dmd", ALONE, micro_batch="auto")
+    assert fitting_micro_batch(run, (torch.zeros(8, 1, 4, 4), None), said.append) is None
+    assert "the whole share of 8 images is taken" in said[-1]
+    assert [line.partition(":")[0] for line in said[:-1]] == ["memory, student", "memory, fake", "memory, frozen nets"]
+    assert list(sizes(40)) == [40, 20, 10, 5, 2, 1]
+    assert list(sizes(9)) == [9, 3, 1]
+
+
+@pytest.mark.gpu
+def test_parallel_auto_micro_batch_leaves_a_run_as_it_was():
+    """On a GPU sizes are tried for real; nothing of that may be left in the run."""
+    device = torch.device("cuda")
+    runs = []
+    for micro in (None, "auto"):
+        method = cases.METHODS["gdd"]()
+        for one in [*method.nets.values(), *modules_of(method)]:
+            one.to(device)
+        run = Run(method, TrainConfig(kimg=1, batch=8, micro_batch=micro), 0, device)
+        images = torch.rand(8, 1, 4, 4, device=device), torch.eye(2, device=device)[torch.arange(8) % 2]
+        if micro == "auto":
+            before = [t.clone() for net in method.nets.values() for t in net.state_dict().values()]
+            assert fitting_micro_batch(run, images, print) == 8
+            after = [t for net in method.nets.values() for t in net.state_dict().values()]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        run.take(*images)
+        runs.append(run.meter.read())
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
 SMALL = [
     "net.model_channels=8", "net.channel_mult=[1]", "net.num_blocks=1", "net.attn_resolutions=[]", "precision=fp32",
     "teacher.train.kimg=0.032", "teacher.train.batch=32", "teacher.loss.sampling_steps=2", "teacher.train.grid_kimg=1",
@@ -246,7 +279,7 @@ def test_parallel_killed_rank_ends_the_job_and_leaves_a_checkpoint(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "engine.train", DIGITS]
     command += [f"run_dir={tmp_path}/run", "train.parallel=fsdp", "device=cpu", *SMALL]
     kept, log = tmp_path / "run/checkpoints", tmp_path / "log"
-    with log.open("w") as file:
+    with log.open("w") as file:  # ends with torchrun's own report
         job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 120
