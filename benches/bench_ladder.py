@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import build
-from engine.methods.base import frozen
+from engine.methods.base import frozen, modules_of
 from engine.methods.dmd import DMDConfig
 from engine.methods.gdd import GDDConfig
 from engine.methods.moment_matching import MomentMatchingConfig
@@ -34,7 +34,7 @@ from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.shadow import give_shadows, shadow_of
 from engine.training.compile import compile_nets
-from engine.training.loop import Run, TrainConfig, modules_of
+from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
 from kernels import reference
 from kernels.norm_silu import plain

@@ -33,7 +33,9 @@ from engine.skipping.plan import Plan, SkippingConfig, check_config, check_plan,
 from engine.training.checkpoint import load_newest
 from engine.training.compile import check_compile
 from engine.training.graphs import check_graphs
+from engine.training.loop import TrainConfig
 from engine.training.optim import IMPLEMENTATIONS, check_optim
+from engine.training.parallel import check_parallel, check_shares
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
 
@@ -229,22 +231,29 @@ def missing_packages(method: Any) -> list[str]:
     return wants
 
 
-def check_settings(cfg: Config) -> None:
-    """UserError for numbers that no run can use."""
+def check_settings(cfg: Config, ranks: int = 1) -> None:
+    """UserError for numbers that no run can use, or not on so many ranks."""
     for name, stage in (("teacher.train", cfg.teacher.train), ("train", cfg.train)):
         if stage.batch < 1:
             raise UserError(f"{name}.batch wants at least 1, got {stage.batch}")
         if not stage.kimg > 0:
             raise UserError(f"{name}.kimg wants more than 0, got {stage.kimg}")
-        if stage.micro_batch is not None and (stage.micro_batch < 1 or stage.batch % stage.micro_batch):
+        micro = stage.micro_batch
+        if isinstance(micro, str) and micro != "auto":
+            raise UserError(f"{name}.micro_batch wants a number, auto or null, got {micro!r}")
+        if isinstance(micro, int) and (micro < 1 or stage.batch % micro):
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
+        check_parallel(stage.parallel, stage.fsdp, name)
+        if ranks > 1:
+            check_shares(stage.batch, micro, ranks, stage.parallel, stage.fsdp, name)
+            check_fsdp(cfg, stage, name)
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
         if stage.activation_checkpointing not in CHECKPOINTING:
             wanted = " or ".join(CHECKPOINTING)
             raise UserError(f"{name}.activation_checkpointing wants {wanted}, got {stage.activation_checkpointing!r}")
         check_compile(stage.compile, device(cfg.device), f"{name}.compile")
-        check_graphs(stage.graphs, device(cfg.device), name)
+        check_graphs(stage.graphs, device(cfg.device), name, ranks)
         if stage.optimizer not in IMPLEMENTATIONS:
             raise UserError(f"{name}.optimizer wants one of {', '.join(IMPLEMENTATIONS)}, got {stage.optimizer!r}")
         for net, optim in stage.optim.items():
@@ -254,6 +263,30 @@ def check_settings(cfg: Config) -> None:
         raise UserError(f"eval.n wants at least 2, got {cfg.eval.n}")
     precision(cfg.precision, device(cfg.device))
     check_features(cfg.eval.features)
+
+
+def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
+    """UserError for what sharded nets cannot do."""
+    if stage.parallel != "fsdp":
+        return
+    if stage.micro_batch == "auto":
+        raise UserError(f"{name}.micro_batch=auto cannot try sizes with sharded nets, which do not survive it: give a number")
+    if stage.compile == "net":
+        raise UserError(f"{name}.compile=net wants whole nets, and {name}.parallel=fsdp cuts them at every block: use blocks, or ddp")
+    if name == "train" and (cfg.skipping.plan or cfg.skipping.cache > 1):
+        if cfg.skipping.guard_iterations:
+            raise UserError(
+                "skipping compares gradients of whole nets, which train.parallel=fsdp does not have: use ddp, or do without "
+                "with skipping.guard_iterations=0"
+            )
+        if stage.fsdp.teacher == "shard":
+            raise UserError("a teacher that leaves out layers cannot be sharded: use train.fsdp.teacher=replicate")
+    sees_weights = getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
+    if stage.fsdp.teacher == "shard" and sees_weights and name == "train":
+        raise UserError(
+            f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
+            f"that shards do not know: use {name}.fsdp.teacher=replicate"
+        )
 
 
 def check_complete(cfg: Config) -> None:

@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student")
-FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch")
+FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch", "parallel")
 
 
 def prepare(cfg: Config) -> Path:
@@ -45,4 +45,4 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _free(key: str) -> bool:
-    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    return ".fsdp." in key or any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,30 +33,34 @@ from engine.sampling import Sampler, ode
 from engine.skipping.apply import Guard
 from engine.training.loop import Hook, Run, TrainConfig, train
 from engine.training.profile import Profile
+from engine.training.ranks import ALONE, Ranks
 
 
 class Job:
     """One run folder: teacher, student or students, then the measuring."""
 
-    def __init__(self, cfg: Config, *, on_paper: bool = False):
+    def __init__(self, cfg: Config, *, on_paper: bool = False, ranks: Ranks = ALONE):
         """Check everything that can be checked before work begins. `on_paper`: leave the run folder alone."""
-        build.check_settings(cfg)
+        build.check_settings(cfg, ranks.count)
         build.check_complete(cfg)
         self.cfg, self.began = cfg, time.perf_counter()
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
-        self.device = build.device(cfg.device)
+        self.ranks, self.device = ranks, ranks.connect(build.device(cfg.device))
         self.dtype, why = build.precision(cfg.precision, self.device)
         if note := build.set_tf32(cfg.tf32, self.device):
-            tell(note)
+            self.tell(note)
         self.images = build.build_images(cfg)
         if self.images is None and not cfg.teacher.checkpoint:
             raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
+        if self.images is not None and len(self.images) < ranks.count:
+            raise UserError(f"{ranks.count} ranks want as many images, {self.images.name} has {len(self.images)}: start fewer")
         self.check_method()
         self.dir = Path(cfg.run_dir or "")
         if on_paper:
             return
-        prepare(cfg)
-        tell(f"{self.dir}: {self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
+        ranks.alone(lambda: prepare(cfg))
+        among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
+        self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
 
     def check_method(self) -> None:
         """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""
@@ -82,13 +87,18 @@ class Job:
         for k in range(count) if self.cfg.student is None else (self.cfg.student,):
             student = self.distil(teacher, start, k)
         if self.partition:
-            missing = [k for k in range(count) if not (student_folder(self.dir, k) / "student.safetensors").exists()]
+            missing = [k for k in range(count) if not self.there(student_folder(self.dir, k) / "student.safetensors")]
             if missing:
-                tell(f"student {self.cfg.student} of {count} is done; the run is measured when {missing} are, too")
+                self.tell(f"student {self.cfg.student} of {count} is done; the run is measured when {missing} are, too")
                 return None
-            write_manifest(self.dir, self.partition)
+            partition = self.partition
+            self.ranks.alone(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
         self.student = student
+        return self.ranks.alone(lambda: self.finish(teacher, student))
+
+    def finish(self, teacher: Denoiser, student: Denoiser) -> dict[str, Any]:
+        """Measure, and write what a user looks at."""
         summary = self.summary(teacher, self.measure(teacher, student))
         write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.dir)
@@ -98,7 +108,7 @@ class Job:
     def teacher(self) -> Denoiser:
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.cfg.teacher.checkpoint, self.dir / "teacher.safetensors"
-        if not given and not here.exists():
+        if not given and not self.there(here):
             assert self.images is not None
             net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
             method = Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
@@ -111,7 +121,7 @@ class Job:
         if students.net is None:
             return teacher
         here = self.dir / "tsm.safetensors"
-        if not here.exists():
+        if not self.there(here):
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
             method = TSM(TSMConfig(), teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
@@ -127,21 +137,24 @@ class Job:
         if getattr(method, "pairs", 0) is None and self.cfg.method.regression:
             method.pairs = self.pairs(teacher)  # type: ignore[attr-defined]
         for note in method.notes:
-            tell(note)
+            self.tell(note)
         self.sampler = method.sampler
-        guard = build.lighten(method, self.cfg.skipping, tell)
-        run = self.stage(method, self.cfg.train, folder, k if self.partition else None, guard)
-        share = {"partition": self.partition.hash, "student": k} if self.partition else {}
-        self.save(run, folder / "student.safetensors", **share)
-        return run.ema.net
+        guard = build.lighten(method, self.cfg.skipping, self.tell)
+        share = k if self.partition else None
+        run = self.stage(method, self.cfg.train, folder, share, guard, spare=(teacher, start))
+        self.prepared(teacher)
+        about = {"partition": self.partition.hash, "student": k} if self.partition else {}
+        self.save(run, folder / "student.safetensors", **about)
+        return run.average()  # type: ignore[return-value]
 
     def pairs(self, teacher: Denoiser) -> Pairs:
         """Noise and the teacher's deterministic samples from it, made once for all students of the run; classes in turn."""
         path, cfg = self.dir / "pairs.safetensors", self.cfg.method
-        if not path.exists():
-            tell(f"making {cfg.pairs} pairs with {cfg.pair_steps} steps of the teacher")
+        if not self.there(path):
+            self.tell(f"making {cfg.pairs} pairs with {cfg.pair_steps} steps of the teacher")
             labels = np.arange(cfg.pairs) % teacher.label_dim if teacher.label_dim else None
-            write_pairs(path, teacher, ode("heun", cfg.pair_steps), labels, cfg.pairs, self.cfg.eval.batch, self.device)
+            sampler, batch = ode("heun", cfg.pair_steps), self.cfg.eval.batch
+            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, cfg.pairs, batch, self.device))
         tensors, _ = read_tensors(path)
         y = tensors["y"].to(self.device).float() / 127.5 - 1
         classes = tensors["labels"] if "labels" in tensors else None
@@ -149,42 +162,56 @@ class Job:
         return Pairs(tensors["z"].to(self.device), y, one_hot)
 
     def stage(
-        self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None
-    ) -> Run:
-        """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share."""
+        self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None,
+        spare: Sequence[Denoiser] = (),
+    ) -> Run:  # fmt: skip
+        """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share.
+
+        spare: nets that wait in host memory meanwhile, where the method has them in shards.
+        """
         classes = self.partition.classes(student) if self.partition and student is not None else None
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         for net in method.nets.values():
             net.to(self.device)
-        run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes)
+        run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes, self.ranks)
         run.guard = guard
+        if run.sharded and cfg.fsdp.teacher == "shard":
+            for net in spare:
+                net.cpu()
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if student is None else f"student {student}"
-        stream = self.stream(cfg, classes)
-        profile = Profile(folder) if self.cfg.profile else None
+        stream = self.stream(cfg, classes, run.window)
+        profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile)
         self.graphs[title] = run.graph_report()
         return run
 
-    def stream(self, cfg: TrainConfig, classes: list[int] | None) -> Any:
+    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice) -> Any:
+        """This rank's images of every batch."""
         if self.images is None:
-            return NoImages(cfg.batch, self.device)
+            return NoImages(len(range(*window.indices(cfg.batch))), self.device)
         data, images = self.cfg.data, self.images if classes is None else self.images.subset(classes)
         return Stream(
-            images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device
+            images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device, window=window
         )
 
     def draw(self, run: Run, folder: Path) -> dict[str, float]:
         """A grid of samples from the same noise every time."""
-        pictures = self.samples(run.ema.net, run.method.sampler)
-        grid(pictures, columns=self.columns(run.ema.net)).save(folder / "samples" / f"{round(run.images_seen):010d}.png")
+        net: Any = run.average()
+
+        def write() -> None:
+            pictures = self.samples(net, run.method.sampler)
+            grid(pictures, columns=self.columns(net)).save(folder / "samples" / f"{round(run.images_seen):010d}.png")
+
+        self.ranks.alone(write)
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """The Frechet distance now, labelled with its n; the best average so far is kept as a weight file."""
-        result = self.score(run.ema.net, run.method.sampler)
+        net: Any = run.average()
+        result: Any = self.ranks.agree(self.ranks.alone(lambda: self.score(net, run.method.sampler)))
         if result["fd"] < run.best:
             run.best = result["fd"]
             chosen = {"metric": f"{result['features']}@{result['n']}", "best_of": run.times(run.cfg.eval_kimg or run.cfg.kimg)}
@@ -295,13 +322,21 @@ class Job:
         return net.to(self.device)
 
     def save(self, run: Run, path: Path, **more: Any) -> None:
-        product = run.ema.net
+        product = run.average()
         assert isinstance(product, Denoiser)
-        save_net(
+        self.ranks.alone(lambda: save_net(
             path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
             method=self.cfg.method.name if run.method.product == "student" else "teacher",
             data=self.images.name if self.images else "none", **self.inherited, **more,
-        )  # fmt: skip
+        ))  # fmt: skip
+
+    def there(self, path: Path) -> bool:
+        """Did this file exist when rank 0 looked?"""
+        return self.ranks.agree(path.exists())
+
+    def tell(self, text: str) -> None:
+        if self.ranks.first:
+            tell(text)
 
     @cached_property
     def inherited(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def rehearse(cfg: Config) -> None:
         print(note, file=sys.stderr)
     images = build.build_images(cfg)
     assert images is not None
-    batch = cfg.train.micro_batch or cfg.train.batch
+    batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
     if device.type == "cpu" and batch > 8:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
     net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)

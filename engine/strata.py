@@ -13,12 +13,16 @@ def spread(n: int) -> list[int]:
     return order
 
 
-def strata(total: int, part: int) -> list[int]:
-    """Slices of `total` samples that are cut into parts of `part` samples: each part has one sample in every 1/part."""
+def strata(total: int, part: int, step: int = 1) -> list[int]:
+    """Slices of `total` samples that are cut into parts of `part` samples: each part has one sample in every 1/part.
+
+    A part's samples are `step` apart, the parts between them being other ranks'.
+    """
     parts = total // part
-    assert parts * part == total, f"{part} does not divide {total}"
+    assert parts * part == total and parts % step == 0, f"{part} samples every {step} do not divide {total}"
     within, among = spread(part), spread(parts)
-    return [within[i % part] * parts + among[i // part] for i in range(total)]
+    block = part * step
+    return [within[i % block // step] * parts + among[i // block * step + i % step] for i in range(total)]
 
 
 def _factors(n: int) -> list[int]:

@@ -1,5 +1,7 @@
 """python -m engine.train RECIPE.yaml [key=value …] [--dry-run]: train a teacher if need be, then distil it.
 
+On several GPUs: torchrun --nproc-per-node 8 -m engine.train RECIPE.yaml [train.parallel=ddp|fsdp] [key=value …].
+
 The same command again goes on where the last one stopped, exactly. Everything is written to run_dir, which is
 runs/<name of the recipe> unless it is given.
 """
@@ -10,9 +12,11 @@ from pathlib import Path
 
 from engine.cli import run
 from engine.config import load
+from engine.errors import UserError
 from engine.job import Job
 from engine.rehearsal import dry_run, rehearse
 from engine.training.loop import Interrupted
+from engine.training.ranks import Ranks, meet, one_voice
 
 
 def main(arguments: list[str]) -> None:
@@ -21,15 +25,26 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.batch=64")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what is missing; do nothing")
     args = parser.parse_intermixed_args(arguments)
-    cfg = load(args.recipe, args.overrides)
-    if args.dry_run:
+    ranks = meet()
+    with one_voice(ranks):
+        distil(args.recipe, args.overrides, args.dry_run, ranks)
+    ranks.close()
+
+
+def distil(recipe: Path, overrides: list[str], on_paper: bool, ranks: Ranks) -> None:
+    cfg = load(recipe, overrides)
+    if ranks.count > 1 and (on_paper or cfg.rehearse):
+        raise UserError(f"--dry-run and rehearse=true are for one process, got {ranks.count}: start it without torchrun")
+    if on_paper:
         return dry_run(cfg)
     if cfg.rehearse:
         return rehearse(cfg)
     try:
-        Job(cfg).run()
+        Job(cfg, ranks=ranks).run()
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if ranks.first:
+            print(stop, file=sys.stderr)
+        ranks.close()
         sys.exit(128 + stop.signum)
 
 

@@ -266,13 +266,12 @@ def test_seeding_for_dropout_is_torchs_on_a_cpu():
 
 
 def test_the_error_that_broke_a_capture_is_the_one_told():
-    try:
+    with pytest.raises(RuntimeError, match="then") as caught:
         try:
             raise RuntimeError("first\nmore")
         finally:
             raise RuntimeError("then")
-    except RuntimeError as error:
-        assert first_line(error) == "first"
+    assert first_line(caught.value) == "first"
 
 
 def test_graphs_on_without_cuda_is_one_sentence():

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.methods.base import modules_of
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
 from engine.training import compile as switch
 from engine.training import loop
 from engine.training.compile import check_compile, compile_nets, graphs_compiled
-from engine.training.loop import Run, TrainConfig, modules_of
+from engine.training.loop import Run, TrainConfig
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CPU = torch.device("cpu")

@@ -31,6 +31,7 @@ class Order:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices [n] int64 and coins [n] bool of this window of the batch, on the device."""
         position, stop = step * self.batch + self.window.start, step * self.batch + self.window.stop
+        every = self.window.step or 1
         indices, coins = [], []
         while position < stop:  # a batch may reach over the end of an epoch, or over several of a small set
             epoch, start = divmod(position, self.n)
@@ -39,7 +40,7 @@ class Order:
             indices.append(order[start:end])
             coins.append(mirrored[start:end])
             position += end - start
-        return torch.cat(indices), torch.cat(coins)
+        return torch.cat(indices)[::every], torch.cat(coins)[::every]
 
     def _epoch(self, epoch: int) -> tuple[Tensor, Tensor]:
         """A permutation and one coin a position. The epoch before is kept too: a batch may see its end."""
@@ -56,7 +57,7 @@ class Order:
 class Stream:
     """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
 
-    batch: images of the global batch; window: this process's part of it (all by default). flips: mirror half of them.
+    batch: images of the global batch; window: this process's part of it, every so many-th image at will (all by default). flips: mirror half of them.
     A set of at most `memory` bytes is decoded once and lies on the device; batches are gathered there. From a larger
     one `workers` processes read the coming steps ahead (0: this process reads; None: as many as have a core).
     """
@@ -74,11 +75,11 @@ class Stream:
         memory: int = IN_MEMORY_BYTES,
     ):
         start, stop, stride = (window or slice(None)).indices(batch)
-        if batch < 1 or stop <= start or stride != 1:
-            raise ValueError(f"wanted a window of consecutive images of the batch, got {window} of {batch}")
+        if batch < 1 or stop <= start or stride < 1:
+            raise ValueError(f"wanted a window of images of the batch in their order, got {window} of {batch}")
         if seed < 0:
             raise ValueError(f"wanted a seed of at least 0, got {seed}")
-        self.images, self.batch, self.window = images, batch, slice(start, stop)
+        self.images, self.batch, self.window = images, batch, slice(start, stop, stride)
         self.device = torch.device(device)
         options = _Options(batch, seed, flips, self.window)
         self._order = Order(len(images), **options._asdict(), device=self.device)

@@ -8,6 +8,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -78,8 +79,7 @@ class Draws:
         return integer_at(self._stratified()[self.window], low, high) if self.stratified else self.integers(low, high)
 
     def _stratified(self) -> Tensor:
-        start, stop, _ = self.window.indices(self.total)
-        slices = torch.tensor(strata(self.total, stop - start), device=self.generator.device)
+        slices = _slices(self.total, *self.window.indices(self.total), self.generator.device)
         return (slices + torch.rand(self.total, generator=self.generator, device=self.generator.device)) / self.total
 
     def labels(self, label_dim: int) -> Tensor:
@@ -94,6 +94,12 @@ class Draws:
         return self.host.choice(options)
 
 
+@cache
+def _slices(total: int, start: int, stop: int, step: int, device: torch.device) -> Tensor:
+    """The slices of a batch as a tensor that is copied to the device once."""
+    return torch.tensor(strata(total, len(range(start, stop, step)), step), device=device)
+
+
 def integer_at(u: Tensor, low: int, high: int) -> Tensor:
     """The quantile at u in [0, 1] of uniform integers low … high, int64."""
     return (low + (u * (high - low + 1)).long()).clamp(max=high)
@@ -105,6 +111,16 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor | None
     draws: Draws
+
+
+class Alone:
+    """The other ranks of a run, as far as a method may know of them; here there are none."""
+
+    count = 1
+    together = False  # are batch statistics over all ranks' samples, and not over each micro-batch's?
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over ranks."""
 
 
 class Method:
@@ -122,6 +138,8 @@ class Method:
     notes: Sequence[str] = ()
     #: What besides the nets must survive a restart: a module's buffers and parameters, which no optimiser touches.
     state: nn.Module = nn.Module()
+    #: The other ranks, for a method with batch statistics of its own.
+    others: Alone = Alone()
 
     #: Draw the teacher's noise levels stratified (`Draws.level`)?
     stratified: bool = False
@@ -136,6 +154,21 @@ class Method:
 
     def after_step(self, name: str) -> None:
         """Called when nets[name] has been updated; for state that follows a net, such as an average of it."""
+
+
+def modules_of(method: Method) -> list[nn.Module]:
+    """Every net a method holds, trained or not, frozen views included."""
+    found: dict[int, nn.Module] = {}
+    held: list[Any] = list(vars(method).values())
+    while held:
+        one = held.pop()
+        if isinstance(one, nn.Module):
+            found[id(one)] = one
+        elif isinstance(one, list | tuple):
+            held += one
+        elif isinstance(one, dict):
+            held += one.values()
+    return list(found.values())
 
 
 def frozen(net: Net) -> Net:

@@ -16,8 +16,8 @@ Guidance is of the teacher, and in both losses; in Alg. 3 μ and the Jacobian ar
 Differs from the paper, or is not known from it: the weight w and the map S(t), a first-order choice for few steps (on a toy
 two steps hardly learn with the edm weight on Karras levels, and learn well with it on cosine ones); Λ = 1 / (sqrt(v) + eps)
 wants Adam's second moment v of the teacher's training, which published checkpoints lack, so v is measured on real data at
-the start and every `measure_every` iterations; with several ranks or micro-batches each pairs its own two halves, which is
-unbiased too; `batch` counts both halves.
+the start and every `measure_every` iterations; every micro-batch pairs its own two halves, which is unbiased too (without
+`micro_batch`: the whole batch, over all ranks, whose means of μ and v are then taken); `batch` counts both halves.
 """
 
 import math
@@ -164,11 +164,19 @@ class Instant(MomentMatching):
         y, labels, draws = jump.batch
         sigma = lognormal(draws.normal())
         x_t = add_noise(y, sigma, noise_like(y, draws))
-        for i in range(0, len(y), self.cfg.measure_batch):
-            n = slice(i, i + self.cfg.measure_batch)
+        ranks = self.others.count
+        size = max(self.cfg.measure_batch // ranks, 1) if self.others.together else self.cfg.measure_batch
+        for i in range(0, len(y), size):
+            n = slice(i, i + size)
             estimate = self.teacher.net.estimate(x_t[n], sigma[n], labels[n] if labels is not None else None)
             loss = denoise(estimate, y[n], edm_weight(sigma[n]), reduction="sum").value.mean()
-            self.state.add(self.teacher.gradient(loss))
+            gradient = self.teacher.gradient(loss)
+            if self.others.together:
+                self.others.average(gradient)
+            squares = [g.square() for g in gradient]
+            if not self.others.together:
+                self.others.average(squares)
+            self.state.add(squares, 1 if self.others.together else ranks)
 
     def student_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
         n = len(jump.z_t)
@@ -179,6 +187,8 @@ class Instant(MomentMatching):
     def matched(self, first: Jump, second: Jump) -> tuple[Tensor, Logs]:
         """L_η on the second half, along ν from the first. Logs ½ |μ|²_Λ, which falls as the student learns."""
         mu = self.moment(first)
+        if self.others.together:
+            self.others.average(mu)
         nu = [-m for m in self.state.scaled(mu)]
         x = self.guess(second)
         direction = self.teacher.derivative(nu, self.landed(second, x), second.S_s, second.labels, self.cfg.jvp)

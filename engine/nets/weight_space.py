@@ -77,12 +77,13 @@ class SecondMoment(nn.Module):
         self.decay, self.eps = decay, eps
 
     @torch.no_grad()
-    def add(self, gradient: list[Tensor]) -> None:
-        """One gradient more: a plain mean at first, then an average over about 1 / (1 - decay) of them."""
-        self.count += 1
-        share = (1 / self.count).clamp(min=1 - self.decay)
-        for v, g in zip(self.v, gradient, strict=True):
-            v.lerp_(g.square(), share)
+    def add(self, squares: list[Tensor], times: int = 1) -> None:
+        """The square of a gradient, or the mean of those of `times` gradients: a plain mean at first, then an average
+        over about 1 / (1 - decay) of them."""
+        self.count += times
+        share = (times / self.count).clamp(min=1 - self.decay**times)
+        for v, square in zip(self.v, squares, strict=True):
+            v.lerp_(square, share)
 
     def scaled(self, mu: list[Tensor]) -> list[Tensor]:
         """Λ μ."""

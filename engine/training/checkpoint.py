@@ -1,13 +1,26 @@
-"""Everything a run needs to go on as if it had never stopped, in one file that is written whole or not at all."""
+"""Everything a run needs to go on as if it had never stopped, written whole or not at all.
+
+One rank, and several with replicated nets, write one file, {step}.pt. Sharded nets are written by all ranks at once into a
+folder, {step}.dcp (torch.distributed.checkpoint, in the background), which gets its name when it is complete. Either can be
+read by any number of ranks, sharded or not. Nothing in them is executed.
+"""
 
 import os
 import pickle
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import UserError
+from engine.training.ranks import Ranks
+
+Key = tuple[Any, ...]  # where a tensor is in nested dictionaries
+Like = Callable[[Key, torch.Size], Tensor | None]  # the DTensor that a tensor shall be cut like; None: it stays whole
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -20,34 +33,186 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+    drop(folder, keep)
     return path
+
+
+class ShardedWriter:
+    """Writes folder/{step:08d}.dcp while training goes on: `save` copies the state to host memory and returns."""
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int):
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.pending: tuple[Future, Path] | None = None
+        self.group: Any = None  # of the background's own, so that its messages never meet those of the step
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Start to write; waits for the checkpoint before. All ranks call it at the same step."""
+        import torch.distributed as dist
+        from torch.distributed.checkpoint import FileSystemWriter, async_save
+
+        self.finish()
+        self.group = self.group or dist.new_group(backend="gloo")
+        path = self.folder / f"{step:08d}.dcp"
+        part = path.with_suffix(".parts")
+        tensors, rest = taken_apart({"step": step} | state)
+        if self.ranks.first:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+            part.mkdir(parents=True)
+            torch.save(rest, part / "rest.pt")
+        self.ranks.wait()
+        future = async_save(tensors, storage_writer=FileSystemWriter(str(part)), process_group=self.group)
+        assert isinstance(future, Future)
+        if self.ranks.first:  # whose part is done last: it writes the index when all have written their shards
+            future.add_done_callback(lambda done: self._name(part, path, done))
+        self.pending = future, path
+        return path
+
+    def _name(self, part: Path, path: Path, done: Future) -> None:
+        if done.exception() is None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+            drop(self.folder, self.keep)
+
+    def finish(self) -> None:
+        """Until the last checkpoint is on disk. UserError if it could not be written."""
+        if self.pending is None:
+            return
+        (future, path), self.pending = self.pending, None
+        try:
+            future.result()
+        except OSError as error:
+            raise UserError(f"cannot write checkpoint {path} ({error})") from error
+        self.ranks.wait()
+        if self.ranks.first and not path.is_dir():
+            raise UserError(f"cannot write checkpoint {path}: make room or choose another run_dir=")
+
+
+def drop(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in checkpoints(folder)[:-keep]:
+        if old.is_dir():
+            gone = old.with_suffix(".parts")
+            os.replace(old, gone)  # so that it is never half a checkpoint
+            shutil.rmtree(gone)
+        else:
+            old.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """All complete checkpoints, oldest first."""
-    return sorted(folder.glob("[0-9]*.pt"))
+    return sorted([*folder.glob("[0-9]*.pt"), *folder.glob("[0-9]*.dcp")])
 
 
-def load_newest(folder: Path, device: torch.device | str) -> dict[str, Any] | None:
-    """The newest checkpoint's state, or None if there is none. Tensors only: nothing in the file is executed."""
+def load_newest(folder: Path, device: torch.device | str, like: Like | None = None) -> dict[str, Any] | None:
+    """The newest checkpoint's state, or None if there is none. `like`: what of it is wanted as this rank's shard (a DTensor)."""
     found = checkpoints(folder)
     if not found:
         return None
     try:
-        return torch.load(found[-1], map_location=device, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if found[-1].is_dir():
+            return _load_sharded(found[-1], device, like)
+        state = torch.load(found[-1], map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         others = f", or it alone to go on from {found[-2].name}" if len(found) > 1 else ""
-        raise UserError(
-            f"checkpoint {found[-1]} cannot be read ({str(error).splitlines()[0]}): remove {folder} to start over{others}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"checkpoint {found[-1]} cannot be read ({reason}): remove {folder} to start over{others}") from error
+    return state if like is None else _cut(state, like)
+
+
+def _cut(state: dict[str, Any], like: Like) -> dict[str, Any]:
+    """A state of whole tensors with this rank's shards of them."""
+    from torch.distributed.tensor import distribute_tensor
+
+    def one(key: Key, t: Tensor) -> Tensor:
+        wanted: Any = like(key, t.shape)
+        # src_data_rank None: every rank has read the file, so it cuts its own part and sends nothing
+        return t if wanted is None else distribute_tensor(t, wanted.device_mesh, wanted.placements, src_data_rank=None)
+
+    return mapped(state, one)
+
+
+def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> dict[str, Any]:
+    """Reads what this rank needs, however many ranks wrote it."""
+    from torch.distributed.checkpoint import load
+
+    reader = _reader(path)
+    rest = torch.load(path / "rest.pt", map_location="cpu", weights_only=True)
+    described = reader.read_metadata().state_dict_metadata
+    keys: dict[str, Key] = {}
+    mapped(rest, lambda key, t: keys.setdefault("/".join(map(str, key)), key))
+    tensors: dict[str, Any] = {}
+    for name, key in keys.items():
+        size, dtype = described[name].size, described[name].properties.dtype  # type: ignore[union-attr]
+        wanted = like(key, size) if like else None
+        tensors[name] = torch.empty(size, dtype=dtype, device=device) if wanted is None else torch.empty_like(wanted, dtype=dtype)
+    load(tensors, storage_reader=reader, no_dist=True)
+    return mapped(rest, lambda key, t: tensors["/".join(map(str, key))])
+
+
+def taken_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of nested dictionaries by their joined keys, and the same dictionaries with an empty tensor for each."""
+    tensors: dict[str, Tensor] = {}
+
+    def take(key: Key, t: Tensor) -> Tensor:
+        tensors["/".join(map(str, key))] = t
+        return torch.empty(0)
+
+    rest = mapped(state, take)
+    return tensors, rest
+
+
+def mapped(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> Any:
+    """Nested dictionaries with every tensor changed; all else as it is."""
+    if isinstance(tree, dict):
+        return {name: mapped(value, change, (*key, name)) for name, value in tree.items()}
+    return change(key, tree) if isinstance(tree, Tensor) else tree
+
+
+def _reader(path: Path) -> Any:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):
+        """PyTorch's, but for its index file, which it would unpickle whatever it holds."""
+
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            with (path / ".metadata").open("rb") as file:
+                metadata = _Index(file).load()
+            return metadata
+
+    return Reader(path)
+
+
+class _Index(pickle.Unpickler):
+    """Knows the classes of an index, which only hold data, and no other."""
+
+    ALLOWED = (
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch.distributed.checkpoint.metadata" and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
 
 
 def restore(target: Any, state: dict[str, Any], what: str) -> None:
     """target.load_state_dict(state), told as a UserError when they do not fit."""
+    fitted(target.load_state_dict, state, what)
+
+
+def fitted(load: Callable[[Any], Any], state: dict[str, Any], what: str) -> None:
+    """load(state), told as a UserError when they do not fit."""
     try:
-        target.load_state_dict(state)
+        load(state)
     except (RuntimeError, ValueError, KeyError) as error:
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise UserError(

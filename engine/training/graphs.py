@@ -262,7 +262,7 @@ def split(value: Any, leaves: list[Any]) -> Hashable:
             return Tensor, value.dtype, value.device, tuple(value.shape), value.stride()
         case Draws():
             leaves.append(value)
-            return Draws, value.total, (value.window.start, value.window.stop), id(value.generator), id(value.classes)
+            return Draws, value.total, (value.window.start, value.window.stop, value.window.step), id(value.generator), id(value.classes)
         case None | bool() | int() | float() | str() | torch.dtype():
             return type(value), value
         case list() | tuple():
@@ -309,12 +309,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_graphs(mode: str, device: torch.device, where: str) -> None:
-    """UserError for a choice that does not exist, or that this device has not got."""
+def check_graphs(mode: str, device: torch.device, where: str, ranks: int = 1) -> None:
+    """UserError for a choice that does not exist, or that this device or several ranks have not got."""
     if mode not in MODES:
         raise UserError(f"{where}.graphs wants one of {', '.join(MODES)}, got {mode!r}")
     if mode == "on" and device.type != "cuda":
         raise UserError(f"{where}.graphs=on wants a CUDA device, and this run is on {device.type}: use auto or off")
+    if mode == "on" and ranks > 1:
+        raise UserError(f"{where}.graphs=on wants one process, got {ranks}: what ranks tell one another is not captured; use auto or off")
 
 
 def build_graphs(mode: str, device: torch.device, reset: Callable[[], None]) -> Graphs | None:

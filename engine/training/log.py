@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.methods.base import Logs
+from engine.training.ranks import ALONE, Ranks
 
 
 class Meter:
@@ -27,21 +28,34 @@ class Meter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def read(self) -> dict[str, float]:
-        """Means since the last read (totals for counts of non-finite samples), then starts afresh."""
-        if not self.sums:
-            return {}
-        values = torch.stack([v.reshape(()) for v in self.sums.values()]).tolist()
-        total = {name: name.endswith("/nonfinite") for name in self.sums}
-        means = {n: v if total[n] else v / self.counts[n] for n, v in zip(self.sums, values, strict=True)}
+    def read(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Means over ranks since the last read (totals for counts of non-finite samples), then starts afresh."""
+        values = dict(zip(self.sums, self._over(ranks).tolist(), strict=True))
+        means = {n: v if is_count(n) else v / self.counts[n] for n, v in values.items()}
         self.sums, self.counts = {}, {}
         return means
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+    def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
+        """The same on all ranks, and for any number of them."""
+        return {"sums": dict(zip(self.sums, self._over(ranks), strict=True)), "counts": dict(self.counts)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    def load_state_dict(self, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
+        self.sums = {n: v / ranks.count if is_count(n) else v.clone() for n, v in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+    def _over(self, ranks: Ranks) -> Tensor:
+        """The sums, averaged over ranks; counts added up."""
+        if not self.sums:
+            return torch.zeros(0)
+        values = ranks.total(torch.stack([v.reshape(()) for v in self.sums.values()]))
+        if ranks.count == 1:
+            return values
+        return torch.stack([v if is_count(n) else v / ranks.count for n, v in zip(self.sums, values, strict=True)])
+
+
+def is_count(name: str) -> bool:
+    """Is this metric a number of samples, to be added up, and not a mean?"""
+    return name.endswith("/nonfinite")
 
 
 class MetricsFile:
@@ -131,6 +145,15 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+class Silent:
+    """The progress of a rank that leaves the talking to another."""
+
+    def advance(self) -> None: ...
+    def show(self, metrics: dict[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
 def _clock(seconds: float) -> str:

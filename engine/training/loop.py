@@ -10,20 +10,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.errors import UserError
-from engine.methods.base import Batch, Draws, Method
+from engine.methods.base import Batch, Draws, Method, modules_of
 from engine.nets.shadow import give_shadows, renew_stale
 from engine.skipping.apply import Guard
-from engine.training.checkpoint import load_newest, restore, save_checkpoint
+from engine.training.checkpoint import ShardedWriter, fitted, load_newest, restore, save_checkpoint
 from engine.training.compile import cache_in, compile_nets
 from engine.training.ema import EMA, ema_decay
 from engine.training.graphs import build_graphs, seed_dropout
-from engine.training.log import Meter, MetricsFile, Progress, TensorBoard, WandB
+from engine.training.log import Meter, MetricsFile, Progress, Silent, TensorBoard, WandB
+from engine.training.memory import fitting_micro_batch
 from engine.training.optim import (
     OptimConfig,
     build_optimizer,
@@ -32,7 +34,9 @@ from engine.training.optim import (
     rates_as_tensors,
     set_learning_rate,
 )
+from engine.training.parallel import FSDPConfig, Sharded, wire
 from engine.training.profile import STEP, WAITING, Profile, span
+from engine.training.ranks import ALONE, Ranks
 from engine.training.step import Trained, iteration
 from kernels import AdamEMA
 
@@ -43,7 +47,9 @@ class TrainConfig:
 
     kimg: float = 100.0
     batch: int = 128  # images per iteration, over all micro-batches and ranks
-    micro_batch: int | None = None  # images per forward; null: the whole batch
+    micro_batch: int | str | None = None  # images per forward and rank; null: its whole share; auto: what the GPU's memory allows
+    parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (engine.training.parallel)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
     optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam (engine.training.optim); the numbers are the same
     compile: str = "off"  # off | blocks | net: torch.compile of the U-Nets; minutes of waiting, for long runs
@@ -85,27 +91,36 @@ class Run:
     """The moving parts of one stage: a method's nets with their optimisers, the EMA of its product, and the step counter."""
 
     def __init__(
-        self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None = None
-    ):
-        self.method, self.cfg, self.seed, self.device = method, cfg, seed, device
+        self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None = None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self.method, self.cfg, self.seed, self.device, self.ranks = method, cfg, seed, device, ranks
+        self.micro = cfg.micro_batch if isinstance(cfg.micro_batch, int) else None
+        self.together = self.micro is None and not (cfg.micro_batch == "auto" and device.type == "cuda")
         self.classes = None if classes is None else torch.tensor(classes, device=device)  # a student's share
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
         optim = {name: optim_config(cfg, name) for name in method.nets}
         self.optim = optim
-        self.ema = EMA(method.nets[method.product])
+        for net in method.nets.values():
+            net.train()
+        self.wired = wire(method, cfg.parallel, cfg.fsdp, ranks, device, together=self.together)
+        self.ema = EMA(self.wired[method.product].net)
         self.shadowed = give_shadows(modules_of(method)) if cfg.shadows else []
         self.trained = {
-            name: Trained(net.train(), build_optimizer(net, optim[name], cfg.optimizer, self.average(name)), optim[name].clip)
-            for name, net in method.nets.items()
-        }
+            name: Trained(
+                one.net, build_optimizer(one.net, optim[name], cfg.optimizer, self.averaged_with(name)), optim[name].clip,
+                one.accumulate, one.reduce, one.norm, one.renew,
+            )
+            for name, one in self.wired.items()
+        }  # fmt: skip
         optimizer = self.trained[method.product].optimizer
         self.compiled = compile_nets(modules_of(method), cfg.compile, device)
-        self.averages = isinstance(optimizer, AdamEMA) and self.average(method.product) is not None
+        self.averages = isinstance(optimizer, AdamEMA) and self.averaged_with(method.product) is not None
         self.meter = Meter()
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
         self.generators: list[torch.Generator] = []  # one a micro-batch, the same every iteration: graphs know them
         self.guard: Guard | None = None  # of a teacher that leaves out layers
-        self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients)
+        self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients) if ranks.count == 1 else None
         self._place_rates()
 
     def _place_rates(self) -> None:
@@ -122,10 +137,11 @@ class Run:
         """How much of this run was replayed, and what was not, and why."""
         if self.graphs is None:
             why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
+            why = f"{self.ranks.count} ranks" if self.ranks.count > 1 else why
             return {"mode": "off", "why": why}
         return self.graphs.report()
 
-    def average(self, name: str) -> torch.nn.Module | None:
+    def averaged_with(self, name: str) -> torch.nn.Module | None:
         """What AdamEMA may average within its step: the product, where one turn an iteration trains it."""
         turns = sum(turn.trains == name for turn in self.method.turns)
         return self.ema.net if name == self.method.product and turns == 1 else None
@@ -137,6 +153,27 @@ class Run:
     @property
     def kimg(self) -> float:
         return self.images_seen / 1000
+
+    @property
+    def sharded(self) -> bool:
+        return any(isinstance(one, Sharded) for one in self.wired.values())
+
+    @property
+    def window(self) -> slice:
+        """This rank's images of the batch: every ranks-th where batch statistics are over all ranks, so that any aligned part
+        of the batch is shared evenly; else consecutive ones, so that a micro-batch is the same whichever rank has it."""
+        return self._samples(0, self.cfg.batch // self.ranks.count, self.cfg.batch // self.ranks.count)
+
+    def _samples(self, start: int, stop: int, share: int) -> slice:
+        """Where this rank's images start … stop - 1 are in the batch of all ranks."""
+        ranks, rank = self.ranks.count, self.ranks.rank
+        if ranks == 1:
+            return slice(start, stop)
+        return slice(start * ranks + rank, stop * ranks, ranks) if self.together else slice(rank * share + start, rank * share + stop)
+
+    def average(self) -> torch.nn.Module:
+        """The net that is sampled and saved, the average of the product's weights. All ranks must ask for it."""
+        return self.wired[self.method.product].whole(self.ema.net)
 
     def due(self, every_kimg: float) -> bool:
         """Has the step just done crossed a multiple of `every_kimg`, or was it the last?"""
@@ -156,13 +193,13 @@ class Run:
             renew_stale(self.shadowed)
             if self.guard is not None:
                 self._guarded(self.guard, images, labels)
-            seed_dropout(self.device, mixed(self.seed, self.step, 1))
+            seed_dropout(self.device, self._dropout_seed())
             for name, one in self.trained.items():
                 set_learning_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
             if self.averages:
                 self.trained[product].optimizer.set_ema_decay(decay)  # type: ignore[attr-defined]
-            micro = self.cfg.micro_batch or len(images)
-            batches = [self._window(images, labels, start, micro) for start in range(0, len(images), micro)]
+            micro = self.micro or len(images)
+            batches = [self.micro_batch(images, labels, start, micro) for start in range(0, len(images), micro)]
             logs = iteration(self.method, self.trained, batches, self.step, self.graphs)
             self.step += 1
             averaged = self.averages and f"{product}/grad_norm" in logs  # its turn came, so its optimiser has done it
@@ -177,34 +214,42 @@ class Run:
             self.graphs.forget()
 
     def product_gradient(self, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The gradient for the product's parameters at this iteration, on its first micro-batch; changes nothing."""
-        seed_dropout(self.device, mixed(self.seed, self.step, 1))
+        """The gradient for the product's parameters at this iteration, on the ranks' first micro-batches; changes nothing."""
+        seed_dropout(self.device, self._dropout_seed())
         name = self.method.product
         parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
-        shared = self.method.begin(self._window(images, labels, 0, self.cfg.micro_batch or len(images)))
+        shared = self.method.begin(self.micro_batch(images, labels, 0, self.micro or len(images)))
         total = [torch.zeros_like(p) for p in parameters]
         for turn in self.method.turns:
             if turn.trains == name and (result := turn.loss(shared)) is not None:
                 gradients = torch.autograd.grad(result[0], parameters, materialize_grads=True)
                 total = [t + g for t, g in zip(total, gradients, strict=True)]
-        return torch.cat([t.flatten() for t in total])
+        gradient = torch.cat([t.flatten() for t in total])
+        self.ranks.average([gradient])
+        return gradient
 
-    def _window(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
-        window = slice(start, start + micro)
+    def _dropout_seed(self) -> int:
+        return mixed(self.seed, self.step, 1 + 16 * self.ranks.rank)
+
+    def micro_batch(self, images: torch.Tensor, labels: torch.Tensor | None, start: int, micro: int) -> Batch:
+        """`micro` images of this rank's share, with the randomness that is theirs."""
+        window, share = slice(start, start + micro), len(images)
         if (number := start // micro) == len(self.generators):
             self.generators.append(torch.Generator(self.device))
         generator = self.generators[number].manual_seed(mixed(self.seed, self.step, 0))
         host = random.Random(mixed(self.seed, self.step, 2))
-        draws = Draws(generator, len(images), window, host, self.classes, self.method.stratified)
+        samples = self._samples(start, min(start + micro, share), share)
+        draws = Draws(generator, share * self.ranks.count, samples, host, self.classes, self.method.stratified)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
 
     def state_dict(self) -> dict[str, Any]:
+        """All ranks must ask for it; it is the same for all, with DTensors for what is sharded."""
         return {
-            "nets": {name: net.state_dict() for name, net in self.method.nets.items()},
-            "optimizers": {name: one.optimizer.state_dict() for name, one in self.trained.items()},
-            "ema": self.ema.net.state_dict(),
+            "nets": {name: one.state(one.net) for name, one in self.wired.items()},
+            "optimizers": {n: self.wired[n].optimizer_state(one.optimizer.state_dict()) for n, one in self.trained.items()},
+            "ema": self.wired[self.method.product].state(self.ema.net),
             "method": self.method.state.state_dict(),
-            "meter": self.meter.state_dict(),
+            "meter": self.meter.state_dict(self.ranks),
             "guard": {} if self.guard is None else self.guard.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
@@ -213,17 +258,31 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if missing := self.method.nets.keys() ^ state["nets"].keys():
             raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(missing))} differ): use another run_dir=")
-        for name, net in self.method.nets.items():
-            restore(net, state["nets"][name], f"net {name!r}")
-            optimizer = self.trained[name].optimizer
-            restore(optimizer, fitting(optimizer, state["optimizers"][name]), f"optimiser of {name!r}")
+        for name, one in self.wired.items():
+            fitted(partial(one.load, one.net), state["nets"][name], f"net {name!r}")
+            optimizer, own = self.trained[name].optimizer, one.own_optimizer_state(state["optimizers"][name])
+            restore(optimizer, fitting(optimizer, own), f"optimiser of {name!r}")
+            one.renew()
         self._place_rates()
-        restore(self.ema.net, state["ema"], "EMA")
+        fitted(partial(self.wired[self.method.product].load, self.ema.net), state["ema"], "EMA")
         restore(self.method.state, state["method"], "method state")
-        self.meter.load_state_dict(state["meter"])
+        self.meter.load_state_dict(state["meter"], self.ranks)
         if self.guard is not None and state.get("guard"):
             self.guard.load_state_dict(state["guard"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+    def like(self, key: tuple[Any, ...], size: torch.Size) -> torch.Tensor | None:
+        """The DTensor that a checkpoint's tensor is to be cut like, None for what every rank has whole."""
+        match key:
+            case ("nets", net, name):
+                found = self.wired[net].like(name)
+            case ("optimizers", net, "state", number, _):
+                found = self.wired[net].like(str(number))
+            case ("ema", name):
+                found = self.wired[self.method.product].like(name)
+            case _:
+                return None
+        return found if found is not None and found.shape == size else None
 
 
 def train(
@@ -240,18 +299,26 @@ def train(
 
     Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
     """
-    cfg, kept = run.cfg, folder / "checkpoints"
-    if state := load_newest(kept, run.device):
+    cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
+    if state := load_newest(kept, run.device, run.like if run.sharded else None):
         run.load_state_dict(state)
-    writers = [MetricsFile(folder / "metrics.jsonl", run.step)]
-    writers += [TensorBoard(folder, run.step)] if log.tensorboard else []
-    writers += [WandB(folder, log.wandb)] if log.wandb else []
-    progress = Progress(title, run.total, run.step)
+    ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
+    writers: list[Any] = [MetricsFile(folder / "metrics.jsonl", run.step)] if ranks.first else []
+    writers += [TensorBoard(folder, run.step)] if log.tensorboard and ranks.first else []
+    writers += [WandB(folder, log.wandb)] if log.wandb and ranks.first else []
+    progress = Progress(title, run.total, run.step) if ranks.first else Silent()
     if state:
         progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({kept})")
 
+    if cfg.micro_batch == "auto":
+        run.micro = fitting_micro_batch(run, batch_at(run.step), progress.say)
+    sharded = ShardedWriter(kept, ranks, cfg.keep)
+
     def save() -> Path:
-        return save_checkpoint(kept, run.step, run.state_dict(), cfg.keep)
+        state = run.state_dict()
+        if run.sharded:
+            return sharded.save(run.step, state)
+        return save_checkpoint(kept, run.step, state, cfg.keep) if ranks.first else kept
 
     if run.compiled:
         cache_in(folder)
@@ -272,7 +339,7 @@ def train(
                 profile.step(progress.say)
             last = run.step == run.total
             if run.step % cfg.log_iterations == 0 or last:
-                metrics = run.meter.read()  # the only wait for the device
+                metrics = run.meter.read(ranks)  # the only wait for the device
                 check_finite(metrics, run.step, kept)
                 write(writers, progress, run, metrics, seconds_per_step=clock.lap())
             for hook in hooks:
@@ -280,12 +347,16 @@ def train(
                     with clock.stopped():
                         if metrics := hook.call(run):
                             write(writers, progress, run, metrics)
-            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or caught:
+            stop = ranks.stop(caught[0] if caught else 0)
+            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
                 clock.tick()
                 path = save()
-                if caught and not last:
+                if stop and not last:
+                    sharded.finish()
+                    ranks.wait()
                     progress.close()
-                    raise Interrupted(caught[0], path)
+                    raise Interrupted(stop, path)
+    sharded.finish()
     if run.graphs:
         progress.say(f"{title}: {run.graphs}")
     progress.close()
@@ -317,7 +388,7 @@ class Clock:
 
 
 def write(
-    writers: Sequence[Any], progress: Progress, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
+    writers: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
 ) -> None:
     line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
     if seconds_per_step:
@@ -336,21 +407,6 @@ def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
             f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; "
             f"checkpoints from before are in {kept}"
         )
-
-
-def modules_of(method: Method) -> list[torch.nn.Module]:
-    """Every net a method holds, trained or not, frozen views included."""
-    found: list[torch.nn.Module] = []
-    held: list[Any] = list(vars(method).values())
-    while held:
-        one = held.pop()
-        if isinstance(one, torch.nn.Module):
-            found.append(one)
-        elif isinstance(one, list | tuple):
-            held += one
-        elif isinstance(one, dict):
-            held += one.values()
-    return found
 
 
 def optim_config(cfg: TrainConfig, net: str) -> OptimConfig:

@@ -22,7 +22,11 @@ class Trained:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     clip: float | None
-    reduce: Callable[[Sequence[Tensor]], None] = lambda gradients: None  # average gradients over ranks
+    # What several ranks need (engine.training.parallel); one rank needs nothing.
+    accumulate: Callable[[bool], None] = lambda last: None  # before each backward: is it the last micro-batch's?
+    reduce: Callable[[nn.Module], None] = lambda net: None  # average the net's gradients over ranks
+    norm: Callable[[Sequence[Tensor]], Tensor] = torch.nn.utils.get_total_norm
+    renew: Callable[[], None] = lambda: None  # after the weights have changed
 
 
 def iteration(
@@ -57,6 +61,7 @@ def taken(method: Method, turn: Turn, trained: Trained, shared: list[Any]) -> tu
         if (result := turn.loss(one)) is None:
             continue
         (loss, log), stepped = result, True
+        trained.accumulate(one is shared[-1])
         (loss / len(shared)).backward()
         for name, value in log.items():
             key = f"{turn.trains}/{name}"
@@ -70,12 +75,13 @@ def taken(method: Method, turn: Turn, trained: Trained, shared: list[Any]) -> tu
 
 def update(trained: Trained) -> Tensor:
     """Average over ranks, clip, step, forget the gradients. Returns the gradient norm before clipping."""
+    trained.reduce(trained.net)
     parameters = [p for p in trained.net.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters]
-    trained.reduce(gradients)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = trained.norm(gradients)
     if trained.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, trained.clip, norm)
     trained.optimizer.step()
     trained.optimizer.zero_grad(set_to_none=True)
+    trained.renew()
     return norm

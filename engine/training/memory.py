@@ -1,0 +1,103 @@
+"""`micro_batch: auto`: how many images a GPU takes at once, found by trying, and what each net takes before the first image."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UserError
+from engine.methods.base import Alone, modules_of
+
+if TYPE_CHECKING:
+    from engine.training.loop import Run
+
+SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
+
+
+def fitting_micro_batch(run: "Run", images_and_labels: tuple[Tensor, Tensor | None], say: Callable[[str], None]) -> int | None:
+    """The most images of this rank's share that forward and backward of every turn have room for; None: all of them.
+
+    Weights, optimisers and all state are afterwards as before. Every rank tries the same sizes and takes what fits on all.
+    UserError if not even one image fits.
+    """
+    for line in estimate(run):
+        say(line)
+    images, labels = images_and_labels
+    if run.device.type != "cuda":
+        say(f"train.micro_batch=auto: on a {run.device.type} nothing is tried, the whole share of {len(images)} images is taken")
+        return None
+    for size in sizes(len(images)):
+        peak = run.ranks.least(-peak_memory(run, images, labels, size))
+        room = SPARE * torch.cuda.get_device_properties(run.device).total_memory
+        if peak and -peak <= room:
+            say(f"train.micro_batch=auto: {size} of {len(images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)")
+            return size
+    raise UserError("train.micro_batch=auto: not even one image fits into the GPU's memory: use train.parallel=fsdp, more GPUs or a smaller net")
+
+
+def sizes(share: int) -> Iterator[int]:
+    """Divisors of the share, largest first, about half as many every time."""
+    last = 2 * share
+    for size in range(share, 0, -1):
+        if share % size == 0 and (size <= last // 2 or size == 1):
+            yield size
+            last = size
+
+
+def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> int:
+    """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
+    kept, others = [(t, t.clone()) for t in state_of(run)], run.method.others
+    run.method.others = Alone()  # a rank without memory must not leave the others waiting
+    torch.cuda.reset_peak_memory_stats(run.device)
+    try:
+        for turn in run.method.turns:
+            shared = run.method.begin(run.micro_batch(images, labels, 0, size))
+            if (result := turn.loss(shared)) is not None:
+                result[0].backward()
+            run.forget_gradients()
+        return torch.cuda.max_memory_allocated(run.device) + to_come(run)
+    except torch.OutOfMemoryError:
+        return 0
+    finally:
+        run.method.others = others
+        run.forget_gradients()
+        with torch.no_grad():
+            for t, before in kept:
+                t.copy_(before)
+        torch.cuda.empty_cache()
+
+
+def state_of(run: "Run") -> Iterator[Tensor]:
+    """What losses may change without an optimiser: buffers, and the method's own state."""
+    modules: list[nn.Module] = [*run.method.nets.values(), run.method.state]
+    for module in modules:
+        yield from module.buffers()
+    yield from run.method.state.parameters()
+
+
+def to_come(run: "Run") -> int:
+    """Bytes of the optimiser states that are only made in the first step: two moments for every weight that trains."""
+    sizes = [p.nbytes for one in run.trained.values() if not one.optimizer.state for p in one.net.parameters() if p.requires_grad]
+    return 2 * sum(sizes)
+
+
+def estimate(run: "Run") -> list[str]:
+    """Memory before the first image, by role, in GiB of this rank."""
+    lines = []
+    for name, one in run.trained.items():
+        weights = sum(p.nbytes for p in one.net.parameters())
+        trains = sum(p.nbytes for p in one.net.parameters() if p.requires_grad)
+        average = weights if name == run.method.product else 0
+        total = weights + 3 * trains + average
+        lines.append(
+            f"memory, {name}: {gib(total)} GiB (weights {gib(weights)}, gradients {gib(trains)}, moments {gib(2 * trains)}"
+            + (f", average {gib(average)})" if average else ")")
+        )
+    own = {p.data_ptr() for one in run.trained.values() for p in one.net.parameters()}
+    fixed = {p.data_ptr(): p.nbytes for m in modules_of(run.method) for p in m.parameters() if p.data_ptr() not in own}
+    return [*lines, f"memory, frozen nets: {gib(sum(fixed.values()))} GiB"]
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

@@ -1,0 +1,292 @@
+"""The processes of one run under torchrun: how they meet, speak with one voice, wait for each other and notice a death.
+
+A process that was started alone is a world of one: every function here then does nothing and costs nothing.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.errors import UserError
+
+T = TypeVar("T")
+
+COLLECTIVE = timedelta(minutes=10)  # longest wait of one rank for the gradients of another
+PATIENCE = timedelta(hours=24)  # longest wait for what rank 0 does alone: measuring, making pairs
+BEAT, STALE = 2.0, 30.0  # seconds between signs of life, and after which a rank without one is given up
+LAST_WORDS = 5.0  # seconds that a rank with an error waits for the others, so that all end alike
+BUCKET = 1 << 25  # bytes that one all-reduce carries at most: large enough for bandwidth, small enough to overlap
+
+
+class Ranks:
+    """All processes of a run, as one of them sees them. `connect` before the first collective."""
+
+    def __init__(self, rank: int = 0, count: int = 1, store: dist.Store | None = None):
+        self.rank, self.count, self.store = rank, count, store
+        self.patient: dist.ProcessGroup | None = None
+        self._heart: Heart | None = None
+        self._asked: tuple[dist.Work, Tensor] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Is this the rank that writes and speaks?"""
+        return self.rank == 0
+
+    def connect(self, device: torch.device) -> torch.device:
+        """Open the process groups; returns this rank's own device. UserError where a backend or a GPU is missing."""
+        if self.count == 1 or self.patient is not None:
+            return self._own(device)
+        check_backends(device.type)
+        device = self._own(device)
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        self.share()
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.count, timeout=COLLECTIVE,
+            device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return device
+
+    def share(self) -> None:
+        """Start to give, and to look for, signs of life."""
+        if self.store is not None and self._heart is None:
+            self._heart = Heart(self.store.clone(), self.rank, self.count)
+
+    def _own(self, device: torch.device) -> torch.device:
+        if self.count == 1 or device.type != "cuda":
+            return device
+        here, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+        if here >= found:
+            raise UserError(f"more processes than GPUs on this machine: wanted a GPU for each, got {found}: lower --nproc-per-node")
+        torch.cuda.set_device(here)
+        return torch.device("cuda", here)
+
+    @torch.no_grad()
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over ranks, in a few large all-reduces that run while the next one is packed."""
+        if self.count == 1:
+            return
+        pending = []
+        for bucket in buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket]).div_(self.count)
+            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, work in pending:
+            work.wait()
+            parts = [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in bucket]), bucket, strict=True)]
+            torch._foreach_copy_(bucket, parts)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """work() on rank 0 while the others wait, however long. Returns its result there, None elsewhere; a UserError is everybody's."""
+        if self.count == 1:
+            return work()
+        result, told = None, ""
+        if self.first:
+            try:
+                result = work()
+            except UserError as error:
+                told = str(error)
+        if told := self.agree(told):
+            raise UserError(told)
+        return result
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value, on all ranks."""
+        if self.count == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, group=self.patient)
+        return held[0]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.count > 1:
+            dist.barrier(group=self.patient)
+
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        if self.count == 1:
+            return value
+        held = torch.tensor(value)
+        dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.patient)
+        return int(held)
+
+    def stop(self, signum: int) -> int:
+        """The signal (0: none) that any rank had got when all asked last: the same answer, at the same iteration, everywhere.
+
+        One iteration late, so that no rank ever waits for the slowest to ask; the question travels between CPUs.
+        """
+        if self.count == 1:
+            return signum
+        asked, told = torch.tensor(signum), 0
+        if self._asked is not None:
+            work, answer = self._asked
+            work.wait()
+            told = int(answer)
+        self._asked = None
+        if not told:
+            work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.patient, async_op=True)
+            assert work is not None
+            self._asked = work, asked
+        return told
+
+    def close(self) -> None:
+        """Part in peace: the others may go on without this rank's signs of life."""
+        if self._asked is not None:
+            self._asked[0].wait()
+            self._asked = None
+        if self._heart is not None:
+            self._heart.stop()
+            self._heart = None
+        if self.patient is not None:
+            dist.destroy_process_group()
+            self.patient = None
+
+
+ALONE = Ranks()
+
+
+def meet() -> Ranks:
+    """The ranks that torchrun started (or anything that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT); else ALONE."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return ALONE
+    if not dist.is_available():
+        raise UserError(f"{count} processes were started, but this PyTorch has no torch.distributed: start one, without torchrun")
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
+    return Ranks(rank, count, dist.PrefixStore("potstill", store))
+
+
+def check_backends(kind: str) -> None:
+    """UserError where PyTorch lacks what processes on such devices talk through."""
+    if not dist.is_gloo_available():
+        raise UserError("several processes want PyTorch's gloo backend, and this build has none: start one, without torchrun")
+    if kind == "cuda" and not dist.is_nccl_available():
+        raise UserError("several processes on GPUs want the NCCL backend, and this PyTorch has none: use device=cpu, or one process")
+
+
+def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in groups of one dtype of at most BUCKET bytes (or of one tensor)."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (t.dtype is not bucket[0].dtype or size + t.nbytes > BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += t.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def one_voice(ranks: Ranks) -> Iterator[None]:
+    """What ends a run ends it on all ranks, and is said once: UserErrors with exit code 2, a lost rank with 1.
+
+    Alone it lets every exception through.
+    """
+    if ranks.count == 1:
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        finish(ranks, 2, f"error: {error}")
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        finish(ranks, 1, f"error: rank {ranks.rank} lost touch with another rank, which died or hangs ({reason}); the same command "
+               "goes on from the newest checkpoint")  # fmt: skip
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Did a collective fail because of another process?"""
+    words = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "timed out waiting", "socket")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
+    """Exit with `code` when all ranks are here or LAST_WORDS seconds have passed; the first to come says the sentence.
+
+    Ranks that lose touch because another one has something to say keep silent and take over its code.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
+    assert ranks.store is not None
+    try:
+        store, deadline = ranks.store, time.monotonic() + LAST_WORDS
+        if code == 2:
+            store.set("code", "2")
+        if store.add("said", 1) == 1:
+            print(sentence, file=sys.stderr, flush=True)
+        while store.add("said", 0) < ranks.count and time.monotonic() < deadline:
+            time.sleep(0.05)
+        code = 2 if store.check(["code"]) else code
+        if not ranks.first:
+            store.add("gone", 1)
+        while ranks.first and store.add("gone", 0) < ranks.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # without torchrun it is rank 0 who holds the store
+    except (dist.DistError, RuntimeError):  # the store went with the rank that held it
+        print(sentence, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # destructors of process groups wait for the dead
+
+
+class Heart:
+    """A thread that says every few seconds that this rank lives, and ends the process when another has stopped saying so.
+
+    A rank that was killed is noticed by torchrun, one that hangs (stopped, swapping, a machine that went away) by nobody else.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, count: int):
+        self.store, self.rank, self.count = store, rank, count
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _beat(self) -> None:
+        seen = {other: (0, time.monotonic()) for other in range(self.count) if other != self.rank}
+        try:
+            while not self.ended.wait(BEAT):
+                self.store.add(f"beat/{self.rank}", 1)
+                for other in list(seen):
+                    beats, now = self.store.add(f"beat/{other}", 0), time.monotonic()
+                    if beats != seen[other][0]:
+                        seen[other] = beats, now
+                    elif self.store.check([f"left/{other}"]):
+                        del seen[other]
+                    elif now - seen[other][1] > STALE:
+                        self._give_up(other)
+            self.store.set(f"left/{self.rank}", "")
+        except (dist.DistError, RuntimeError):  # the store's process has ended; collectives will say so
+            return
+
+    def _give_up(self, other: int) -> NoReturn:
+        if self.store.add("said", 1) == 1:
+            print(
+                f"error: rank {other} has given no sign of life for {STALE:.0f} s: it died or hangs; "
+                "the same command goes on from the newest checkpoint",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        os._exit(1)

@@ -1,0 +1,192 @@
+"""What tests/test_parallel.py runs in several processes: every method on tiny U-Nets, a few iterations at a time."""
+
+import contextlib
+import os
+import pickle
+import signal
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.errors import UserError
+from engine.methods.base import frozen
+from engine.methods.dmd import DMD, DMDConfig
+from engine.methods.gdd import GDD, GDDConfig
+from engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
+from engine.methods.msd import TSM, TSMConfig
+from engine.methods.sfd import SFD, SFDConfig
+from engine.methods.sim import SIM, SIMConfig
+from engine.nets.edm import from_kwargs
+from engine.nets.features import load_features
+from engine.training import ranks as speech
+from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from engine.training.loop import Interrupted, LogConfig, Run, TrainConfig, train
+from engine.training.optim import OptimConfig
+from engine.training.ranks import Ranks, meet, one_voice
+
+BATCH, STEPS = 8, 20
+CPU = torch.device("cpu")
+SHAPE = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+
+
+def net(seed: int, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    made = from_kwargs("EDMPrecond", img_resolution=4, img_channels=1, label_dim=2, dropout=0.0, **SHAPE | kwargs)
+    with torch.no_grad():  # a fresh net's last layers are almost zero, and so would be most gradients
+        for p in made.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return made
+
+
+def dmd():
+    return DMD(DMDConfig(gan=True, gan_student=0.1, gan_fake=0.1, fake_per_student=2), net(1), net(2), net(3))
+
+
+def sim():
+    return SIM(SIMConfig(scale=1.0), net(1), net(2), net(3))
+
+
+def alternating():
+    return Alternating(MomentMatchingConfig(steps=2, weight="flat"), net(1), net(2), net(3))
+
+
+def instant():
+    return Instant(MomentMatchingConfig(variant="instant", weight="flat", measure_batch=4, measure_every=8, eps=1e-2), net(1), net(2))
+
+
+def gdd():
+    teacher = net(1)
+    torch.manual_seed(4)
+    return GDD(GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0), net(2), [load_features("teacher", frozen(teacher))])
+
+
+def sfd():
+    return SFD(SFDConfig(num_steps=[4, 5], K=2, step_condition=True), net(1), net(2))
+
+
+def tsm():
+    return TSM(TSMConfig(), net(1), net(2, model_channels=4))
+
+
+METHODS = {"dmd": dmd, "sim": sim, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
+
+
+def new_run(name: str, ranks: Ranks, parallel: str = "ddp", **settings) -> Run:
+    # Adam's eps is far above rounding: else weights without a gradient (a bias before a norm) would follow its noise
+    optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
+    cfg = TrainConfig(kimg=BATCH * STEPS / 1000, batch=BATCH, optim={"student": optim}, parallel=parallel, **settings)
+    return Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
+
+
+def advance(run: Run, steps: int) -> list[dict[str, float]]:
+    """What the log says of each of so many iterations."""
+    curve = []
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(run.step)
+        images = torch.rand(BATCH, 1, 4, 4, generator=generator) * 2 - 1
+        labels = torch.eye(2)[torch.randint(2, (BATCH,), generator=generator)]
+        run.take(images[run.window], labels[run.window])
+        curve.append(run.meter.read(run.ranks))
+    return curve
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """All trained nets and the average, whole."""
+    nets = {name: one.whole(one.net) for name, one in run.wired.items()} | {"average": run.average()}
+    return {f"{name}.{key}": t.clone() for name, one in nets.items() for key, t in one.state_dict().items()}
+
+
+def run_all(ranks: Ranks, jobs: list[tuple[str, str, dict]]) -> dict[tuple, tuple]:
+    """(curve, weights) of each job (method, parallel, settings)."""
+    found = {}
+    for name, parallel, settings in jobs:
+        run = new_run(name, ranks, parallel, **settings)
+        found[key(name, parallel, settings)] = advance(run, STEPS), weights(run)
+    return found
+
+
+def key(name: str, parallel: str, settings: dict) -> tuple:
+    return name, parallel, *sorted((k, str(v)) for k, v in settings.items())
+
+
+def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dict[str, float]], dict]:
+    """Go on from the newest checkpoint in `folder` for some steps, and leave one."""
+    run, path = new_run("dmd", ranks, parallel), Path(folder)
+    if state := load_newest(path, CPU, run.like if run.sharded else None):
+        run.load_state_dict(state)
+    curve = advance(run, steps)
+    run.meter.add({"x/loss": torch.tensor(float(ranks.rank)), "x/nonfinite": torch.tensor(1)})
+    if run.sharded:
+        writer = ShardedWriter(path, ranks, keep=2)
+        writer.save(run.step, run.state_dict())
+        writer.finish()
+    else:
+        state = run.state_dict()
+        if ranks.first:
+            save_checkpoint(path, run.step, state, keep=2)
+        ranks.wait()
+    return curve, weights(run)
+
+
+def process(rank: int, count: int, port: int, out: str, work: str, arguments: tuple, beats: tuple | None = None) -> None:
+    """One of `count` processes: does work(ranks, *arguments); rank 0 leaves the result, or any its error, in `out`."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    os.dup2(os.open(f"{out}.{rank}.stderr", os.O_WRONLY | os.O_CREAT), 2)
+    if beats:
+        speech.BEAT, speech.STALE, speech.LAST_WORDS = beats
+    try:
+        if work == "command":  # which meets the others itself
+            return command(speech.ALONE, *arguments)
+        ranks = meet()
+        ranks.connect(CPU)
+        result = globals()[work](ranks, *arguments)
+        if rank == 0:
+            Path(out).write_bytes(pickle.dumps(result))
+        ranks.close()
+    except BaseException:
+        Path(f"{out}.{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)
+
+
+def command(ranks: Ranks, *arguments: str) -> None:
+    """engine.train as every rank of torchrun calls it; `ranks` is not there yet."""
+    from engine import train
+
+    train.main(list(arguments))
+
+
+def one_refuses(ranks: Ranks) -> None:
+    """Rank 1 has something to say, the others wait for it."""
+    with one_voice(ranks):
+        if ranks.rank == 1:
+            raise UserError("only rank 1 has seen this")
+        ranks.wait()
+
+
+def one_hangs(ranks: Ranks) -> None:
+    """Rank 1 stops in the middle of everything, as a process does whose machine swaps or is gone."""
+    with one_voice(ranks):
+        ranks.wait()
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ranks.wait()
+
+
+def interrupted(ranks: Ranks, folder: str) -> list[int]:
+    """Rank 1 alone is asked to stop after iteration 5. Returns where each rank stopped."""
+    run, path = new_run("sim", ranks, "fsdp", log_iterations=2), Path(folder)
+    path.mkdir(exist_ok=True)
+
+    def batch_at(step: int) -> tuple[torch.Tensor, None]:
+        if step == 5 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.zeros(BATCH // ranks.count, 1, 1, 1), None
+
+    with contextlib.suppress(Interrupted):
+        train(run, batch_at, path, title="x", log=LogConfig(tensorboard=False))
+    steps = torch.zeros(ranks.count)
+    steps[ranks.rank] = run.step
+    return [int(s) for s in ranks.total(steps)]
