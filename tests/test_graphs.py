@@ -218,7 +218,7 @@ def test_what_cannot_be_captured_stays_eager_says_why_and_changes_nothing():
     graphs = Graphs(Taped(breaks="operation not permitted when stream is capturing"), warmup=1, say=said.append)
     eager, graphed = run_of("sim"), run_of("sim", graphs=graphs)
     for one in eager.trained.values():
-        rates_as_tensors(one.optimizer, CPU)
+        rates_as_tensors(one.optimizer)
     for step in range(4):
         eager.take(*batch(step))
         graphed.take(*batch(step))

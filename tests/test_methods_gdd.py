@@ -187,10 +187,27 @@ def test_spectral_norm():
     largest_of = torch.linalg.svdvals(conv.weight.flatten(1))[0]
     expected = torch.nn.functional.conv2d(x, conv.weight / largest_of, conv.bias)
     torch.testing.assert_close(conv(x), expected, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        conv.weight += 0.1 * torch.randn(conv.weight.shape)
     before = conv.u.clone()
-    conv.eval()(x)
-    assert torch.equal(conv.u, before)
-    (conv.train()(x).sum() + conv(x).sum()).backward()  # two calls, one backward: u and v change in between
+    conv(x)
+    assert torch.equal(conv.u, before)  # however many forwards an update has
+    for _ in range(20):
+        conv.renew()
+    assert (conv.u @ conv.weight.flatten(1) @ conv.v).item() == pytest.approx(torch.linalg.svdvals(conv.weight.flatten(1))[0].item(), rel=1e-3)
+
+
+def test_spectral_norms_follow_every_update_of_the_discriminator():
+    method = gdd(Mixture(), Waves())
+    convs = [m for m in method.discriminator.modules() if isinstance(m, SpectralConv2d)]
+    before = [conv.u.clone() for conv in convs]
+    with torch.no_grad():
+        for conv in convs:
+            conv.weight += torch.randn(conv.weight.shape)
+    method.after_step("student")
+    assert all(torch.equal(conv.u, u) for conv, u in zip(convs, before, strict=True))
+    method.after_step("discriminator")
+    assert not any(torch.equal(conv.u, u) for conv, u in zip(convs, before, strict=True) if len(u) > 1)
 
 
 def test_frozen_view_says_what_the_discriminator_says():
@@ -245,7 +262,6 @@ def test_student_gradient_by_hand(label_dim):
 def test_discriminator_gradient_by_hand(kind):
     data = Mixture()
     method, batch = gdd(data, Waves(), Waves(8), sum_over=32.0, loss=kind), batch_of(data)
-    method.discriminator.eval()  # no power iteration between the two
     found = gradients(method, "discriminator", batch)["discriminator"]
     d = draws(16)
     d.normal(2, 1, 1)  # the student's turn had these

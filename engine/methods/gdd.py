@@ -15,7 +15,7 @@ The paper's Σ_i runs over the batch of one GPU, and so fixes how L_D weighs aga
 mean, whatever the batch, the micro-batch and the number of ranks: 64 is the paper's batch per GPU, 128 on ImageNet.
 
 Differs from the paper: EDM's preconditioning, not the consistency models' with σ - 0.002, which at σ = 80 is the same to
-5e-5. Spectral norms take a power iteration in the discriminator's turns only. Samples that are not finite count as zero and
+5e-5. Spectral norms take one power iteration an update, not one a forward. Samples that are not finite count as zero and
 are reported (released code: gradients NaN -> 0). The class table of a conditional discriminator starts at random, not from
 EfficientNet features. Feature nets are a choice: by default the teacher's own encoder, which needs no download.
 Double backward: the R1 turn differentiates the feature nets twice, so they and the discriminator's heads stay uncompiled in it.
@@ -124,6 +124,10 @@ class GDD(Method):
             (slope,) = torch.autograd.grad(score, y, create_graph=True)
         penalty = slope.to(accum(slope)).square().flatten(1).sum(1).mean()
         return self.cfg.r1_every * self.cfg.r1_gamma / 2 * penalty, {"r1": penalty.detach()}
+
+    def after_step(self, name: str) -> None:
+        if name == "discriminator":
+            self.discriminator.renew_norms()
 
     def logits(self, discriminator: ProjectedDiscriminator, images: Tensor, it: Batch) -> list[Tensor]:
         """What a discriminator says of each image through each feature net: [N, L_n]."""

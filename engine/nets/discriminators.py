@@ -86,6 +86,12 @@ class ProjectedDiscriminator(nn.Module):
             logits.append(torch.cat([h(x.to(accum(x)), labels) for h, x in zip(heads, projected, strict=True)], 1))
         return logits
 
+    def renew_norms(self) -> None:
+        """To be called when the heads' weights have changed."""
+        for module in self.heads.modules():
+            if isinstance(module, SpectralConv2d):
+                module.renew()
+
 
 class Projector(nn.Module):
     """Mixes a net's maps over channels (CCM) and, from the coarsest up, over scales (CSM), by frozen random 1x1 convolutions.
@@ -172,8 +178,11 @@ class ClassVector(nn.Module):
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution whose weight, as a matrix, has largest singular value 1 (1802.05957); one power iteration per call
-    in training mode. Unlike torch's it has no hooks, and frozen views of it share u and v."""
+    """A convolution whose weight, as a matrix, has largest singular value 1 (1802.05957).
+
+    `renew` takes one power iteration, to be called once an update; torch's takes one every forward, so that micro-batches
+    and ranks would change the numbers. Frozen views of it share u and v.
+    """
 
     u: Tensor
     v: Tensor
@@ -184,16 +193,14 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("u", F.normalize(torch.randn(len(matrix)), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
         for _ in range(15):
-            self._iterate()
+            self.renew()
 
     @torch.no_grad()
-    def _iterate(self) -> None:
+    def renew(self) -> None:
         matrix = self.weight.detach().flatten(1)
         self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
         self.u.copy_(F.normalize(matrix @ self.v, dim=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self._iterate()
-        sigma = self.u.clone() @ (self.weight.flatten(1) @ self.v.clone())  # the next call changes u and v in place
+        sigma = self.u @ (self.weight.flatten(1) @ self.v)
         return F.conv2d(x, self.weight / sigma, self.bias, self.stride, self.padding)

@@ -183,11 +183,11 @@ class Remembered(nn.Module):
         if isinstance(layer, UNetBlock):
             self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **options: bool) -> Tensor:
         if self.memory.reuse:
             assert self.output is not None
             return self.output
-        y = self.layer(*inputs)
+        y = self.layer(*inputs, **options)
         self.output = y.detach() if self.needed else y.new_zeros(()).expand(y.shape)
         return y
 

@@ -8,6 +8,7 @@ read by any number of ranks, sharded or not. Nothing in them is executed.
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -145,7 +146,9 @@ def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> 
         size, dtype = described[name].size, described[name].properties.dtype  # type: ignore[union-attr]
         wanted = like(key, size) if like else None
         tensors[name] = torch.empty(size, dtype=dtype, device=device) if wanted is None else torch.empty_like(wanted, dtype=dtype)
-    load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")  # it is
+        load(tensors, storage_reader=reader, no_dist=True)
     return mapped(rest, lambda key, t: tensors["/".join(map(str, key))])
 
 
@@ -190,6 +193,7 @@ class _Index(pickle.Unpickler):
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),  # the folder it was written to
     )
 
     def find_class(self, module: str, name: str) -> Any:
