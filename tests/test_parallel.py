@@ -136,6 +136,7 @@ def test_parallel_resume_on_fewer_ranks_continues_the_curve(tmp_path, alone, mod
     found += cases.advance(run, cases.STEPS - 14)
     curve, weights = alone["dmd", None]
     for wanted, got in zip(curve, found, strict=True):
+        got = {key: value for key, value in got.items() if not key.startswith("x/")}
         assert got == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     for key, value in cases.weights(run).items():
         torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
