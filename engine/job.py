@@ -188,7 +188,7 @@ class Job:
         self.graphs[title] = run.graph_report()
         return run
 
-    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice) -> Any:
+    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice = slice(None)) -> Any:
         """This rank's images of every batch."""
         if self.images is None:
             return NoImages(len(range(*window.indices(cfg.batch))), self.device)

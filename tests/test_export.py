@@ -449,7 +449,7 @@ def test_licence_and_teacher_travel_from_the_pickle_to_the_student(tmp_path):
         cfg = load(ROOT / "configs/digits.yaml", [f"teacher.checkpoint={teacher}", f"run_dir={tmp_path / stage}"])
         job = Job(cfg, on_paper=True)
         method = types.SimpleNamespace(sampler=one_step(2.5), product="student")
-        run = types.SimpleNamespace(ema=types.SimpleNamespace(net=net_of(**kwargs)), method=method, kimg=1, seconds=1.0)
+        run = types.SimpleNamespace(average=lambda: net_of(**kwargs), method=method, kimg=1, seconds=1.0)
         teacher = tmp_path / f"{stage}.safetensors"
         job.save(run, teacher)
         assert read_metadata(teacher)["license"] == LICENSE

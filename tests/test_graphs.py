@@ -266,11 +266,14 @@ def test_seeding_for_dropout_is_torchs_on_a_cpu():
 
 
 def test_the_error_that_broke_a_capture_is_the_one_told():
-    with pytest.raises(RuntimeError, match="then") as caught:
+    def fails_twice():
         try:
             raise RuntimeError("first\nmore")
         finally:
             raise RuntimeError("then")
+
+    with pytest.raises(RuntimeError, match="then") as caught:
+        fails_twice()
     assert first_line(caught.value) == "first"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.evaluation.features import Features, load_features
-from engine.evaluation.frechet import distance
+from engine.evaluation.frechet import moments, squared_distance
 from engine.evaluation.generate import generate
 from engine.evaluation.score import Device, Images, check_fit, labels_for, reference
 from engine.sampling import Sampler
@@ -26,6 +26,7 @@ class Judge:
         """Reads all images once per features. UserError where features do not take them."""
         self.images, self.n, self.seed, self.batch, self.device = images, n, seed, batch, device
         settings = {"n": n, "seed": seed, "batch": batch, "device": device}
+        self.features = {one.title: one for one in features}
         self.references = {one.title: reference(images, one.to(device), **settings) for one in features}
 
     @property
@@ -43,7 +44,8 @@ class Judge:
         labels, _ = labels_for(net, self.images, self.n)
         seeds = range(self.seed, self.seed + self.n)
         shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
-        return {title: distance(one.metric, iter(shown)) for title, one in self.references.items()}
+        fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
+        return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}
 
 
 class Thinned:
