@@ -61,6 +61,8 @@ class Job:
         ranks.alone(lambda: prepare(cfg))
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
+        if self.images is not None:
+            self.ranks.alone(lambda: self.features)  # what has to be fetched is fetched before the training, not after it
 
     def check_method(self) -> None:
         """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""
