@@ -34,8 +34,8 @@ from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.shadow import give_shadows, shadow_of
 from engine.training.compile import compile_nets
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
+from engine.training.run import Run, TrainConfig
 from kernels import reference
 from kernels.norm_silu import plain
 

@@ -16,7 +16,7 @@ from engine.build import build_method, build_net
 from engine.config import METHOD_CONFIGS, NetConfig
 from engine.data.images import open_images
 from engine.data.sampler import Stream
-from engine.training.loop import Run, TrainConfig
+from engine.training.run import Run, TrainConfig
 
 STEPS, WARMUP = 10, 20  # both a multiple of every method's period here
 SETTINGS: dict[str, dict[str, Any]] = {

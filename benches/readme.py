@@ -4,8 +4,8 @@
     python benches/readme.py --check   fails if a section differs from its file, or holds a number that its file does not
 
 A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
-(compare.json), time (time_to_quality.json), scaling (scaling.json), gpu (no FOLDER: the newest folder of a GPU, or the
-sentence that there is none). A number is sourced if it is one in the file, in units, thousands, millions or billions (or
+(compare.json), time (time_to_quality.json), scaling (scaling.json),
+skipping (skipping.json), gpu (no FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced if it is one in the file, in units, thousands, millions or billions (or
 GiB of bytes), rounded as shown.
 """
 
@@ -169,6 +169,26 @@ def scaling(run: dict[str, Any]) -> str:
     return f"Projections, not measurements, from {run['device']} ({run['measured_by']}):\n\n{table(rows)}"
 
 
+def skipping(run: dict[str, Any]) -> str:
+    """What a lighter teacher costs and saves, by budget and by cache, and what becomes of its students."""
+    fd, walk = run["sampling"], run["trajectory"]
+    rows = [["teacher", "excess denoising loss, worst noise level", "one evaluation faster, at DMD's and SIM's levels", "SFD's walk faster", "FD-pixels of its samples"]]
+    rows.append(["full", "", "1", "1", short(fd["full"])])
+    for budget, plan in run["budgets"].items():
+        worst, speed = max(b["excess"] for b in plan["bins"]), run["teacher"][budget]
+        along = walk.get(f"plan {budget}", {}).get("speed_up")
+        rows.append([f"plan, budget {budget}", f"{worst:.4f}", f"{speed['dmd']:.2f}, {speed['sim']:.2f}", cell(along, ".2f"), short(fd[f"plan {budget}"])])
+    rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", short(fd[name])] for name in walk if name.startswith("cache")]
+    students = run["distillation"]["runs"]
+    ratios = ", ".join(f"{one['fd_ratio']:.2f}" for one in students)
+    cosine = min(c for one in students for c in one["cosine"])
+    about = f"{run['machine']['device']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, {run['parameters']:,} parameters; ratios are medians of interleaved runs"
+    return (
+        f"The digits' teacher ({about}):\n\n{table(rows)}\nDMD's students with the plan of the smallest budget against students without, by seed: "
+        f"FD ratio {ratios}; least cosine of their gradients {cosine:.3f}.\n"
+    )
+
+
 def gpu(results: Path) -> tuple[str, list[Any]]:
     """The newest comparison made on a GPU; its folder's name ends in its date."""
     found = [p for p in results.glob("*/compare.json") if not p.parent.name.startswith("cpu-")]
@@ -181,7 +201,7 @@ def gpu(results: Path) -> tuple[str, list[Any]]:
 
 KINDS = {
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
-    "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling),
+    "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
 }  # fmt: skip
 
 

@@ -33,9 +33,9 @@ from engine.skipping.plan import Plan, SkippingConfig, check_config, check_plan,
 from engine.training.checkpoint import load_newest
 from engine.training.compile import check_compile
 from engine.training.graphs import check_graphs
-from engine.training.loop import TrainConfig
 from engine.training.optim import IMPLEMENTATIONS, check_optim
 from engine.training.parallel import check_parallel, check_shares
+from engine.training.run import TrainConfig
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
 

@@ -47,7 +47,8 @@ from engine.nets.router import Router, student_folder
 from engine.nets.weights import load_net, read_metadata
 from engine.rehearsal import peak_memory, synchronize
 from engine.sampling import Sampler
-from engine.training.loop import Interrupted, Run, TrainConfig, signals
+from engine.training.loop import Interrupted, signals
+from engine.training.run import Run, TrainConfig
 
 SHOWN = 30  # pictures of each method in samples.png
 

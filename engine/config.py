@@ -27,7 +27,8 @@ from engine.methods.sfd import SFDConfig
 from engine.methods.sim import SIMConfig
 from engine.methods.teacher import EDMLoss
 from engine.skipping.plan import SkippingConfig
-from engine.training.loop import LogConfig, TrainConfig
+from engine.training.loop import LogConfig
+from engine.training.run import TrainConfig
 
 RECIPES = Path(__file__).parent.parent / "configs"
 

@@ -31,9 +31,10 @@ from engine.nets.router import MANIFEST, load_router, student_folder, write_mani
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
 from engine.sampling import Sampler, ode
 from engine.skipping.apply import Guard
-from engine.training.loop import Hook, Run, TrainConfig, train
+from engine.training.loop import Hook, train
 from engine.training.profile import Profile
 from engine.training.ranks import ALONE, Ranks
+from engine.training.run import Run, TrainConfig
 
 
 class Job:

@@ -13,7 +13,7 @@ from engine import build
 from engine.config import Config, to_yaml
 from engine.data.sampler import Stream
 from engine.nets.layers import set_checkpointing
-from engine.training.loop import Run
+from engine.training.run import Run
 
 #: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -29,7 +29,7 @@ def dry_run(cfg: Config) -> None:
     else:
         resolution, channels, label_dim = (int(s) for s in f"{build.rehearsal_data(cfg)}x0".partition(":")[2].split("x")[:3])
         with torch.device("meta"):
-            net, source = build.build_net(cfg.net, resolution, channels, label_dim), "to be trained"
+            net, source = build.build_net(cfg.net, resolution, channels, label_dim), "not there yet" if cfg.teacher.checkpoint else "to be trained"
     parameters = sum(p.numel() for p in net.parameters())
     print(f"# teacher: {parameters:,} parameters ({source})")
     with torch.device("meta"):

@@ -115,9 +115,9 @@ def _own_cache(folder: str) -> None:
 def triton_usages(names: list[str], processes: int) -> Iterator[Usage]:
     """These cases on all architectures, compiled by this many fresh processes: a compiler does not survive a fork well."""
     jobs = [(name, arch) for name in names for arch in ARCHITECTURES]
-    with tempfile.TemporaryDirectory() as folder:
-        with multiprocessing.get_context("spawn").Pool(processes, _own_cache, (folder,)) as pool:
-            yield from pool.imap(_usage_of, jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, spawn.Pool(processes, _own_cache, (folder,)) as pool:
+        yield from pool.imap(_usage_of, jobs)
 
 
 def parse_ptxas(output: str, arch: int, prefix: str) -> list[Usage]:

@@ -20,11 +20,15 @@ from engine.methods.sfd import SFD, SFDConfig
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.features import load_features
+from engine.skipping.apply import Guard, Skipping
+from engine.skipping.blocks import block_names
+from engine.skipping.plan import Plan, SkippingConfig
 from engine.training import ranks as speech
 from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
-from engine.training.loop import Interrupted, LogConfig, Run, TrainConfig, train
+from engine.training.loop import Interrupted, LogConfig, train
 from engine.training.optim import OptimConfig
 from engine.training.ranks import Ranks, meet, one_voice
+from engine.training.run import Run, TrainConfig
 
 BATCH, STEPS = 8, 20
 CPU = torch.device("cpu")
@@ -70,6 +74,16 @@ def tsm():
     return TSM(TSMConfig(), net(1), net(2, model_channels=4))
 
 
+def light():
+    """SIM with a teacher that leaves out what a made-up plan says."""
+    method, names = sim(), block_names(net(1).model)
+    affine = {name: {"a": [[0.8] * 8] * 2, "b": [[0.1] * 8] * 2} for name in names[:2]}
+    plan = Plan("", 4, [0.002, 1.0, 80.0], names, [2, 1], 0.02, affine)
+    method.teacher = Skipping(method.teacher, plan, method.teacher_level)
+    method.stratified = True
+    return method
+
+
 METHODS = {"dmd": dmd, "sim": sim, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
 
 
@@ -77,7 +91,12 @@ def new_run(name: str, ranks: Ranks, parallel: str = "ddp", **settings) -> Run:
     # Adam's eps is far above rounding: else weights without a gradient (a bias before a norm) would follow its noise
     optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
     cfg = TrainConfig(kimg=BATCH * STEPS / 1000, batch=BATCH, optim={"student": optim}, parallel=parallel, **settings)
-    return Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
+    if name != "light":
+        return Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
+    method = light()
+    run = Run(method, cfg, 0, CPU, ranks=ranks)
+    run.guard = Guard(method.teacher, SkippingConfig(guard_iterations=4, cosine=0.9), print)
+    return run
 
 
 def advance(run: Run, steps: int) -> list[dict[str, float]]:

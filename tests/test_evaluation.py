@@ -114,6 +114,17 @@ def test_correlated_features_against_scipy(n):
     assert found == pytest.approx(by_scipy(*flat), rel=1e-4)
 
 
+def test_pixels_of_large_images_are_means_of_blocks():
+    """Up to 16x16 as they are, 64x64 as means over 4x4."""
+    small, large = (torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8) for side in (16, 64))
+    assert torch.equal(Pixels()(small), small.flatten(1).double() / 127.5 - 1)
+    means = large.double().reshape(3, 3, 16, 4, 16, 4).mean((3, 5))
+    torch.testing.assert_close(Pixels()(large), means.flatten(1) / 127.5 - 1, rtol=1e-12, atol=0)
+    pixels = Pixels()
+    pixels.measure(large)
+    assert pixels.num_features == 768
+
+
 def test_streaming_equals_one_batch_and_the_reference_can_be_asked_again():
     a, b, c = (random_images(100, (1, 4, 4), i) for i in range(3))
     metric = fitted(a.split(7), Pixels())

@@ -33,7 +33,7 @@ from engine.formats import download
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import save_net
 from engine.sampling import ode, one_step
-from engine.training.loop import Run
+from engine.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16}

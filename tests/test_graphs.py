@@ -21,8 +21,8 @@ from engine.methods.msd import TSM, TSMConfig
 from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
 from engine.training.graphs import Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig, rates_as_tensors
+from engine.training.run import Run, TrainConfig
 
 CPU = torch.device("cpu")
 SETTINGS = {

@@ -11,7 +11,7 @@ from engine.diffusion.sigmas import edm_weight, grid_level
 from engine.methods.dmd import DMD, DMDConfig
 from engine.nets.discriminators import Critic, feature_shape
 from engine.nets.edm import from_kwargs
-from engine.training.loop import Run, TrainConfig
+from engine.training.run import Run, TrainConfig
 from kernels import add_noise, score_match
 
 

@@ -20,8 +20,8 @@ from engine.nets.edm import from_kwargs, without_augmentation
 from engine.nets.features import KNOWN, FeatureNet, Planned, Tap, load_features
 from engine.nets.frozen import freeze, is_frozen
 from engine.training.ema import ema_decay
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
+from engine.training.run import Run, TrainConfig
 
 NCSNPP = {
     "model_type": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard",

@@ -25,7 +25,7 @@ from engine.methods.base import Method
 from engine.methods.moment_matching import WEIGHTS, Alternating, Instant, Jump, MomentMatchingConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.weight_space import WeightSpace
-from engine.training.loop import Run, TrainConfig
+from engine.training.run import Run, TrainConfig
 
 
 def alternating(data: Mixture, **settings) -> Alternating:

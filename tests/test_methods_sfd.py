@@ -32,8 +32,8 @@ from engine.nets.layers import UNetBlock
 from engine.nets.steps import StepAffine, add_step_condition
 from engine.nets.weights import load_net, save_net
 from engine.sampling import Sampler, few_step, ode, one_step
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
+from engine.training.run import Run, TrainConfig
 
 PUBLISHED = {  # num_steps: NFE, levels, teacher timestamps and evaluations per trajectory (mm_sfd B2)
     4: (2, (80, 10.929, 0.6699, 0.006), 13, 12),

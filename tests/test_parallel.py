@@ -23,10 +23,10 @@ from engine.errors import UserError
 from engine.methods.base import modules_of
 from engine.training import ranks as speech
 from engine.training.checkpoint import checkpoints, load_newest
-from engine.training.loop import Run, TrainConfig
 from engine.training.memory import fitting_micro_batch, sizes
 from engine.training.parallel import FSDPConfig, check_shares
 from engine.training.ranks import ALONE
+from engine.training.run import Run, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.parallel
 
 # (method, parallel, settings): what several ranks do, and `ALONE_TOO` is compared with one process of these settings.
 JOBS = [(method, parallel, {}) for method in cases.METHODS for parallel in ("ddp", "fsdp")]
-MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 2})]
+MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 2, "optimizer": "adam_ema"}), ("light", "ddp", {"micro_batch": 4})]
 OPTIONS = [
     ("sim", "fsdp", {"fsdp": FSDPConfig(reshard_after_forward=False, teacher="shard")}),
     ("dmd", "fsdp", {"fsdp": FSDPConfig(replicas=2)}),

@@ -10,8 +10,9 @@ from torch.autograd import DeviceType
 
 from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
-from engine.training.loop import LogConfig, Run, TrainConfig, train
+from engine.training.loop import LogConfig, train
 from engine.training.profile import STEP, WAITING, Profile, covered, kind, shares
+from engine.training.run import Run, TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from engine.methods.sim import SIM, SIMConfig
 from engine.nets import shadow
 from engine.nets.edm import from_kwargs
 from engine.nets.shadow import give_shadows, renew_stale, shadow_of
-from engine.training.loop import Run, TrainConfig
+from engine.training.run import Run, TrainConfig
 from kernels import AdamEMA
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}

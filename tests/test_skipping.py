@@ -47,8 +47,8 @@ from engine.skipping.plan import (
 from engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
 from engine.skipping.probe import probe as probed
 from engine.strata import spread, strata
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
+from engine.training.run import Run, TrainConfig
 
 CPU = torch.device("cpu")
 SONG = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
@@ -108,6 +108,16 @@ def test_every_part_has_one_sample_in_every_slice(total, part):
     assert sorted(order) == list(range(total))
     for start in range(0, total, part):
         assert [s * part // total for s in order[start : start + part]] == spread(part)
+
+
+@pytest.mark.parametrize(("total", "part", "step"), [(8, 4, 2), (12, 3, 4), (16, 2, 2), (12, 6, 2)])
+def test_so_has_the_share_of_a_rank_that_takes_every_so_manieth_sample(total, part, step):
+    order = strata(total, part, step)
+    assert sorted(order) == list(range(total))
+    for start in range(0, total, part * step):
+        for rank in range(step):
+            share = order[start + rank : start + part * step : step]
+            assert [s * part // total for s in share] == spread(part)
 
 
 def draws(seed=0, total=16, window=slice(0, 16), stratified=True):

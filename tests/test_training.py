@@ -20,8 +20,8 @@ from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
 from engine.training.ema import EMA, ema_decay
 from engine.training.log import Meter, MetricsFile
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig, learning_rate
+from engine.training.run import Run, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

@@ -10,9 +10,9 @@ from engine.methods.base import modules_of
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
 from engine.training import compile as switch
-from engine.training import loop
+from engine.training import run as stage
 from engine.training.compile import check_compile, compile_nets, graphs_compiled
-from engine.training.loop import Run, TrainConfig
+from engine.training.run import Run, TrainConfig
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def traced(monkeypatch):
     """Everything of torch.compile but the code generator: what is a graph, and when, is decided before it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(loop, "compile_nets", lambda *given: compile_nets(*given, backend="eager"))
+    monkeypatch.setattr(stage, "compile_nets", lambda *given: compile_nets(*given, backend="eager"))
     yield
     torch._dynamo.reset()
 

@@ -8,8 +8,8 @@ from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.sim import SIM, SIMConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.shadow import shadow_of
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig, build_optimizer, chosen, fitting
+from engine.training.run import Run, TrainConfig
 from kernels import AdamEMA
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

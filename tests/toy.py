@@ -18,8 +18,8 @@ from engine.diffusion import precond
 from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from engine.methods.base import Batch, Draws, Method, Turn
 from engine.sampling import Sampler
-from engine.training.loop import Run, TrainConfig
 from engine.training.optim import OptimConfig
+from engine.training.run import Run, TrainConfig
 from kernels import Estimate
 
 

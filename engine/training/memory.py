@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.methods.base import Alone, modules_of
 
 if TYPE_CHECKING:
-    from engine.training.loop import Run
+    from engine.training.run import Run
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
 
