@@ -20,6 +20,9 @@ from engine.methods.base import Draws, Method
 from engine.methods.msd import TSM, TSMConfig
 from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
+from engine.skipping.apply import Guard, Skipping
+from engine.skipping.blocks import block_names
+from engine.skipping.plan import Plan, SkippingConfig
 from engine.training.graphs import Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
 from engine.training.optim import OptimConfig, rates_as_tensors
 from engine.training.run import Run, TrainConfig
@@ -38,6 +41,7 @@ SETTINGS = {
     },
     "sfd": {"num_steps": [4], "K": 2},
     "sfd_v": {"name": "sfd", "num_steps": [4, 5], "K": 2, "step_condition": True},
+    "light": {"name": "sim", "dropout": 0.1},
     "teacher": {},
     "tsm": {},
 }
@@ -62,9 +66,18 @@ def method_named(name: str, device=CPU) -> Method:
     if name == "tsm":
         return TSM(TSMConfig(), tiny_net(device), tiny_net(device))
     method = build_method(METHOD_CONFIGS[settings["name"]](**settings), tiny_net(device))
+    if name == "light":
+        method.teacher, method.stratified = Skipping(method.teacher, plan_for(method.teacher), method.teacher_level), True
     for net in method.nets.values():
         net.to(device)
     return method
+
+
+def plan_for(net) -> Plan:
+    """A made-up plan that leaves out three blocks, two, one and none."""
+    names = block_names(net.model)
+    affine = {name: {"a": [[0.8] * 4] * 4, "b": [[0.1] * 4] * 4} for name in names[:3]}
+    return Plan("", 8, [0.002, 0.1, 1.0, 10.0, 80.0], names, [3, 2, 1, 0], 0.02, affine)
 
 
 def run_of(name: str, device=CPU, graphs: Graphs | str = "off", **settings) -> Run:
@@ -202,6 +215,24 @@ def test_replayed_iterations_are_those_of_an_eager_run(name, micro):
     assert report["captured"] == len(graphs.backend.tapes) >= len(report["pieces"])
 
 
+def test_a_teacher_that_leaves_out_something_else_is_captured_anew():
+    """The guard, told never to be content, shrinks the plan before iterations 3 and 6."""
+    graphs = Graphs(Taped(), warmup=1)
+    eager, graphed = run_of("light"), run_of("light", graphs=graphs)
+    for one in eager.trained.values():
+        rates_as_tensors(one.optimizer)
+    for run in (eager, graphed):
+        run.guard = Guard(run.method.teacher, SkippingConfig(guard_iterations=3, cosine=2.0), lambda text: None)
+    for step in range(9):
+        with Watched():
+            eager.take(*batch(step))
+            graphed.take(*batch(step))
+    for a, b in zip(weights(eager), weights(graphed), strict=True):
+        assert torch.equal(a, b)
+    assert eager.guard.shrunk == graphed.guard.shrunk == 2
+    assert graphs.report()["captured"] == 6 and graphs.report()["stay_eager"] == []  # two turns under each of three plans
+
+
 def test_a_rate_that_is_a_number_would_be_frozen_by_a_capture():
     """What the device tensors are for; and that the tape can tell."""
     runs = run_of("teacher"), run_of("teacher", graphs=Graphs(Taped(), warmup=1))
@@ -293,6 +324,8 @@ READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "
 def test_no_iteration_reads_a_value(name, monkeypatch):
     """A read would make the host wait for a GPU. The CPU's own kernels may read their own results, and the host its schedules."""
     run = run_of(name)
+    if name == "light":
+        run.take(*BATCHES[0])  # which samples leave out what is planned once, on the host
     for read in READS:
         original = getattr(Tensor, read)
 

@@ -179,6 +179,8 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
         (["train.parallel=fsdp", "train.fsdp.replicas=3"], "train.fsdp.replicas = 3 does not divide the 2 ranks"),
         (["train.parallel=fsdp", "train.micro_batch=auto"], "train.micro_batch=auto cannot try sizes with sharded nets"),
         ([str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.micro_batch=null", "train.parallel=fsdp", "train.fsdp.teacher=shard"], "train.fsdp.teacher=shard cannot be had with method gdd"),
+        (["train.parallel=fsdp", "train.compile=net"], "train.compile=net wants whole nets, and train.parallel=fsdp cuts them at every block"),
+        (["train.parallel=fsdp", "skipping.cache=2"], "skipping compares gradients of whole nets, which train.parallel=fsdp does not have"),
         (["data.path={one}"], "2 ranks want as many images"),
         (["run_dir={file}/run"], "cannot write to run folder"),
         (["--dry-run"], "--dry-run and rehearse=true are for one process, got 2"),
