@@ -225,7 +225,7 @@ def step_of(method: str, shape: Shape, stack: Stack, device: torch.device) -> St
     made = build.build_method(METHODS[method](), net)
     for one in made.nets.values():
         one.to(device)
-    options: dict[str, Any] = {"graphs": stack.graphs} if _graph_switch() else {}
+    options: dict[str, Any] = {"graphs": "auto" if stack.graphs else "off"} if _graph_switch() else {}
     cfg = TrainConfig(
         kimg=1000, batch=shape.batch, optim={"student": OptimConfig(lr=1e-6)}, compile="net" if stack.compile else "off",
         shadows=stack.optimizer, optimizer="auto" if stack.optimizer else "torch", **options,

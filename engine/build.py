@@ -245,7 +245,8 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
             raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
         check_parallel(stage.parallel, stage.fsdp, name)
         if ranks > 1:
-            check_shares(stage.batch, micro, ranks, stage.parallel, stage.fsdp, name)
+            statistics = name == "train" and has_batch_statistics(cfg)
+            check_shares(stage.batch, micro, ranks, stage.parallel, stage.fsdp, name, statistics=statistics)
             check_fsdp(cfg, stage, name)
         if stage.log_iterations < 1 or stage.keep < 1:
             raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
@@ -265,6 +266,11 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
     check_features(cfg.eval.features)
 
 
+def has_batch_statistics(cfg: Config) -> bool:
+    """GDD's batch norms, instant moment matching's halves."""
+    return getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
+
+
 def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
     """UserError for what sharded nets cannot do."""
     if stage.parallel != "fsdp":
@@ -281,8 +287,7 @@ def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
             )
         if stage.fsdp.teacher == "shard":
             raise UserError("a teacher that leaves out layers cannot be sharded: use train.fsdp.teacher=replicate")
-    sees_weights = getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
-    if stage.fsdp.teacher == "shard" and sees_weights and name == "train":
+    if stage.fsdp.teacher == "shard" and has_batch_statistics(cfg) and name == "train":  # the same two look at weights
         raise UserError(
             f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
             f"that shards do not know: use {name}.fsdp.teacher=replicate"

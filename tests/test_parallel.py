@@ -24,7 +24,7 @@ from engine.methods.base import modules_of
 from engine.training import ranks as speech
 from engine.training.checkpoint import checkpoints, load_newest
 from engine.training.memory import fitting_micro_batch, sizes
-from engine.training.parallel import FSDPConfig, check_shares
+from engine.training.parallel import FSDPConfig, check_shares, largest_part
 from engine.training.ranks import ALONE
 from engine.training.run import Run, TrainConfig
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.parallel
 
 # (method, parallel, settings): what several ranks do, and `ALONE_TOO` is compared with one process of these settings.
 JOBS = [(method, parallel, {}) for method in cases.METHODS for parallel in ("ddp", "fsdp")]
-MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 2, "optimizer": "adam_ema"}), ("light", "ddp", {"micro_batch": 4})]
+MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 2, "optimizer": "adam_ema"}), ("light", "ddp", {"micro_batch": 4}), ("sim", "ddp", {"micro_batch": 8})]
 OPTIONS = [
     ("sim", "fsdp", {"fsdp": FSDPConfig(reshard_after_forward=False, teacher="shard")}),
     ("dmd", "fsdp", {"fsdp": FSDPConfig(replicas=2)}),
@@ -171,7 +171,7 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
     ("arguments", "words"),
     [
         (["train.batch=33"], "train.batch = 33 does not divide among 2 ranks: use 32 or 34"),
-        (["train.micro_batch=64"], "train.micro_batch = 64 does not divide the 32 images of each of 2 ranks"),
+        ([str(ROOT / "configs/digits_gdd.yaml"), "train.micro_batch=64"], "train.micro_batch = 64, over which this method takes batch statistics, does not divide the 32 images of each of 2 ranks (train.batch = 64): use 32, or null"),
         (["train.batch=1"], "2 ranks want at least as many images per iteration, got train.batch = 1"),
         (["train.parallel=zero"], "train.parallel wants one of ddp, fsdp, got 'zero'"),
         (["train.micro_batch=all"], "train.micro_batch wants a number, auto or null, got 'all'"),
@@ -231,6 +231,10 @@ def test_parallel_missing_backends(monkeypatch):
 def test_parallel_shares_that_fit_are_let_through():
     check_shares(64, 8, 4, "fsdp", FSDPConfig(replicas=2), "train")
     check_shares(64, "auto", 4, "ddp", FSDPConfig(replicas=3), "train")
+    check_shares(280, 40, 8, "ddp", FSDPConfig(), "train")  # DMD2's recipe on eight GPUs: 35 images each, in one go
+    assert [largest_part(*of) for of in ((35, 40), (140, 40), (64, 32), (7, 4))] == [35, 35, 32, 1]
+    with pytest.raises(UserError, match=r"does not divide the 35 images of each of 8 ranks .*: use 35, or null"):
+        check_shares(280, 40, 8, "ddp", FSDPConfig(), "train", statistics=True)
 
 
 def test_parallel_buckets_keep_the_order(monkeypatch):

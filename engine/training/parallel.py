@@ -61,19 +61,27 @@ def check_parallel(parallel: str, cfg: FSDPConfig, where: str) -> None:
         raise UserError(f"{where}.fsdp.replicas wants at least 1, got {cfg.replicas}")
 
 
-def check_shares(batch: int, micro: int | str | None, ranks: int, parallel: str, cfg: FSDPConfig, where: str) -> None:
-    """UserError for a batch or a mesh that this many ranks cannot share evenly."""
+def check_shares(
+    batch: int, micro: int | str | None, ranks: int, parallel: str, cfg: FSDPConfig, where: str, *, statistics: bool = False
+) -> None:
+    """UserError for a batch or a mesh that this many ranks cannot share evenly. statistics: are there any over a micro-batch?"""
     if ranks > batch:
         raise UserError(f"{ranks} ranks want at least as many images per iteration, got {where}.batch = {batch}: start fewer, or raise it")
     if batch % ranks:
         raise UserError(f"{where}.batch = {batch} does not divide among {ranks} ranks: use {batch - batch % ranks} or {batch + -batch % ranks}")
-    if isinstance(micro, int) and batch % (ranks * micro):
+    share = batch // ranks
+    if statistics and isinstance(micro, int) and share % micro:
         raise UserError(
-            f"{where}.micro_batch = {micro} does not divide the {batch // ranks} images of each of {ranks} ranks "
-            f"({where}.batch = {batch}): set {where}.micro_batch to one of its divisors, or to null"
+            f"{where}.micro_batch = {micro}, over which this method takes batch statistics, does not divide the {share} images of "
+            f"each of {ranks} ranks ({where}.batch = {batch}): use {largest_part(share, micro)}, or null for statistics over all ranks"
         )
     if parallel == "fsdp" and ranks % cfg.replicas:
         raise UserError(f"{where}.fsdp.replicas = {cfg.replicas} does not divide the {ranks} ranks")
+
+
+def largest_part(share: int, most: int) -> int:
+    """The largest divisor of `share` that is at most `most`."""
+    return max(part for part in range(1, min(share, most) + 1) if share % part == 0)
 
 
 class Wired:

@@ -30,7 +30,7 @@ from engine.training.optim import (
     rates_as_tensors,
     set_learning_rate,
 )
-from engine.training.parallel import FSDPConfig, Sharded, wire
+from engine.training.parallel import FSDPConfig, Sharded, largest_part, wire
 from engine.training.ranks import ALONE, Ranks
 from engine.training.step import Trained, iteration
 from kernels import AdamEMA
@@ -42,7 +42,7 @@ class TrainConfig:
 
     kimg: float = 100.0
     batch: int = 128  # images per iteration, over all micro-batches and ranks
-    micro_batch: int | str | None = None  # images per forward and rank; null: its whole share; auto: what the GPU's memory allows
+    micro_batch: int | str | None = None  # images per forward and rank, at most; null: its whole share; auto: what memory allows
     parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (engine.training.parallel)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
@@ -68,7 +68,7 @@ class Run:
         ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.method, self.cfg, self.seed, self.device, self.ranks = method, cfg, seed, device, ranks
-        self.micro = cfg.micro_batch if isinstance(cfg.micro_batch, int) else None
+        self.micro = largest_part(cfg.batch // ranks.count, cfg.micro_batch) if isinstance(cfg.micro_batch, int) else None
         self.together = self.micro is None and not (cfg.micro_batch == "auto" and device.type == "cuda")
         self.classes = None if classes is None else torch.tensor(classes, device=device)  # a student's share
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
