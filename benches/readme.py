@@ -4,9 +4,9 @@
     python benches/readme.py --check   fails if a section differs from its file, or holds a number that its file does not
 
 A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
-(compare.json), time (time_to_quality.json), scaling (scaling.json),
-skipping (skipping.json), gpu (no FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced if it is one in the file, in units, thousands, millions or billions (or
-GiB of bytes), rounded as shown.
+(compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), gpu (no
+FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced if it is one in the file, in
+units, thousands, millions or billions (or GiB of bytes), rounded as shown.
 """
 
 import argparse
@@ -189,6 +189,20 @@ def skipping(run: dict[str, Any]) -> str:
     )
 
 
+def ladder(run: dict[str, Any]) -> str:
+    """How many times as fast as the published style each rung is, whole steps of every method and the nets alone."""
+    cases = list(dict.fromkeys(row["case"] for row in run["rows"]))
+    rungs = [r for r in dict.fromkeys(row["rung"] for row in run["rows"]) if not r.startswith("all but")]
+    found = {(row["case"], row["rung"]): row for row in run["rows"]}
+    rows = [["", *rungs, "MB kept for backward, first and last"]]
+    for case in cases:
+        first, last = found[case, rungs[0]], found[case, rungs[-1]]
+        kept = f"{first['kept MB']:.0f}, {last['kept MB']:.0f}" if first.get("kept MB") else ""
+        rows.append([case, *(f"{found[case, rung]['of published']:.2f}" for rung in rungs), kept])
+    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
+    return f"Times as fast as the published style ({about}):\n\n{table(rows)}"
+
+
 def gpu(results: Path) -> tuple[str, list[Any]]:
     """The newest comparison made on a GPU; its folder's name ends in its date."""
     found = [p for p in results.glob("*/compare.json") if not p.parent.name.startswith("cpu-")]
@@ -202,6 +216,7 @@ def gpu(results: Path) -> tuple[str, list[Any]]:
 KINDS = {
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
+    "ladder": ("ladder.json", ladder),
 }  # fmt: skip
 
 
