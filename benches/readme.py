@@ -170,21 +170,25 @@ def scaling(run: dict[str, Any]) -> str:
 
 
 def skipping(run: dict[str, Any]) -> str:
-    """What a lighter teacher costs and saves, by budget and by cache, and what becomes of its students."""
-    fd, walk = run["sampling"], run["trajectory"]
+    """What a lighter teacher costs and saves, by budget and by cache, and what becomes of its samples and students."""
+    fd, walk = run.get("sampling", {}), run["trajectory"]
     rows = [["teacher", "excess denoising loss, worst noise level", "one evaluation faster, at DMD's and SIM's levels", "SFD's walk faster", "FD-pixels of its samples"]]
-    rows.append(["full", "", "1", "1", short(fd["full"])])
+    rows.append(["full", "", "1", "1", cell(fd.get("full"), ".2f")])
     for budget, plan in run["budgets"].items():
-        worst, speed = max(b["excess"] for b in plan["bins"]), run["teacher"][budget]
-        along = walk.get(f"plan {budget}", {}).get("speed_up")
-        rows.append([f"plan, budget {budget}", f"{worst:.4f}", f"{speed['dmd']:.2f}, {speed['sim']:.2f}", cell(along, ".2f"), short(fd[f"plan {budget}"])])
-    rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", short(fd[name])] for name in walk if name.startswith("cache")]
+        worst, speed, name = max(b["excess"] for b in plan["bins"]), run["teacher"][budget], f"plan {budget}"
+        along = walk.get(name, {}).get("speed_up")
+        rows.append([f"plan, budget {budget}", f"{worst:.4f}", f"{speed['dmd']:.2f}, {speed['sim']:.2f}", cell(along, ".2f"), cell(fd.get(name), ".2f")])
+    rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", cell(fd.get(name), ".2f")] for name in walk if name.startswith("cache")]
+    rows = rows if fd else [row[:-1] for row in rows]
+    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
+    text = f"A teacher of {run['parameters']:,} parameters ({about}; medians of interleaved runs):\n\n{table(rows)}"
+    if "distillation" not in run:
+        return text
     students = run["distillation"]["runs"]
     ratios = ", ".join(f"{one['fd_ratio']:.2f}" for one in students)
     cosine = min(c for one in students for c in one["cosine"])
-    about = f"{run['machine']['device']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, {run['parameters']:,} parameters; ratios are medians of interleaved runs"
-    return (
-        f"The digits' teacher ({about}):\n\n{table(rows)}\nDMD's students with the plan of the smallest budget against students without, by seed: "
+    return text + (
+        "\nDMD's students with the plan of the smallest budget against students without, by seed: "
         f"FD ratio {ratios}; least cosine of their gradients {cosine:.3f}.\n"
     )
 
