@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels import _norm, _norm_cpu, cuda
+from kernels import _norm, _norm_cpu, cuda, native
 from kernels._lib import INTERPRET, define
 from kernels._norm import gradients
 from kernels._norm_cpu import Norm
@@ -23,13 +23,18 @@ from kernels.estimate import accum
 
 
 def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+    if native.takes(x):
+        return native.forward(x, weight, bias, scale, shift, add, groups, eps, silu)
     return _norm_cpu.forward(x, Norm(weight, bias, scale, shift, add, groups, silu), eps)
 
 
 def _cpu_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    if native.takes(x):
+        room = [t if want else None for t, want in zip(out, (wanted[0], *wanted), strict=True)]
+        return native.backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, room), *out
     norm = Norm(weight, bias, scale, shift, add, groups, silu)
     dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
-    out = gradients(x, weight, bias, scale, shift, add, wanted)
     for t, gradient in zip(out, (*_norm_cpu.parameters(sums, norm), dadd), strict=True):
         if t.numel():
             t.copy_(gradient)
@@ -139,7 +144,8 @@ def norm_silu(
     if torch.compiler.is_exporting():  # a graph for other programs holds PyTorch's own operations
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
-    if x.device.type == "cpu" and not INTERPRET:
+    ours = native.takes(x) and not INTERPRET
+    if x.device.type == "cpu" and not INTERPRET and not ours:
         if _in_rows(x):
             return _norm_cpu.rows(x, weight, bias, groups, eps, scale, shift, add, silu)
         if _definition_is_fast(x):
@@ -147,7 +153,10 @@ def norm_silu(
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
-    return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    if ours and not torch.compiler.is_compiling():
+        return native.NormSilu.apply(x, weight, bias, groups, eps, scale, shift, add, silu)
+    return _NormSilu.apply(x, weight, bias, scale, shift, add, groups, eps, silu)
 
 
 def _in_rows(x: Tensor) -> bool:

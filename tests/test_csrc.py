@@ -281,15 +281,17 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(tmp_path):
     (tmp_path / "engine").mkdir()
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", "built"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ | {"POTSTILL_NO_CUDA": "1"}
-    )
-    assert done.stderr.count("csrc/ is not compiled, POTSTILL_NO_CUDA=1") == 1
+        command, cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | {"POTSTILL_NO_CUDA": "1", "POTSTILL_NO_CPU": "1"},
+    )  # fmt: skip
+    assert done.stderr.count("kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
+    assert done.stderr.count("kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norm_silu on CPUs runs as PyTorch's own") == 1
     assert (tmp_path / "built/lib/kernels/norm_silu.py").exists()
     assert not list(tmp_path.rglob("*.so"))
 
 
 def test_ninja_file_compiles_every_source_and_links_them(tmp_path):
-    text = FLAGS.ninja_file(tmp_path / "_cuda.so", archs=[80, 90], libraries=["torch_cpu"])
+    text = FLAGS.cuda_ninja_file(tmp_path / "_cuda.so", archs=[80, 90])
     (tmp_path / "build.ninja").write_text(text)
     dry = subprocess.run(["ninja", "-C", str(tmp_path), "-n", "-v"], capture_output=True, text=True, check=True).stdout
     assert all(dry.count(str(source)) == 1 for source in SOURCES)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from kernels import _norm, norm_silu
+from kernels import _norm, native, norm_silu
 from kernels._lib import INTERPRET
 from kernels.norm_silu import plain
 
@@ -66,7 +66,8 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def ours_everywhere(monkeypatch):
-    """Also where the public function would leave a CPU tensor to PyTorch."""
+    """Also where the public function would leave a CPU tensor to PyTorch; csrc's C++ for CPUs is tests/test_native.py's."""
+    monkeypatch.setattr(native, "_built", False)
     for shortcut in ("_in_rows", "_definition_is_fast"):
         monkeypatch.setattr(module, shortcut, lambda x: False)
 
@@ -288,7 +289,7 @@ ROWS = {name: case._replace(last=False) for name, case in CASES.items()}
 @pytest.mark.parametrize("case", ROWS.values(), ids=ROWS)
 def test_in_rows_on_average_no_worse_than_pytorch(case, dtype, monkeypatch):
     """NCHW on a CPU rounds h and dh to the dtype of x, as PyTorch does, so that the largest error of one draw is luck."""
-    monkeypatch.undo()  # back to what users get
+    monkeypatch.undo()  # back to what users get in NCHW
     taken = []
     monkeypatch.setattr(module._norm_cpu, "rows", lambda *args, rows=module._norm_cpu.rows: taken.append(1) or rows(*args))
     ours, torchs = {}, {}

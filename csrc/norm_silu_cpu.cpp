@@ -1,0 +1,321 @@
+// GroupNorm, scale and shift, SiLU on a CPU, as in kernels/norm_silu.py, for NHWC images in float32 and bfloat16.
+//
+// A task takes one sample and some whole groups: statistics, and what follows of them for each channel, are here, the loops
+// over pixels in csrc/norm_silu_loops.cpp. Sums are float32, in an order that depends on the shape alone: neither the
+// number of threads nor the other samples of a batch change a bit.
+
+#include "norm_silu_loops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+namespace potstill {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t CACHED = 1 << 16;  // values of a task: 256 KB of gradients kept between the two passes of backward
+
+// The best that this machine has, or what POTSTILL_CPU names.
+const Level& level() {
+  static const Level& chosen = [&]() -> const Level& {
+    const char* named = std::getenv("POTSTILL_CPU");
+    const std::string_view name = named ? named : "";
+    const auto takes = [&](const char* level, bool has) { return has && (name.empty() || name == level); };
+#ifdef __x86_64__
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl");
+    if (takes("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"))) return LEVEL_avx512_bf16;
+    if (takes("avx512", avx512)) return LEVEL_avx512;
+    if (takes("avx2", avx2)) return LEVEL_avx2;
+#endif
+    STD_TORCH_CHECK(takes("any", true), "wanted POTSTILL_CPU to be any or what this processor has of avx2, avx512 and ",
+                    "avx512_bf16, got ", named);
+    return LEVEL_any;
+  }();
+  return chosen;
+}
+
+// --- what is given ------------------------------------------------------------------------------------------------------
+
+template <typename F>
+void with_float_type(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) {
+    f(static_cast<float*>(nullptr));
+  } else if (dtype == ScalarType::BFloat16) {
+    f(static_cast<BFloat16*>(nullptr));
+  } else if (dtype == ScalarType::Half) {
+    f(static_cast<Half*>(nullptr));
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::Double, "norm_silu wants parameters in a floating dtype");
+    f(static_cast<double*>(nullptr));
+  }
+}
+
+// A small tensor of any floating type: parameters [C] and embeddings [N, C].
+struct Small {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t stride = 0;  // between samples
+
+  Small(const std::optional<Tensor>& t) {
+    if (!t.has_value()) return;
+    data = t->mutable_data_ptr(), dtype = t->scalar_type(), stride = t->dim() == 2 ? t->stride(0) : 0;
+  }
+
+  explicit operator bool() const { return data != nullptr; }
+
+  void read(int64_t n, int64_t first, int64_t count, float* to) const {
+    with_float_type(dtype, [&](auto* type) {
+      const auto* from = static_cast<decltype(type)>(data) + n * stride + first;
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    });
+  }
+
+  template <typename From>
+  void write(int64_t n, int64_t first, int64_t count, const From* from) const {
+    with_float_type(dtype, [&](auto* type) {
+      auto* to = static_cast<decltype(type)>(data) + n * stride + first;
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(type)>>(static_cast<float>(from[i]));
+    });
+  }
+};
+
+struct Norm {
+  Small weight, bias, scale, shift, add;
+  int64_t samples, channels, pixels, groups, taken;  // taken: groups of one task
+  double eps;
+  bool silu;
+
+  int64_t width() const { return channels / groups; }
+  int64_t tasks() const { return samples * (groups / taken); }
+};
+
+Norm norm_of(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, const std::optional<Tensor>& add, int64_t groups, double eps, bool silu) {
+  Norm norm{std::optional(weight), std::optional(bias), scale, shift, add, x.size(0), x.size(1), x.size(2) * x.size(3),
+            groups, groups, eps, silu};
+  // A task takes half the groups, or a quarter, while samples are too few for the threads or too large for the cache, and
+  // as long as it keeps whole cache lines.
+  const int64_t line = 64 / x.element_size(), threads = torch::stable::get_num_threads();
+  const auto smaller = [&] { return norm.tasks() < threads || norm.pixels * norm.taken * norm.width() > CACHED; };
+  while (smaller() && norm.taken % 2 == 0 && norm.taken / 2 * norm.width() % line == 0) norm.taken /= 2;
+  return norm;
+}
+
+// --- a task ---------------------------------------------------------------------------------------------------------------
+
+struct Task {
+  const Norm& norm;
+  Run run;
+  int64_t n = 0, first = 0;  // sample, channel
+  std::vector<float> memory, kept;
+  float *centre, *gain, *offset, *a, *b, *c;  // [channels of the task]
+
+  explicit Task(const Norm& norm) : norm(norm), run{norm.channels, norm.pixels, norm.taken * norm.width()} {
+    const int64_t padded = (run.count + W - 1) / W * W;
+    memory.resize(6 * padded);
+    float** each[] = {&centre, &gain, &offset, &a, &b, &c};
+    for (int i = 0; i < 6; ++i) *each[i] = memory.data() + i * padded;
+  }
+
+  void take(int64_t task) {
+    const int64_t parts = norm.groups / norm.taken;
+    n = task / parts;
+    first = task % parts * run.count;
+    std::fill(memory.begin(), memory.end(), 0.0f);
+    if (norm.add) norm.add.read(n, first, run.count, centre);  // what is added to x, until `affine`
+  }
+
+  int64_t image() const { return n * norm.pixels * norm.channels + first; }
+  int64_t group() const { return n * norm.groups + first / norm.width(); }
+
+  // h = (x - centre)·gain + offset
+  Affine affine(const float* mean, const float* rstd) {
+    const int64_t k = norm.width();
+    norm.weight.read(0, first, run.count, gain);
+    norm.bias.read(0, first, run.count, offset);
+    for (int64_t g = 0; g < norm.taken; ++g) {
+      for (int64_t i = g * k; i < (g + 1) * k; ++i) centre[i] = mean[g] - centre[i], gain[i] *= rstd[g];
+    }
+    if (norm.scale) {
+      norm.scale.read(n, first, run.count, c);
+      for (int64_t i = 0; i < run.count; ++i) gain[i] *= 1.0f + c[i], offset[i] *= 1.0f + c[i];
+    }
+    if (norm.shift) {
+      norm.shift.read(n, first, run.count, c);
+      for (int64_t i = 0; i < run.count; ++i) offset[i] += c[i];
+    }
+    std::fill(c, c + run.count, 0.0f);
+    return {centre, gain, offset};
+  }
+};
+
+float widened(float v) { return v; }
+float widened(bfloat16 v) { return static_cast<float>(BFloat16(v.bits, BFloat16::from_bits())); }
+
+template <typename T>
+void forward(Task& task, const Loops<T>& loops, const T* x, T* y, float* mean, float* rstd) {
+  const Norm& norm = task.norm;
+  const int64_t k = norm.width();
+  const float pixels = static_cast<float>(norm.pixels), each = 1.0f / pixels, all = each / static_cast<float>(k);
+  x += task.image(), y += task.image(), mean += task.group(), rstd += task.group();
+  loops.sums(task.run, x, task.a, task.b);
+  for (int64_t i = 0; i < task.run.count; ++i) {
+    const float off = task.a[i] * each;
+    task.b[i] = std::max(task.b[i] - task.a[i] * off, 0.0f);  // Σ (x - the channel's mean)²
+    task.a[i] = widened(x[i]) + task.centre[i] + off;         // the channel's mean
+  }
+  for (int64_t g = 0; g < norm.taken; ++g) {
+    float total = 0.0f, squares = 0.0f;
+    for (int64_t i = g * k; i < (g + 1) * k; ++i) total += task.a[i];
+    mean[g] = total / static_cast<float>(k);
+    for (int64_t i = g * k; i < (g + 1) * k; ++i) {
+      const float off = task.a[i] - mean[g];
+      squares += task.b[i] + pixels * off * off;
+    }
+    rstd[g] = 1.0f / std::sqrt(squares * all + static_cast<float>(norm.eps));
+  }
+  loops.apply(task.run, task.affine(mean, rstd), norm.silu, x, y);
+}
+
+// sums: [2, N, C], Σ dh and Σ dh·xhat.
+template <typename T>
+void backward(
+    Task& task, const Loops<T>& loops, const T* x, const T* dy, T* dx, const float* mean, const float* rstd, float* sums,
+    const Small& dadd) {
+  const Norm& norm = task.norm;
+  const int64_t k = norm.width(), image = task.image(), row = task.n * norm.channels + task.first;
+  const float pixels = static_cast<float>(norm.pixels), size = pixels * static_cast<float>(k);
+  float *dh = sums + row, *dhx = sums + norm.samples * norm.channels + row, *along = task.a, *across = task.b;
+  x += image, dy += image, dx += image, mean += task.group(), rstd += task.group();
+  const Affine affine = task.affine(mean, rstd);
+  task.kept.resize(norm.pixels * (task.memory.size() / 6));
+  loops.gradient_sums(task.run, affine, norm.silu, x, dy, task.kept.data(), task.a, task.b, task.c);
+  for (int64_t g = 0; g < norm.taken; ++g) {
+    float sum = 0.0f, product = 0.0f;
+    for (int64_t i = g * k; i < (g + 1) * k; ++i) sum += task.gain[i] * task.a[i], product += task.gain[i] * task.b[i];
+    sum /= size, product *= rstd[g] * rstd[g] / size;
+    for (int64_t i = g * k; i < (g + 1) * k; ++i) {
+      dh[i] = task.a[i], dhx[i] = task.b[i] * rstd[g];
+      task.c[i] = task.gain[i] * dh[i] - pixels * sum - product * task.c[i];  // Σ dx
+      along[i] = sum, across[i] = product;
+    }
+  }
+  if (dadd) dadd.write(task.n, task.first, task.run.count, task.c);
+  loops.gradient(task.run, affine, along, across, x, task.kept.data(), dx);
+}
+
+// --- the ops --------------------------------------------------------------------------------------------------------------
+
+// f(task) for every task, shared by PyTorch's threads.
+template <typename F>
+void each_task(const Norm& norm, F f) {
+  if (norm.tasks() == 0 || norm.pixels == 0) return;
+  torch::stable::parallel_for(0, norm.tasks(), 1, [&](int64_t begin, int64_t end) {
+    Task task(norm);
+    for (int64_t t = begin; t < end; ++t) {
+      task.take(t);
+      f(task);
+    }
+  });
+}
+
+template <typename T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// f(the loops for this dtype, a null pointer of its type)
+template <typename F>
+void with_loops(ScalarType dtype, F f) {
+  if (dtype == ScalarType::Float) {
+    f(level().float32, static_cast<float*>(nullptr));
+  } else {
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "norm_silu on a CPU wants float32 or bfloat16 images");
+    f(level().bf16, static_cast<bfloat16*>(nullptr));
+  }
+}
+
+void norm_silu(
+    Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
+    std::optional<Tensor> add, int64_t groups, double eps, bool silu, Tensor y, Tensor mean, Tensor rstd) {
+  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, eps, silu);
+  with_loops(x.scalar_type(), [&](const auto& loops, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = pointer<T>(x);
+    T* to = pointer<T>(y);
+    float *m = pointer<float>(mean), *r = pointer<float>(rstd);
+    each_task(norm, [&](Task& task) { forward(task, loops, from, to, m, r); });
+  });
+}
+
+void norm_silu_grad(
+    Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
+    std::optional<Tensor> shift, std::optional<Tensor> add, int64_t groups, bool silu, Tensor dx,
+    std::optional<Tensor> dweight, std::optional<Tensor> dbias, std::optional<Tensor> dscale,
+    std::optional<Tensor> dshift, std::optional<Tensor> dadd) {
+  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, 0.0, silu);
+  const int64_t channels = norm.channels, samples = norm.samples;
+  std::vector<float> sums(2 * samples * channels);
+  with_loops(x.scalar_type(), [&](const auto& loops, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *from = pointer<T>(x), *given = pointer<T>(dy);
+    T* to = pointer<T>(dx);
+    const float *m = pointer<float>(mean), *r = pointer<float>(rstd);
+    each_task(norm, [&, to_add = Small(dadd)](Task& task) {
+      backward(task, loops, from, given, to, m, r, sums.data(), to_add);
+    });
+  });
+  if (!dweight && !dbias && !dscale && !dshift) return;
+  std::vector<float> w(channels), b(channels), s(channels), row(channels);
+  std::vector<double> dw(channels), db(channels);  // in this, how a batch is split over processes hardly shows
+  norm.weight.read(0, 0, channels, w.data());
+  norm.bias.read(0, 0, channels, b.data());
+  for (int64_t n = 0; n < samples; ++n) {
+    const float *dh = sums.data() + n * channels, *dhx = sums.data() + (samples + n) * channels;
+    if (norm.scale) norm.scale.read(n, 0, channels, s.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      dw[c] += static_cast<double>(dhx[c]) * (1.0f + s[c]);
+      db[c] += static_cast<double>(dh[c]) * (1.0f + s[c]);
+      row[c] = dhx[c] * w[c] + dh[c] * b[c];
+    }
+    if (dscale) Small(dscale).write(n, 0, channels, row.data());
+    if (dshift) Small(dshift).write(n, 0, channels, dh);
+  }
+  if (dweight) Small(dweight).write(0, 0, channels, dw.data());
+  if (dbias) Small(dbias).write(0, 0, channels, db.data());
+}
+
+}  // namespace
+}  // namespace potstill
+
+#define GIVEN "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cpu, m) {
+  m.def("norm_silu(Tensor x, " GIVEN "float eps, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def("norm_silu_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, " GIVEN
+        "bool silu, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dscale, Tensor(e!)? dshift, "
+        "Tensor(f!)? dadd) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(potstill_cpu, CPU, m) {
+  m.impl("norm_silu", TORCH_BOX(&potstill::norm_silu));
+  m.impl("norm_silu_grad", TORCH_BOX(&potstill::norm_silu_grad));
+}
