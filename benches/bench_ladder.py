@@ -94,7 +94,7 @@ class Stack:
     tf32: bool = False
     bf16: bool = False
     sdpa: bool = False
-    norm: bool = False  # fused GroupNorm+SiLU, and NHWC where the device wants it
+    norm: bool = False  # fused GroupNorm+SiLU, and with it NHWC
     fixed: bool = False  # convolutions that do not train keep nothing
     losses: bool = False
     optimizer: bool = False  # shadow weights, fused Adam and EMA
@@ -185,8 +185,9 @@ def song(**kwargs: Any) -> dict[str, Any]:
     return {"model_type": "SongUNet", "dropout": 0.0} | kwargs
 
 
-DIGITS = Shape("digits", 8, 1, 32, 10, song(model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]))
-SMALL = Shape("cifar-small", 32, 3, 4, 0, song(model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16]))
+# On a CPU the recipes' own: the digits' net and batch, and 64 to 128 channels at 32 px in data=fast32_cpu's batch.
+DIGITS = Shape("digits", 8, 1, 64, 10, song(model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]))
+SMALL = Shape("cifar-small", 32, 3, 16, 0, song(model_channels=64, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[16]))
 CIFAR = Shape("cifar10", 32, 3, 64, 0, song(model_channels=128, channel_mult=[2, 2, 2], attn_resolutions=[16]))
 FFHQ = Shape("ffhq64", 64, 3, 64, 0, song(model_channels=128, channel_mult=[1, 2, 2, 2], attn_resolutions=[16]))
 ADM = Shape("imagenet64", 64, 3, 64, 1000, {"model_type": "DhariwalUNet", "dropout": 0.0})

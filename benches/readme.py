@@ -207,6 +207,18 @@ def ladder(run: dict[str, Any]) -> str:
     return f"Times as fast as the published style ({about}):\n\n{table(rows)}"
 
 
+def quality(run: dict[str, Any]) -> str:
+    """The published style against what is shipped, by seed: Fréchet distance and seconds."""
+    rows = [["", *(f"seed {one['seed']}" for one in run["runs"]), "mean"]]
+    for style in ("published", "shipped"):
+        rows.append([f"{style}, FD-pixels", *(f"{one[style]['fd']:.2f}" for one in run["runs"]), f"{run['fd'][style]['mean']:.2f}"])
+    for style in ("published", "shipped"):
+        taken = [one[style]["seconds"] for one in run["runs"]]
+        rows.append([f"{style}, seconds", *(f"{s:.0f}" for s in taken), f"{sum(taken) / len(taken):.0f}"])
+    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
+    return f"The digits' student in both styles, {run['kimg']:.0f},000 images each ({about}):\n\n{table(rows)}"
+
+
 def gpu(results: Path) -> tuple[str, list[Any]]:
     """The newest comparison made on a GPU; its folder's name ends in its date."""
     found = [p for p in results.glob("*/compare.json") if not p.parent.name.startswith("cpu-")]
@@ -220,7 +232,7 @@ def gpu(results: Path) -> tuple[str, list[Any]]:
 KINDS = {
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
-    "ladder": ("ladder.json", ladder),
+    "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
 }  # fmt: skip
 
 
