@@ -210,13 +210,12 @@ def ladder(run: dict[str, Any]) -> str:
 def quality(run: dict[str, Any]) -> str:
     """The published style against what is shipped, by seed: Fréchet distance and seconds."""
     rows = [["", *(f"seed {one['seed']}" for one in run["runs"]), "mean"]]
-    for style in ("published", "shipped"):
-        rows.append([f"{style}, FD-pixels", *(f"{one[style]['fd']:.2f}" for one in run["runs"]), f"{run['fd'][style]['mean']:.2f}"])
-    for style in ("published", "shipped"):
-        taken = [one[style]["seconds"] for one in run["runs"]]
-        rows.append([f"{style}, seconds", *(f"{s:.0f}" for s in taken), f"{sum(taken) / len(taken):.0f}"])
+    for key, title, form in (("fd", "FD-pixels", ".2f"), ("seconds", "seconds", ".0f")):
+        for style in ("published", "shipped"):
+            each = [format(one[style][key], form) for one in run["runs"]]
+            rows.append([f"{style}, {title}", *each, format(run[key][style]["mean"], form)])
     about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
-    return f"The digits' student in both styles, {run['kimg']:.0f},000 images each ({about}):\n\n{table(rows)}"
+    return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({about}):\n\n{table(rows)}"
 
 
 def gpu(results: Path) -> tuple[str, list[Any]]:

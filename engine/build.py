@@ -36,6 +36,7 @@ from engine.training.graphs import check_graphs
 from engine.training.optim import IMPLEMENTATIONS, check_optim
 from engine.training.parallel import check_parallel, check_shares
 from engine.training.run import TrainConfig
+from kernels import native
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
 
@@ -327,6 +328,16 @@ def set_tf32(tf32: bool | None, device: torch.device) -> str:
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
     return "float32 convolutions and products on this GPU round to TF32" if tf32 else "float32 on this GPU is IEEE's, without TF32"
+
+
+def uncompiled(device: torch.device) -> str:
+    """What of csrc/ a CPU does without, or ""."""
+    if device.type != "cpu" or native.used():
+        return ""
+    return (
+        "GroupNorm takes PyTorch's own operations here, and steps take longer: csrc/ is not compiled "
+        "(pip install -e . --no-build-isolation does where it finds a C++ compiler) or POTSTILL_BACKEND=reference"
+    )
 
 
 def precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:

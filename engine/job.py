@@ -48,8 +48,9 @@ class Job:
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.ranks, self.device = ranks, ranks.connect(build.device(cfg.device))
         self.dtype, why = build.precision(cfg.precision, self.device)
-        if note := build.set_tf32(cfg.tf32, self.device):
-            self.tell(note)
+        for note in (build.set_tf32(cfg.tf32, self.device), build.uncompiled(self.device)):
+            if note:
+                self.tell(note)
         self.images = build.build_images(cfg)
         if self.images is None and not cfg.teacher.checkpoint:
             raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")

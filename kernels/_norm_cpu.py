@@ -1,5 +1,5 @@
-"""norm_silu on CPU tensors: how it is fastest in each memory format (CPU time of one thread, 32 to 256 channels, 4 to 64
-pixels a side).
+"""norm_silu on CPU tensors that csrc's C++ does not take, in PyTorch's operations: how these are fastest in each memory format
+(CPU time of one thread, 32 to 256 channels, 4 to 64 pixels a side).
 
 NCHW: PyTorch's own GroupNorm in both directions, h computed again in between (`rows`).
 16-bit channels-last: a few samples at a time, so that every pass but the first finds them in cache. PyTorch's forward takes

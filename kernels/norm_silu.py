@@ -6,6 +6,7 @@
 Forward reads x and writes y; backward reads x and dy and writes dx; images of up to 16384 (8192) numbers per program are
 read once, larger ones twice, the second time mostly from L2. Sums are float32. Kept for backward: x itself, and mean and
 1/std [N, G]; h is computed again. Where weight and bias are frozen nothing is kept or computed for their gradients.
+CPU: the C++ of csrc/ (kernels/native.py) on NHWC images, PyTorch's operations (kernels/_norm_cpu.py) on what that does not take.
 Source of the op: arXiv 2006.11239 (DDPM's norm), arXiv 2105.05233 (ADM's scale and shift).
 """
 

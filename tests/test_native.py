@@ -11,6 +11,7 @@ import pytest
 import test_kernels_norm_silu as norm
 import torch
 
+from engine import build
 from kernels import aot, native, norm_silu
 from kernels._lib import INTERPRET
 
@@ -174,6 +175,14 @@ def test_the_backend_reference_does_without(monkeypatch):
     assert not native.takes(x)
     monkeypatch.setattr(native, "library", lambda: pytest.fail("loaded"))
     norm_silu(x, given["weight"], given["bias"], 8, 1e-5)
+
+
+def test_a_run_says_that_it_does_without(monkeypatch):
+    monkeypatch.setattr(native, "_built", False)
+    assert "csrc/ is not compiled (pip install -e . --no-build-isolation" in build.uncompiled(torch.device("cpu"))
+    assert build.uncompiled(torch.device("cuda")) == ""
+    monkeypatch.setattr(native, "_built", True)
+    assert build.uncompiled(torch.device("cpu")) == ""
 
 
 def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):

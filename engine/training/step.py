@@ -76,7 +76,8 @@ def taken(method: Method, turn: Turn, trained: Trained, shared: list[Any]) -> tu
 def update(trained: Trained) -> Tensor:
     """Average over ranks, clip, step, forget the gradients. Returns the gradient norm before clipping."""
     trained.reduce(trained.net)
-    parameters = [p for p in trained.net.parameters() if p.grad is not None]
+    # the optimiser has them in a list; net.parameters() walks the modules, a millisecond of Python a step
+    parameters = [p for group in trained.optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     norm = trained.norm(gradients)
     if trained.clip is not None:
