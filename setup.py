@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -84,6 +85,14 @@ class Build(build_ext):
             raise SystemExit(f"potstill: csrc/ does not compile (above). POTSTILL_NO_{which}=1 installs without that part.")
 
 
+class Source(sdist):
+    """A source distribution holds csrc/ whether or not it can be compiled where it is made."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        sources = {str(file) for file in Path("csrc").iterdir() if file.is_file()}
+        super().make_release_tree(base_dir, sorted({*files, *sources}))
+
+
 wanted = {
     "kernels._cpu": (why_no_cpu(), "norm_silu on CPUs runs as PyTorch's own operations", sorted(Path("csrc").glob("*.cpp"))),
     "kernels._cuda": (why_no_cuda(), "the kernels run as Triton", sorted(Path("csrc").glob("*.cu"))),
@@ -95,5 +104,5 @@ if {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
 
 setup(
     ext_modules=[Extension(name, [str(s) for s in sources]) for name, (missing, _, sources) in wanted.items() if not missing],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "sdist": Source},
 )

@@ -6,6 +6,7 @@ import pickle
 import signal
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ from engine.skipping.apply import Guard, Skipping
 from engine.skipping.blocks import block_names
 from engine.skipping.plan import Plan, SkippingConfig
 from engine.training import ranks as speech
+from engine.training import run as stage
 from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from engine.training.compile import compile_nets
 from engine.training.loop import Interrupted, LogConfig, train
 from engine.training.optim import OptimConfig
 from engine.training.ranks import Ranks, meet, one_voice
@@ -91,6 +94,11 @@ def new_run(name: str, ranks: Ranks, parallel: str = "ddp", **settings) -> Run:
     # Adam's eps is far above rounding: else weights without a gradient (a bias before a norm) would follow its noise
     optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
     cfg = TrainConfig(kimg=BATCH * STEPS / 1000, batch=BATCH, optim={"student": optim}, parallel=parallel, **settings)
+    if cfg.compile != "off":  # all of torch.compile but minutes of C++
+        with mock.patch.object(stage, "compile_nets", lambda *given: compile_nets(*given, backend="aot_eager")):
+            run = Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
+        assert run.compiled
+        return run
     if name != "light":
         return Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
     method = light()

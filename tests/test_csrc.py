@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -273,21 +274,36 @@ def test_nvcc_compiles_it_without_spills_and_with_16_byte_accesses(source, arch,
     assert not stores.endswith(": 0")
 
 
-def test_setup_says_once_what_is_missing_and_builds_pure_python(tmp_path):
+@pytest.fixture
+def checkout(tmp_path):
+    """What setup.py needs of this one."""
     for name in ("csrc", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
     (tmp_path / "engine").mkdir()
+    return tmp_path
+
+
+def test_a_source_distribution_can_build_itself(checkout):
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True, env=os.environ | {"POTSTILL_NO_CPU": "1"})
+    (archive,) = (checkout / "dist").iterdir()
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert names >= {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir() if file.is_file()}
+
+
+def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", "built"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=True,
+        command, cwd=checkout, capture_output=True, text=True, check=True,
         env=os.environ | {"POTSTILL_NO_CUDA": "1", "POTSTILL_NO_CPU": "1"},
     )  # fmt: skip
     assert done.stderr.count("kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
     assert done.stderr.count("kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norm_silu on CPUs runs as PyTorch's own") == 1
-    assert (tmp_path / "built/lib/kernels/norm_silu.py").exists()
-    assert not list(tmp_path.rglob("*.so"))
+    assert (checkout / "built/lib/kernels/norm_silu.py").exists()
+    assert not list(checkout.rglob("*.so"))
 
 
 def test_ninja_file_compiles_every_source_and_links_them(tmp_path):

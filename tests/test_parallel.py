@@ -35,6 +35,7 @@ pytestmark = pytest.mark.parallel
 # (method, parallel, settings): what several ranks do, compared with one process of these settings.
 JOBS = [(method, parallel, {}) for method in cases.METHODS for parallel in ("ddp", "fsdp")]
 MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 1, "optimizer": "adam_ema"}), ("light", "ddp", {"micro_batch": 4}), ("sim", "ddp", {"micro_batch": 8})]
+COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"})]
 OPTIONS = [
     ("sim", "fsdp", {"fsdp": FSDPConfig(reshard_after_forward=False, teacher="shard")}),
     ("dmd", "fsdp", {"fsdp": FSDPConfig(replicas=2)}),
@@ -98,7 +99,7 @@ def several(tmp_path_factory):
 
 
 def jobs(count: int) -> list[tuple[str, str, dict]]:
-    return JOBS + (MICRO if count == 2 else OPTIONS)
+    return JOBS + (MICRO + COMPILED if count == 2 else OPTIONS)
 
 
 @pytest.mark.parametrize(
