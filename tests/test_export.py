@@ -298,6 +298,19 @@ def test_the_pipeline_samples_as_we_do(walk, tmp_path, stubbed):
         pipe(seeds=seeds, class_labels=[0, 1, 3])
 
 
+@pytest.mark.parametrize(("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u")])
+def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tmp_path, stubbed):
+    precond, kwargs = KINDS[kind]
+    net = net_of(precond, **kwargs)
+    unet = stubbed(export(run_folder(tmp_path / "run", net, one_step(2.5)), "diffusers", tmp_path / "out")).unet
+    exact = unet.get_buffer(where).clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    for rounded in (unet.to(torch.bfloat16), unet.half()):
+        assert rounded.get_buffer(where).dtype == torch.float32
+        assert torch.equal(rounded.get_buffer(where), exact)
+        assert next(rounded.parameters()).dtype != torch.float32
+
+
 @pytest.mark.parametrize("kwargs", [SONG, ADM], ids=["ddpm++", "adm"])
 def test_a_student_that_knows_of_steps_is_sampled_with_several_numbers(kwargs, tmp_path, stubbed):
     net = add_step_condition(net_of(**kwargs))

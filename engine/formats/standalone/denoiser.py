@@ -7,6 +7,7 @@ diffusers runs this file anew for every pipeline, in the same module: nothing he
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,26 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 
-class Denoiser(ModelMixin, ConfigMixin):
+class Exact:
+    """A module whose buffer `exact` stays float32 when the rest is rounded to 16 bits: frequencies and levels are no weights."""
+
+    exact = ""
+
+    def _apply(self, fn, recurse=True):
+        before = getattr(self, self.exact, None)
+        super()._apply(fn, recurse)
+        after = getattr(self, self.exact, None)
+        if before is not None and after.dtype != before.dtype and not before.is_meta:
+            setattr(self, self.exact, before.to(after.device))
+        return self
+
+
+class Denoiser(Exact, ModelMixin, ConfigMixin):
     """D(x; sigma, class_labels) for images [N, C, H, W] in [-1, 1]; `net` holds EDM's keyword arguments."""
 
-    _keep_in_fp32_modules = ["map_noise", "u"]  # noqa: RUF012 (diffusers' name and form)
+    exact = "u"
+    # For loading with accelerate, which rounds on the way in; without it diffusers refuses the list, and rounds by `_apply`.
+    _keep_in_fp32_modules = ["map_noise", "u"] if find_spec("accelerate") else None
 
     @register_to_config
     def __init__(self, precond: str, net: dict):
@@ -104,8 +121,10 @@ def norm(channels, eps):
     return nn.GroupNorm(min(32, channels // 4), channels, eps)
 
 
-class Waves(nn.Module):
+class Waves(Exact, nn.Module):
     """cos and sin of a number: at geometric frequencies, or at random ones that are stored with the weights."""
+
+    exact = "freqs"
 
     def __init__(self, channels, endpoint=False, fourier=False):
         super().__init__()
