@@ -342,6 +342,10 @@ def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
         net = net_of(**SONG)
         export(run_folder(tmp_path / f"run-{name}", net, walk), "diffusers", tmp_path / name)
         torch.save(expected(net, walk, range(4)), tmp_path / f"{name}.pt")
+    precond, kwargs = KINDS["ncsn++"]
+    waves = net_of(precond, **kwargs)
+    export(run_folder(tmp_path / "run-waves", waves, one_step(2.5)), "diffusers", tmp_path / "waves")
+    torch.save(waves.model.map_noise.freqs, tmp_path / "freqs.pt")
     code = """if True:
         import sys, torch
         from diffusers import DiffusionPipeline
@@ -349,6 +353,10 @@ def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
         for name, pipe in pipes.items():
             found = pipe(seeds=range(4), output_type="raw").images
             assert (found - torch.load(f"{name}.pt")).abs().max() <= 1e-5
+        given = {"custom_pipeline": "waves", "trust_remote_code": True, "torch_dtype": torch.bfloat16}
+        unet = DiffusionPipeline.from_pretrained("waves", **given).unet
+        assert unet.dtype == torch.bfloat16
+        assert torch.equal(unet.model.map_noise.freqs, torch.load("freqs.pt"))  # not rounded
         assert not {"engine", "kernels"} & set(sys.modules)
     """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -34,8 +34,10 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
     """D(x; sigma, class_labels) for images [N, C, H, W] in [-1, 1]; `net` holds EDM's keyword arguments."""
 
     exact = "u"
-    # For loading with accelerate, which rounds on the way in; without it diffusers refuses the list, and rounds by `_apply`.
+    # With accelerate diffusers rounds on the way in, but for these. Without, it refuses the list and builds everything in 16
+    # bits, but for what says float32; then it copies, or, where the first tensor's dtype is the file's, takes all as they are.
     _keep_in_fp32_modules = ["map_noise", "u"] if find_spec("accelerate") else None
+    _supports_param_buffer_assignment = False
 
     @register_to_config
     def __init__(self, precond: str, net: dict):
@@ -49,7 +51,7 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
         out = self.img_channels * (2 if precond == "iDDPMPrecond" else 1)
         self.model = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}[kind](self.img_channels, out, **net)
         if precond == "iDDPMPrecond":
-            self.register_buffer("u", torch.zeros(int(self.scheme["M"]) + 1))
+            self.register_buffer("u", torch.zeros(int(self.scheme["M"]) + 1, dtype=torch.float32))
 
     def forward(self, x, sigma, class_labels=None, steps=None):
         """D [N, C, H, W] float32. class_labels [N, label_dim]; steps: the number of levels, for nets that want to know it."""
@@ -129,7 +131,7 @@ class Waves(Exact, nn.Module):
     def __init__(self, channels, endpoint=False, fourier=False):
         super().__init__()
         self.half, self.last = channels // 2, channels // 2 - int(endpoint)
-        self.register_buffer("freqs", torch.zeros(channels // 2) if fourier else None)
+        self.register_buffer("freqs", torch.zeros(channels // 2, dtype=torch.float32) if fourier else None)
 
     def forward(self, x):
         exponents = torch.arange(self.half, dtype=torch.float32, device=x.device) / self.last
