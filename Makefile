@@ -11,7 +11,7 @@ demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one ste
 
 # One thread a worker: the nets of the tests are too small for more, and threads that share a core wait for each other.
 test: $(STAMP)  ## every test that needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)  ## the benches this machine can run
 	$(RUN) -m pytest benches --benchmark -q

@@ -5,6 +5,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
+    # The longest file first: with --no-loadscope-reorder the other worker takes all the rest meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("parallel") is None)
     if torch.cuda.is_available():
         return
     for item in items:
