@@ -2,8 +2,9 @@
 
     kernels.cuda.set_backend("cuda")            # for the process; or POTSTILL_BACKEND=cuda in the environment
 
-`auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA). CPU tensors always take
-the definition. The C++ is optional: setup.py builds it where it finds nvcc and a PyTorch with CUDA.
+`auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA). CPU tensors take the
+definition, and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is optional: setup.py
+builds it where it finds nvcc and a PyTorch with CUDA.
 """
 
 import os
