@@ -4,9 +4,9 @@
     python benches/readme.py --check   fails if a section differs from its file, or holds a number that its file does not
 
 A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
-(compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), gpu (no
-FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced if it is one in the file, in
-units, thousands, millions or billions (or GiB of bytes), rounded as shown.
+(compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
+(ladder_quality.json), gpu (no FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced
+if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.
 """
 
 import argparse

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from kernels import cuda
 
@@ -29,7 +27,7 @@ def used() -> bool:
 def takes(x: Tensor) -> bool:
     """Does norm_silu of x run in it?"""
     fits = x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
-    return fits and x.device.type == "cpu" and used()
+    return fits and x.numel() > 0 and x.device.type == "cpu" and used()
 
 
 @cache
@@ -63,28 +61,3 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, o
     dx = torch.empty_like(x)
     library().norm_silu_grad(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, *out)
     return dx
-
-
-class NormSilu(Function):
-    """norm_silu outside of compiled code: no dispatcher between autograd and the loops."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, scale, shift, add, silu):
-        y, mean, rstd = forward(x, weight, bias, scale, shift, add, groups, eps, silu)
-        ctx.save_for_backward(x, mean, rstd, weight, bias, scale, shift, add)
-        ctx.groups, ctx.silu = groups, silu
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, mean, rstd, *given = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)  # .sum() sends a stride-0 gradient
-        needs = ctx.needs_input_grad
-        out = [
-            torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
-            for t, needed in zip(given, (*needs[1:3], *needs[5:8]), strict=True)
-        ]
-        dx = backward(dy, x, mean, rstd, *given, ctx.groups, ctx.silu, out)
-        dweight, dbias, dscale, dshift, dadd = out
-        return dx, dweight, dbias, None, None, dscale, dshift, dadd, None

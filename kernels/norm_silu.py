@@ -145,8 +145,7 @@ def norm_silu(
     if torch.compiler.is_exporting():  # a graph for other programs holds PyTorch's own operations
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
-    ours = native.takes(x) and not INTERPRET
-    if x.device.type == "cpu" and not INTERPRET and not ours:
+    if x.device.type == "cpu" and not INTERPRET and not native.takes(x):
         if _in_rows(x):
             return _norm_cpu.rows(x, weight, bias, groups, eps, scale, shift, add, silu)
         if _definition_is_fast(x):
@@ -154,10 +153,7 @@ def norm_silu(
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
-    weight, bias = weight.contiguous(), bias.contiguous()
-    if ours and not torch.compiler.is_compiling():
-        return native.NormSilu.apply(x, weight, bias, groups, eps, scale, shift, add, silu)
-    return _NormSilu.apply(x, weight, bias, scale, shift, add, groups, eps, silu)
+    return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
 
 
 def _in_rows(x: Tensor) -> bool:
