@@ -33,6 +33,7 @@ from engine.methods.sim import SIMConfig
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.shadow import give_shadows, shadow_of
+from engine.rehearsal import mfu
 from engine.training.compile import compile_nets
 from engine.training.optim import OptimConfig
 from engine.training.run import Run, TrainConfig
@@ -102,9 +103,9 @@ class Stack:
     graphs: bool = False
 
 
-def available(device: torch.device, compiled: bool) -> tuple[list[str], list[str]]:
+def available(place: harness.Place, compiled: bool) -> tuple[list[str], list[str]]:
     """The rungs of this tree on this device in order, and why others are not among them."""
-    on_gpu, there = device.type == "cuda", dict.fromkeys(Stack.__dataclass_fields__, True)
+    on_gpu, there = place.device.type == "cuda", dict.fromkeys(Stack.__dataclass_fields__, True)
     why = []
     absent = {
         "tf32": not on_gpu and "a CPU has no TF32",
@@ -276,22 +277,19 @@ def net_of(use: str, shape: Shape, stack: Stack, device: torch.device) -> Step:
 
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
-#: Dense bfloat16 FLOP/s of the tensor cores, by what the device's name holds (vendor's data sheets).
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
-
-def interleaved(steps: dict[str, Callable[[], None]], device: torch.device, budget: float) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Callable[[], None]], place: harness.Place, budget: float) -> dict[str, list[float]]:
     """Seconds of each, round by round; about `budget` seconds altogether, at least three rounds."""
 
     def clock(step: Callable[[], None]) -> float:
-        _wait(device)
+        harness.wait(place)
         start = time.perf_counter()
         step()
-        _wait(device)
+        harness.wait(place)
         return time.perf_counter() - start
 
     for step in steps.values():  # warm-up: compilation, caches, optimiser states
-        for _ in range(3 if device.type == "cuda" else 1):
+        for _ in range(3 if place.kind == "cuda" else 1):
             step()
     once = sum(clock(step) for step in steps.values())
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -299,11 +297,6 @@ def interleaved(steps: dict[str, Callable[[], None]], device: torch.device, budg
         for name, step in steps.items():
             taken[name].append(clock(step))
     return taken
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def kept_bytes(step: Step) -> int:
@@ -326,18 +319,17 @@ def flops(step: Step) -> float:
     return counter.get_total_flops()
 
 
-def ladder(make: Callable[[Stack], Step], shape: Shape, device: torch.device, compiled: bool, budget: float):
+def ladder(make: Callable[[Stack], Step], shape: Shape, place: harness.Place, compiled: bool, budget: float):
     """Rows of one ladder, bottom first, then leave-one-out; and what was left out, why."""
-    names, why = available(device, compiled)
+    names, why = available(place, compiled)
     stack, stacks = Stack(), {"published": Stack()}
     for name in names:
         stack = replace(stack, **{name: True})
         stacks[f"+ {name}"] = stack
     stacks |= {f"all but {name}": replace(stack, **{name: False}) for name in names[:-1]}
     steps = {name: make(one) for name, one in stacks.items()}
-    taken = interleaved({name: step.call for name, step in steps.items()}, device, budget)
+    taken = interleaved({name: step.call for name, step in steps.items()}, place, budget)
     work, top, below = flops(steps["published"]), list(taken)[len(names)], "published"
-    peak = next((f for name, f in PEAKS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
     rows = []
     for name, step in steps.items():
         seconds, leaving = median(taken[name]), name.startswith("all but")
@@ -348,10 +340,10 @@ def ladder(make: Callable[[Stack], Step], shape: Shape, device: torch.device, co
             "of published": harness.ratio(taken["published"], taken[name]),
             "of the one below": harness.ratio(taken[below], taken[name]) if not leaving else None,
             "of all": harness.ratio(taken[top], taken[name]) if leaving else None,
-            "launches" if device.type == "cuda" else "ops": harness.launches(lambda k, step=step: step.call(), device),
-            "MFU": work / seconds / peak if peak else None,
+            "launches" if place.kind == "cuda" else "ops": harness.launches(lambda k, step=step: step.call(), place),
+            "MFU": mfu(work / seconds, place.device),
         }
-        if device.type == "cuda":
+        if place.kind == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step.call()
@@ -379,11 +371,11 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(method, half, harness.CUDA, id=f"{method}-{shape.name}-cuda", marks=pytest.mark.gpu)
 
 
-@pytest.mark.parametrize(("what", "shape", "device"), list(cases()))
-def test_ladder(what, shape, device, record_ladder, request):
+@pytest.mark.parametrize(("what", "shape", "place"), list(cases()))
+def test_ladder(what, shape, place, record_ladder, request):
     kind, _, use = what.partition(" ")
     maker = functools.partial(net_of, use) if kind == "net" else functools.partial(step_of, what)
     options = request.config.option
-    rows, why = ladder(lambda stack: maker(shape, stack, device), shape, device, options.compiled, options.ladder_seconds)
+    rows, why = ladder(lambda stack: maker(shape, stack, place.device), shape, place, options.compiled, options.ladder_seconds)
     assert all(row["ms"] > 0 for row in rows)
-    record_ladder(f"{what} {shape.name}, batch {shape.batch}", rows, why, device.type)
+    record_ladder(f"{what} {shape.name}, batch {shape.batch}", rows, why, place.kind)

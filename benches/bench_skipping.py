@@ -52,13 +52,14 @@ def made_up(net) -> Plan:
     return Plan(weights_hash(net), net.img_resolution, np.geomspace(0.002, 80, 5).tolist(), order, [third // 2, third // 2, third, third], 0.02)
 
 
-@pytest.mark.parametrize(("kind", "variant", "device"), list(cases()))
+@pytest.mark.parametrize(("kind", "variant", "place"), list(cases()))
 @torch.no_grad()
-def test_skipping(kind, variant, device, record):
+def test_skipping(kind, variant, place, record):
+    device = place.device
     torch.manual_seed(0)
     net = from_kwargs("EDMPrecond", img_resolution=kind.resolution, img_channels=3, model_type="SongUNet", dropout=0.0, **kind.kwargs)
     net = net.eval().requires_grad_(False).to(device)
-    net.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    net.compute_dtype = torch.bfloat16 if place.kind == "cuda" else torch.float32
     x = torch.randn(kind.batch, 3, kind.resolution, kind.resolution, device=device)
     if variant == "batch by plan":
         levels = lambda u: karras_at(0.8 * u)  # noqa: E731
@@ -69,9 +70,9 @@ def test_skipping(kind, variant, device, record):
         light = Skipping(net, made_up(net)) if "plan" in variant else Skipping(net, None, cache=int(variant[-1]))
         sampler = SFD(SFDConfig(), net, net).teacher_sampler(4)
         variants = {"ours": lambda k: sampler.states(light, 80 * x, None)[-1], "eager": lambda k: sampler.states(net, 80 * x, None)[-1]}
-    if device.type == "cuda":
+    if place.kind == "cuda":
         variants["ours"](0)  # tables of the schedules are made once, outside of the graph
-    taken = harness.seconds(variants, device, 1, budget=1.0)
+    taken = harness.seconds(variants, place, 1, budget=1.0)
     us = {k: 1e6 * harness.median(v) for k, v in taken.items()}
-    row = {"group": "skipping", "kind": device.type, "case": f"{kind.name}, {variant}", "ours us": us["ours"], "eager": us["eager"]}
+    row = {"group": "skipping", "kind": place.kind, "case": f"{kind.name}, {variant}", "ours us": us["ours"], "eager": us["eager"]}
     record(row | {"eager/ours": harness.ratio(taken["eager"], taken["ours"])}, variants["ours"])

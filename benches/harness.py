@@ -4,40 +4,53 @@ On a GPU a variant is a CUDA graph over several copies of its inputs, more bytes
 cost what they cost in a captured step and nothing is read hot; on a CPU it is one call on one thread.
 """
 
-import json
 import math
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import rehearse
 import torch
 import triton
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+class Place(NamedTuple):
+    """Where a bench runs: "cpu" or "cuda", and the device of its tensors (in a rehearsal a CPU is both)."""
+
+    kind: str
+    device: torch.device
+
+
+CPU, CUDA = Place("cpu", torch.device("cpu")), Place("cuda", rehearse.GPU)
 #: More than the L2 cache of an H200 (50 MB) several times over.
-COLD_BYTES = 256 << 20
+COLD_BYTES = 0 if rehearse.REHEARSING else 256 << 20
 
 Run = Callable[[int], Any]  # runs the variant on copy number k of its inputs
 
 
-def seconds(variants: dict[str, Run], device: torch.device, copies: int, *, budget: float) -> dict[str, list[float]]:
+def smallest(shapes: Sequence[Any], rehearsed: Sequence[Any]) -> Sequence[Any]:
+    """The shapes of a bench on a GPU, or in a rehearsal those that take no time."""
+    return rehearsed if rehearse.REHEARSING else shapes
+
+
+def seconds(variants: dict[str, Run], place: Place, copies: int, *, budget: float) -> dict[str, list[float]]:
     """Seconds per call of each variant, one number a round; `budget` is what a variant may take altogether."""
-    calls = {
-        name: _graphed(run, copies) if device.type == "cuda" else _rotating(run, copies)
-        for name, run in variants.items()
-    }
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    once = {name: min(clock(call) for _ in range(3)) for name, call in calls.items()}
-    rounds = max(15, min(400, int(budget / max(once.values()))))
+    on_gpu = place.kind == "cuda"
+    calls = {name: _graphed(run, copies) if on_gpu else _rotating(run, copies) for name, run in variants.items()}
+    clock = _cuda_seconds if on_gpu else _cpu_seconds
+    once = {name: min(clock(call) for _ in range(1 if rehearse.REHEARSING else 3)) for name, call in calls.items()}
+    rounds = 1 if rehearse.REHEARSING else max(15, min(400, int(budget / max(once.values()))))
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             taken[name].append(clock(call))
-    per_call = copies if device.type == "cuda" else 1
+    per_call = copies if on_gpu else 1
     return {name: [s / per_call for s in all_of_it] for name, all_of_it in taken.items()}
 
 
@@ -87,47 +100,52 @@ def _cuda_seconds(call: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def copies_for(moved: int, device: torch.device) -> int:
+def copies_for(moved: int, place: Place) -> int:
     """How many copies of inputs of `moved` bytes make the cache cold."""
-    return min(64, max(1, math.ceil(COLD_BYTES / max(moved, 1)))) if device.type == "cuda" else 1
+    return min(64, max(1, math.ceil(COLD_BYTES / max(moved, 1)))) if place.kind == "cuda" else 1
 
 
-def copy_of(moved: int, device: torch.device) -> Run:
+def copy_of(moved: int, place: Place) -> Run:
     """A plain copy that reads and writes as many bytes."""
-    pairs = [
-        [torch.ones(max(moved // 8, 1), device=device) for _ in range(2)] for _ in range(copies_for(moved, device))
-    ]
+    floats = max(moved // 8, 1)
+    pairs = [[torch.ones(floats, device=place.device) for _ in range(2)] for _ in range(copies_for(moved, place))]
     return lambda k: pairs[k % len(pairs)][0].copy_(pairs[k % len(pairs)][1])
 
 
-def launches(run: Run, device: torch.device) -> int:
+def launches(run: Run, place: Place) -> int:
     """GPU: kernels launched by one call. CPU: calls of PyTorch ops that call no other."""
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
+    on_gpu = place.device.type == "cuda"
     run(0)
-    with profile(activities=[activity]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         run(0)
-    if device.type == "cuda":
+        wait(place)
+    if on_gpu:
         return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
     return sum(e.name.startswith("aten::") and not e.cpu_children for e in seen.events())
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def wait(place: Place) -> None:
+    """Until the device has done what it was given."""
+    if place.kind == "cuda":
+        torch.cuda.synchronize()
+
+
+@cache
+def machine(place: Place) -> dict[str, Any]:
     """What a number is worthless without."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     known = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if place.kind == "cuda" else _processor(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "none",
+        "commit": _said("git", "rev-parse", "--short", "HEAD") or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    if device.type == "cuda":
-        return known | {"cuda": torch.version.cuda, "driver": _driver()}
+    if place.kind == "cuda":
+        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        return known | {"cuda": torch.version.cuda, "driver": driver or "unknown"}
     return known | {"threads": torch.get_num_threads()}
 
 
@@ -136,20 +154,9 @@ def _processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True).stdout.strip().partition("\n")[0]
-
-
-def save(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """One JSON file a group and device: the machine, then the rows."""
-    written = []
-    for key in sorted({(row["group"], row["kind"]) for row in rows}):
-        some = [row for row in rows if (row["group"], row["kind"]) == key]
-        about = machine(CUDA if key[1] == "cuda" else CPU)
-        name = f"{key[0]}-{'-'.join(about['device'].lower().split())}-{about['date'][:10]}.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name.replace("(", "").replace(")", "").replace("@", "at")
-        path.write_text(json.dumps({"machine": about, "rows": some}, indent=1) + "\n")
-        written.append(path)
-    return written
+def _said(program: str, *arguments: str) -> str:
+    """What a program prints, or nothing where it is missing or fails."""
+    if shutil.which(program) is None:
+        return ""
+    done = subprocess.run([program, *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -63,7 +63,7 @@ def student(folder: Path, style: str, teacher: Path, seed: int, kimg: float) -> 
     given = [f"run_dir={folder}", f"teacher.checkpoint={teacher}", f"seed={seed}", f"train.kimg={kimg}", "log.tensorboard=false"]
     given += ["train.grid_kimg=1000", "train.checkpoint_kimg=1000", "teacher.loss.sampling_steps=2"]
     if style == "published":
-        with bench_ladder.applied(bench_ladder.Stack(), harness.CPU):
+        with bench_ladder.applied(bench_ladder.Stack(), harness.CPU.device):
             result = Job(load(RECIPE, [*given, *PUBLISHED])).run()
     else:
         result = Job(load(RECIPE, given)).run()
