@@ -32,7 +32,7 @@ class AdamEMA(torch.optim.Optimizer):
 
     Its state_dict is Adam's (step, exp_avg, exp_avg_sq), plus one key a group, ema_decay: either loads the other's. EMA and
     shadow tensors are the caller's and are saved by whoever owns them. Nothing waits for the device, so step() can
-    be captured in a CUDA graph after one eager step; learning rate and EMA decay may change between replays.
+    be captured in a CUDA graph, once for each eager step before; learning rate and EMA decay may change between replays.
 
     Args:
         params: parameters or parameter groups. On CUDA they are float32: a 16-bit network keeps its 16-bit weights as
@@ -181,13 +181,17 @@ class AdamEMA(torch.optim.Optimizer):
             part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
         device = flags.flag.device
         backend = cuda.chosen("adam_ema") if device.type == "cuda" or INTERPRET else "reference"
-        if backend == "reference":
-            self._step_reference()
-        elif device.type == "cuda":
-            with torch.cuda.device(device):
+        try:
+            if backend == "reference":
+                self._step_reference()
+            elif device.type == "cuda":
+                with torch.cuda.device(device):
+                    self._step_fused(*LAUNCHERS[backend])
+            else:
                 self._step_fused(*LAUNCHERS[backend])
-        else:
-            self._step_fused(*LAUNCHERS[backend])
+        finally:
+            for part in self._parts:
+                part.grads = []  # else they would stay in memory next to those of the next step
         return loss
 
     def _step_fused(self, check: Callable[..., None], coefs: Callable[..., None], update: Callable[..., None]) -> None:

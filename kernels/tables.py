@@ -1,6 +1,7 @@
 """Lists of tensors as device tables of addresses and chunks, so that one launch walks a whole network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -8,8 +9,10 @@ from torch import Tensor
 #: Elements of one tensor that one program handles.
 CHUNK = 2048
 
-#: Address tables set aside for CUDA graphs: a capture takes one for good, since each replay reads it again.
-CAPTURES = 4
+#: Pairs of buffers set aside for CUDA graphs at most: as many as the engine keeps graphs.
+SPARE = 32
+
+_owner: list[Tensor] | None = None
 
 
 def local(t: Tensor) -> Tensor:
@@ -47,33 +50,49 @@ def chunks(numels: Sequence[int], device: torch.device) -> Tensor:
     return torch.stack([tensor, first], 1).to(torch.int32).to(device)
 
 
+@contextmanager
+def owned_by_graph() -> Iterator[list[Tensor]]:
+    """What a capture in here reads again at every replay; whoever keeps the graph keeps this list as long."""
+    global _owner
+    outer, _owner = _owner, []
+    try:
+        yield _owner
+    finally:
+        _owner = outer
+
+
+def pinned(count: int) -> Tensor:
+    """int64 in host memory that a GPU reads by itself."""
+    return torch.empty(count, dtype=torch.int64, pin_memory=True)
+
+
 class Addresses:
     """Addresses that may change from step to step, as an int64 device tensor, written without waiting for the device.
 
     An unchanged list costs nothing. A changed one is copied from pinned memory. Under CUDA graph capture the copy is
-    recorded into the graph, from a buffer set aside beforehand, since memory cannot be pinned while capturing.
+    recorded into the graph, between two buffers that an eager call has set aside, since memory cannot be pinned while
+    capturing. They are the graph's from then on: `owned_by_graph` has them, and outside of it they are kept for good.
     """
 
-    def __init__(self, count: int, device: torch.device):
+    def __init__(self, count: int, device: torch.device, *, staged: bool | None = None):
         self._values: list[int] | None = None
-        self._cuda = device.type == "cuda"
+        self._staged = device.type == "cuda" if staged is None else staged
         self._table = torch.zeros(count, dtype=torch.int64, device=device)
-        if self._cuda:
-            self._pinned = [torch.empty(count, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        if self._staged:
+            self._pinned = [pinned(count) for _ in range(2)]
             self._copied = [torch.cuda.Event() for _ in range(2)]
             self._turn = 0
-            self._spare = [
-                (torch.empty(count, dtype=torch.int64, pin_memory=True), torch.empty_like(self._table))
-                for _ in range(CAPTURES)
-            ]
-            self._captured: list[tuple[Tensor, Tensor]] = []
+            self._spare: list[tuple[Tensor, Tensor]] = []
+            self._kept: list[Tensor] = []
 
     def __call__(self, values: list[int]) -> Tensor:
         """The table holding `values`, in the order of the current stream."""
-        if self._cuda and torch.cuda.is_current_stream_capturing():
+        if self._staged and torch.cuda.is_current_stream_capturing():
             return self._record(values)
+        if self._staged and len(self._spare) < SPARE:
+            self._spare.append((pinned(len(values)), torch.empty_like(self._table)))
         if values != self._values:
-            if self._cuda:
+            if self._staged:
                 self._copy(values)
             else:
                 self._table = torch.tensor(values, dtype=torch.int64)
@@ -90,11 +109,11 @@ class Addresses:
 
     def _record(self, values: list[int]) -> Tensor:
         if not self._spare:
-            raise RuntimeError(f"wanted at most {CAPTURES} CUDA graph captures of one optimiser, got one more")
+            raise RuntimeError("each CUDA graph of an AdamEMA step wants an eager step of that optimiser before its capture, got none")
         pinned, table = self._spare.pop()
+        (self._kept if _owner is None else _owner).extend((pinned, table))
         pinned.copy_(torch.tensor(values, dtype=torch.int64))
         table.copy_(pinned, non_blocking=True)
-        self._captured.append((pinned, table))
         return table
 
 

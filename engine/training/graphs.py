@@ -10,10 +10,16 @@ one by one costs the host more time than a small batch costs the GPU; a replay i
 
 so for every key there is a graph. Its first `warmup` runs are eager and train as any, on the stream of the later capture.
 At most `limit` graphs are kept, since each pins memory; what comes later stays eager. Whatever stays eager says why.
+
+One pool of memory for all: what one graph frees, the capture of the next may use. So a replay may overwrite whatever an earlier
+replay left in the pool, and nothing there outlives its replay: results are copied out at once, inputs lie outside, gradients are
+made and forgotten within a graph, and whatever is made once (moments, tables, caches) was made by an eager run.
 """
 
+import contextlib
 import dataclasses
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +30,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.methods.base import Draws, Logs
+from kernels.tables import owned_by_graph
 
 MODES = ("auto", "on", "off")
 Work = Callable[[Any], tuple[Any, Logs]]  # what the pieces share -> the same afterwards, and what to log
@@ -40,8 +47,8 @@ class Backend(Protocol):
         """Record body's work without its effects; returns what repeats it. RuntimeError where it cannot be recorded."""
         ...
 
-    def recover(self, generators: Sequence[torch.Generator]) -> None:
-        """Make eager work possible again after a capture that failed. Replays of earlier captures are no longer valid."""
+    def recover(self, generators: Sequence[torch.Generator]) -> bool:
+        """Make eager work and captures possible again after a capture that failed. Can earlier ones still be replayed?"""
         ...
 
 
@@ -50,7 +57,12 @@ class CUDA:
 
     def __init__(self, device: torch.device):
         self.device, self.side = device, torch.cuda.Stream(device)
+        self.latest: torch.cuda.CUDAGraph | None = None  # whose capture has begun
+        self._new_pool()
+
+    def _new_pool(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.living: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # those that share it
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -62,7 +74,15 @@ class CUDA:
         outside.wait_stream(self.side)
 
     def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
+        if not self.living:  # PyTorch takes no capture into a pool that its last graph has left
+            self._new_pool()
+        graph = self.latest = torch.cuda.CUDAGraph()
+        self._record(graph, body, generators)
+        self.latest = None
+        self.living.add(graph)
+        return graph.replay
+
+    def _record(self, graph: torch.cuda.CUDAGraph, body: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
         for generator in generators:
             graph.register_generator_state(generator)
         with warnings.catch_warnings():
@@ -70,13 +90,44 @@ class CUDA:
             # thread_local: the thread that pins batches in advance may go on meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
                 body()
-        return graph.replay
 
-    def recover(self, generators: Sequence[torch.Generator]) -> None:
-        """A failed capture leaves its generators believing that they are being captured: give them a new state."""
+    def recover(self, generators: Sequence[torch.Generator]) -> bool:
+        """An error of Python's leaves a capture that ended like any other. One of CUDA's leaves it open, and PyTorch with it:
+
+        the pool goes on recording, so that it takes no other capture, and the generators believe that they are being
+        captured, until another capture of theirs ends: one of nothing does. Only should that fail they get new states, with
+        which no earlier graph draws.
+        """
         torch.cuda.synchronize(self.device)
-        for generator in [*generators, default_generator(self.device)]:
-            generator.graphsafe_set_state(generator.clone_state())
+        graph, self.latest = self.latest, None
+        if graph is None or ended(graph):
+            return True
+        ABANDONED.append(graph)
+        place = torch.cuda.current_device() if self.device.index is None else self.device.index
+        with contextlib.suppress(RuntimeError):  # it may not even have begun
+            torch._C._cuda_endAllocateToPool(place, self.pool)
+            torch._C._cuda_releasePool(place, self.pool)
+        self._new_pool()
+        try:
+            self._record(torch.cuda.CUDAGraph(), lambda: None, generators)
+        except RuntimeError:
+            for generator in [*generators, default_generator(self.device)]:
+                generator.graphsafe_set_state(generator.clone_state())
+            return False
+        return True
+
+
+#: Graphs whose capture was left open: PyTorch's allocator of pinned memory never stops asking them.
+ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+def ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Did PyTorch see its capture to the end? Only then it tells the graph's pool."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclasses.dataclass
@@ -89,6 +140,7 @@ class Captured:
     sources: Sequence[int | Tensor] = ()  # its leaves: number of an incoming leaf, or a tensor in the graph's memory
     names: Sequence[str] = ()
     logs: Tensor | None = None  # [len(names)] float64
+    owned: Sequence[Tensor] = ()  # what else a replay reads, of the optimisers' own
 
 
 class Foretold(NamedTuple):
@@ -195,14 +247,22 @@ class Graphs:
 
         generators = [one.generator for one in draws]
         try:
-            made.replay = self.backend.capture(body, generators)
+            with owned_by_graph() as made.owned:
+                made.replay = self.backend.capture(body, generators)
         except (RuntimeError, Unfit) as error:
             self.reset()
-            self.backend.recover(generators)
-            self.captured.clear()  # they replay with the generators' old states
+            if not self.backend.recover(generators):
+                self._begin_again(name)
             return self._refuse(name, key, first_line(error))
         self.captured[key] = made
         self.counts[name]["captured"] += 1
+
+    def _begin_again(self, name: str) -> None:
+        """Other graphs were lost, through no fault of theirs: they may be captured again, after eager runs as before."""
+        if self.captured:
+            self.say(f"CUDA graphs: the failed capture of {name} broke the generators of those from before ({len(self.captured)}), which are captured again")
+        self.captured.clear()
+        self.seen.clear()
 
     def _refuse(self, name: str, key: Hashable, why: str) -> None:
         if self.strict:
