@@ -1,19 +1,90 @@
-"""What every test starts from: a seed, fresh memory full of NaN, and GPU tests skipped in the open."""
+"""What every test starts from: a seed, fresh memory full of NaN, and GPU tests skipped in the open, or rehearsed.
+
+With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU: kernels by Triton's interpreter and by csrc/
+compiled as C++ (test_csrc.py), of each test and implementation the smallest case.
+"""
+
+import math
+import os
 
 import pytest
 import torch
 
+if os.environ.get("POTSTILL_REHEARSE") == "1":  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-def pytest_collection_modifyitems(items):
+from rehearse import GPU, REHEARSING, THERE
+
+if REHEARSING:
+    from test_csrc import compiled  # noqa: F401  a fixture
+
+#: What a rehearsal says at the end; from every worker of pytest-xdist the same.
+SAID = set()
+# The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 2.3 warns of and 2.4 refuses.
+NUMPY = "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning:triton.runtime.interpreter"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", NUMPY)
+
+
+def pytest_collection_modifyitems(config, items):
     # The longest file first: with --no-loadscope-reorder the other worker takes all the rest meanwhile.
     items.sort(key=lambda item: item.get_closest_marker("parallel") is None)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    for item in on_gpu:
+        # A deprecation in a library must not cost what a GPU was lent for; ours are errors on CPUs.
+        item.add_marker(pytest.mark.filterwarnings("default"))
+        if not THERE:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if REHEARSING and on_gpu:
+        kept = smallest(on_gpu)
+        SAID.add(f"rehearsal: {len(kept)} of {len(on_gpu)} gpu tests, the smallest case of each and every implementation")
+        left_out = [item for item in on_gpu if item not in kept]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def smallest(items):
+    """One item of each test function and implementation: that of the fewest numbers, else the first."""
+    kept = {}
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        key = item.path, item.originalname, given.get("place")
+        shape = getattr(given.get("case"), "shape", ())
+        size = math.prod(shape) or math.inf  # of nothing there is nothing to see
+        if key not in kept or size < kept[key][0]:
+            kept[key] = size, item
+    return {item for _, item in kept.values()}
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["said"] = sorted(SAID)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    SAID.update(getattr(node, "workeroutput", {}).get("said", ()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in sorted(SAID):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def place(request, monkeypatch):
+    """The device of a kernel test's tensors; on the GPU with the implementation chosen that the test is about (places.py)."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    monkeypatch.setattr("kernels.cuda._backend", request.param)
+    if REHEARSING and request.param == "cuda":
+        library = request.getfixturevalue("compiled")
+        monkeypatch.setattr("kernels.cuda.library", lambda: library)
+    return GPU

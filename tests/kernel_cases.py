@@ -29,10 +29,11 @@ class Case(NamedTuple):
     guided: bool = False  # with classifier-free guidance
     own_x_t: bool = False  # the two estimates do not share x_t
     formed: bool = False  # clean images in place of estimates
+    unaligned: bool = False  # images begin off the 16-byte grid
 
     def __str__(self) -> str:
         words = ["x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.layout]
-        words += [name for name in ("guided", "own_x_t", "formed") if getattr(self, name)]
+        words += [name for name in ("guided", "own_x_t", "formed", "unaligned") if getattr(self, name)]
         return "-".join(words)
 
 
@@ -47,14 +48,25 @@ CASES = [
     Case((3, 1, 1, 3), F32, formed=True),
     Case((2, 3, 8, 8), F64, "nhwc", guided=True),
     Case((0, 3, 8, 8), F32),
+    Case((2, 3, 16, 16), BF16, "nhwc", unaligned=True),  # all would divide, were it not for the address
+    Case((3, 3, 5, 7), F32, own_x_t=True, unaligned=True),
 ]
+#: Besides, what takes an interpreter minutes: more samples than the finishing program takes at a time; large and all even.
+ON_GPU = [
+    Case((2049, 3, 8, 8), BF16, "mixed"),
+    Case((16, 3, 64, 64), F16, guided=True, own_x_t=True),
+]
+CPU = torch.device("cpu")
 
 
 class Drawn:
-    """Random inputs of one case. Tensors are drawn once by name, so that every evaluation sees the same numbers."""
+    """Random inputs of one case. Tensors are drawn once by name, so that every evaluation sees the same numbers.
 
-    def __init__(self, case: Case, seed: int = 0):
-        self.case = case
+    They are drawn on the CPU and moved to the device, so that everywhere they are the same.
+    """
+
+    def __init__(self, case: Case, device: torch.device = CPU, seed: int = 0):
+        self.case, self.device = case, device
         self.generator = torch.Generator().manual_seed(seed)
         self.tensors: dict[str, Tensor] = {}
 
@@ -65,13 +77,14 @@ class Drawn:
             dtype = self.case.dtype if raw or self.case.dtype is F64 else F32
             nhwc = self.case.layout == "nhwc" or (self.case.layout == "mixed" and raw)
             t = t.to(dtype, memory_format=torch.channels_last if nhwc and t.ndim == 4 else torch.contiguous_format)
-            self.tensors[name] = t
+            t = t.to(self.device)
+            self.tensors[name] = off_the_grid(t) if self.case.unaligned else t
         return self.tensors[name]
 
     def positive(self, name: str) -> Tensor:
         """[N] float32 in 0.2 to 1.2."""
         if name not in self.tensors:
-            self.tensors[name] = torch.rand(self.case.shape[0], generator=self.generator) + 0.2
+            self.tensors[name] = (torch.rand(self.case.shape[0], generator=self.generator) + 0.2).to(self.device)
         return self.tensors[name]
 
     def estimate(self, name: str, x_t: str = "x_t") -> Estimate | Tensor:
@@ -82,6 +95,13 @@ class Drawn:
         x_t = f"{name}_x_t" if self.case.own_x_t else x_t
         c_skip, c_out = self.positive(f"{name}_c_skip"), self.positive(f"{name}_c_out")
         return Estimate(raw, self.image(x_t), c_skip, c_out, uncond, 2.5 if self.case.guided else 1.0)
+
+
+def off_the_grid(t: Tensor) -> Tensor:
+    """The same numbers in memory that no 128-bit access can take: one element past where an allocation begins."""
+    moved = t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1).copy_(t)
+    assert moved.data_ptr() % 16
+    return moved
 
 
 def evaluate(
@@ -96,7 +116,7 @@ def evaluate(
         drawn.tensors[name] = drawn.tensors[name].requires_grad_()
     out = loss(drawn)
     losses, made = (out, ()) if isinstance(out, Losses) else (out[0], out[1:])
-    cotangent = torch.linspace(-1, 2, losses.value.shape[0], dtype=F64).to(losses.value.dtype)
+    cotangent = torch.linspace(-1, 2, losses.value.shape[0], dtype=F64).to(losses.value)
     grads = torch.autograd.grad(losses.value, [drawn.tensors[name] for name in present], cotangent)
     drawn.tensors = given
     result = {"value": losses.value.detach(), "nonfinite": losses.nonfinite}
@@ -105,10 +125,11 @@ def evaluate(
 
 
 def fused_as_exact_as_plain(
-    fused: Callable[[Drawn], Losses], reference: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...]
-) -> None:
+    fused: Callable[[Drawn], Losses], reference: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...],
+    place: torch.device = CPU,
+) -> None:  # fmt: skip
     """The rule above, on fresh memory full of NaN."""
-    drawn = Drawn(case)
+    drawn = Drawn(case, place)
     exact, plain = evaluate(reference, drawn, wrt, exact=True), evaluate(reference, drawn, wrt)
     with poisoned_memory():
         ours = evaluate(fused, drawn, wrt)
@@ -140,9 +161,9 @@ class poisoned_memory:
         torch.use_deterministic_algorithms(False)
 
 
-def summed_like_one_by_one(loss: Callable[[Drawn], Losses], case: Case, wrt: str) -> None:
+def summed_like_one_by_one(loss: Callable[[Drawn], Losses], case: Case, wrt: str, place: torch.device = CPU) -> None:
     """.sum() sends an upstream gradient of stride 0; it must give what a row of ones gives."""
-    drawn = Drawn(case)
+    drawn = Drawn(case, place)
     loss(drawn)
     t = drawn.tensors[wrt] = drawn.tensors[wrt].detach().requires_grad_()
     value = loss(drawn).value
@@ -151,9 +172,11 @@ def summed_like_one_by_one(loss: Callable[[Drawn], Losses], case: Case, wrt: str
     assert torch.equal(by_sum, by_ones) and by_sum.abs().sum() > 0
 
 
-def compiles_in_one_graph(loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...]) -> None:
+def compiles_in_one_graph(
+    loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], place: torch.device = CPU
+) -> None:
     """The same value and gradients under torch.compile(fullgraph=True)."""
-    drawn = Drawn(case)
+    drawn = Drawn(case, place)
     loss(drawn)
     inputs = [drawn.tensors[name].requires_grad_() for name in wrt]
 
@@ -179,9 +202,11 @@ def flat(*args: object) -> list[object]:
     return [a.flatten(1) if isinstance(a, Tensor) and a.ndim > 1 else a for a in spread]
 
 
-def left_out(loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], poison: str, number: float) -> None:
+def left_out(
+    loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], poison: str, number: float, place: torch.device = CPU
+) -> None:
     """One number of sample 1 spoiled: value and gradients of that sample are 0, those of the others as before."""
-    drawn = Drawn(case)
+    drawn = Drawn(case, place)
     clean = evaluate(loss, drawn, wrt)
     spoiled = drawn.tensors[poison].clone()
     spoiled[(1,) + (0,) * (spoiled.ndim - 1)] = number

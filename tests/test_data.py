@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rehearse import GPU
 from sklearn.datasets import load_digits
 
 from engine.data.files import Zip
@@ -607,10 +608,10 @@ def test_batches_on_the_device_equal_those_on_the_host(tmp_path):
     options = {"batch": 16, "seed": 1, "flips": True}
     host = Stream(open_images(path), **options)
     for memory in (0, 2**30):
-        stream = Stream(open_images(path), device="cuda", memory=memory, workers=1, **options)
+        stream = Stream(open_images(path), device=GPU, memory=memory, workers=1, **options)
         for step in (0, 3, 4):
             for a, b in zip(stream.at(step), host.at(step), strict=True):
-                assert a.is_cuda
+                assert a.device.type == GPU.type
                 assert torch.equal(a.cpu(), b)
         stream.close()
 

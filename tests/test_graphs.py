@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from rehearse import GPU, REHEARSING, Tape, on_host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,7 @@ from engine.nets.edm import from_kwargs
 from engine.skipping.apply import Guard, Skipping
 from engine.skipping.blocks import block_names
 from engine.skipping.plan import Plan, SkippingConfig
-from engine.training.graphs import Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
+from engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
 from engine.training.optim import OptimConfig, rates_as_tensors
 from engine.training.run import Run, TrainConfig
 
@@ -102,58 +103,6 @@ def batch(step: int, device=CPU) -> tuple[Tensor, Tensor]:
 BATCHES = [batch(step) for step in range(6)]
 
 
-class Tape(TorchDispatchMode):
-    """Records every operation with the tensors it read and wrote; undoes what it did to memory from before."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps, self.before, self.own = [], [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            assert on_host(args[0]), "a value was read while capturing"
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._remember(value)
-        out = func(*args, **kwargs)
-        if torch.Tag.inplace_view not in func.tags:  # they change how a tensor is seen, not memory
-            self.steps.append((torch.is_grad_enabled(), func, args, kwargs, out, [t.detach() for t in tensors(out)]))
-        read = {memory(t) for t in tensors([*args, *kwargs.values()])}
-        self.own |= {memory(t) for t in tensors(out)} - read  # a view is no memory of its own
-        return out
-
-    def _remember(self, value) -> None:
-        for t in tensors(value):
-            if memory(t) not in self.own:
-                self.before.append((t.detach(), t.detach().clone()))
-
-    def undo(self) -> None:
-        for t, old in reversed(self.before):
-            t.copy_(old)
-        self.before = []
-
-    def replay(self) -> None:
-        with torch._C._AutoDispatchBelowAutograd():
-            for grad, func, args, kwargs, _, written in self.steps:
-                with torch.set_grad_enabled(grad):
-                    again = func(*args, **kwargs)
-                for old, new in zip(written, tensors(again), strict=True):
-                    if memory(old) != memory(new):
-                        old.copy_(new)
-
-
-def on_host(t: Tensor) -> bool:
-    """Would this CPU tensor be one on a GPU's host, too? Schedules are, and they alone are float64 without axes."""
-    return t.ndim == 0 and t.dtype is torch.float64
-
-
-def tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for item in value for t in tensors(item)] if isinstance(value, list | tuple) else []
-
-
 class Taped:
     """A backend like CUDA's on CPU tensors: capturing has no effect, replaying has, and no Python runs again."""
 
@@ -185,10 +134,6 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
-
-
-def memory(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
 
 
 def weights(run: Run) -> list[Tensor]:
@@ -344,11 +289,11 @@ def test_no_iteration_reads_a_value(name, monkeypatch):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_graphed_training_is_eager_training_on_a_gpu(name):
     """50 iterations, no host sync after the captures. Atomics in cuDNN's and interpolation's backward allow for rounding."""
-    device = torch.device("cuda")
-    runs = [run_of(name, device, graphs=mode) for mode in ("off", "auto")]
+    device, steps = GPU, 8 if REHEARSING else 50
+    runs = [run_of(name, device, graphs=mode) for mode in ("off", Graphs(CUDA(device)) if REHEARSING else "auto")]
     torch.backends.cudnn.deterministic = True
     try:
-        for step in range(50):
+        for step in range(steps):
             images = batch(step, device)
             torch.cuda.set_sync_debug_mode("error" if step > 20 else "default")  # captures synchronise by design
             for run in runs:

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from kernel_cases import BF16, F16, F32, F64, assert_no_worse, poisoned_memory
+from kernel_cases import BF16, CPU, F16, F32, F64, assert_no_worse, poisoned_memory
+from places import everywhere
 from torch.nn import functional as F
 
 from kernels import discriminator_adversarial, generator_adversarial, reference
@@ -23,15 +24,15 @@ SIDES = [
 ]
 
 
-def logits(shapes, n=4, dtype=F32, spread=5.0):
+def logits(shapes, n=4, dtype=F32, spread=5.0, place=CPU):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(n, *shape, generator=generator, dtype=F64) * spread).to(dtype) for shape in shapes]
+    return [(torch.randn(n, *shape, generator=generator, dtype=F64) * spread).to(place, dtype) for shape in shapes]
 
 
 def evaluate(loss, nets, kind, dtype=None):
     nets = [logit.detach().to(dtype or logit.dtype).requires_grad_() for logit in nets]
     value, nonfinite = loss(nets, kind=kind)
-    cotangent = torch.linspace(-1, 2, len(value), dtype=value.dtype)
+    cotangent = torch.linspace(-1, 2, len(value), dtype=value.dtype).to(value)
     return [value.detach(), *torch.autograd.grad(value, nets, cotangent)], nonfinite
 
 
@@ -39,10 +40,11 @@ def evaluate(loss, nets, kind, dtype=None):
 @pytest.mark.parametrize("kind", ["softplus", "hinge"])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_as_exact_as_plain(shapes, dtype, kind, side):
+@everywhere("adversarial")
+def test_as_exact_as_plain(shapes, dtype, kind, side, place):
     fused, plain = SIDES[side]
     for n in (4, 1, 0) if dtype is F32 else (4,):
-        nets = logits(shapes, n, dtype)
+        nets = logits(shapes, n, dtype, place=place)
         exact, rough = evaluate(plain, nets, kind, F64)[0], evaluate(plain, nets, kind)[0]
         with poisoned_memory():
             ours, nonfinite = evaluate(fused, nets, kind)
@@ -70,11 +72,12 @@ def test_sums_over_nets_of_means_over_logits():
         assert discriminator_adversarial(fake, real, kind="hinge").value[i].item() == pytest.approx(hinge, rel=1e-12)
 
 
-def test_far_logits():
+@everywhere("adversarial")
+def test_far_logits(place):
     """softplus keeps what log(1 + exp) in float32 would round to 0 or infinity."""
-    nets = [torch.tensor([[200.0], [20.0], [-200.0]], dtype=F32)]
+    nets = [torch.tensor([[200.0], [20.0], [-200.0]], dtype=F32, device=place)]
     value = generator_adversarial(nets).value
-    torch.testing.assert_close(value, torch.tensor([0.0, math.exp(-20), 200.0]), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(value, torch.tensor([0.0, math.exp(-20), 200.0], device=place), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("kind", ["softplus", "hinge"])
@@ -84,8 +87,9 @@ def test_gradcheck(kind):
     torch.autograd.gradcheck(lambda *nets: discriminator_adversarial(nets[:2], nets[2:], kind=kind).value, fake + real)
 
 
-def test_only_the_gradients_asked_for():
-    a, b = logits([(4,), (5,)])
+@everywhere("adversarial")
+def test_only_the_gradients_asked_for(place):
+    a, b = logits([(4,), (5,)], place=place)
     value = discriminator_adversarial([a.requires_grad_()], [b]).value
     (ours,) = torch.autograd.grad(value.sum(), a)  # stride 0 upstream
     torch.testing.assert_close(ours, torch.sigmoid(a.detach()) / 4)
@@ -93,8 +97,9 @@ def test_only_the_gradients_asked_for():
 
 @pytest.mark.parametrize("number", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("kind", ["softplus", "hinge"])
-def test_left_out(kind, number):
-    nets = logits([(4,), (5,)])
+@everywhere("adversarial")
+def test_left_out(kind, number, place):
+    nets = logits([(4,), (5,)], place=place)
     clean, _ = evaluate(generator_adversarial, nets, kind)
     nets[1][2, 3] = number
     spoiled, nonfinite = evaluate(generator_adversarial, nets, kind)
@@ -104,8 +109,9 @@ def test_left_out(kind, number):
         torch.testing.assert_close(after[[0, 1, 3]], before[[0, 1, 3]], rtol=1e-6, atol=1e-7)
 
 
-def test_one_tensor_is_one_net_and_layouts_do_not_matter():
-    (logit,) = logits([(3, 4, 4)])
+@everywhere("adversarial")
+def test_one_tensor_is_one_net_and_layouts_do_not_matter(place):
+    (logit,) = logits([(3, 4, 4)], place=place)
     expected = F.softplus(-logit).mean((1, 2, 3))
     torch.testing.assert_close(generator_adversarial(logit).value, expected)
     torch.testing.assert_close(generator_adversarial(logit.to(memory_format=torch.channels_last)).value, expected)
@@ -141,8 +147,9 @@ def test_opcheck():
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd functions are all static:DeprecationWarning")  # Dynamo's own
-def test_compiles():
-    nets = [logit.requires_grad_() for logit in logits([(4,), (1, 3, 3)])]
+@everywhere("adversarial")
+def test_compiles(place):
+    nets = [logit.requires_grad_() for logit in logits([(4,), (1, 3, 3)], place=place)]
 
     def mean(*nets):
         value, nonfinite = generator_adversarial(nets)

@@ -6,6 +6,7 @@ from kernel_cases import (
     CASES,
     F32,
     F64,
+    ON_GPU,
     SPOILS,
     Case,
     Drawn,
@@ -15,6 +16,7 @@ from kernel_cases import (
     left_out,
     summed_like_one_by_one,
 )
+from places import everywhere
 
 from kernels import Estimate, denoise, reference
 from kernels.modules import DenoiseLoss
@@ -29,20 +31,22 @@ def with_(f, *, weight=True, reduction="mean"):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_plain(case):
-    fused_as_exact_as_plain(with_(denoise), with_(reference.denoise), case, ALL)
+@everywhere("denoise", CASES, ON_GPU)
+def test_as_exact_as_plain(case, place):
+    fused_as_exact_as_plain(with_(denoise), with_(reference.denoise), case, ALL, place)
 
 
 @pytest.mark.parametrize("options", [{"weight": False}, {"reduction": "sum"}, {"weight": False, "reduction": "sum"}])
-@pytest.mark.parametrize("case", [SMALL, Case((3, 3, 5, 7), F32, guided=True)], ids=str)
-def test_options_as_exact_as_plain(case, options):
-    fused_as_exact_as_plain(with_(denoise, **options), with_(reference.denoise, **options), case, ALL)
+@everywhere("denoise", [SMALL, Case((3, 3, 5, 7), F32, guided=True)])
+def test_options_as_exact_as_plain(case, options, place):
+    fused_as_exact_as_plain(with_(denoise, **options), with_(reference.denoise, **options), case, ALL, place)
 
 
 @pytest.mark.parametrize("wrt", [("net",), ("x_t",), ("net_uncond",), ("x_t", "net_uncond")])
-def test_only_the_gradients_asked_for(wrt):
-    fused_as_exact_as_plain(with_(denoise), with_(reference.denoise), Case((3, 3, 5, 7), F32, guided=True), wrt)
+@everywhere("denoise")
+def test_only_the_gradients_asked_for(wrt, place):
+    case = Case((3, 3, 5, 7), F32, guided=True)
+    fused_as_exact_as_plain(with_(denoise), with_(reference.denoise), case, wrt, place)
 
 
 def test_edm_weight_turns_into_a_unit_loss_on_f():
@@ -72,9 +76,10 @@ def test_gradcheck(f, reduction):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_inputs_in_any_memory(layout):
+@everywhere("denoise")
+def test_inputs_in_any_memory(layout, place):
     """Expanded over the batch, cut out of more channels, transposed: the same numbers as from contiguous memory."""
-    d = Drawn(Case((3, 3, 6, 6), F32, layout))
+    d = Drawn(Case((3, 3, 6, 6), F32, layout), place)
     x_t, target = d.image("x_t")[:1].expand(3, 3, 6, 6), d.image("target")[:1].expand(3, 3, 6, 6)
     raw = torch.cat([d.image("raw"), d.image("other")], 1)[:, 1:4].requires_grad_()
     ours, plain = (
@@ -87,15 +92,17 @@ def test_inputs_in_any_memory(layout):
     )
 
 
-def test_upstream_gradient_of_stride_0():
+@everywhere("denoise")
+def test_upstream_gradient_of_stride_0(place):
     for name in ("net", "x_t"):
-        summed_like_one_by_one(with_(denoise), SMALL, name)
+        summed_like_one_by_one(with_(denoise), SMALL, name, place)
 
 
 @pytest.mark.parametrize("poison", ["net", "x_t", "target", "weight", "net_c_out"])
 @pytest.mark.parametrize("number", SPOILS)
-def test_left_out(poison, number):
-    left_out(with_(denoise), Case((3, 3, 8, 8), F32), ("net", "x_t"), poison, number)
+@everywhere("denoise")
+def test_left_out(poison, number, place):
+    left_out(with_(denoise), Case((3, 3, 8, 8), F32), ("net", "x_t"), poison, number, place)
 
 
 def test_module():
@@ -129,5 +136,7 @@ def test_opcheck():
     torch.library.opcheck(ops.denoise_backward.default, [saved, torch.ones(()).expand(3), *args])
 
 
-def test_compiles():
-    compiles_in_one_graph(with_(denoise), Case((3, 3, 8, 8), F32, guided=True), ("net", "x_t", "net_uncond"))
+@everywhere("denoise")
+def test_compiles(place):
+    case = Case((3, 3, 8, 8), F32, guided=True)
+    compiles_in_one_graph(with_(denoise), case, ("net", "x_t", "net_uncond"), place)

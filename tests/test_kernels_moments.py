@@ -6,6 +6,7 @@ from kernel_cases import (
     CASES,
     F32,
     F64,
+    ON_GPU,
     SPOILS,
     Case,
     Drawn,
@@ -15,6 +16,7 @@ from kernel_cases import (
     left_out,
     summed_like_one_by_one,
 )
+from places import everywhere
 
 from kernels import moments, reference
 from kernels.modules import MomentsLoss
@@ -30,14 +32,15 @@ def with_(f, *, weight=True, reduction="mean"):
     return loss
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_plain(case):
-    fused_as_exact_as_plain(with_(moments), with_(reference.moments), case, ("x",))
+@everywhere("moments", CASES, ON_GPU)
+def test_as_exact_as_plain(case, place):
+    fused_as_exact_as_plain(with_(moments), with_(reference.moments), case, ("x",), place)
 
 
 @pytest.mark.parametrize("options", [{"weight": False}, {"reduction": "sum"}, {"weight": False, "reduction": "sum"}])
-def test_options_as_exact_as_plain(options):
-    fused_as_exact_as_plain(with_(moments, **options), with_(reference.moments, **options), SMALL, ("x",))
+@everywhere("moments")
+def test_options_as_exact_as_plain(options, place):
+    fused_as_exact_as_plain(with_(moments, **options), with_(reference.moments, **options), SMALL, ("x",), place)
 
 
 @pytest.mark.parametrize("f", [moments, reference.moments])
@@ -51,14 +54,16 @@ def test_formula_and_gradcheck(f):
     torch.autograd.gradcheck(lambda x: f(x, real, fake, w).value, x.requires_grad_())
 
 
-def test_upstream_gradient_of_stride_0():
-    summed_like_one_by_one(with_(moments), SMALL, "x")
+@everywhere("moments")
+def test_upstream_gradient_of_stride_0(place):
+    summed_like_one_by_one(with_(moments), SMALL, "x", place)
 
 
 @pytest.mark.parametrize("poison", ["x", "real", "fake", "x_t", "weight", "fake_c_out"])
 @pytest.mark.parametrize("number", SPOILS)
-def test_left_out(poison, number):
-    left_out(with_(moments), Case((3, 3, 8, 8), F32), ("x",), poison, number)
+@everywhere("moments")
+def test_left_out(poison, number, place):
+    left_out(with_(moments), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
 
 
 def test_module():
@@ -83,5 +88,6 @@ def test_opcheck():
     torch.library.opcheck(ops.moments_backward.default, [saved, torch.ones(()).expand(3), *args])
 
 
-def test_compiles():
-    compiles_in_one_graph(with_(moments), Case((3, 3, 8, 8), F32), ("x",))
+@everywhere("moments")
+def test_compiles(place):
+    compiles_in_one_graph(with_(moments), Case((3, 3, 8, 8), F32), ("x",), place)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from kernel_cases import F16, F32, F64, assert_no_worse, poisoned_memory
+from kernel_cases import CPU, F16, F32, F64, assert_no_worse, poisoned_memory
+from places import everywhere, on_gpu
 
 from kernels import Normals, add_noise, noised_input, reference
 from kernels._lib import INTERPRET
@@ -12,6 +13,7 @@ from kernels._lib import INTERPRET
 SHAPES = [(3, 3, 5, 7), (4, 1, 8, 8), (2, 3, 32, 32), (2, 40, 2, 2), (5, 2), (3, 1025), (0, 3, 8, 8), (1, 4, 64, 64)]
 if INTERPRET:  # which takes milliseconds a program
     SHAPES = [(2, 3, 5, 7), (1, 1, 36, 36), (1, 40, 2, 2), (3, 2), (0, 3, 8, 8)]
+SOME = [(3, 3, 5, 7), (3, 1025)]  # on a GPU, where every number of channels is a kernel to compile
 LAYOUT = {False: torch.contiguous_format, True: torch.channels_last}
 
 
@@ -19,13 +21,17 @@ def lies(t, nhwc):
     return t.numel() == 0 or t.is_contiguous(memory_format=LAYOUT[nhwc and t.ndim == 4])
 
 
-def inputs(shape, dtype=F32, nhwc=False):
+def shapes(place):
+    return SHAPES if place == CPU else SOME[: 1 if INTERPRET else 2]
+
+
+def inputs(shape, dtype=F32, nhwc=False, place=CPU):
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(shape, generator=generator, dtype=F64) for _ in range(2))
     return (
-        x.to(dtype, memory_format=LAYOUT[nhwc and len(shape) == 4]),
-        torch.rand(shape[0], generator=generator) + 0.1,
-        noise.to(F32),
+        x.to(dtype, memory_format=LAYOUT[nhwc and len(shape) == 4]).to(place),
+        (torch.rand(shape[0], generator=generator) + 0.1).to(place),
+        noise.to(place, F32),
     )
 
 
@@ -56,11 +62,21 @@ def test_normals_are_box_muller_of_philox():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_draws_what_the_reference_draws(shape):
-    """Only under TRITON_INTERPRET=1 are these two implementations; the GPU has its own marked test."""
+    """Only under TRITON_INTERPRET=1 are these two implementations."""
     normals = Normals(torch.tensor(-3), torch.tensor(2**40 + 5))
     torch.testing.assert_close(
         normals.draw(shape), reference.normals(normals.seed, normals.offset, shape), rtol=0, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("place", on_gpu("noising"), indirect=True)
+def test_on_a_gpu_are_drawn_the_normals_of_the_cpus_reference(shape, place):
+    """Bits of Philox are the same, logarithm and cosine differ in their last; both seed and offset pass 2^32."""
+    seed, offset = torch.tensor(-3), torch.tensor(2**40 + 5)
+    drawn = Normals(seed.to(place), offset.to(place)).draw(shape)
+    assert drawn.device.type == place.type
+    torch.testing.assert_close(drawn.cpu(), reference.normals(seed, offset, shape), rtol=0, atol=2e-6)
 
 
 def test_normals_are_normal_and_independent():
@@ -73,24 +89,26 @@ def test_normals_are_normal_and_independent():
         assert abs((z[lag:] * z[:-lag]).mean().item()) < 4.5 / math.sqrt(len(z))
 
 
-def test_normals_depend_on_seed_and_offset_and_not_on_batch_size():
-    first = Normals.from_seed(5)
+@everywhere("noising")
+def test_normals_depend_on_seed_and_offset_and_not_on_batch_size(place):
+    first = Normals.from_seed(5, place)
     drawn = first.draw((4, 3, 6, 6))
     assert torch.equal(first.draw((2, 3, 6, 6)), drawn[:2])
-    again = Normals.from_seed(5)
+    again = Normals.from_seed(5, place)
     assert torch.equal(again.draw((4, 3, 6, 6)), drawn)
     again.advance()
     assert (again.draw((4, 3, 6, 6)) - drawn).abs().mean() > 0.5
-    assert (Normals.from_seed(6).draw((4, 3, 6, 6)) - drawn).abs().mean() > 0.5
+    assert (Normals.from_seed(6, place).draw((4, 3, 6, 6)) - drawn).abs().mean() > 0.5
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("dtype", [F32, F16, F64], ids=str)
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
-def test_add_noise(nhwc, dtype, drawn):
-    for shape in SHAPES:
-        x, sigma, noise = inputs(shape, dtype, nhwc)
-        normals = Normals.from_seed(3)
+@everywhere("noising")
+def test_add_noise(nhwc, dtype, drawn, place):
+    for shape in shapes(place):
+        x, sigma, noise = inputs(shape, dtype, nhwc, place)
+        normals = Normals.from_seed(3, place)
         noise = reference.normals(*normals, shape) if drawn else noise
         exact = x.to(F64) + sigma.to(F64).view(-1, *(1,) * (x.ndim - 1)) * noise.to(F64)
         x.requires_grad_()
@@ -110,11 +128,12 @@ def test_add_noise(nhwc, dtype, drawn):
 @pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("pad", [0, 5])
 @pytest.mark.parametrize("dtype", [F16, F32], ids=str)
-def test_noised_input(dtype, pad, nhwc, channels_last):
-    for shape in (s for s in SHAPES if len(s) == 4):
-        x, sigma, noise = inputs(shape, F32, nhwc)
+@everywhere("noising")
+def test_noised_input(dtype, pad, nhwc, channels_last, place):
+    for shape in (s for s in shapes(place) if len(s) == 4):
+        x, sigma, noise = inputs(shape, F32, nhwc, place)
         c_in, channels = 1 / (sigma**2 + 0.25).sqrt(), shape[1] + pad
-        for given in (noise, Normals.from_seed(8)):
+        for given in (noise, Normals.from_seed(8, place)):
             x.requires_grad_()
             same = given if isinstance(given, torch.Tensor) else reference.normals(*given, shape)
             expected = reference.noised_input(x, sigma, same, c_in, dtype=dtype, channels=channels)
@@ -133,8 +152,9 @@ def test_noised_input(dtype, pad, nhwc, channels_last):
             assert_no_worse(dx, rough, exact, f"gradient of {shape}")
 
 
-def test_gradient_through_either_output():
-    x, sigma, noise = inputs((2, 3, 4, 4))
+@everywhere("noising")
+def test_gradient_through_either_output(place):
+    x, sigma, noise = inputs((2, 3, 4, 4), place=place)
     x.requires_grad_()
     out = noised_input(x, sigma, noise, sigma, dtype=F32)
     (dx,) = torch.autograd.grad(out.x_t.sum(), x, retain_graph=True)
@@ -150,10 +170,12 @@ def test_gradcheck():
     torch.autograd.gradcheck(lambda x: noised_input(x, sigma, noise, sigma, dtype=F64, channels=4), x)
 
 
-def test_one_sigma_for_all():
-    x, _, noise = inputs((3, 3, 4, 4))
-    torch.testing.assert_close(add_noise(x, torch.tensor(2.5), noise), x + 2.5 * noise)
-    net = noised_input(x, torch.tensor(2.5), noise, torch.tensor(0.5), dtype=F32, channels_last=False).net_input
+@everywhere("noising")
+def test_one_sigma_for_all(place):
+    x, _, noise = inputs((3, 3, 4, 4), place=place)
+    sigma, c_in = torch.tensor(2.5, device=place), torch.tensor(0.5, device=place)
+    torch.testing.assert_close(add_noise(x, sigma, noise), x + 2.5 * noise)
+    net = noised_input(x, sigma, noise, c_in, dtype=F32, channels_last=False).net_input
     torch.testing.assert_close(net, 0.5 * (x + 2.5 * noise))
 
 
@@ -195,15 +217,16 @@ def test_opcheck():
 
 @pytest.mark.filterwarnings("ignore:.*autograd functions are all static:DeprecationWarning")  # Dynamo's own
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-def test_compiles(drawn):
-    x, sigma, noise = inputs((2, 3, 4, 4))
+@everywhere("noising")
+def test_compiles(drawn, place):
+    x, sigma, noise = inputs((2, 3, 4, 4), place=place)
     x.requires_grad_()
 
     def both(x, sigma, noise):
         x_t, net_input = noised_input(x, sigma, noise, 1 / sigma, dtype=F32, channels=8)
         return x_t.square().sum() + net_input.square().sum() + add_noise(x, sigma, noise).sum()
 
-    noise = Normals.from_seed(2) if drawn else noise
+    noise = Normals.from_seed(2, place) if drawn else noise
     expected = torch.autograd.grad(both(x, sigma, noise), x)
     value = torch.compile(both, fullgraph=True, backend="aot_eager")(x, sigma, noise)
     torch.testing.assert_close(torch.autograd.grad(value, x), expected)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from kernel_cases import off_the_grid
+from places import everywhere, on_gpu
 
 from kernels import _norm, native, norm_silu
 from kernels._lib import INTERPRET
@@ -30,6 +32,10 @@ class Case(NamedTuple):
     extras: tuple[str, ...] = ()
     silu: bool = True
     offset: float = 0.0  # mean of x
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.n, self.c, self.h, self.w
 
 
 MODULATED = ("scale", "shift")
@@ -75,11 +81,11 @@ def ours_everywhere(monkeypatch):
 def inputs(case, dtype=torch.float32, device="cpu"):
     """x, the upstream gradient, and the parameters and extras by name."""
     layout = torch.channels_last if case.last else torch.contiguous_format
-    x, g = (torch.randn(case.n, case.c, case.h, case.w, device=device) for _ in range(2))
-    given = {"weight": torch.randn(case.c, device=device) + 1, "bias": torch.randn(case.c, device=device)}
-    given |= {name: torch.randn(case.n, case.c, device=device) for name in case.extras}
-    x = (x + case.offset).to(dtype).contiguous(memory_format=layout)
-    return x, g.to(dtype).contiguous(memory_format=layout), {k: v.to(dtype) for k, v in given.items()}
+    x, g = (torch.randn(case.n, case.c, case.h, case.w) for _ in range(2))
+    given = {"weight": torch.randn(case.c) + 1, "bias": torch.randn(case.c)}
+    given |= {name: torch.randn(case.n, case.c) for name in case.extras}
+    x, g = (t.to(device, dtype).contiguous(memory_format=layout) for t in (x + case.offset, g))
+    return x, g, {k: v.to(device, dtype) for k, v in given.items()}
 
 
 def outputs(function, case, x, g, given, dtype=None):
@@ -120,21 +126,23 @@ def test_no_worse_than_pytorch(case, dtype):
     assert ours["dx"].is_contiguous(memory_format=layout)
 
 
-def test_bfloat16_weight_gradient_at_the_width_where_pytorch_was_wrong():
+@everywhere("norm_silu")
+def test_bfloat16_weight_gradient_at_the_width_where_pytorch_was_wrong(place):
     """128 channels, 64 x 64, channels-last: PyTorch's CUDA kernel once lost it silently (pytorch#140913)."""
     case = Case(2, 128, 64, 64, 32) if not INTERPRET else Case(1, 32, 64, 64, 8)
-    x, g, given = inputs(case, DTYPES[-1])
+    x, g, given = inputs(case, DTYPES[-1], place)
     exact = outputs(plain, case, x, g, given, torch.float64)
     ours = outputs(norm_silu, case, x, g, given)
     for name in ("dweight", "dbias"):
         assert error(ours[name], exact[name]) <= 4e-3 * exact[name].abs().max()  # half a unit of bfloat16
 
 
-def test_wide_range_of_layouts_gives_the_same_numbers():
+@everywhere("norm_silu")
+def test_wide_range_of_layouts_gives_the_same_numbers(place):
     case = CASES["6 a group"]
-    x, g, given = inputs(case)
+    x, g, given = inputs(case, device=place)
     expected = outputs(norm_silu, case, x, g, given)
-    wide = torch.randn(case.n, 2 * case.c)
+    wide = torch.randn(case.n, 2 * case.c, device=place)
     wide[:, ::2], wide[:, 1::2] = given["scale"], given["shift"]
     stacked = torch.cat([given["scale"], given["shift"]], 1)
     views = [
@@ -144,39 +152,55 @@ def test_wide_range_of_layouts_gives_the_same_numbers():
     for view in views:
         y = norm_silu(x, given["weight"], given["bias"], case.groups, 1e-5, **view)
         assert torch.equal(y, expected["y"])
-    strided = torch.randn(case.n, case.c, 2 * case.h, case.w)[:, :, ::2].copy_(x)
+    strided = torch.randn(case.n, case.c, 2 * case.h, case.w, device=place)[:, :, ::2].copy_(x)
     torch.testing.assert_close(
         norm_silu(strided, given["weight"], given["bias"], case.groups, 1e-5, scale=given["scale"], shift=given["shift"]),
         expected["y"], rtol=1e-6, atol=2e-6,
     )  # fmt: skip
 
 
-def test_the_gradient_of_a_sum_has_stride_zero():
+@everywhere("norm_silu")
+def test_the_gradient_of_a_sum_has_stride_zero(place):
     case = CASES["4 a group"]
-    x, _, given = inputs(case)
+    x, _, given = inputs(case, device=place)
     ours, exact = (t.detach().to(d).requires_grad_() for t, d in ((x, torch.float32), (x, torch.float64)))
     norm_silu(ours, given["weight"], given["bias"], case.groups, 1e-5).sum().backward()
     plain(exact, given["weight"], given["bias"], case.groups, 1e-5).sum().backward()
     assert error(ours.grad, exact.grad) <= 1e-5 * exact.grad.abs().max()
 
 
-def test_empty_batch():
+@everywhere("norm_silu")
+def test_empty_batch(place):
     case = CASES["digits"]._replace(n=0, extras=(*MODULATED, "add"))
-    ours = outputs(norm_silu, case, *inputs(case))
+    ours = outputs(norm_silu, case, *inputs(case, device=place))
     assert ours["y"].shape == ours["dx"].shape == (0, 32, 8, 8)
     assert ours["dweight"].eq(0).all()
     assert ours["dbias"].eq(0).all()
 
 
-def test_parameters_may_be_float32_beside_16_bit_images():
+def test_parameters_may_be_float32_beside_16_bit_images(place="cpu"):
     case = CASES["6 a group"]
-    x, g, given = inputs(case)
+    x, g, given = inputs(case, device=place)
     x16 = x.to(DTYPES[-1])
     exact = outputs(plain, case, x16, g, given, torch.float64)
     ours = outputs(norm_silu, case, x16, g, given)
     assert ours["y"].dtype == x16.dtype
     assert ours["dweight"].dtype == torch.float32
     assert error(ours["dweight"], exact["dweight"]) <= 1e-2 * exact["dweight"].abs().max()
+
+
+@pytest.mark.parametrize("place", on_gpu("norm_silu"), indirect=True)
+def test_on_a_gpu_parameters_may_be_float32_beside_16_bit_images(place):
+    test_parameters_may_be_float32_beside_16_bit_images(place)
+
+
+@pytest.mark.parametrize("place", on_gpu("norm_silu"), indirect=True)
+def test_on_a_gpu_images_off_the_16_byte_grid(place):
+    case = CASES["digits"]
+    x, g, given = inputs(case, device=place)
+    expected = outputs(norm_silu, case, x, g, given)["y"]
+    ours = norm_silu(off_the_grid(x), given["weight"], given["bias"], case.groups, 1e-5)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_x_and_statistics_are_kept():
@@ -231,9 +255,10 @@ def test_opcheck():
 
 # Dynamo's own doing, when it meets an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_into_one_graph():
+@everywhere("norm_silu")
+def test_compiles_into_one_graph(place):
     case = CASES["digits"]
-    x, g, given = inputs(case)
+    x, g, given = inputs(case, device=place)
     compiled = torch.compile(norm_silu, fullgraph=True, backend="aot_eager")
     expected = outputs(norm_silu, case, x, g, given)
     for name, got in outputs(compiled, case, x, g, given).items():
@@ -270,15 +295,19 @@ def test_every_shipped_width_has_a_plan_whose_channels_fit():
             assert plan["CB"] * plan["ROWS"] <= 64 * 32 * plan["num_warps"]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_on_the_gpu_no_worse_than_pytorch(dtype, backend, monkeypatch):
-    monkeypatch.setattr("kernels.cuda._backend", backend)
-    shipped = [Case(2, c, r, r, 32, extras=MODULATED) for c, r in _norm.ADM]
-    shipped += [Case(2, c, r, r, 32, extras=("add",)) for c, r in _norm.SONG]
-    for case in [*CASES.values(), *shipped]:
-        check(case, dtype, device="cuda")
+#: Every width of the EDM and ADM networks as they run, and what is odd in float32; float16 takes bfloat16's ways.
+SHIPPED = [Case(2, c, r, r, 32, extras=MODULATED) for c, r in _norm.ADM]
+SHIPPED += [Case(2, c, r, r, 32, extras=("add",)) for c, r in _norm.SONG]
+GPU_CHECKS = [(case, torch.float32) for case in CASES.values()]
+GPU_CHECKS += [(CASES[name], DTYPES[-1]) for name in ("digits", "two passes masked", "two passes NCHW", "one group, odd")]
+GPU_CHECKS += [(case, DTYPES[-1]) for case in SHIPPED]
+GPU_CHECKS += [(CASES[name], torch.float16) for name in ("digits NCHW", "18 a group", "two passes")]
+
+
+@pytest.mark.parametrize("place", on_gpu("norm_silu"), indirect=True)
+@pytest.mark.parametrize(("case", "dtype"), GPU_CHECKS, ids=lambda v: "x".join(map(str, v[:5])) if isinstance(v, Case) else str(v))
+def test_on_the_gpu_no_worse_than_pytorch(case, dtype, place):
+    check(case, dtype, device=place)
 
 
 ROWS = {name: case._replace(last=False) for name, case in CASES.items()}

@@ -9,6 +9,7 @@ from kernel_cases import (
     CASES,
     F32,
     F64,
+    ON_GPU,
     SPOILS,
     Case,
     Drawn,
@@ -18,6 +19,7 @@ from kernel_cases import (
     left_out,
     summed_like_one_by_one,
 )
+from places import everywhere
 
 from kernels import Estimate, reference, score_implicit
 from kernels.modules import ScoreImplicitLoss
@@ -45,21 +47,24 @@ def with_(f, *, weight=False, **options):
     return loss
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@everywhere("score_implicit", CASES, ON_GPU)
 @pytest.mark.parametrize("options", [{}, {"distance": "l2", "alpha": 1.2}], ids=str)
-def test_as_exact_as_plain(case, options):
-    fused_as_exact_as_plain(with_(score_implicit, **options), with_(reference.score_implicit, **options), case, ALL)
+def test_as_exact_as_plain(case, options, place):
+    fused, plain = with_(score_implicit, **options), with_(reference.score_implicit, **options)
+    fused_as_exact_as_plain(fused, plain, case, ALL, place)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("case", [SMALL, Case((3, 3, 5, 7), F32, guided=True, own_x_t=True)], ids=str)
-def test_options_as_exact_as_plain(case, options):
-    fused_as_exact_as_plain(with_(score_implicit, **options), with_(reference.score_implicit, **options), case, ALL)
+@everywhere("score_implicit", [SMALL, Case((3, 3, 5, 7), F32, guided=True, own_x_t=True)])
+def test_options_as_exact_as_plain(case, options, place):
+    fused, plain = with_(score_implicit, **options), with_(reference.score_implicit, **options)
+    fused_as_exact_as_plain(fused, plain, case, ALL, place)
 
 
 @pytest.mark.parametrize("wrt", [("x",), ("real",), ("fake",), ("x_t",), ("x", "fake"), ("real", "x_t")])
-def test_only_the_gradients_asked_for(wrt):
-    fused_as_exact_as_plain(with_(score_implicit), with_(reference.score_implicit), SMALL, wrt)
+@everywhere("score_implicit")
+def test_only_the_gradients_asked_for(wrt, place):
+    fused_as_exact_as_plain(with_(score_implicit), with_(reference.score_implicit), SMALL, wrt, place)
 
 
 def test_formulas():
@@ -135,17 +140,19 @@ def test_a_shift_of_everything_changes_nothing():
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])
-def test_upstream_gradient_of_stride_0(distance):
+@everywhere("score_implicit")
+def test_upstream_gradient_of_stride_0(distance, place):
     for name in ("x", "real", "x_t"):
-        summed_like_one_by_one(with_(score_implicit, distance=distance), SMALL, name)
+        summed_like_one_by_one(with_(score_implicit, distance=distance), SMALL, name, place)
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])
 @pytest.mark.parametrize("poison", ["x", "real", "fake", "x_t", "real_c_skip", "weight"])
 @pytest.mark.parametrize("number", SPOILS)
-def test_left_out(distance, poison, number):
+@everywhere("score_implicit")
+def test_left_out(distance, poison, number, place):
     loss = with_(score_implicit, distance=distance, weight=poison == "weight")
-    left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number)
+    left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number, place)
 
 
 def test_module():
@@ -186,6 +193,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])
-def test_compiles(distance):
+@everywhere("score_implicit")
+def test_compiles(distance, place):
     wrt = ("x", "x_t", "real", "fake")
-    compiles_in_one_graph(with_(score_implicit, distance=distance), Case((3, 3, 8, 8), F32), wrt)
+    compiles_in_one_graph(with_(score_implicit, distance=distance), Case((3, 3, 8, 8), F32), wrt, place)

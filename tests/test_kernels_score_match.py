@@ -6,6 +6,7 @@ from kernel_cases import (
     CASES,
     F32,
     F64,
+    ON_GPU,
     SPOILS,
     Case,
     Drawn,
@@ -15,6 +16,7 @@ from kernel_cases import (
     left_out,
     summed_like_one_by_one,
 )
+from places import everywhere
 
 from kernels import Estimate, moments, reference, score_match
 from kernels._lib import INTERPRET
@@ -25,9 +27,9 @@ def with_(f, **options):
     return lambda d: f(d.image("x"), d.estimate("real"), d.estimate("fake"), **options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_plain(case):
-    fused_as_exact_as_plain(with_(score_match), with_(reference.score_match), case, ("x",))
+@everywhere("score_match", CASES, ON_GPU)
+def test_as_exact_as_plain(case, place):
+    fused_as_exact_as_plain(with_(score_match), with_(reference.score_match), case, ("x",), place)
 
 
 def test_formula():
@@ -50,18 +52,21 @@ def test_eps_bounds_the_normaliser():
     torch.testing.assert_close(x.grad, torch.full_like(x, 2 / 0.5 / 4))
 
 
-def test_upstream_gradient_of_stride_0():
-    summed_like_one_by_one(with_(score_match), Case((3, 3, 5, 7), F32), "x")
+@everywhere("score_match")
+def test_upstream_gradient_of_stride_0(place):
+    summed_like_one_by_one(with_(score_match), Case((3, 3, 5, 7), F32), "x", place)
 
 
 @pytest.mark.parametrize("poison", ["x", "real", "fake", "x_t", "real_c_skip", "fake_c_out"])
 @pytest.mark.parametrize("number", SPOILS)
-def test_left_out(poison, number):
-    left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number)
+@everywhere("score_match")
+def test_left_out(poison, number, place):
+    left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
 
 
-def test_c_skip_held_by_both_estimates_cancels():
-    d = Drawn(Case((3, 3, 8, 8), F32))
+@everywhere("score_match")
+def test_c_skip_held_by_both_estimates_cancels(place):
+    d = Drawn(Case((3, 3, 8, 8), F32), place)
     real, fake, x = d.estimate("real"), d.estimate("fake"), d.image("x").requires_grad_()
     assert isinstance(real, Estimate) and isinstance(fake, Estimate)
     fake = fake._replace(c_skip=real.c_skip)
@@ -71,9 +76,10 @@ def test_c_skip_held_by_both_estimates_cancels():
 
 
 @pytest.mark.parametrize("same_coefficients", [False, True])
-def test_equal_estimates_give_exactly_nothing(same_coefficients):
+@everywhere("score_match")
+def test_equal_estimates_give_exactly_nothing(same_coefficients, place):
     """Before the fake score's first step it is the teacher; Adam would make a full step of a rounding error."""
-    d = Drawn(Case((3, 3, 5, 7), F32))
+    d = Drawn(Case((3, 3, 5, 7), F32), place)
     real, x = d.estimate("real"), d.image("x").requires_grad_()
     assert isinstance(real, Estimate)
     fake = real if same_coefficients else real._replace(c_skip=real.c_skip.clone(), c_out=real.c_out.clone())
@@ -128,5 +134,6 @@ def test_opcheck():
     assert (saved[0].shape == (3,)) == INTERPRET
 
 
-def test_compiles():
-    compiles_in_one_graph(with_(score_match), Case((3, 3, 8, 8), F32), ("x",))
+@everywhere("score_match")
+def test_compiles(place):
+    compiles_in_one_graph(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), place)

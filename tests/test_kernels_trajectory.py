@@ -6,6 +6,7 @@ from kernel_cases import (
     CASES,
     F32,
     F64,
+    ON_GPU,
     SPOILS,
     Case,
     Drawn,
@@ -15,6 +16,7 @@ from kernel_cases import (
     left_out,
     summed_like_one_by_one,
 )
+from places import everywhere
 
 from kernels import Estimate, reference, trajectory
 from kernels.modules import TrajectoryLoss
@@ -35,18 +37,19 @@ def with_(f, *, metric="l1", reduction="mean", x_t="x", c=0.03):
     return loss
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@everywhere("trajectory", CASES, ON_GPU)
 @pytest.mark.parametrize("metric", ["l1", "huber"])
-def test_as_exact_as_plain(case, metric):
+def test_as_exact_as_plain(case, metric, place):
     fused, plain = with_(trajectory, metric=metric), with_(reference.trajectory, metric=metric)
-    fused_as_exact_as_plain(fused, plain, case, ALL)
+    fused_as_exact_as_plain(fused, plain, case, ALL, place)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("options", [{"reduction": "sum"}, {"c": 1.0}, {"x_t": "another x_t"}], ids=str)
-def test_options_as_exact_as_plain(metric, options):
+@everywhere("trajectory")
+def test_options_as_exact_as_plain(metric, options, place):
     fused, plain = (with_(f, metric=metric, **options) for f in (trajectory, reference.trajectory))
-    fused_as_exact_as_plain(fused, plain, Case((3, 3, 5, 7), F32, guided=True), ALL)
+    fused_as_exact_as_plain(fused, plain, Case((3, 3, 5, 7), F32, guided=True), ALL, place)
 
 
 def test_formula():
@@ -87,15 +90,17 @@ def test_gradcheck(f, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_upstream_gradient_of_stride_0(metric):
-    summed_like_one_by_one(lambda d: with_(trajectory, metric=metric)(d)[0], SMALL, "net")
+@everywhere("trajectory")
+def test_upstream_gradient_of_stride_0(metric, place):
+    summed_like_one_by_one(lambda d: with_(trajectory, metric=metric)(d)[0], SMALL, "net", place)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("poison", ["net", "x", "target", "sigma", "sigma_next"])
 @pytest.mark.parametrize("number", SPOILS)
-def test_left_out(metric, poison, number):
-    left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number)
+@everywhere("trajectory")
+def test_left_out(metric, poison, number, place):
+    left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number, place)
 
 
 def test_module():
@@ -133,5 +138,6 @@ def test_opcheck():
     torch.library.opcheck(ops.trajectory_backward.default, [[*saved, *made], torch.ones(()).expand(3), *args])
 
 
-def test_compiles():
-    compiles_in_one_graph(with_(trajectory), Case((3, 3, 8, 8), F32), ("net",))
+@everywhere("trajectory")
+def test_compiles(place):
+    compiles_in_one_graph(with_(trajectory), Case((3, 3, 8, 8), F32), ("net",), place)

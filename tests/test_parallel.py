@@ -18,12 +18,13 @@ from pathlib import Path
 import parallel_cases as cases
 import pytest
 import torch
+from rehearse import GPU, REHEARSING
 
 from engine.errors import UserError
 from engine.methods.base import modules_of
 from engine.training import ranks as speech
 from engine.training.checkpoint import checkpoints, load_newest
-from engine.training.memory import fitting_micro_batch, sizes
+from engine.training.memory import fitting_micro_batch, peak_memory, sizes
 from engine.training.parallel import FSDPConfig, check_shares, largest_part
 from engine.training.ranks import ALONE
 from engine.training.run import Run, TrainConfig
@@ -258,7 +259,7 @@ def test_parallel_auto_micro_batch_takes_all_on_a_cpu_and_says_so():
 @pytest.mark.gpu
 def test_parallel_auto_micro_batch_leaves_a_run_as_it_was():
     """On a GPU sizes are tried for real; nothing of that may be left in the run."""
-    device = torch.device("cuda")
+    device = GPU
     runs = []
     for micro in (None, "auto"):
         method = cases.METHODS["gdd"]()
@@ -268,7 +269,8 @@ def test_parallel_auto_micro_batch_leaves_a_run_as_it_was():
         images = torch.rand(8, 1, 4, 4, device=device), torch.eye(2, device=device)[torch.arange(8) % 2]
         if micro == "auto":
             before = [t.clone() for net in method.nets.values() for t in net.state_dict().values()]
-            assert fitting_micro_batch(run, images, print) == 8
+            assert fitting_micro_batch(run, images, print) == (None if REHEARSING else 8)
+            peak_memory(run, *images, 4)
             after = [t for net in method.nets.values() for t in net.state_dict().values()]
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         run.take(*images)
