@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,6 +265,7 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
     if cfg.eval.n is not None and cfg.eval.n < 2:
         raise UserError(f"eval.n wants at least 2, got {cfg.eval.n}")
     precision(cfg.precision, device(cfg.device))
+    check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device(cfg.device))
     check_features(cfg.eval.features)
 
 
@@ -328,6 +330,33 @@ def set_tf32(tf32: bool | None, device: torch.device) -> str:
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
     return "float32 convolutions and products on this GPU round to TF32" if tf32 else "float32 on this GPU is IEEE's, without TF32"
+
+
+#: With which cuBLAS adds up in the same order every time.
+WORKSPACES = (":4096:8", ":16:8")
+
+
+def check_algorithms(benchmark: bool | None, deterministic: bool, device: torch.device) -> None:
+    """UserError for a search of what it must not find, and for a cuBLAS that cannot be what it must."""
+    if deterministic and benchmark:
+        raise UserError("cudnn_benchmark=true takes convolutions by their speed on the day, and deterministic=true wants the same ones every time: unset one of the two")
+    if deterministic and device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
+        raise UserError(
+            f"deterministic=true on a GPU wants CUBLAS_WORKSPACE_CONFIG={WORKSPACES[0]} in the environment, without which cuBLAS adds up in "
+            "any order: put it before the command"
+        )
+
+
+def set_algorithms(benchmark: bool | None, deterministic: bool, device: torch.device) -> str:
+    """Let cuDNN time its convolutions on every shape that it sees first, of which a training has few, or let PyTorch take
+    none but operations that repeat themselves to the bit. Of the whole process. Returns what to tell the user, if anything.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic and benchmark is not False
+    if benchmark is not None and device.type != "cuda":
+        return f"cudnn_benchmark={str(benchmark).lower()} does nothing here: it is of NVIDIA GPUs, and this run is on {device.type}"
+    return ""
 
 
 def uncompiled(device: torch.device) -> str:

@@ -104,6 +104,8 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
     tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
+    cudnn_benchmark: bool | None = None  # time cuDNN's convolutions on every new shape and take the fastest; null: on GPUs, unless deterministic
+    deterministic: bool = False  # only algorithms that give the same bits every time; slower on GPUs
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
     profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
     data: DataConfig = field(default_factory=DataConfig)

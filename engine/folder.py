@@ -9,7 +9,7 @@ from engine.config import Config, differences, to_yaml
 from engine.errors import UserError
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
-FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student")
+FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")
 FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch", "parallel")
 
 

@@ -48,7 +48,8 @@ class Job:
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.ranks, self.device = ranks, ranks.connect(build.device(cfg.device))
         self.dtype, why = build.precision(cfg.precision, self.device)
-        for note in (build.set_tf32(cfg.tf32, self.device), build.uncompiled(self.device)):
+        algorithms = build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, self.device)
+        for note in (build.set_tf32(cfg.tf32, self.device), algorithms, build.uncompiled(self.device)):
             if note:
                 self.tell(note)
         self.images = build.build_images(cfg)

@@ -47,8 +47,10 @@ def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     device = build.device(cfg.device)
     dtype, _ = build.precision(cfg.precision, device)
-    if note := build.set_tf32(cfg.tf32, device):
-        print(note, file=sys.stderr)
+    build.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
+    for note in (build.set_tf32(cfg.tf32, device), build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)):
+        if note:
+            print(note, file=sys.stderr)
     images = build.build_images(cfg)
     assert images is not None
     batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch

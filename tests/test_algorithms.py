@@ -1,0 +1,84 @@
+"""Which algorithms PyTorch may choose from: the two settings, what they exclude, and that every method runs on those that repeat."""
+
+from pathlib import Path
+
+import parallel_cases as cases
+import pytest
+import torch
+
+from engine import build, train
+from engine.errors import UserError
+from engine.nets.weights import read_tensors
+from engine.training.ranks import ALONE
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DIGITS = str(Path(__file__).parent.parent / "configs/digits.yaml")
+SMALL = [
+    "net.model_channels=8", "net.channel_mult=[1]", "net.num_blocks=1", "net.attn_resolutions=[]", "device=cpu", "precision=fp32",
+    "teacher.train.kimg=0.064", "teacher.train.batch=32", "teacher.loss.sampling_steps=2", "train.kimg=0.128", "train.batch=32",
+    "train.eval_kimg=null", "eval.n=16", "log.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """Both are the whole process's."""
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    yield cudnn
+    torch.use_deterministic_algorithms(before[0])
+    cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "deterministic", "device", "searches"),
+    [(None, False, CUDA, True), (True, False, CUDA, True), (False, False, CUDA, False), (None, True, CUDA, False), (None, False, CPU, False)],
+)
+def test_cudnn_searches_on_gpus_unless_told_not_to(switches, wanted, deterministic, device, searches):
+    switches.benchmark = not searches
+    assert build.set_algorithms(wanted, deterministic, device) == ""
+    assert switches.benchmark is searches
+    assert torch.are_deterministic_algorithms_enabled() is switches.deterministic is deterministic
+
+
+def test_cudnn_benchmark_says_that_it_does_nothing_on_a_cpu():
+    assert build.set_algorithms(False, False, CPU) == "cudnn_benchmark=false does nothing here: it is of NVIDIA GPUs, and this run is on cpu"
+
+
+def test_what_excludes_and_what_is_missing_is_one_sentence(monkeypatch):
+    with pytest.raises(UserError, match="cudnn_benchmark=true takes convolutions by their speed on the day, and deterministic=true"):
+        build.check_algorithms(True, True, CPU)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(UserError, match="deterministic=true on a GPU wants CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"):
+        build.check_algorithms(None, True, CUDA)
+    build.check_algorithms(None, True, CPU)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    build.check_algorithms(None, True, CUDA)
+
+
+def test_settings_are_checked_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="unset one of the two"):
+        train.main([DIGITS, f"run_dir={tmp_path}/run", *SMALL, "deterministic=true", "cudnn_benchmark=true"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", cases.METHODS)
+def test_every_method_trains_on_algorithms_that_repeat_and_gives_the_same_bits(name):
+    found = []
+    for deterministic in (False, True):
+        build.set_algorithms(None, deterministic, CPU)
+        run = cases.new_run(name, ALONE)
+        found.append((cases.advance(run, 2), cases.weights(run)))
+    (curve, weights), (again, same) = found
+    assert curve == again
+    assert all(torch.equal(same[key], t) for key, t in weights.items())
+
+
+def test_a_run_of_digits_repeats_itself(tmp_path, capsys):
+    found = []
+    for name in "ab":
+        train.main([DIGITS, f"run_dir={tmp_path}/{name}", *SMALL, "deterministic=true"])
+        assert torch.are_deterministic_algorithms_enabled()
+        found.append(read_tensors(tmp_path / name / "student.safetensors")[0])
+    assert all(torch.equal(found[0][key], t) for key, t in found[1].items())
+    capsys.readouterr()
