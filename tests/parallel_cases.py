@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.methods.base import frozen
+from engine.methods.base import frozen, modules_of
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.gdd import GDD, GDDConfig
 from engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
@@ -90,19 +90,21 @@ def light():
 METHODS = {"dmd": dmd, "sim": sim, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
 
 
-def new_run(name: str, ranks: Ranks, parallel: str = "ddp", **settings) -> Run:
+def new_run(name: str, ranks: Ranks, parallel: str = "ddp", device: torch.device = CPU, **settings) -> Run:
     # Adam's eps is far above rounding: else weights without a gradient (a bias before a norm) would follow its noise
     optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
     cfg = TrainConfig(kimg=BATCH * STEPS / 1000, batch=BATCH, optim={"student": optim}, parallel=parallel, **settings)
+    method = light() if name == "light" else METHODS[name]()
+    for one in [*method.nets.values(), *modules_of(method)]:
+        one.to(device)
     if cfg.compile != "off":  # all of torch.compile but minutes of C++
         with mock.patch.object(stage, "compile_nets", lambda *given: compile_nets(*given, backend="aot_eager")):
-            run = Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
+            run = Run(method, cfg, 0, device, ranks=ranks)
         assert run.compiled
         return run
     if name != "light":
-        return Run(METHODS[name](), cfg, 0, CPU, ranks=ranks)
-    method = light()
-    run = Run(method, cfg, 0, CPU, ranks=ranks)
+        return Run(method, cfg, 0, device, ranks=ranks)
+    run = Run(method, cfg, 0, device, ranks=ranks)
     run.guard = Guard(method.teacher, SkippingConfig(guard_iterations=4, cosine=0.9), print)
     return run
 
@@ -118,7 +120,7 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
         generator = torch.Generator().manual_seed(1000 + run.step)
         images = torch.rand(BATCH, 1, 4, 4, generator=generator) * 2 - 1
         labels = torch.eye(2)[torch.randint(2, (BATCH,), generator=generator)]
-        run.take(images[run.window], labels[run.window])
+        run.take(images[run.window].to(run.device), labels[run.window].to(run.device))
         curve.append(run.meter.read(run.ranks))
     return curve
 

@@ -227,7 +227,7 @@ def wire(method: Method, parallel: str, cfg: FSDPConfig, ranks: Ranks, device: t
     Whatever was drawn at random is rank 0's from here on. Sharded nets are changed in place.
     """
     nets, held = method.nets, modules_of(method)
-    if ranks.count == 1:
+    if not ranks.several:
         return {name: Wired(net, ranks) for name, net in nets.items()}
     same_everywhere([*nets.values(), *held, method.state])
     method.others = Others(ranks, together)

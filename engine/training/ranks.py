@@ -29,10 +29,14 @@ BUCKET = 1 << 25  # bytes that one all-reduce carries at most: large enough for 
 
 
 class Ranks:
-    """All processes of a run, as one of them sees them. `connect` before the first collective."""
+    """All processes of a run, as one of them sees them. `connect` before the first collective.
 
-    def __init__(self, rank: int = 0, count: int = 1, store: dist.Store | None = None):
+    several: do what several do, with collectives and shards. Tests let a single process do it, on the one GPU they have.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: dist.Store | None = None, *, several: bool | None = None):
         self.rank, self.count, self.store = rank, count, store
+        self.several = count > 1 if several is None else several
         self.patient: dist.ProcessGroup | None = None
         self._heart: Heart | None = None
         self._asked: tuple[dist.Work, Tensor] | None = None
@@ -44,7 +48,7 @@ class Ranks:
 
     def connect(self, device: torch.device) -> torch.device:
         """Open the process groups; returns this rank's own device. UserError where a backend or a GPU is missing."""
-        if self.count == 1 or self.patient is not None:
+        if not self.several or self.patient is not None:
             return self._own(device)
         check_backends(device.type)
         device = self._own(device)
@@ -63,7 +67,7 @@ class Ranks:
             self._heart = Heart(self.store.clone(), self.rank, self.count)
 
     def _own(self, device: torch.device) -> torch.device:
-        if self.count == 1 or device.type != "cuda":
+        if not self.several or device.type != "cuda":
             return device
         here, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if here >= found:
@@ -74,7 +78,7 @@ class Ranks:
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its mean over ranks, in a few large all-reduces that run while the next one is packed."""
-        if self.count == 1:
+        if not self.several:
             return
         pending = []
         for bucket in buckets(tensors):
@@ -87,13 +91,13 @@ class Ranks:
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
-        if self.count > 1:
+        if self.several:
             dist.all_reduce(tensor)
         return tensor
 
     def alone(self, work: Callable[[], T]) -> T | None:
         """work() on rank 0 while the others wait, however long. Returns its result there, None elsewhere; a UserError is everybody's."""
-        if self.count == 1:
+        if not self.several:
             return work()
         result, told = None, ""
         if self.first:
@@ -107,7 +111,7 @@ class Ranks:
 
     def agree(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
-        if self.count == 1:
+        if not self.several:
             return value
         held = [value]
         dist.broadcast_object_list(held, src=0, group=self.patient)
@@ -115,12 +119,12 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        if self.count > 1:
+        if self.several:
             dist.barrier(group=self.patient)
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' values."""
-        if self.count == 1:
+        if not self.several:
             return value
         held = torch.tensor(value)
         dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.patient)
@@ -131,7 +135,7 @@ class Ranks:
 
         One iteration late, so that no rank ever waits for the slowest to ask; the question travels between CPUs.
         """
-        if self.count == 1:
+        if not self.several:
             return signum
         asked, told = torch.tensor(signum), 0
         if self._asked is not None:

@@ -93,7 +93,7 @@ class Run:
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
         self.generators: list[torch.Generator] = []  # one a micro-batch, the same every iteration: graphs know them
         self.guard: Guard | None = None  # of a teacher that leaves out layers
-        self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients) if ranks.count == 1 else None
+        self.graphs = build_graphs(cfg.graphs, device, self.forget_gradients) if not ranks.several else None
         self._place_rates()
 
     def _place_rates(self) -> None:
@@ -110,7 +110,7 @@ class Run:
         """How much of this run was replayed, and what was not, and why."""
         if self.graphs is None:
             why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
-            why = f"{self.ranks.count} ranks" if self.ranks.count > 1 else why
+            why = f"{self.ranks.count} ranks" if self.ranks.several else why
             return {"mode": "off", "why": why}
         return self.graphs.report()
 
