@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test bench kernels-aot gpu lint clean .venv
+.PHONY: demo test bench kernels-aot csrc-torches gpu lint clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -19,10 +19,10 @@ bench: $(STAMP)  ## the benches this machine can run
 kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU needed
 	$(RUN) -m kernels.aot
 
-# DATA, FEATURES, RECIPE … are variables of benches/gpu.py, in the environment or after `make gpu`.
-export DATA FEATURES RECIPE SECONDS TEACHER_SECONDS SWITCH_SECONDS GPU_STEPS GPU_LIST REDO
-gpu:  ## everything that needs a GPU, in resumable steps; uses .venv if there is one, else $(PYTHON) as it is
-	$$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
+# PLAN, MINUTES, REHEARSE, PACK … are variables of benches/gpu.py, in the environment or after `make gpu`.
+export PLAN MINUTES REHEARSE PACK RESULTS DATA FEATURES RECIPE SECONDS TEACHER_SECONDS SWITCH_SECONDS GPU_STEPS GPU_LIST REDO
+gpu:  ## what needs a GPU, in MINUTES=12; uses .venv if there is one, else $(PYTHON) as it is; REHEARSE=1 tries it on a CPU
+	$(if $(REHEARSE),POTSTILL_REHEARSE=1) $$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
 
 lint: $(STAMP)
 	$(RUN) -m pip install -q -c constraints.txt "ruff>=0.8" "pyright>=1.1.390"

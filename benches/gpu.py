@@ -1,129 +1,190 @@
-"""make gpu: everything that needs a GPU, in steps of under ten minutes that are not repeated once they are done.
+"""make gpu: everything that needs a GPU, in steps that fit into MINUTES and go on where the last call stopped.
 
-Steps: the tests marked gpu, the kernel benches, whole iterations with and without CUDA graphs, the ladder, the FFHQ-64
-recipes rehearsed; then, with DATA=FILE.zip, a teacher, every method
-for a few minutes, time to quality for every switch; rehearsals for the scaling note; the table. Results go to
-benches/results/<device>-<date>/: one JSON per step with device, driver, versions and commit, compare.json, curves.png,
-samples.png, time_to_quality.json, scaling.json, and README.md with a table of what each step said; at last the marked
-sections of the project's README are rewritten from them. Needs no network and no virtual environment.
+    make gpu                                  twelve minutes of evidence (benches/plans.py says in which order)
+    make gpu PLAN=quality DATA=FILE.zip       a teacher and five methods on your images
+    make gpu PLAN=ladder                      the long rest
+    make gpu REHEARSE=1                       the same plan on a CPU, tiny: so that nothing fails for a typo when it counts
+    make gpu GPU_LIST=1                       the steps, what each is expected to take, what it would run
 
-    make gpu DATA=images-32x32.zip FEATURES=ResNet20:resnet20.pt,SqueezeNet:squeezenet.pt
-    RECIPE=configs/fast64.yaml    for 64-pixel images (default configs/fast32.yaml)
-    TEACHER_SECONDS=480 SECONDS=180 SWITCH_SECONDS=60
-    GPU_STEPS=teacher,method:sim  some of the steps;  REDO=1 repeats those that are done;  GPU_LIST=1 only names them
+    MINUTES=12        no step is started that is not expected to fit; one that takes much longer than expected is ended
+    PACK=FOLDER       after every row and step, all results so far in one .tar.gz there
+    RESULTS=FOLDER    benches/results/<device>-<date>; a folder of an earlier call is gone on with
+    GPU_STEPS=a,b     some of the steps;  REDO=1 repeats those that are done
+    FEATURES=NAME:FILE,…  RECIPE=configs/fast64.yaml  TEACHER_SECONDS=300  SECONDS=70  SWITCH_SECONDS=60
+
+The results folder holds one JSON a group of rows (each row is on disk when it is measured), steps.json, a log a step, and a
+README.md; at last the marked sections of the project's README are rewritten from it. Needs no network, installs nothing.
 """
 
+import ctypes
 import json
 import os
-import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-import torch
-import triton
+import harness
+import plans
+import rehearse
+import rows
+from plans import ROOT, Step
 
-ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 580  # seconds a step may take
 MOST_BYTES = 2 << 20  # of the pictures of a result folder
-METHODS = ("dmd", "sim", "gdd_i", "moment_matching", "sfd", "msd")
-SHAPES = ("cifar10", "ffhq64", "imagenet64")
-LARGE = ("ffhq64_gdd_i", "imagenet64_gdd_i", "imagenet64_dmd2")
-
-
-def steps(environment: Mapping[str, str], folder: Path) -> dict[str, list[str] | str]:
-    """Every step by name: the arguments of its Python command, or why it cannot be run."""
-    pytest = ["-m", "pytest", "-q"]
-    ladder, whole = "benches/bench_ladder.py", "benches/bench_step.py"
-    found: dict[str, list[str] | str] = {
-        "tests": [*pytest, "-m", "gpu", "tests", f"--junitxml={folder}/tests.xml"],
-        "benches": [*pytest, "benches", f"--ignore={ladder}", f"--ignore={whole}", "--benchmark", f"--benchmark-json={folder}/benches.json", f"--results={folder}"],
-        "step": [*pytest, whole, "--benchmark", f"--results={folder}"],
-        **{f"ladder:{shape}": [*pytest, ladder, "-k", shape, "--benchmark", f"--results={folder}/{shape}"] for shape in SHAPES},
-        "recipes": ["benches/evidence.py", f"{folder}/recipes"],
-    }  # fmt: skip
-    return found | evidence(environment, folder) | scaling(folder)
-
-
-def evidence(environment: Mapping[str, str], folder: Path) -> dict[str, list[str] | str]:
-    """Teacher, methods and switches on the user's images."""
-    recipe, data = environment.get("RECIPE", "configs/fast32.yaml"), environment.get("DATA")
-    work = work_folder(environment, folder)
-    features = environment.get("FEATURES", "pixels")
-    one = ["-m", "engine.compare", recipe, f"run_dir={work}", f"features={features}", f"data.path={data}", "points=8", "teacher_points=4"]
-    one += [f"teacher_seconds={environment.get('TEACHER_SECONDS', '480')}", f"seconds={environment.get('SECONDS', '180')}"]
-    found: dict[str, list[str] | str] = {"teacher": [*one, "methods=teacher"]}
-    found |= {f"method:{name}": [*one, f"methods={name}"] for name in METHODS}
-    sys.path.insert(0, str(ROOT / "benches"))
-    from time_to_quality import SWITCHES
-
-    for switch in SWITCHES:
-        found[f"time:{switch.name}"] = [
-            "benches/time_to_quality.py", recipe, "--teacher", f"{work}/teacher.safetensors", "--features", features, "--only", switch.name,
-            "--seconds", environment.get("SWITCH_SECONDS", "60"), "--work", f"{work}-switches", "--out", str(folder), "--", f"data.path={data}", "eval.n=2000",
-        ]  # fmt: skip
-    if not data:
-        return dict.fromkeys(found, "wants DATA=FILE.zip: images of the recipe's size")
-    return found
-
-
-def scaling(folder: Path) -> dict[str, list[str] | str]:
-    """Rehearsals of a small recipe over batch, resolution and width, of the large ones over batch, and what follows."""
-    small = ["benches/scaling.py", "measure", f"{folder}/scaling-fast.json", "configs/fast32.yaml"]
-    found: dict[str, list[str] | str] = {
-        "scaling:fast": [*small, "--batch", "16,64,256", "--resolution", "32,64", "--channels", "64,128"],
-    }
-    for stem in LARGE:
-        found[f"scaling:{stem}"] = [
-            "benches/scaling.py", "measure", f"{folder}/scaling-{stem}.json", f"configs/{stem}.yaml", *(["method.features=[teacher]"] if "gdd" in stem else []),
-            "--batch", "4,16,64",
-        ]  # fmt: skip
-    found["scaling:project"] = ["benches/scaling.py", "project", f"{folder}/scaling.json", "--measured", *(f"{folder}/scaling-{stem}.json" for stem in LARGE)]
-    return found
-
-
-def work_folder(environment: Mapping[str, str], folder: Path) -> Path:
-    return ROOT / "runs" / f"{folder.name}-{Path(environment.get('RECIPE', 'configs/fast32.yaml')).stem}"
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    name = slug(torch.cuda.get_device_name()) if torch.cuda.is_available() else "no-gpu"
-    folder = ROOT / "benches/results" / f"{name}-{date.today().isoformat()}"
-    known = steps(os.environ, folder)
+    name, folder = os.environ.get("PLAN") or "evidence", results_folder()
+    if not (rehearse.THERE or os.environ.get("GPU_LIST")):
+        sys.exit("make gpu wants a CUDA device; this machine has none (make gpu REHEARSE=1 tries the plan without one, make bench runs what a CPU can)")
+    if rehearse.REHEARSING:
+        prepare_rehearsal(name, folder)
+    try:
+        plan = chosen(plans.steps(name, os.environ, folder), os.environ.get("GPU_STEPS", ""))
+        seconds = budget(name)
+    except ValueError as error:
+        sys.exit(f"make gpu: {error}")
     if os.environ.get("GPU_LIST"):
-        print("\n".join(f"{name}: {' '.join(what) if isinstance(what, list) else what}" for name, what in known.items()))
-        return
-    if not torch.cuda.is_available():
-        sys.exit("make gpu wants a CUDA device; this machine has none (make bench runs what a CPU can)")
-    chosen = os.environ["GPU_STEPS"].split(",") if os.environ.get("GPU_STEPS") else list(known)
-    if unknown := [name for name in chosen if name not in known]:
-        sys.exit(f"GPU_STEPS wants some of {', '.join(known)}, got {unknown[0]!r}")
+        return print(table(plan))
     folder.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for name in chosen:
-        what, record = known[name], folder / f"{slug(name)}.step.json"
-        if isinstance(what, str):
-            print(f"{name}: not run: {what}")
-            continue
-        if record.exists() and json.loads(record.read_text())["code"] == 0 and not os.environ.get("REDO"):
-            print(f"{name}: done before, see {record.relative_to(ROOT)}")
-            continue
-        failed |= step(name, what, folder, record) != 0
-        write_readme(folder)
-    keep_comparison(work_folder(os.environ, folder), folder)
-    told = subprocess.run([sys.executable, "benches/readme.py"], cwd=ROOT, check=False)
-    sys.exit(failed or told.returncode)
+    failed = run(plan, folder, time.monotonic() + seconds)
+    keep_comparison(plans.work_folder(os.environ, folder), folder)
+    write_readme(folder)
+    rows.pack(folder)
+    sys.exit(int(failed) or rewrite_project_readme(folder))
+
+
+def prepare_rehearsal(plan: str, folder: Path) -> None:
+    """A rehearsal that was whole begins anew, one that was killed goes on; a comparison gets a second, and images of nothing."""
+    known = read_steps(folder)
+    if known and all(record["code"] == 0 for record in known.values()) and (folder / "PROJECT.md").exists():
+        shutil.rmtree(folder)
+        shutil.rmtree(plans.work_folder(os.environ, folder), ignore_errors=True)
+    if plan == "quality":
+        folder.mkdir(parents=True, exist_ok=True)
+        for key, value in {"DATA": str(random_images(folder)), "SECONDS": "1", "TEACHER_SECONDS": "1"}.items():
+            os.environ[key] = os.environ.get(key) or value
+
+
+def results_folder() -> Path:
+    if given := os.environ.get("RESULTS"):
+        return Path(given).absolute()
+    if rehearse.REHEARSING:
+        return ROOT / f"runs/rehearsals/{os.environ.get('PLAN') or 'evidence'}"
+    device = slug(harness.machine(harness.CUDA)["device"]) if rehearse.THERE else "no-gpu"
+    return plans.RESULTS / f"{device}-{date.today().isoformat()}"
+
+
+def budget(plan: str) -> float:
+    """Seconds. ValueError for MINUTES that are no number above 0."""
+    given = os.environ.get("MINUTES") or str(plans.MINUTES.get(plan, 0))
+    try:
+        minutes = float(given)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"MINUTES wants a number above 0, got {given!r}")
+    return 60 * minutes
+
+
+def chosen(plan: list[Step], names: str) -> list[Step]:
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in {step.name for step in plan}]:
+        raise ValueError(f"GPU_STEPS wants some of {', '.join(step.name for step in plan)}, got {unknown[0]!r}")
+    return [step for step in plan if not wanted or step.name in wanted]
+
+
+def run(plan: list[Step], folder: Path, deadline: float) -> bool:
+    """Every step that fits, those that were never tried before those that failed; whether any failed or was not reached."""
+    known = read_steps(folder)
+    redo, bad = bool(os.environ.get("REDO")), False
+    for step in sorted(plan, key=lambda step: step.name in known):
+        if step.why_not:
+            print(f"{step.name}: not run: {step.why_not}")
+        elif known.get(step.name, {}).get("code") == 0 and not redo:
+            print(f"{step.name}: done before, in {known[step.name]['seconds']} s")
+        elif (left := deadline - time.monotonic()) < step.seconds and not rehearse.REHEARSING:
+            bad = True
+            print(f"{step.name}: not started: expected to take {step.seconds:.0f} s, {max(left, 0):.0f} s are left; the same command goes on")
+        else:
+            record = take(step, folder, left)
+            known[step.name] = record
+            rows.write(folder / "steps.json", {"machine": harness.machine(harness.CUDA), "steps": known})
+            write_readme(folder)
+            rows.pack(folder)
+            bad |= record["code"] != 0
+    return bad
+
+
+def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
+    """Run one step; what became of it. Its output goes straight into its log. Exit code 124: it was ended for its time."""
+    print(f"== {step.name}, expected to take {step.seconds:.0f} s", flush=True)
+    log, start = folder / f"{slug(step.name)}.log", time.monotonic()
+    most = max(60.0, left) if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted(step) else {})
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, *step.command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, preexec_fn=die_with_parent,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=most)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:  # Ctrl-C too: nothing goes on behind our back
+            end(process)
+    said = log.read_text(errors="replace").strip()
+    print(said[-3000:], flush=True)
+    return {
+        "code": code, "seconds": round(time.monotonic() - start, 1), "expected": step.seconds, "last_line": said.rpartition("\n")[2],
+        "rehearsal": rehearse.REHEARSING, **{key: harness.machine(harness.CUDA)[key] for key in ("commit", "date")},
+    }  # fmt: skip
+
+
+def interpreted(step: Step) -> bool:
+    """In a rehearsal: must a kernel run? What only trains takes the kernels' definitions, as any CPU does."""
+    return rehearse.REHEARSING and step.name in ("kernels", "nsight", "compiled")
+
+
+def die_with_parent() -> None:
+    """In the child: be killed when `make gpu` is, so that a new call has the folder for itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen) -> None:
+    """The process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def read_steps(folder: Path) -> dict[str, Any]:
+    path = folder / "steps.json"
+    return json.loads(path.read_text())["steps"] if path.exists() else {}
+
+
+def table(plan: list[Step]) -> str:
+    """The plan as text: when each step begins if all take what is expected."""
+    lines, begins = [f"{'begins':>6}  {'takes':>5}  step"], 0.0
+    for step in plan:
+        lines.append(f"{begins:5.0f}s  {step.seconds:4.0f}s  {step.name}: {step.why_not or ' '.join(step.command)}")
+        begins += 0 if step.why_not else step.seconds
+    return "\n".join([*lines, f"{begins:5.0f}s         in all"])
 
 
 def keep_comparison(work: Path, folder: Path) -> None:
     """The table and the pictures of the methods, where they are there and small enough to commit."""
     if not (work / "summary.json").exists():
-        return print(f"no comparison at {work} yet")
+        return
     shutil.copy(work / "summary.json", folder / "compare.json")
     pictures = [work / name for name in ("curves.png", "samples.png") if (work / name).exists()]
     if (size := sum(p.stat().st_size for p in pictures)) > MOST_BYTES:
@@ -132,52 +193,33 @@ def keep_comparison(work: Path, folder: Path) -> None:
         shutil.copy(picture, folder / picture.name)
 
 
-def step(name: str, arguments: list[str], folder: Path, record: Path) -> int:
-    """Run one step and write what it said; its exit code, 124 if it took too long (what it saved is used the next time)."""
-    command = [sys.executable, *arguments]
-    start = time.time()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
-        code, output = 124, (late.stdout or b"").decode()
-    print(output[-4000:])
-    text = {
-        "step": name,
-        "code": code,
-        "seconds": round(time.time() - start, 1),
-        "last_line": output.strip().splitlines()[-1] if output.strip() else "",
-        **machine(),
-    }
-    record.write_text(json.dumps(text, indent=2) + "\n")
-    (folder / f"{slug(name)}.log").write_text(output)
-    return code
-
-
-def machine() -> dict[str, str]:
-    def said(*command: str) -> str:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": str(torch.version.cuda),
-        "python": platform.python_version(),
-        "commit": said("git", "rev-parse", "--short", "HEAD") or "unknown",
-        "date": date.today().isoformat(),
-    }
-
-
 def write_readme(folder: Path) -> None:
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.step.json"))]
-    about = ", ".join(f"{key} {records[0][key]}" for key in ("device", "driver", "torch", "triton", "cuda", "python"))
-    rows = [f"| {r['step']} | {r['code']} | {r['seconds']} | {r['commit']} | {r['last_line']} |" for r in records]
-    table = ["| step | exit code | seconds | commit | last line |", "|---|---|---|---|---|", *rows]
+    """A table of what each step said."""
+    about = ", ".join(f"{key} {value}" for key, value in harness.machine(harness.CUDA).items() if key not in ("date", "commit"))
+    table = ["| step | exit code | seconds | expected | commit | last line |", "|---|---|---|---|---|---|"]
+    for name, r in read_steps(folder).items():
+        table.append(f"| {name} | {r['code']} | {r['seconds']} | {r['expected']:.0f} | {r['commit']} | {r['last_line'].replace('|', '/')[:200]} |")
     (folder / "README.md").write_text(f"# {folder.name}\n\n{about}\n\n" + "\n".join(table) + "\n")
+
+
+def rewrite_project_readme(folder: Path) -> int:
+    """The marked sections of README.md anew; of a rehearsal, of a copy of it that lies in its folder."""
+    command = [sys.executable, "benches/readme.py"]
+    if rehearse.REHEARSING:
+        text = (ROOT / "README.md").read_text()
+        (folder / "PROJECT.md").write_text(re.sub(r"<!-- results:(?!gpu)(?s:.*?)<!-- /results -->\n", "", text))
+        command += [f"--readme={folder}/PROJECT.md", f"--results={folder.parent}"]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def random_images(folder: Path) -> Path:
+    """A few images of nothing, to rehearse a comparison on."""
+    import numpy as np
+
+    path = folder / "images.npz"
+    generator = np.random.default_rng(0)
+    np.savez(path, images=generator.integers(0, 256, (24, 32, 32, 3), np.uint8), labels=np.arange(24) % 4)
+    return path
 
 
 def slug(name: str) -> str:

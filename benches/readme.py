@@ -5,7 +5,7 @@
 
 A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
 (compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
-(ladder_quality.json), gpu (no FOLDER: the newest folder of a GPU, or the sentence that there is none). A number is sourced
+(ladder_quality.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
 if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.
 """
 
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import gpu_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches/results"
@@ -219,13 +221,9 @@ def quality(run: dict[str, Any]) -> str:
 
 
 def gpu(results: Path) -> tuple[str, list[Any]]:
-    """The newest comparison made on a GPU; its folder's name ends in its date."""
-    found = [p for p in results.glob("*/compare.json") if not p.parent.name.startswith("cpu-")]
-    if not found:
-        return NO_GPU, []
-    newest = max(found, key=lambda p: p.parent.name[-10:])
-    text, sources = section(f"compare {newest.parent.name}", results)
-    return text, sources
+    """What was measured on GPUs (benches/gpu_section.py), or that nothing was."""
+    text, sources = gpu_section.section(results, table, {"compare": compare, "ladder": ladder})
+    return text or NO_GPU, sources
 
 
 KINDS = {

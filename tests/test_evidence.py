@@ -27,7 +27,6 @@ from engine.sampling import one_step
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
-import gpu  # noqa: E402
 import scaling  # noqa: E402
 import time_to_quality  # noqa: E402
 
@@ -217,15 +216,6 @@ def test_a_switch_that_this_version_lacks_is_said_to_be_unavailable():
     assert (freeze.settings, freeze.environment) == (["method.freeze=1"], {"A": "b"})
     assert time_to_quality.unavailable(recipe, freeze, [], "gdd_i") is None
     assert time_to_quality.unavailable(recipe, freeze, [], "sfd") is not None
-
-
-def test_gpu_steps_without_data_say_what_is_wanted(tmp_path):
-    known = gpu.steps({}, tmp_path / "some-gpu-2026-01-01")
-    assert known["teacher"] == known["method:sfd"] == "wants DATA=FILE.zip: images of the recipe's size"
-    known = gpu.steps({"DATA": "a.zip", "RECIPE": "configs/fast64.yaml", "SECONDS": "7"}, tmp_path / "some-gpu-2026-01-01")
-    assert {"configs/fast64.yaml", "data.path=a.zip", "seconds=7", "methods=sfd"} <= set(known["method:sfd"])
-    assert list(known)[:3] == ["tests", "benches", "step"]
-    assert list(known)[-1] == "scaling:project"
 
 
 # scaling
