@@ -9,6 +9,7 @@ import torch
 from engine import build, train
 from engine.errors import UserError
 from engine.nets.weights import read_tensors
+from engine.training import memory
 from engine.training.ranks import ALONE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -60,6 +61,19 @@ def test_settings_are_checked_before_any_work(tmp_path):
     with pytest.raises(UserError, match="unset one of the two"):
         train.main([DIGITS, f"run_dir={tmp_path}/run", *SMALL, "deterministic=true", "cudnn_benchmark=true"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("searches", [True, False])
+def test_memory_is_measured_once_cudnn_has_chosen(switches, searches, monkeypatch):
+    """What convolutions take that are only tried is not what a micro-batch takes."""
+    seen = []
+    monkeypatch.setattr(memory, "every_turn", lambda *given: seen.append("turns"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: seen.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: seen.append("read") or 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    switches.benchmark = searches
+    memory.peak_memory(cases.new_run("tsm", ALONE), torch.zeros(8, 1, 4, 4), None, 8)
+    assert seen == ["turns"] * searches + ["reset", "turns", "read"]
 
 
 @pytest.mark.parametrize("name", cases.METHODS)

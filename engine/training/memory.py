@@ -49,13 +49,11 @@ def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) ->
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
     kept, others = [(t, t.clone()) for t in state_of(run)], run.method.others
     run.method.others = Alone()  # a rank without memory must not leave the others waiting
-    torch.cuda.reset_peak_memory_stats(run.device)
     try:
-        for turn in run.method.turns:
-            shared = run.method.begin(run.micro_batch(images, labels, 0, size))
-            if (result := turn.loss(shared)) is not None:
-                result[0].backward()
-            run.forget_gradients()
+        if torch.backends.cudnn.benchmark:
+            every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
+        torch.cuda.reset_peak_memory_stats(run.device)
+        every_turn(run, images, labels, size)
         return torch.cuda.max_memory_allocated(run.device) + to_come(run)
     except torch.OutOfMemoryError:
         return 0
@@ -66,6 +64,15 @@ def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) ->
             for t, before in kept:
                 t.copy_(before)
         torch.cuda.empty_cache()
+
+
+def every_turn(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> None:
+    """Forward and backward of each on one micro-batch; no step."""
+    for turn in run.method.turns:
+        shared = run.method.begin(run.micro_batch(images, labels, 0, size))
+        if (result := turn.loss(shared)) is not None:
+            result[0].backward()
+        run.forget_gradients()
 
 
 def state_of(run: "Run") -> Iterator[Tensor]:

@@ -166,7 +166,8 @@ class Sharded(Wired):
             module.set_is_last_backward(last)
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        square = get_total_norm([g for g in gradients if g.numel()]).square() if gradients else torch.zeros(())
+        held = [g for g in gradients if g.numel()]  # of a small net a rank may have nothing but empty shards
+        square = get_total_norm(held).square() if held else torch.zeros((), device=_local(self.parameters[0]).device)
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
