@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,10 +33,23 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def nvcc_flags() -> list[str]:
-    """Everything but architectures, input and output. USE_CUDA shows the stream functions of the stable ABI."""
-    headers = ["-isystem", str(torch_folder() / "include")]
-    return ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET_VERSION, *headers, "-Xcompiler", "-fPIC"]
+def nvcc_flags(headers: Path | None = None) -> list[str]:
+    """Everything but architectures, input and output. USE_CUDA shows the stream functions of the stable ABI.
+
+    `headers` is the include folder of a PyTorch, by default of the installed one.
+    """
+    return ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET_VERSION, *_include(headers), "-Xcompiler", "-fPIC"]
+
+
+def cpu_flags(headers: Path | None = None) -> list[str]:
+    """The same for the C++ compiler."""
+    # psabi: vectors are never passed between files. uninitialized: GCC 12 finds it in its own header of intrinsics.
+    warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
+    return ["-std=c++20", "-O3", "-fPIC", *warnings.split(), TARGET_VERSION, *_include(headers)]
+
+
+def _include(headers: Path | None) -> list[str]:
+    return ["-isystem", str(headers or torch_folder() / "include")]
 
 
 def arch_flags(archs: Iterable[int], *, ptx: bool = False) -> list[str]:
@@ -53,20 +67,22 @@ def cuda_ninja_file(output: Path, *, archs: Iterable[int]) -> str:
     return _ninja_file(f"nvcc {flags}", "nvcc -shared", objects, output, ["torch_cpu", "torch_cuda", "c10"])
 
 
-def cpu_ninja_file(output: Path, compiler: str) -> str:
-    """The same for CPUs, with a C++ compiler: the ops once, the loops once for each of LEVELS."""
-    # psabi: vectors are never passed between files. uninitialized: GCC 12 finds it in its own header of intrinsics.
-    warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
-    flags = f"-std=c++20 -O3 -fPIC {warnings} {TARGET_VERSION} -isystem {torch_folder() / 'include'}"
+def cpu_objects() -> dict[str, tuple[Path, str]]:
+    """What each object for CPUs is compiled from, and its own flags: the ops once, the loops once for each of LEVELS."""
     objects = {f"loops_{name}.o": (LOOPS, f"-DLEVEL=LEVEL_{name} {more}") for name, more in LEVELS.items()}
-    objects[f"{CPU_SOURCE.stem}.o"] = (CPU_SOURCE, "")
+    return objects | {f"{CPU_SOURCE.stem}.o": (CPU_SOURCE, "")}
+
+
+def cpu_ninja_file(output: Path, compiler: str) -> str:
+    """The same as cuda_ninja_file for CPUs, with a C++ compiler."""
     shared = "-bundle -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared"
-    return _ninja_file(f"{compiler} {flags}", f"{compiler} {shared}", objects, output, ["torch_cpu", "c10"])
+    compile_, link = f"{compiler} {' '.join(cpu_flags())}", f"{compiler} {shared}"
+    return _ninja_file(compile_, link, cpu_objects(), output, ["torch_cpu", "c10"])
 
 
 def cpu_compiler() -> str:
     """The C++ compiler: CXX in the environment, or c++."""
-    return os.environ.get("CXX", "c++")
+    return os.environ.get("CXX") or "c++"
 
 
 def _ninja_file(
@@ -84,3 +100,22 @@ def _ninja_file(
     for name, (source, more) in objects.items():
         lines += [f"build {name}: compile {source}", f"  more = {more}"]
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", f"default {output}"]) + "\n"
+
+
+def first_error(said: str) -> str:
+    """The line of a compiler's or linker's output that says what is wrong first."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"\berror\b|not found|cannot find|undefined|fatal", line, re.IGNORECASE)]
+    return (named or lines or ["no word why"])[0]
+
+
+def what_failed(ninja_said: str) -> str:
+    """What ninja could not make, and its first error: "csrc/adam_ema.cu does not compile (…)", "the link fails (…)"."""
+    block = r"^FAILED: .*\n(.*)\n((?s:.*?))(?=^\[\d+/\d+\] |^FAILED: |^ninja: |\Z)"  # the command, what it said
+    failed = re.search(block, ninja_said, re.MULTILINE)
+    if failed is None:
+        return f"ninja fails ({first_error(ninja_said)})"
+    command, said = failed.groups()
+    source = re.search(r" -c (\S+) -o ", command)
+    what = f"csrc/{Path(source[1]).name} does not compile" if source else "the link fails"
+    return f"{what} ({first_error(said)})"

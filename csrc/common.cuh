@@ -1,7 +1,8 @@
 // What every .cu here shares: 16-byte vectors, sums over a block, launches on PyTorch's current stream.
 //
 // Only libtorch's stable ABI and header-only parts are included, so a build needs no CUDA version of PyTorch and one
-// binary serves every PyTorch from 2.10 on. With POTSTILL_ON_CPU (tests/cuda_on_cpu.h) the same sources compile with a
+// binary serves every PyTorch from 2.10 on. A macro's own header stands here: which header brings which one along has
+// changed from release to release. With POTSTILL_ON_CPU (tests/cuda_on_cpu.h) the same sources compile with a
 // C++ compiler, each CUDA thread a coroutine: that is how they are tested where there is no GPU.
 #pragma once
 
@@ -10,7 +11,9 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <optional>
