@@ -1,19 +1,24 @@
 """Compiles csrc/: for CPUs into kernels/_cpu.so where a C++ compiler is found, for GPUs into kernels/_cuda.so where nvcc and
-a PyTorch with CUDA are. What is not compiled runs as PyTorch's own operations, or as Triton.
+a PyTorch with CUDA are. What is not there or does not compile is said in one sentence and runs as PyTorch's own operations,
+or as Triton. pip shows that sentence with -v.
 
 PyTorch is not a build requirement, so it is seen only without build isolation: `pip install -e . --no-build-isolation`.
-POTSTILL_CUDA_ARCHS ("80 90" by default) lists the compute capabilities; POTSTILL_NO_CUDA=1 and POTSTILL_NO_CPU=1 leave one out.
+POTSTILL_CUDA=1 makes a missing kernels/_cuda.so an error. POTSTILL_NO_CUDA=1 and POTSTILL_NO_CPU=1 leave one out.
+POTSTILL_CUDA_ARCHS ("80 90" by default) lists the compute capabilities.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
@@ -53,36 +58,105 @@ def why_no_cuda() -> str | None:
         return "no nvcc on PATH"
     if ninja() is None:
         return "no ninja"
+    if importlib.util.find_spec("torch") is None:
+        return "no PyTorch importable (without --no-build-isolation pip hides an installed one)"
     try:
         import torch
-    except ImportError:
-        return "no PyTorch importable (without --no-build-isolation pip hides an installed one)"
+    except (ImportError, OSError) as error:  # OSError: a library it links against is not there
+        return f"PyTorch does not import ({build_flags.first_error(str(error))})"
     return None if torch.version.cuda else f"PyTorch {torch.__version__} is without CUDA"
 
 
+class Part(NamedTuple):
+    """A shared library of csrc/: what is missing for compiling it, what happens without it, what else one can do."""
+
+    missing: str | None
+    instead: str
+    advice: str
+    sources: list[Path]
+
+
+def archs() -> list[int]:
+    """The compute capabilities to compile for."""
+    given = os.environ.get("POTSTILL_CUDA_ARCHS", "80 90")
+    if not re.fullmatch(r"\s*\d+(\s+\d+)*\s*", given):
+        raise SystemExit(f'potstill: POTSTILL_CUDA_ARCHS wants compute capabilities such as "80 90", got "{given}".')
+    return [int(arch) for arch in given.split()]
+
+
+def go_without(name: str, why: str, advice: str = "") -> None:
+    """Says so in one sentence: an error where POTSTILL_CUDA=1 insists on the CUDA part."""
+    if name == "kernels._cuda" and os.environ.get("POTSTILL_CUDA") == "1":
+        raise SystemExit(f"potstill: POTSTILL_CUDA=1 wants {name} compiled, but {why}: nothing is installed.")
+    print(f"potstill: {name} is not compiled, {why}; {wanted[name].instead}{advice}.", file=sys.stderr)
+
+
+def file_of(name: str) -> str:
+    """Where a part lies, below the folder of the packages. Of the stable ABI: for every Python, and loaded by PyTorch."""
+    return name.replace(".", os.sep) + ".so"
+
+
+def run_ninja(folder: Path) -> str | None:
+    """Why the build.ninja in `folder` fails, or None. What the compilers say is passed on as it comes."""
+    program = ninja()
+    assert program is not None
+    try:
+        process = subprocess.Popen(
+            [program, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        return f"ninja does not run ({error})"
+    said = ""
+    with process:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said += line
+    return build_flags.what_failed(said) if process.returncode else None
+
+
 class Build(build_ext):
-    """Hands the sources to the compiler through ninja."""
+    """Hands the sources to the compiler through ninja. What does not compile is left out, an earlier build's file with it."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return fullname.replace(".", os.sep) + ".so"  # the stable ABI: for every Python, and loaded by PyTorch
+        return file_of(fullname)
 
-    def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def run(self) -> None:
+        self.of_checkout = self.inplace  # setuptools hides it while it compiles
+        super().run()
+
+    def build_extensions(self) -> None:
+        failed = {extension.name: why for extension in self.extensions if (why := self.compile(extension.name))}
+        for name, why in failed.items():
+            go_without(name, why, f" ({wanted[name].advice})")
+        for name in failed:
+            (Path(self.build_lib) / file_of(name)).unlink(missing_ok=True)
+            if self.of_checkout:
+                (ROOT / file_of(name)).unlink(missing_ok=True)
+        self.extensions = [extension for extension in self.extensions if extension.name not in failed]
+
+    def compile(self, name: str) -> str | None:
+        """Why this one fails, or None."""
+        output = Path(self.get_ext_fullpath(name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve() / ext.name
+        folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
-        if ext.name == "kernels._cpu":
+        if name == "kernels._cpu":
             text = build_flags.cpu_ninja_file(output, build_flags.cpu_compiler())
         else:
-            archs = [int(arch) for arch in os.environ.get("POTSTILL_CUDA_ARCHS", "80 90").split()]
-            text = build_flags.cuda_ninja_file(output, archs=archs)
+            text = build_flags.cuda_ninja_file(output, archs=archs())
         (folder / "build.ninja").write_text(text)
-        program = ninja()
-        assert program is not None
-        done = subprocess.run([program, "-C", str(folder)])
-        if done.returncode:
-            which = "CPU" if ext.name == "kernels._cpu" else "CUDA"
-            raise SystemExit(f"potstill: csrc/ does not compile (above). POTSTILL_NO_{which}=1 installs without that part.")
+        return run_ninja(folder)
+
+
+class Modules(build_py):
+    """Takes away what an earlier build compiled and this one has not the tools for: it would be loaded without a word."""
+
+    def run(self) -> None:
+        super().run()
+        for name, part in wanted.items():
+            if part.missing:
+                ((ROOT if self.editable_mode else Path(self.build_lib)) / file_of(name)).unlink(missing_ok=True)
 
 
 class Source(sdist):
@@ -94,15 +168,25 @@ class Source(sdist):
 
 
 wanted = {
-    "kernels._cpu": (why_no_cpu(), "norm_silu on CPUs runs as PyTorch's own operations", sorted(Path("csrc").glob("*.cpp"))),
-    "kernels._cuda": (why_no_cuda(), "the kernels run as Triton", sorted(Path("csrc").glob("*.cu"))),
+    "kernels._cpu": Part(
+        why_no_cpu(),
+        "norm_silu on CPUs runs as PyTorch's own operations",
+        "POTSTILL_NO_CPU=1 leaves it out",
+        sorted(Path("csrc").glob("*.cpp")),
+    ),
+    "kernels._cuda": Part(
+        why_no_cuda(),
+        "the kernels run as Triton",
+        "POTSTILL_CUDA=1 makes this an error, POTSTILL_NO_CUDA=1 leaves it out",
+        sorted(Path("csrc").glob("*.cu")),
+    ),
 }
 if {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
-    for name, (missing, instead, _) in wanted.items():
-        if missing:
-            print(f"potstill: {name} is not compiled, {missing}; {instead}.", file=sys.stderr)
+    for name, part in wanted.items():
+        if part.missing:
+            go_without(name, part.missing)
 
 setup(
-    ext_modules=[Extension(name, [str(s) for s in sources]) for name, (missing, _, sources) in wanted.items() if not missing],
-    cmdclass={"build_ext": Build, "sdist": Source},
+    ext_modules=[Extension(name, [str(s) for s in part.sources]) for name, part in wanted.items() if not part.missing],
+    cmdclass={"build_ext": Build, "build_py": Modules, "sdist": Source},
 )

@@ -60,7 +60,8 @@ def library() -> Any:
     if not built():
         raise RuntimeError(
             f"backend 'cuda' wants {LIBRARY.name} beside kernels/cuda.py, got none: it is built by `pip install -e . "
-            "--no-build-isolation` where nvcc and a PyTorch with CUDA are found; backend 'triton' needs no build"
+            "--no-build-isolation` where nvcc and a PyTorch with CUDA are found, and with POTSTILL_CUDA=1 before that command "
+            "it says why not, in the compiler's words; backend 'triton' needs no build"
         )
     torch.ops.load_library(str(LIBRARY))
     return torch.ops.potstill_cuda

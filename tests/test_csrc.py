@@ -5,12 +5,14 @@ not are races between blocks, of which there are none to run, and the hardware's
 """
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -306,6 +308,187 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
     assert not list(checkout.rglob("*.so"))
 
 
+COMPILER = """#!/bin/sh
+# A compiler that fails where $FAILS is among its arguments, and else writes an object that says "built".
+said="$*"
+while [ $# -gt 0 ]; do case "$1" in -o) output="$2";; -MF) echo x: > "$2";; esac; shift; done
+case "$said" in *"$FAILS"*) echo "a.h(1): warning: never mind"; echo "a.h(2): error: no such luck" >&2; exit 2;; esac
+echo built > "$output"
+"""
+
+
+@pytest.fixture
+def build(checkout):
+    """Runs setup.py with an nvcc, a C++ compiler and a PyTorch with CUDA that are not real. `fails`: with what they fail."""
+    for tool in ("nvcc", "c++"):
+        (checkout / "tools" / tool).parent.mkdir(exist_ok=True)
+        (checkout / "tools" / tool).write_text(COMPILER)
+        (checkout / "tools" / tool).chmod(0o755)
+    package = checkout / "fakes" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("class version:\n    cuda = '13.0'\n")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("POTSTILL") and k != "CXX"}
+    path = f"{checkout / 'tools'}:{Path(shutil.which('ninja') or sys.executable).parent}:/usr/bin:/bin"
+
+    def run(*command, fails="nothing", **environment):
+        changes = {"PATH": path, "PYTHONPATH": str(checkout / "fakes"), "FAILS": fails} | environment
+        arguments = [sys.executable, "setup.py", "-q", *command]
+        return subprocess.run(arguments, cwd=checkout, capture_output=True, text=True, env=clean | changes)
+
+    return run
+
+
+IN_PLACE = ("editable_wheel", "--dist-dir", "wheels")  # what `pip install -e .` calls
+
+
+def parts(checkout):
+    """What lies beside the Python files."""
+    return {file.name: file.read_text().strip() for file in (checkout / "kernels").glob("*.so")}
+
+
+@pytest.mark.parametrize(
+    ("fails", "left", "what"),
+    [
+        ("score_match.cu", {"_cpu.so": "built"}, "csrc/score_match.cu does not compile (a.h(2): error: no such luck)"),
+        ("-ltorch_cuda", {"_cpu.so": "built"}, "the link fails (a.h(2): error: no such luck)"),
+        ("-DLEVEL=LEVEL_any", {"_cuda.so": "built"}, "csrc/norm_silu_loops.cpp does not compile (a.h(2): error: no such luck)"),
+    ],
+)
+def test_what_does_not_compile_is_said_once_and_an_earlier_one_goes(fails, left, what, build, checkout):
+    for name in ("_cpu.so", "_cuda.so"):
+        (checkout / "kernels" / name).write_text("earlier")
+    done = build(*IN_PLACE, fails=fails)
+    assert done.returncode == 0
+    name, instead, advice = (
+        ("_cuda", "the kernels run as Triton", "POTSTILL_CUDA=1 makes this an error, POTSTILL_NO_CUDA=1 leaves it out")
+        if "_cpu.so" in left
+        else ("_cpu", "norm_silu on CPUs runs as PyTorch's own operations", "POTSTILL_NO_CPU=1 leaves it out")
+    )
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("potstill:")]
+    assert sentences == [f"potstill: kernels.{name} is not compiled, {what}; {instead} ({advice})."]
+    assert "a.h(1): warning" in done.stdout
+    assert parts(checkout) == left
+    assert len(list((checkout / "wheels").glob("*.whl"))) == 1
+
+
+@pytest.mark.parametrize(("fails", "what"), [("score_match.cu", "csrc/score_match.cu does not"), ("-ltorch_cuda", "the link")])
+def test_potstill_cuda_makes_a_failed_compilation_an_error(fails, what, build, checkout):
+    (checkout / "kernels" / "_cuda.so").write_text("earlier")
+    done = build(*IN_PLACE, fails=fails, POTSTILL_CUDA="1", POTSTILL_NO_CPU="1")
+    assert done.returncode == 1
+    assert f"potstill: POTSTILL_CUDA=1 wants kernels._cuda compiled, but {what}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert parts(checkout) == {"_cuda.so": "earlier"}  # nothing was installed
+
+
+def test_without_a_compiler_an_earlier_part_goes_and_potstill_cuda_is_an_error(build, checkout):
+    (checkout / "kernels" / "_cuda.so").write_text("earlier")
+    (checkout / "tools" / "nvcc").unlink()
+    nowhere = {"PATH": str(checkout / "tools"), "POTSTILL_NO_CPU": "1"}
+    done = build(*IN_PLACE, **nowhere, POTSTILL_CUDA="1")
+    assert done.returncode == 1
+    assert "POTSTILL_CUDA=1 wants kernels._cuda compiled, but no nvcc on PATH: nothing is installed." in done.stderr
+    assert parts(checkout) == {"_cuda.so": "earlier"}
+    assert build(*IN_PLACE, **nowhere).returncode == 0
+    assert parts(checkout) == {}
+
+
+def test_a_wheel_holds_what_compiled_now_and_the_checkout_keeps_its_own(build, checkout):
+    (checkout / "kernels" / "_cuda.so").write_text("earlier")
+    for fails, held in (("nothing", {"_cpu.so", "_cuda.so"}), ("-ltorch_cuda", {"_cpu.so"})):
+        assert build("bdist_wheel", "--dist-dir", fails, fails=fails).returncode == 0
+        (wheel,) = (checkout / fails).iterdir()
+        assert {Path(name).name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")} == held
+        (checkout / "csrc" / "common.cuh").touch()
+        shutil.rmtree(checkout / "build" / next(f.name for f in (checkout / "build").iterdir() if f.name.startswith("temp")))
+    assert parts(checkout) == {"_cuda.so": "earlier"}
+
+
+def test_architectures_that_are_not_numbers_are_explained(build):
+    done = build(*IN_PLACE, POTSTILL_CUDA_ARCHS="8.0 9.0")
+    assert done.returncode == 1
+    assert 'POTSTILL_CUDA_ARCHS wants compute capabilities such as "80 90", got "8.0 9.0".' in done.stderr
+
+
+def test_every_macro_of_pytorch_has_its_own_header_included():
+    """Which header brings which one along changes from release to release: 2.11 has none that brings macros.h."""
+    include = FLAGS.torch_folder() / "include"
+    stable = [f for folder in ("torch/csrc/stable", "torch/headeronly") for f in (include / folder).rglob("*.h")]
+    homes = {name: str(f.relative_to(include)) for f in stable for name in re.findall(r"^#define (\w+)\(", f.read_text(), re.M)}
+    for sources in ("*.cu*", "*.cpp"):
+        text = "".join(file.read_text() for file in (ROOT / "csrc").glob(sources))
+        used = set(re.findall(r"\b((?:STD|STABLE|TORCH)_[A-Z_]+)\(", text))
+        assert used >= {"STD_TORCH_CHECK", "STABLE_TORCH_LIBRARY_IMPL"}
+        assert {homes[name] for name in used} <= set(re.findall(r"#include <(torch/.*)>", text))
+
+
+@pytest.fixture
+def torches(monkeypatch, tmp_path):
+    """csrc/torches.py, which keeps what it fetches in an empty folder, and whose pip has only `tmp_path` to fetch from."""
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
+    spec = importlib.util.spec_from_file_location("torches", ROOT / "csrc" / "torches.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return module
+
+
+def test_the_versions_of_torches_are_what_the_project_says(torches):
+    assert f'"torch>={torches.oldest()}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"\ntorch=={torches.pinned()}\n" in (ROOT / "constraints.txt").read_text()
+
+
+@needs_compiler
+@needs_nvcc
+def test_torches_without_a_network_is_one_sentence(torches, capsys):
+    assert torches.main(["oldest"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "wants the headers of PyTorch and has none to compile against: pip download torch==" in told[0]
+    assert torches.main(["newest"]) == 2
+
+
+def test_torches_keeps_the_headers_of_a_wheel_and_needs_no_second_download(torches, tmp_path):
+    wheel = tmp_path / f"torch-2.12.9-cp3{sys.version_info.minor}-cp3{sys.version_info.minor}-macosx_14_0_arm64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("torch/include/torch/a.h", "// here")
+        archive.writestr("torch/lib/large.dylib", "not wanted")
+        archive.writestr("torch-2.12.9.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.9\n")
+        archive.writestr("torch-2.12.9.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+        archive.writestr("torch-2.12.9.dist-info/RECORD", "")
+    folder = torches.headers("2.12.9")
+    wheel.unlink()
+    assert torches.headers("2.12.9") == folder
+    assert (folder / "torch" / "a.h").read_text() == "// here"
+    assert [file.name for file in torches.KEPT.rglob("*") if file.is_file()] == ["a.h"]
+
+
+@needs_compiler
+@needs_nvcc
+def test_torches_fails_where_a_header_is_not_there(torches, capsys, monkeypatch):
+    (torches.KEPT / "2.12.9" / "include").mkdir(parents=True)
+    monkeypatch.setattr(torches.build_flags, "LEVELS", {})
+    assert torches.check(["2.12.9"], processes=2) == 2 * len(SOURCES) + 1
+    told = capsys.readouterr().out
+    assert "FAILED torch 2.12.9 adam_ema.cu for sm_80: " in told
+    assert "torch/csrc/stable/accelerator.h: No such file" in told
+    assert "FAILED torch 2.12.9 norm_silu_cpu.o: " in told
+
+
+def test_torches_reads_both_architectures_of_one_report(torches):
+    one = """ptxas info    : Compiling entry function '_Z8a_kernelPf' for 'sm_{0}'
+ptxas info    : Function properties for _Z8a_kernelPf
+    {1} bytes stack frame, {1} bytes spill stores, {1} bytes spill loads
+ptxas info    : Used {0} registers, used 0 barriers, 128 bytes smem
+"""
+    said = one.format(80, 0) + one.format(90, 16)
+    (lean,), (spilling,) = (aot.parse_ptxas(torches.of_arch(said, arch), arch, "a.cu") for arch in aot.ARCHITECTURES)
+    assert lean[1:] == (80, 80, 128, 0, "")
+    assert spilling[1:] == (90, 90, 128, 16, "16 bytes spilled")
+
+
 def test_ninja_file_compiles_every_source_and_links_them(tmp_path):
     text = FLAGS.cuda_ninja_file(tmp_path / "_cuda.so", archs=[80, 90])
     (tmp_path / "build.ninja").write_text(text)
@@ -325,7 +508,7 @@ def test_backend_is_chosen_by_name_and_a_missing_build_is_explained(monkeypatch)
     assert cuda.chosen("norm_silu") == "reference"
     with pytest.raises(ValueError, match="one of auto, triton, cuda, reference, got 'cupy'"):
         cuda.set_backend("cupy")
-    with pytest.raises(RuntimeError, match=r"_cuda.so .*pip install -e . --no-build-isolation"):
+    with pytest.raises(RuntimeError, match=r"_cuda.so .*pip install -e . --no-build-isolation.*POTSTILL_CUDA=1"):
         cuda.set_backend("cuda")
     assert cuda.backend() == "reference"
     monkeypatch.setattr(cuda, "_backend", None)
