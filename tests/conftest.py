@@ -1,25 +1,26 @@
 """What every test starts from: a seed, fresh memory full of NaN, and GPU tests skipped in the open, or rehearsed.
 
-With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU: kernels by Triton's interpreter and by csrc/
-compiled as C++ (test_csrc.py), of each test and implementation the smallest case.
+With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU, of each test and implementation the smallest
+case: kernels under TRITON_INTERPRET=1, by the interpreter and by csrc/ compiled as C++ (test_csrc.py), the rest without it.
 """
 
+import fcntl
 import math
-import os
 
 import pytest
 import torch
 
-if os.environ.get("POTSTILL_REHEARSE") == "1":  # before anything imports triton
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from rehearse import GPU, REHEARSING, THERE
 
+from kernels._lib import INTERPRET
+
 if REHEARSING:
-    from test_csrc import compiled  # noqa: F401  a fixture
+    from test_csrc import BUILT, compiled  # noqa: F401  a fixture
 
 #: What a rehearsal says at the end; from every worker of pytest-xdist the same.
 SAID = set()
+#: csrc/ compiled for the CPU, in a rehearsal: its ops, once they are loaded.
+CSRC = []
 # The interpreter of Triton 3.6 turns arrays of one element into numbers, which NumPy 2.3 warns of and 2.4 refuses.
 NUMPY = "ignore:Conversion of an array with ndim > 0 to a scalar is deprecated:DeprecationWarning:triton.runtime.interpreter"
 
@@ -83,8 +84,14 @@ def place(request, monkeypatch):
     """The device of a kernel test's tensors; on the GPU with the implementation chosen that the test is about (places.py)."""
     if request.param == "cpu":
         return torch.device("cpu")
+    if REHEARSING and not INTERPRET:
+        pytest.fail("a rehearsal of kernels wants TRITON_INTERPRET=1")
     monkeypatch.setattr("kernels.cuda._backend", request.param)
     if REHEARSING and request.param == "cuda":
-        library = request.getfixturevalue("compiled")
-        monkeypatch.setattr("kernels.cuda.library", lambda: library)
+        if not CSRC:  # once a process: another process may put a new file there, and its ops cannot be defined twice
+            BUILT.mkdir(parents=True, exist_ok=True)
+            with (BUILT / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it compiled
+                CSRC.append(request.getfixturevalue("compiled"))
+        monkeypatch.setattr("kernels.cuda.library", lambda: CSRC[0])
     return GPU

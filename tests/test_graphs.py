@@ -292,7 +292,7 @@ def test_no_iteration_reads_a_value(name, monkeypatch):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_graphed_training_is_eager_training_on_a_gpu(name):
     """50 iterations, no host sync after the captures. Atomics in cuDNN's and interpolation's backward allow for rounding."""
-    device, steps = GPU, 8 if REHEARSING else 50
+    device, steps = GPU, 16 if REHEARSING else 50
     runs = [run_of(name, device, graphs=mode) for mode in ("off", Graphs(CUDA(device)) if REHEARSING else "auto")]
     torch.backends.cudnn.deterministic = True
     try:
