@@ -84,7 +84,7 @@ def pip(*words: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = r"^(?:ERROR: (?!ResolutionImpossible)(.*)|\s+The user (requested \(constraint\) .*))"
-        reasons = re.findall(reason, done.stderr, re.MULTILINE)
+        reasons = re.findall(reason, done.stderr + done.stdout, re.MULTILINE)
         why = "; ".join(error or constraint for error, constraint in reasons) or done.stderr.strip() or "no word why"
         raise NoHeaders(f"pip {words[0]} {words[-1]} failed: {why}")
     return done.stdout
@@ -101,7 +101,7 @@ def headers(version: str) -> Path:
         KEPT.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=KEPT) as scratch:
             wheel = ["--no-deps", "--only-binary=:all:", "--platform", PLATFORM, "-d", scratch, f"torch=={version}"]
-            pip("download", "-q", *wheel)
+            pip("download", *wheel)
             (archive,) = Path(scratch).glob("*.whl")
             with zipfile.ZipFile(archive) as opened:
                 names = [name for name in opened.namelist() if name.startswith("torch/include/")]
