@@ -167,7 +167,7 @@ def check(versions: list[str], processes: int) -> int:
         of_version = [u for u in usages if u.name.split()[1] == version]
         failed = sum(problem.split()[1] == version for problem in problems)
         most = f"at most {max(u.registers for u in of_version)} registers, {max(u.spilled for u in of_version)} bytes spilled"
-        print(f"torch {version}: {len({u.name for u in of_version})} kernels, {most}; {len(build_flags.cpu_objects())} objects for CPUs; {failed} failed")
+        print(f"torch {version}: {len(of_version) // len(aot.ARCHITECTURES)} kernels, {most}; {len(build_flags.cpu_objects())} objects for CPUs; {failed} failed")
     for problem in problems:
         print(f"FAILED {problem}")
     return len(problems)
