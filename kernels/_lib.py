@@ -51,9 +51,13 @@ class AotCase(NamedTuple):
 
     name: str  # "score_match.partials[bf16]"
     kernel: Any  # the triton.JITFunction
-    signature: dict[str, Any]  # argument -> "*bf16", "i32", "fp32", "constexpr", or a (named) tuple of those
+    signature: dict[str, Any]  # argument -> "*bf16", "i32", "i32:16", "fp32", "constexpr", or a (named) tuple of those
     constexprs: dict[Any, Any]  # argument, or (argument position, position inside it), -> value
     num_warps: int
+
+
+#: Triton compiles a kernel once more for integers that 16 divides (:16), and once more for a 1, which is then a constant.
+SIZES = {"": "i32", ", D % 16 = 0": "i32:16"}
 
 
 def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
@@ -68,19 +72,19 @@ def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> 
 
 
 def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, **constexprs: Any) -> AotCase:
-    """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer."""
+    """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer, 1 the number 1."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(constexprs)
     for argument, kind in arguments.items():
         position = kernel.arg_names.index(argument)
         if isinstance(kind, tuple):
-            constants |= {(position, j): None for j, k in enumerate(kind) if k is None}
-            spelled = ["constexpr" if k is None else k for k in kind]
+            constants |= {(position, j): k for j, k in enumerate(kind) if not isinstance(k, str)}
+            spelled = [k if isinstance(k, str) else "constexpr" for k in kind]
             signature[argument] = type(kind)(*spelled) if hasattr(kind, "_fields") else tuple(spelled)
         else:
-            signature[argument] = "constexpr" if kind is None else kind
-            if kind is None:
-                constants[argument] = None
+            signature[argument] = kind if isinstance(kind, str) else "constexpr"
+            if not isinstance(kind, str):
+                constants[argument] = kind
     signature |= dict.fromkeys(constexprs, "constexpr")
     return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps)
 

@@ -255,12 +255,13 @@ def discriminator_adversarial(
 
 
 def aot_cases() -> list[AotCase]:
-    """One and two nets for the generator, two pairs for the discriminator, in each dtype."""
+    """One and two nets for the generator, two pairs for the discriminator, in each dtype; DMD2's single logit."""
     finish = {"sums_ptr": "*fp32", "value_ptr": "*fp32", "keep_ptr": "*i8", "nonfinite_ptr": "*i32", "N": "i32"}
     cases = [aot_case("adversarial.finish", _finish_kernel, finish, ROWS=rows(1))]
-    for nets, form, dtype in itertools.product((1, 2, 4), ("softplus", "hinge"), ("fp32", "bf16", "fp16")):
-        name = f"[{nets} x {dtype}, {form}]"
-        given = {"logits": (f"*{dtype}",) * nets, "sizes": ("i32",) * nets, "signs": ("fp32",) * nets}
+    counts = [(nets, "i32") for nets in (1, 2, 4)] + [(1, 1), (2, 1)]
+    for (nets, size), form, dtype in itertools.product(counts, ("softplus", "hinge"), ("fp32", "bf16", "fp16")):
+        name = f"[{nets} x {dtype}{'' if size == 'i32' else ', 1 logit'}, {form}]"
+        given = {"logits": (f"*{dtype}",) * nets, "sizes": (size,) * nets, "signs": ("fp32",) * nets}
         flags = {"SOFTPLUS": form == "softplus", "HINGE": form == "hinge", "BLOCK": _BLOCK, "ACC": tl.float32}
         grads = {"gradients": (f"*{dtype}",) * nets, "keep_ptr": "*i8", "g_ptr": "*fp32", "g_stride": "i32"}
         cases.append(aot_case(f"adversarial.forward{name}", _forward_kernel, given | {"sums_ptr": "*fp32"}, **flags))

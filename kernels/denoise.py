@@ -18,6 +18,7 @@ from kernels import cpu, reference
 from kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
 from kernels._lib import (
     BLOCK,
+    SIZES,
     AotCase,
     Outputs,
     aot_case,
@@ -137,20 +138,20 @@ def denoise(
 
 
 def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x_t and target in float32."""
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; the rest in float32."""
     finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32"}
     finish |= {"coef_ptr": "*fp32", "nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
     cases = [aot_case("denoise.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
-        name = f"[{dtype}{', guided' if guided else ''}]"
+    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
+        name = f"[{dtype}{', guided' if guided else ''}{even}]"
         e, one = {"e": aot_estimate(dtype, guided=guided), "target_ptr": "*fp32"}, {"BLOCK": BLOCK, "ACC": tl.float32}
-        sums = {"partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        sums = {"partials_ptr": "*fp32", "N": size, "D": size}
         grads = {
             "de": aot_gradients(dtype, guided=guided),
             "coef_ptr": "*fp32",
             "g_ptr": "*fp32",
-            "g_stride": "i32",
-            "D": "i32",
+            "g_stride": size,
+            "D": size,
             "chunks": "i32",
         }
         cases.append(aot_case(f"denoise.partials{name}", _partials_kernel, e | sums, S=16, **one))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
-from kernels._lib import BLOCK, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
+from kernels._lib import BLOCK, SIZES, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
 from kernels._loss import define_loss, on_reference
 from kernels._tl import clean_pair, is_finite, load, part, total, weights
 from kernels.estimate import Estimate, Losses, accum, shared
@@ -117,17 +117,17 @@ def moments(
 
 
 def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x and x_t in float32."""
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
     finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32", "coef_ptr": "*fp32"}
     finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
     cases = [aot_case("moments.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
-        name = f"moments.partials[{dtype}{', guided' if guided else ''}]"
+    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
+        name = f"moments.partials[{dtype}{', guided' if guided else ''}{even}]"
         sums = {
             "x_ptr": "*fp32",
             "real": aot_estimate(dtype, guided=guided),
             "fake": aot_estimate(dtype, own_x_t=False),
         }
-        sums |= {"partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        sums |= {"partials_ptr": "*fp32", "N": size, "D": size}
         cases.append(aot_case(name, _partials_kernel, sums, S=16, BLOCK=BLOCK, ACC=tl.float32))
     return cases

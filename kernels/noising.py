@@ -450,8 +450,9 @@ def aot_cases() -> list[AotCase]:
         given = {"x_ptr": "*fp32", "sigma_ptr": "*fp32", "noise_ptr": None if drawn else "*fp32"}
         given |= {"seed_ptr": "*i64" if drawn else None, "offset_ptr": "*i64" if drawn else None}
         given |= {"c_in_ptr": "*fp32" if scaled else None, "x_t_ptr": "*fp32"}
-        given |= {"scaled_ptr": f"*{scaled}" if scaled else None, "P": "i32", "blocks_p": "i32", "blocks_c": "i32"}
+        given |= {"scaled_ptr": f"*{scaled}" if scaled else None, "P": "i32:16", "blocks_p": "i32"}
         for nhwc in (False, True) if scaled else (False,):
+            given["blocks_c"] = 1 if nhwc or not (drawn or scaled) else "i32"
             name = (
                 f"noising[{'drawn' if drawn else 'given'}{f', {scaled}' if scaled else ''}{', nhwc' if nhwc else ''}]"
             )
@@ -459,7 +460,7 @@ def aot_cases() -> list[AotCase]:
             cases.append(aot_case(name, _noising_kernel, given, ACC=tl.float32, **_planes(nhwc), **block))
     for dtype, nhwc in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
         given = {"dx_t_ptr": "*fp32", "d_scaled_ptr": f"*{dtype}", "c_in_ptr": "*fp32", "dx_ptr": "*fp32"}
-        given |= dict.fromkeys(("P", "blocks_p", "blocks_c"), "i32")
+        given |= {"P": "i32:16", "blocks_p": "i32", "blocks_c": 1 if nhwc else "i32"}
         block = {"BLOCK_P": 256, "BLOCK_C": 4} if nhwc else {"BLOCK_P": BLOCK, "BLOCK_C": 1}
         name = f"noising.gradient[{dtype}{', nhwc' if nhwc else ''}]"
         cases.append(aot_case(name, _gradient_kernel, given, ACC=tl.float32, **_planes(nhwc), **block))

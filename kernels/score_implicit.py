@@ -24,6 +24,7 @@ from kernels import _score_cuda, cpu, cuda, reference
 from kernels._args import check_choice, check_estimate, check_per_sample, check_root
 from kernels._lib import (
     BLOCK,
+    SIZES,
     AotCase,
     Outputs,
     aot_case,
@@ -238,7 +239,7 @@ def score_implicit(
 
 
 def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x and x_t in float32."""
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
     finish = {"partials_ptr": "*fp32", "weight_ptr": None, "value_ptr": "*fp32", "coefs_ptr": "*fp32"}
     finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "past": "fp32", "c": "fp32"}
     cases = [
@@ -254,17 +255,17 @@ def aot_cases() -> list[AotCase]:
         )
         for huber in (False, True)
     ]
-    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
-        name = f"[{dtype}{', guided' if guided else ''}]"
+    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
+        name = f"[{dtype}{', guided' if guided else ''}{even}]"
         pair = {
             "x_ptr": "*fp32",
             "real": aot_estimate(dtype, guided=guided),
             "fake": aot_estimate(dtype, own_x_t=False),
         }
-        sums = {"partials_ptr": "*fp32", "N": "i32", "D": "i32", "past": "fp32"}
+        sums = {"partials_ptr": "*fp32", "N": size, "D": size, "past": "fp32"}
         grads = {"dx_ptr": "*fp32", "d_real_ptrs": aot_gradients(dtype, guided=guided)}
         grads |= {"d_fake_ptrs": aot_gradients(dtype, own_x_t=False), "coefs_ptr": "*fp32", "g_ptr": "*fp32"}
-        grads |= {"g_stride": "i32", "N": "i32", "D": "i32", "chunks": "i32"}
+        grads |= {"g_stride": size, "N": size, "D": size, "chunks": "i32"}
         one = {"BLOCK": BLOCK, "ACC": tl.float32}
         cases.append(aot_case(f"score_implicit.partials{name}", _partials_kernel, pair | sums, S=16, **one))
         cases.append(aot_case(f"score_implicit.gradient{name}", _gradient_kernel, pair | grads, **one))

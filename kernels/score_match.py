@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import _score_cuda, cpu, cuda, reference
 from kernels._args import check_constant_estimate, check_estimate, check_root
-from kernels._lib import BLOCK, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
+from kernels._lib import BLOCK, SIZES, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
 from kernels._loss import define_loss, on_reference
 from kernels._tl import clean_difference, clean_pair, is_finite, part, total
 from kernels.estimate import Estimate, Losses, accum, shared
@@ -159,7 +159,7 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
 
 
 def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance; x and x_t in float32."""
+    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
     cases = [
         aot_case(
             "score_match.finish",
@@ -170,16 +170,16 @@ def aot_cases() -> list[AotCase]:
             ROWS=rows(16),
         )
     ]
-    for dtype, guided in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
-        name = f"[{dtype}{', guided' if guided else ''}]"
+    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
+        name = f"[{dtype}{', guided' if guided else ''}{even}]"
         pair = {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
-        sums = {"x_ptr": "*fp32", "partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        sums = {"x_ptr": "*fp32", "partials_ptr": "*fp32", "N": size, "D": size}
         scaled = {
             "coef_ptr": "*fp32",
             "g_ptr": "*fp32",
-            "g_stride": "i32",
+            "g_stride": size,  # 0 of a mean
             "dx_ptr": "*fp32",
-            "D": "i32",
+            "D": size,
             "chunks": "i32",
         }
         one = {"BLOCK": BLOCK, "ACC": tl.float32}

@@ -21,6 +21,7 @@ from kernels import cpu, reference
 from kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
 from kernels._lib import (
     BLOCK,
+    SIZES,
     AotCase,
     Outputs,
     aot_case,
@@ -200,20 +201,20 @@ def trajectory(
 
 
 def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, the three metrics; states in float32."""
+    """Raw outputs in float32, bfloat16 and float16, the three metrics, any sizes and even ones; states in float32."""
     cases = []
-    for metric, dtype in itertools.product(("l1", "l2", "huber"), ("fp32", "bf16", "fp16")):
-        name = f"[{metric}, {dtype}]"
+    for metric, dtype, (even, size) in itertools.product(("l1", "l2", "huber"), ("fp32", "bf16", "fp16"), SIZES.items()):
+        name = f"[{metric}, {dtype}{even}]"
         e = aot_estimate(dtype, own_x_t=False)
         sums = {"x_ptr": "*fp32", "e": e, "sigma_ptr": "*fp32", "sigma_next_ptr": "*fp32", "target_ptr": "*fp32"}
-        sums |= {"x_next_ptr": "*fp32", "partials_ptr": "*fp32", "N": "i32", "D": "i32"}
+        sums |= {"x_next_ptr": "*fp32", "partials_ptr": "*fp32", "N": size, "D": size}
         grads = {"e": e, "de": aot_gradients(dtype, own_x_t=False), "x_next_ptr": "*fp32", "target_ptr": "*fp32"}
-        grads |= {"coef_ptr": "*fp32", "g_ptr": "*fp32", "g_stride": "i32", "D": "i32", "chunks": "i32"}
+        grads |= {"coef_ptr": "*fp32", "g_ptr": "*fp32", "g_stride": size, "D": size, "chunks": "i32"}
         one = {"L1": metric == "l1", "BLOCK": BLOCK, "ACC": tl.float32}
         if metric != "huber":  # the same as l2
             cases.append(aot_case(f"trajectory.partials{name}", _partials_kernel, sums, S=16, **one))
             cases.append(aot_case(f"trajectory.gradient{name}", _gradient_kernel, grads, **one))
-        if dtype == "fp32":
+        if dtype == "fp32" and not even:
             finish = {"partials_ptr": "*fp32", "sigma_ptr": "*fp32", "sigma_next_ptr": "*fp32", "value_ptr": "*fp32"}
             finish |= {"coef_ptr": "*fp32", "nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "c": "fp32"}
             flags = {"L1": metric == "l1", "HUBER": metric == "huber", "MEAN": True}

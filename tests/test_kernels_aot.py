@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels import _norm, aot
-from kernels._lib import INTERPRET, aot_case
+from kernels._lib import INTERPRET, SIZES, aot_case
 
 needs_compiler = pytest.mark.skipif(INTERPRET, reason="the interpreter stands in for the compiler")
 
@@ -52,6 +52,15 @@ def test_resources_spills_and_errors_are_told_apart():
 
 
 @needs_compiler
+def test_a_spill_that_more_registers_undo_is_told_and_no_failure(monkeypatch):
+    array = case(_cosine_kernel, "array", 128, x_ptr="*fp32", y_ptr="*fp32")  # has local memory, so that spills are asked for
+    for ample, problem in ((0, ""), (4, "8 bytes spilled")):
+        monkeypatch.setattr(aot, "_spills", lambda ptx, folder, ample=ample: ample if ".maxnreg 128" in ptx else 8)
+        found = aot.usage(array, 90)
+        assert (found.spilled, found.problem) == (8, problem)
+
+
+@needs_compiler
 def test_two_processes_return_every_case_for_both_architectures():
     names = [c.name for c in aot.cases()][::100]
     usages = list(aot.triton_usages(names, 2))
@@ -93,6 +102,26 @@ def test_every_width_of_the_edm_and_adm_networks_is_compiled():
     names = [c.name for c in aot.cases() if c.name.startswith("norm_silu.")]
     for direction in ("forward", "backward"):
         assert widths <= {int(n.partition("[")[2].partition("x")[0]) for n in names if direction in n}
+
+
+def test_what_the_networks_launch_is_among_the_cases():
+    """bfloat16 images with float32 weights, everything 16-byte aligned, and losses on images of which 16 divides the size."""
+    signatures = {c.name: aot.specialised(c) for c in aot.cases()}
+    for direction in ("forward", "backward"):
+        types, _, divisible = signatures[f"norm_silu.{direction}[256x32x32 bf16 add]"]
+        assert (types["x_ptr"], types["weight_ptr"], types["add_ptr"], types["add_n"]) == ("*bf16", "*fp32", "*bf16", "i32")
+        kernel = _norm._forward_kernel if direction == "forward" else _norm._backward_kernel
+        assert {(kernel.arg_names.index(a),) for a in ("x_ptr", "weight_ptr", "add_n")} <= divisible.keys()
+    for name in ("score_match.partials", "score_match.difference", "score_implicit.partials", "score_implicit.gradient",
+                 "moments.partials", "denoise.partials", "denoise.gradient"):  # fmt: skip
+        for dtype in ("fp32", "bf16", "fp16"):
+            (_, _, odd), (types, _, even) = (signatures[f"{name}[{dtype}, guided{size}]"] for size in SIZES)
+            at = list(types).index("D")
+            assert (at,) in even and (at,) not in odd and types["D"] == "i32"
+            estimate = next(i for i, a in enumerate(types) if a in ("real", "e"))
+            assert {(estimate, 0), (estimate, 1)} <= even.keys(), "pointers inside an estimate"
+    one_logit = next(c for c in aot.cases() if c.name == "adversarial.forward[2 x bf16, 1 logit, softplus]")
+    assert one_logit.constexprs[(1, 0)] == one_logit.constexprs[(1, 1)] == 1
 
 
 def test_exit_status_is_1_when_anything_spills(monkeypatch, capsys):

@@ -15,9 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from kernels import _norm, aot
 from kernels.estimate import Estimate
 
 N, D = 4, 3 * 32 * 32
+LAUNCHED = []  # kernel, and how Triton specialised it
 
 
 class Pretended:
@@ -45,10 +47,13 @@ def compiled(monkeypatch, tmp_path):
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         seen[self.fn.__name__.strip("_")] = kernel.asm["ptx"]
+        known = {path: what for path, what in kernel.src.attrs.items() if what}
+        LAUNCHED.append((self, kernel.src.signature, known))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     active = driver._active
+    LAUNCHED.clear()
     driver.set_active(Pretended())
     yield seen
     driver._active = active
@@ -109,3 +114,27 @@ def test_noising(compiled):
     assert stores and all("v4" in a for a in stores), "eight bfloat16 channels of a pixel are one 128-bit store"
     assert "gradient_kernel" in compiled
     noising._normals_launch(seed, seed, [2, 3, 8, 8])
+
+
+@pytest.mark.parametrize("op", ["score_match", "score_implicit", "moments", "denoise", "trajectory"])
+def test_even_losses_are_launched_as_they_are_compiled_ahead(op, compiled, monkeypatch):
+    """Triton's own specialisation of a call on 16 CIFAR images, but for constants, is that of a case of kernels/aot.py."""
+    monkeypatch.setattr(f"{__name__}.N", 16)
+    launch(op, image(), torch.ones(()).expand(N))
+    ahead = [aot.specialised(c) for c in aot.cases() if c.kernel in {kernel for kernel, *_ in LAUNCHED}]
+    ahead = [(list(types.values()), attributes) for types, _, attributes in ahead]
+    for kernel, signature, attributes in LAUNCHED:
+        if kernel.fn.__name__ != "_finish_kernel":
+            assert (list(signature.values()), attributes) in ahead, (kernel.fn.__name__, signature, attributes)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_of_the_networks_is_launched_as_it_is_compiled_ahead(trained, compiled):
+    """16-bit images, float32 weights, trained or frozen."""
+    x, add = (torch.zeros(N, 256, 16, 16).bfloat16().to(memory_format=torch.channels_last), torch.zeros(N, 256).bfloat16())
+    y, mean, rstd = _norm.forward(x, torch.ones(256), torch.zeros(256), None, None, add, 32, 1e-5, True)
+    _norm.backward(y, x, mean, rstd, torch.ones(256), torch.zeros(256), None, None, add, 32, True, [trained, False, False, True])
+    ahead = [aot.specialised(c) for c in aot.cases() if c.name.startswith("norm_silu")]
+    assert len(LAUNCHED) == 2 + trained
+    for _, signature, attributes in LAUNCHED:
+        assert (signature, attributes) in [(types, attributes) for types, _, attributes in ahead], (signature, attributes)
