@@ -129,6 +129,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     most = max(60.0, left) if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted(step) else {})
     with log.open("a") as output:
+        begins = output.tell()
         process = subprocess.Popen(
             [sys.executable, *step.command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=die_with_parent,
@@ -139,7 +140,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
             code = 124
         finally:  # Ctrl-C too: nothing goes on behind our back
             end(process)
-    said = log.read_text(errors="replace").strip()
+    said = log.read_bytes()[begins:].decode(errors="replace").strip()
     print(said[-3000:], flush=True)
     return {
         "code": code, "seconds": round(time.monotonic() - start, 1), "expected": step.seconds, "last_line": said.rpartition("\n")[2],

@@ -94,8 +94,8 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
     """engine.compare once for the teacher and once a method; each call measures what it trained and adds it to the table."""
     data, recipe, work = environment.get("DATA"), recipe_of(environment), work_folder(environment, folder)
     why_not = "" if data else "wants DATA=FILE, images of the recipe's size"
-    teacher, each = environment.get("TEACHER_SECONDS", "300"), environment.get("SECONDS", "70")
-    one = ["-m", "engine.compare", recipe, f"run_dir={work}", f"features={environment.get('FEATURES', 'pixels')}", f"data.path={data}"]
+    teacher, each = environment.get("TEACHER_SECONDS") or "300", environment.get("SECONDS") or "70"
+    one = ["-m", "engine.compare", recipe, f"run_dir={work}", f"features={features_of(environment)}", f"data.path={data}"]
     one += [f"teacher_seconds={teacher}", f"seconds={each}"]
     one += ["points=1", "teacher_points=1", *FEW] if rehearse.REHEARSING else ["points=3", "teacher_points=2", "eval.n=5000"]
     # Beside the training a call starts, loads, times a few iterations and measures: ten seconds are a guess.
@@ -117,9 +117,9 @@ def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
 def time_to_quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
     """Every switch on the teacher of the quality plan."""
     data, work = environment.get("DATA"), work_folder(environment, folder)
-    teacher, seconds = work / "teacher.safetensors", environment.get("SWITCH_SECONDS", "60")
+    teacher, seconds = work / "teacher.safetensors", environment.get("SWITCH_SECONDS") or "60"
     why_not = "" if data and teacher.exists() else "wants DATA=FILE and the teacher of PLAN=quality"
-    one = ["benches/time_to_quality.py", recipe_of(environment), "--teacher", str(teacher), "--features", environment.get("FEATURES", "pixels")]
+    one = ["benches/time_to_quality.py", recipe_of(environment), "--teacher", str(teacher), "--features", features_of(environment)]
     one += ["--seconds", seconds, "--work", f"{work}-switches", "--out", str(folder)]
     rest = ["--", f"data.path={data}", "eval.n=2000"]
     return [Step(f"time {switch.name}", 8 * float(seconds), [*one, "--only", switch.name, *rest], why_not) for switch in SWITCHES]
@@ -138,7 +138,11 @@ def scaling(folder: Path) -> list[Step]:
 
 
 def recipe_of(environment: Mapping[str, str]) -> str:
-    return environment.get("RECIPE", "configs/fast32.yaml")
+    return environment.get("RECIPE") or "configs/fast32.yaml"
+
+
+def features_of(environment: Mapping[str, str]) -> str:
+    return environment.get("FEATURES") or "pixels"
 
 
 def work_folder(environment: Mapping[str, str], folder: Path) -> Path:
