@@ -175,8 +175,9 @@ class _Rows(Function):
             gain = rstd.unsqueeze(2) * weight.view(shape[1:])
             offset = bias.view(shape[1:]) - mean.unsqueeze(2) * gain
             zero, one = gain.new_zeros(n * c), gain.new_ones(n * c)
-            # h = gain·x + offset, each row its own: a BatchNorm at rest
-            rest = F.batch_norm(x.view(1, n * c, h, w), zero, one, gain.flatten(), offset.flatten(), eps=0.0)
+            # h = gain·x + offset, each row its own: a BatchNorm at rest. F.batch_norm of PyTorch 2.11 wants an eps above 0.
+            flat = x.view(1, n * c, h, w)
+            rest = torch.batch_norm(flat, gain.flatten(), offset.flatten(), zero, one, False, 0.0, 0.0, False)
             dh = torch.ops.aten.silu_backward(dh, rest.view_as(x))
         given = mean, rstd, weight, n, c, h * w, ctx.groups
         return *torch.ops.aten.native_group_norm_backward(dh, x, *given, list(ctx.needs_input_grad[:3])), None, None, None
