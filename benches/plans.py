@@ -66,8 +66,9 @@ def measured_seconds(results: Path) -> dict[str, float]:
 
 def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     workers = str(2 if rehearse.REHEARSING else min(8, os.cpu_count() or 1))
-    tests = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
-    benches = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}"]
+    # -W: what libraries warn of while files are collected fails nothing either.
+    tests = ["-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
+    benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}"]
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
     adam = "tests/test_kernels_adam_ema.py"
     rest = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")} - set(kernels))
@@ -104,7 +105,7 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 
 def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
-    benches = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}", "--resume"]
+    benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}", "--resume"]
     found = [Step(f"ladder {shape}", 900, [*benches, "benches/bench_ladder.py", "-k", shape]) for shape in SHAPES]
     found += [
         Step("all steps", 400, [*benches, "benches/bench_step.py"]),
