@@ -41,14 +41,17 @@ def on_gpu(module: str) -> list[Any]:
     return [pytest.param(backend, id=f"gpu-{backend}", marks=pytest.mark.gpu) for backend in backends(module)]
 
 
-def everywhere(module: str, cases: Sequence[Any] | None = None, gpu_cases: Iterable[Any] = ()) -> Any:
-    """Parametrises a test by place, or by case and place. CUDA C++ holds no float64."""
+def everywhere(module: str, cases: Sequence[Any] | None = None, more: Iterable[Any] = (), *, gpu_cases: Sequence[Any] | None = None) -> Any:
+    """Parametrises a test by place, or by case and place: on the GPU some more cases, or quite others.
+
+    CUDA C++ holds no float64.
+    """
     if cases is None:
         return pytest.mark.parametrize("place", places(module), indirect=True)
     pairs = []
     for place in places(module):
         (backend,) = place.values
-        for case in [*cases, *gpu_cases] if backend != "cpu" else cases:
+        for case in cases if backend == "cpu" else gpu_cases or [*cases, *more]:
             if backend != "cuda" or getattr(case, "dtype", None) is not torch.float64:
                 pairs.append(pytest.param(case, backend, id=f"{case}-{place.id}", marks=place.marks))
     return pytest.mark.parametrize(("case", "place"), pairs, indirect=["place"])

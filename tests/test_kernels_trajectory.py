@@ -38,10 +38,15 @@ def with_(f, *, metric="l1", reduction="mean", x_t="x", c=0.03):
 
 
 @everywhere("trajectory", CASES, ON_GPU)
-@pytest.mark.parametrize("metric", ["l1", "huber"])
-def test_as_exact_as_plain(case, metric, place):
-    fused, plain = with_(trajectory, metric=metric), with_(reference.trajectory, metric=metric)
-    fused_as_exact_as_plain(fused, plain, case, ALL, place)
+def test_as_exact_as_plain(case, place):
+    fused_as_exact_as_plain(with_(trajectory), with_(reference.trajectory), case, ALL, place)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_huber_as_exact_as_plain(case):
+    """On a GPU among the options below: each case is three more kernels to compile."""
+    fused, plain = with_(trajectory, metric="huber"), with_(reference.trajectory, metric="huber")
+    fused_as_exact_as_plain(fused, plain, case, ALL)
 
 
 @pytest.mark.parametrize("metric", METRICS)
