@@ -41,7 +41,8 @@ def losses(*names):
 
 def normals(d):
     for name in COUNTERS:
-        d.tensors.setdefault(name, torch.tensor(len(name), device=d.device))
+        if name not in d.tensors:  # a new number is a copy from the host, which waits
+            d.tensors[name] = torch.tensor(len(name), device=d.device)
     return Normals(*(d.tensors[name] for name in COUNTERS))
 
 
