@@ -20,7 +20,7 @@ from engine.data.sampler import Stream
 from engine.training.graphs import CUDA, Graphs
 from engine.training.run import Run, TrainConfig
 
-STEPS, WARMUP = 5 if rehearse.REHEARSING else 10, 20  # both a multiple of the period of the methods that they run
+STEPS = 5 if rehearse.REHEARSING else 10  # a multiple of the period of the methods that are run
 BATCHES = harness.smallest([8, 64], [2])
 SIDE = 8 if rehearse.REHEARSING else 64
 NET = {"model_channels": 128, "channel_mult": [1, 2, 2, 2]}
@@ -81,7 +81,8 @@ def test_step(name: str, batch: int, record):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         runs[kind] = run_of(name, batch, kind, device)
-        seconds(runs[kind], stream, WARMUP)
+        # every turn three times eagerly, then captured, and once more
+        seconds(runs[kind], stream, 5 * max(turn.every for turn in runs[kind].method.turns))
         peaks[kind] = (torch.cuda.max_memory_allocated() - before) / 2**30
     taken: dict[str, list[float]] = {kind: [] for kind in runs}
     for _ in range(1 if rehearse.REHEARSING else 5 if batch < 64 else 3):

@@ -78,7 +78,7 @@ def record(request, benchmark):
         on_disk.keep(request.config.option.results, ROWS[-1])
         benchmark.group = f"{row['group']} {row['kind']}"
         benchmark.extra_info.update(row)
-        benchmark.pedantic(_synchronised(ours, row["kind"]), rounds=1 if rehearse.REHEARSING else 10, warmup_rounds=1)
+        benchmark.pedantic(_synchronised(ours, row["kind"]), rounds=1 if rehearse.REHEARSING else 10, warmup_rounds=0 if rehearse.REHEARSING else 1)
         floor = request.config.option.at_least
         assert row["eager/ours"] >= floor, f"{row['case']}: eager/ours is {row['eager/ours']:.2f}, wanted {floor}"
 

@@ -127,7 +127,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     print(f"== {step.name}, expected to take {step.seconds:.0f} s", flush=True)
     log, start = folder / f"{slug(step.name)}.log", time.monotonic()
     most = max(60.0, left) if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted(step) else {})
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (rehearsed(step) if rehearse.REHEARSING else {})
     with log.open("a") as output:
         begins = output.tell()
         process = subprocess.Popen(
@@ -148,9 +148,11 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def interpreted(step: Step) -> bool:
-    """In a rehearsal: must a kernel run? What only trains takes the kernels' definitions, as any CPU does."""
-    return rehearse.REHEARSING and step.name in ("kernels", "nsight", "compiled")
+def rehearsed(step: Step) -> dict[str, str]:
+    """What a step finds in its environment in a rehearsal: one thread, since threads that share a busy core wait for each other,
+    and the interpreter where a kernel must run. What only trains takes the kernels' definitions, as any CPU does."""
+    kernels = step.name in ("kernels are right", "kernels", "nsight", "compiled")
+    return {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if kernels else {})
 
 
 def die_with_parent() -> None:

@@ -42,7 +42,9 @@ def smallest(shapes: Sequence[Any], rehearsed: Sequence[Any]) -> Sequence[Any]:
 def seconds(variants: dict[str, Run], place: Place, copies: int, *, budget: float) -> dict[str, list[float]]:
     """Seconds per call of each variant, one number a round; `budget` is what a variant may take altogether."""
     on_gpu = place.kind == "cuda"
-    calls = {name: _graphed(run, copies) if on_gpu else _rotating(run, copies) for name, run in variants.items()}
+    # A rehearsal's graphs are a mode of PyTorch's dispatch, under which nothing compiles.
+    graphed = {name: on_gpu and not (rehearse.REHEARSING and name == "compiled") for name in variants}
+    calls = {name: _graphed(run, copies) if graphed[name] else _rotating(run, copies) for name, run in variants.items()}
     clock = _cuda_seconds if on_gpu else _cpu_seconds
     once = {name: min(clock(call) for _ in range(1 if rehearse.REHEARSING else 3)) for name, call in calls.items()}
     rounds = 1 if rehearse.REHEARSING else max(15, min(400, int(budget / max(once.values()))))

@@ -70,13 +70,12 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     tests = ["-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
     benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}"]
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
-    adam = "tests/test_kernels_adam_ema.py"
     rest = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")} - set(kernels))
-    strong = "score_implicit and huber or norm_silu" if rehearse.REHEARSING else " or ".join(STRONG)
+    strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(STRONG)
     return [
         Step("tools and rates", 30, ["benches/rates.py", str(folder)]),
-        Step("losses and norms are right", 90, [*tests, *(name for name in kernels if name != adam)]),
-        Step("graphs, optimiser and ranks are right", 60, [*tests, adam, *rest]),
+        Step("kernels are right", 90, [*tests, *kernels]),
+        Step("graphs and ranks are right", 60, [*tests, *rest]),
         Step("kernels", 120, [*benches, "--resume", *(f"benches/bench_{name}.py" for name in ("losses", "norm_silu", "optim"))]),
         Step("profile", 40, ["benches/profile_step.py", str(folder)]),
         Step("steps", 110, [*benches, "--resume", "benches/bench_step.py", "-k", "sim or dmd2"]),

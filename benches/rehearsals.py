@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
     "ffhq64 sfd": ("ffhq64", ["method=sfd", "train.kimg=200", "train.micro_batch=32"], "0.64 A100-hours, of CIFAR-10 (200,000 trajectories)"),
 }
 FIRST = ("ffhq64_gdd_i", "imagenet64_dmd2", "cifar10_sim bf16", "cifar10_sim")
-TINY = ["net.model_channels=8", "net.num_blocks=1", "net.attn_resolutions=[]", "train.micro_batch=null", "train.batch=2"]
+TINY = ["data.resolution=32", "net.model_channels=8", "net.num_blocks=1", "net.attn_resolutions=[]", "train.micro_batch=null", "train.batch=2"]
 LIMIT = 240  # seconds of one recipe; what a step may take is the plan's business
 
 

@@ -236,12 +236,12 @@ def test_nsights_table_becomes_a_row_a_launch_of_ours():
 def test_the_readmes_section_holds_what_there_is_and_names_what_there_is_not(tmp_path):
     folder = tmp_path / "some-gpu-2026-01-02"
     rows.keep(folder, row("sim", **{"eager/ours": 1.234, "of copy": 0.876, "launches": "3 / 40"}))
-    rows.write(folder / "steps.json", {"machine": MACHINE, "steps": {"losses and norms are right": {"code": 0, "last_line": "== 70 passed in 60.12s =="}, "nsight": {"code": 1, "last_line": ""}}})
+    rows.write(folder / "steps.json", {"machine": MACHINE, "steps": {"kernels are right": {"code": 0, "last_line": "== 70 passed in 60.12s =="}, "nsight": {"code": 1, "last_line": ""}}})
     rows.write(tmp_path / "some-gpu-2026-01-01/steps.json", {"machine": {"device": "before"}, "steps": {}})
     rows.write(tmp_path / "cpu-kernels/losses.json", {"machine": {"device": "a CPU"}, "rows": [row("no")]})
     text, sources = readme.gpu(tmp_path)
     assert text.startswith("**Some GPU** (driver 580.1, torch 2.11.0, commit abc, date 2026-01-02 03:04).")
-    assert "Tests there: losses and norms are right: 70 passed in 60.12s." in text
+    assert "Tests there: kernels are right: 70 passed in 60.12s." in text
     assert "Not whole: nsight (exit code 1)." in text
     assert "| sim | 1.5 | 1.23 | 0.88 | 3 / 40 |" in text
     assert "Not measured there: rates, norm_silu, optimiser, whole iterations, recipes, layouts, nsight" in text

@@ -21,3 +21,13 @@ def test_kernels_bring_nothing_but_torch_and_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_begins_without_what_only_its_end_wants():
+    """Plots, Fréchet and kernel distances: seconds of imports, and packages that may be broken where nobody asks for them."""
+    code = (
+        "import sys, engine.train, engine.rehearsal;"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'scipy', 'torchmetrics', 'matplotlib', 'sklearn', 'tensorboard', 'pandas'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

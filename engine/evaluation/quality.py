@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from engine.errors import UserError
 
@@ -20,6 +19,8 @@ NEIGHBOURS = 3
 
 def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, Any]:
     """Mean and standard deviation over the subsets; smaller ones where there are fewer images. `seed` chooses them."""
+    from torchmetrics.image.kid import KernelInceptionDistance  # half of a run's start, and only this wants it
+
     size = min(SUBSET, len(real), len(fake))
     if size < 2:
         raise UserError(f"a kernel distance wants at least 2 images on either side, got {size}")
