@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_losses
 import bench_norm_silu
@@ -22,6 +21,8 @@ import harness
 import rehearse
 import rows
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 METRICS = {
     "gpu__time_duration.sum": "ns",
@@ -104,7 +105,7 @@ def kernels_in(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 def ours(kernel: str) -> bool:
     """Triton kernels keep their names, `_partials_kernel`; csrc's are in the namespace potstill."""
-    return kernel.partition("(")[0].strip().endswith("_kernel") and "at::" not in kernel or "potstill" in kernel
+    return (kernel.partition("(")[0].strip().endswith("_kernel") and "at::" not in kernel) or "potstill" in kernel
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benches")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rehearse
 from rehearsals import FIRST, RUNS
 from time_to_quality import SWITCHES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "benches/results"
 MINUTES = {"evidence": 12.0, "quality": 12.0, "ladder": 120.0}

@@ -17,8 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import harness
 import rehearse
@@ -27,6 +26,8 @@ import torch
 from torch.nn.functional import conv2d
 
 from kernels import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAMS = ("gcc", "g++", "nvcc", "ninja", "git", "nvidia-smi", "ncu")
 #: batch, channels, resolution of 3x3 convolutions: CIFAR-10's and FFHQ-64's DDPM++, ImageNet-64's ADM.
@@ -77,13 +78,13 @@ def measured():
     for name in ("tf32", "ieee"):
         torch.backends.cuda.matmul.fp32_precision = name
         p, q = (torch.randn(SIDE // 2, SIDE // 2, device=device) for _ in range(2))
-        yield f"matrix product {SIDE // 2}, float32 {name}", "TFLOP/s", 2 * (SIDE // 2) ** 3 / timed(lambda: p @ q) / 1e12  # noqa: B023
+        yield f"matrix product {SIDE // 2}, float32 {name}", "TFLOP/s", 2 * (SIDE // 2) ** 3 / timed(lambda: p @ q) / 1e12
     torch.backends.cuda.matmul.fp32_precision = before
     for n, c, side in dict.fromkeys(CONVOLUTIONS):
         image, weight = torch.randn(n, c, side, side, **bf16), torch.randn(c, c, 3, 3, **bf16)
         for words, layout in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
             i, w = image.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-            rate = 2 * 9 * c * c * n * side**2 / timed(lambda: conv2d(i, w, padding=1)) / 1e12  # noqa: B023
+            rate = 2 * 9 * c * c * n * side**2 / timed(lambda: conv2d(i, w, padding=1)) / 1e12
             yield f"convolution {n}x{c}x{side}x{side}, bf16, {words}", "TFLOP/s", rate
 
 

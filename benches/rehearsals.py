@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rehearse
 import rows
 
 from engine.rehearsal import PEAKS
+
+ROOT = Path(__file__).resolve().parent.parent
 
 RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
     "cifar10_sim": ("cifar10_sim", [], "500 M images; no hours published"),

@@ -47,11 +47,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 def smallest(items):
-    """One item of each test function, implementation and op: that of the fewest numbers, else the first."""
+    """One item of each test function and implementation, or op: that of the fewest numbers, else the first."""
     kept = {}
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        key = item.path, item.originalname, given.get("place"), given.get("op")
+        key = item.path, item.originalname, given.get("op", given.get("place"))
         shape = getattr(given.get("case"), "shape", ())
         size = math.prod(shape) or math.inf  # of nothing there is nothing to see
         if key not in kept or size < kept[key][0]:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from kernel_cases import BF16, Case, Drawn
 from places import backends, on_gpu, public_ops
+from rehearse import REHEARSING
 
 import kernels
 from kernels import Normals
 
-CASE = Case((3, 3, 8, 8), BF16)
+CASE = Case((2, 3, 4, 4) if REHEARSING else (3, 3, 8, 8), BF16)
 #: Inputs that are counters rather than numbers to draw.
 COUNTERS = ("seed", "offset")
 
