@@ -81,13 +81,29 @@ __device__ __forceinline__ void store_side(
   }
 }
 
+// Zeros into this block's share of p, where p is not null.
+template <int V, typename T>
+__device__ __forceinline__ void clear(T* p, const Share& s, int64_t d) {
+  if (p == nullptr) return;
+  const float zeros[V] = {};
+  for (int64_t j = s.first + threadIdx.x * V; j < s.last; j += SCORE_THREADS * V) store(p, s.n * d + j, zeros);
+}
+
 template <typename F, int V>
 __global__ void __launch_bounds__(SCORE_THREADS) gradient_kernel(
     const float* x, Side<F> real, Side<F> fake, const float* coefs, const float* g, int64_t g_stride, float* dx,
     SideGradient<F> to_real, SideGradient<F> to_fake, int samples, int64_t d, int parts) {
   const Share s = share<V>(d, parts);
   const float a = coefs[s.n], b = coefs[samples + s.n], w = coefs[2 * samples + s.n], up = g[s.n * g_stride];
-  const bool keep = w != 0.0f;  // the samples left out hold NaN
+  if (w == 0.0f) {  // a sample left out, whose images and coefficients may be NaN: nothing of it is a factor
+    clear<V>(dx, s, d);
+    for (const SideGradient<F>& to : {to_real, to_fake}) {
+      clear<V>(to.raw, s, d);
+      clear<V>(to.x_t, s, d);
+      clear<V>(to.uncond, s, d);
+    }
+    return;
+  }
   const float skip_real = real.c_skip != nullptr ? real.c_skip[s.n] : 0.0f;
   const float skip_fake = fake.c_skip != nullptr ? fake.c_skip[s.n] : 0.0f;
   for (int64_t j = s.first + threadIdx.x * V; j < s.last; j += SCORE_THREADS * V) {
@@ -98,8 +114,8 @@ __global__ void __launch_bounds__(SCORE_THREADS) gradient_kernel(
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const float delta = d_real[k] - d_fake[k], v = d_fake[k] - out[k];
-      d_real[k] = keep ? up * (a * v + b * delta) : 0.0f;
-      out[k] = keep ? -up * w * delta : 0.0f;
+      d_real[k] = up * (a * v + b * delta);
+      out[k] = -up * w * delta;
       d_fake[k] = -out[k] - d_real[k];
     }
     if (dx != nullptr) store(dx, i, out);

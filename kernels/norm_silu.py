@@ -142,7 +142,8 @@ def norm_silu(
     Raises:
         ValueError: shapes, devices or dtypes that do not fit.
     """
-    if torch.compiler.is_exporting():  # a graph for other programs holds PyTorch's own operations
+    # A graph for other programs holds PyTorch's own operations. PyTorch 2.11 calls what it compiles exporting as well.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
     if x.device.type == "cpu" and not INTERPRET and not native.takes(x):

@@ -9,7 +9,6 @@ import math
 
 import pytest
 import torch
-
 from rehearse import GPU, REHEARSING, THERE
 
 from kernels._lib import INTERPRET

@@ -240,6 +240,29 @@ def test_score_match_is_no_worse_than_pytorch(make, on_cpu):
     assert_no_worse([value, dx], [exact, exact_dx], [plain, plain_dx])
 
 
+SPOILED = {
+    f"{side}.{name}": (side, name) for side, names in (("real", Estimate._fields[:5]), ("fake", ("raw", "c_skip", "c_out"))) for name in names
+}  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("distance", ["huber", "l2"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("side", "name"), SPOILED.values(), ids=SPOILED)
+def test_a_sample_left_out_has_no_gradient_whatever_of_it_is_not_finite(side, name, bad, distance, on_cpu):
+    """A coefficient times 0 is no zero where the coefficient is NaN: x_t once got that."""
+    x, real, fake = guided()
+    spoiled = (real if side == "real" else fake)._asdict()[name]
+    spoiled[(1,) + (0,) * (spoiled.ndim - 1)] = bad
+    options = (None, distance, 1.2, 0.03, "")
+    value, grads = score(_score_cuda.implicit_forward, _score_cuda.implicit_backward, options, (x, real, fake))
+    assert value[1] == 0
+    for grad in grads:
+        assert not grad[1].any()
+        assert grad[[0, 2]].isfinite().all()
+        assert grad[[0, 2]].any()
+
+
 @needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_samples_that_are_not_finite_count_for_nothing(bad, on_cpu):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kernels import discriminator_adversarial, generator_adversarial, reference
 from kernels.modules import AdversarialLoss
 
+
 class Nets(NamedTuple):
     shapes: list[tuple[int, ...]]
     dtype: torch.dtype

@@ -178,7 +178,8 @@ def test_empty_batch(place):
     assert ours["dbias"].eq(0).all()
 
 
-def test_parameters_may_be_float32_beside_16_bit_images(place="cpu"):
+def float32_beside_16_bit(place):
+    """Parameters in float32 and images in 16 bits, as nets have them."""
     case = CASES["6 a group"]
     x, g, given = inputs(case, device=place)
     x16 = x.to(DTYPES[-1])
@@ -189,9 +190,13 @@ def test_parameters_may_be_float32_beside_16_bit_images(place="cpu"):
     assert error(ours["dweight"], exact["dweight"]) <= 1e-2 * exact["dweight"].abs().max()
 
 
+def test_parameters_may_be_float32_beside_16_bit_images():
+    float32_beside_16_bit("cpu")
+
+
 @pytest.mark.parametrize("place", on_gpu("norm_silu"), indirect=True)
 def test_on_a_gpu_parameters_may_be_float32_beside_16_bit_images(place):
-    test_parameters_may_be_float32_beside_16_bit_images(place)
+    float32_beside_16_bit(place)
 
 
 @pytest.mark.parametrize("place", on_gpu("norm_silu"), indirect=True)
