@@ -37,6 +37,9 @@ from plans import ROOT, Step
 
 MOST_BYTES = 2 << 20  # of the pictures of a result folder
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None)  # opened before any fork
+#: As torch.profiler sets where Inductor captures: CUPTI that is torn down after a profile breaks CUDA graphs in the next.
+CUPTI = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 
 
 def main() -> None:
@@ -127,7 +130,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     print(f"== {step.name}, expected to take {step.seconds:.0f} s", flush=True)
     log, start = folder / f"{slug(step.name)}.log", time.monotonic()
     most = max(60.0, left) if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (rehearsed(step) if rehearse.REHEARSING else {})
+    environment = os.environ | CUPTI | {"PYTHONUNBUFFERED": "1"} | (rehearsed(step) if rehearse.REHEARSING else {})
     with log.open("a") as output:
         begins = output.tell()
         process = subprocess.Popen(
@@ -158,7 +161,7 @@ def rehearsed(step: Step) -> dict[str, str]:
 def die_with_parent() -> None:
     """In the child: be killed when `make gpu` is, so that a new call has the folder for itself."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+        LIBC.prctl(DIES_WITH_PARENT, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen) -> None:

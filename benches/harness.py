@@ -124,7 +124,7 @@ def launches(run: Run, place: Place) -> int:
         run(0)
         wait(place)
     if on_gpu:
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in seen.events())
     return sum(e.name.startswith("aten::") and not e.cpu_children for e in seen.events())
 
 

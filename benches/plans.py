@@ -7,6 +7,7 @@ ladder    an hour and more: every change of a step by itself, time to quality, s
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,24 +67,26 @@ def measured_seconds(results: Path) -> dict[str, float]:
 
 
 def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
-    workers = str(2 if rehearse.REHEARSING else min(8, os.cpu_count() or 1))
+    workers = str(2 if rehearse.REHEARSING else min(14, os.cpu_count() or 1))  # most of a test is Triton compiling
     # -W: what libraries warn of while files are collected fails nothing either.
     tests = ["-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
     benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}"]
-    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernels_*.py"))
-    rest = sorted({str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py")} - set(kernels))
+    # What has no test for a GPU is not imported either: it takes seconds a worker, and a package that is missing ends them all.
+    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|on_gpu\(|everywhere\(", path.read_text())]
+    kernels = [str(path.relative_to(ROOT)) for path in marked if path.name.startswith("test_kernels_")]
+    rest = [str(path.relative_to(ROOT)) for path in marked if not path.name.startswith("test_kernels_")]
     strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(STRONG)
     return [
-        Step("tools and rates", 30, ["benches/rates.py", str(folder)]),
+        Step("tools and rates", 45, ["benches/rates.py", str(folder)]),
         Step("kernels are right", 90, [*tests, *kernels]),
         Step("graphs and ranks are right", 60, [*tests, *rest]),
         Step("kernels", 120, [*benches, "--resume", *(f"benches/bench_{name}.py" for name in ("losses", "norm_silu", "optim"))]),
-        Step("profile", 40, ["benches/profile_step.py", str(folder)]),
-        Step("steps", 110, [*benches, "--resume", "benches/bench_step.py", "-k", "sim or dmd2"]),
+        Step("profile", 50, ["benches/profile_step.py", str(folder)]),
+        Step("steps", 105, [*benches, "--resume", "benches/bench_step.py", "-k", "sim or dmd2"]),
         Step("recipes", 100, ["benches/rehearsals.py", str(folder), *FIRST]),
-        Step("layouts", 60, ["benches/layouts.py", str(folder)]),
-        Step("nsight", 50, ["benches/nsight.py", str(folder)]),
-        Step("compiled", 60, [*benches, "--compiled", "benches/bench_losses.py", "benches/bench_norm_silu.py", "-k", strong]),
+        Step("layouts", 55, ["benches/layouts.py", str(folder)]),
+        Step("nsight", 40, ["benches/nsight.py", str(folder)]),
+        Step("compiled", 55, [*benches, "--compiled", "benches/bench_losses.py", "benches/bench_norm_silu.py", "-k", strong]),
     ]  # fmt: skip
 
 
