@@ -63,7 +63,7 @@ def owned_by_graph() -> Iterator[list[Tensor]]:
 
 def pinned(count: int) -> Tensor:
     """int64 in host memory that a GPU reads by itself."""
-    return torch.empty(count, dtype=torch.int64, pin_memory=True)
+    return torch.empty(count, dtype=torch.int64, pin_memory=True, device="cpu")
 
 
 class Addresses:
@@ -95,7 +95,7 @@ class Addresses:
             if self._staged:
                 self._copy(values)
             else:
-                self._table = torch.tensor(values, dtype=torch.int64)
+                self._table = torch.tensor(values, dtype=torch.int64, device="cpu")
             self._values = values
         return self._table
 
@@ -103,7 +103,7 @@ class Addresses:
         self._turn = 1 - self._turn
         pinned, copied = self._pinned[self._turn], self._copied[self._turn]
         copied.synchronize()  # the copy before last, long done; an event never recorded is done
-        pinned.copy_(torch.tensor(values, dtype=torch.int64))
+        pinned.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         self._table.copy_(pinned, non_blocking=True)
         copied.record()
 
@@ -112,7 +112,7 @@ class Addresses:
             raise RuntimeError("each CUDA graph of an AdamEMA step wants an eager step of that optimiser before its capture, got none")
         pinned, table = self._spare.pop()
         (self._kept if _owner is None else _owner).extend((pinned, table))
-        pinned.copy_(torch.tensor(values, dtype=torch.int64))
+        pinned.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         table.copy_(pinned, non_blocking=True)
         return table
 

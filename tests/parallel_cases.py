@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
-from engine.methods.base import frozen, modules_of
+from engine.methods.base import Method, frozen
 from engine.methods.dmd import DMD, DMDConfig
 from engine.methods.gdd import GDD, GDDConfig
 from engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
@@ -38,13 +38,17 @@ CPU = torch.device("cpu")
 SHAPE = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 
 
+#: Where nets are made: a method is built of nets that lie where it will run, for its frozen views do not move with them.
+WHERE = [CPU]
+
+
 def net(seed: int, **kwargs) -> nn.Module:
     torch.manual_seed(seed)
     made = from_kwargs("EDMPrecond", img_resolution=4, img_channels=1, label_dim=2, dropout=0.0, **SHAPE | kwargs)
     with torch.no_grad():  # a fresh net's last layers are almost zero, and so would be most gradients
         for p in made.parameters():
             p += 0.05 * torch.randn(p.shape)
-    return made
+    return made.to(WHERE[0])
 
 
 def dmd():
@@ -90,13 +94,17 @@ def light():
 METHODS = {"dmd": dmd, "sim": sim, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
 
 
+def made(name: str, device: torch.device) -> Method:
+    """The method of that name, on that device."""
+    WHERE[0] = device
+    return light() if name == "light" else METHODS[name]()
+
+
 def new_run(name: str, ranks: Ranks, parallel: str = "ddp", device: torch.device = CPU, **settings) -> Run:
     # Adam's eps is far above rounding: else weights without a gradient (a bias before a norm) would follow its noise
     optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
     cfg = TrainConfig(kimg=BATCH * STEPS / 1000, batch=BATCH, optim={"student": optim}, parallel=parallel, **settings)
-    method = light() if name == "light" else METHODS[name]()
-    for one in [*method.nets.values(), *modules_of(method)]:
-        one.to(device)
+    method = made(name, device)
     if cfg.compile != "off":  # all of torch.compile but minutes of C++
         with mock.patch.object(stage, "compile_nets", lambda *given: compile_nets(*given, backend="aot_eager")):
             run = Run(method, cfg, 0, device, ranks=ranks)

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import test_kernels_norm_silu as norm
 import torch
+from places import CPU
 
 from engine import build
 from kernels import aot, native, norm_silu
@@ -116,20 +118,19 @@ def test_neither_threads_nor_the_rest_of_the_batch_change_a_bit():
         torch.set_num_threads(threads)
 
 
+ELSEWHERE = {
+    "wide range of layouts": partial(norm.test_wide_range_of_layouts_gives_the_same_numbers, CPU),
+    "gradient of a sum": partial(norm.test_the_gradient_of_a_sum_has_stride_zero, CPU),
+    "empty batch": partial(norm.test_empty_batch, CPU),
+    "float32 parameters": norm.test_parameters_may_be_float32_beside_16_bit_images,
+    "what is kept": norm.test_only_x_and_statistics_are_kept,
+    "bfloat16 weight gradient": partial(norm.test_bfloat16_weight_gradient_at_the_width_where_pytorch_was_wrong, CPU),
+    "opcheck": norm.test_opcheck,
+}
+
+
 @needs_build
-@pytest.mark.parametrize(
-    "test",
-    [
-        norm.test_wide_range_of_layouts_gives_the_same_numbers,
-        norm.test_the_gradient_of_a_sum_has_stride_zero,
-        norm.test_empty_batch,
-        norm.test_parameters_may_be_float32_beside_16_bit_images,
-        norm.test_only_x_and_statistics_are_kept,
-        norm.test_bfloat16_weight_gradient_at_the_width_where_pytorch_was_wrong,
-        norm.test_opcheck,
-    ],
-    ids=lambda test: test.__name__.removeprefix("test_"),
-)
+@pytest.mark.parametrize("test", ELSEWHERE.values(), ids=ELSEWHERE)
 def test_as_elsewhere(test):
     test()
 
@@ -138,7 +139,7 @@ def test_as_elsewhere(test):
 # Dynamo's own doing, when it meets an autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph():
-    norm.test_compiles_into_one_graph()
+    norm.test_compiles_into_one_graph(CPU)
 
 
 @needs_build

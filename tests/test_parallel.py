@@ -21,7 +21,6 @@ import torch
 from rehearse import GPU, REHEARSING
 
 from engine.errors import UserError
-from engine.methods.base import modules_of
 from engine.training import ranks as speech
 from engine.training.checkpoint import checkpoints, load_newest
 from engine.training.memory import fitting_micro_batch, peak_memory, sizes
@@ -262,9 +261,7 @@ def test_parallel_auto_micro_batch_leaves_a_run_as_it_was():
     device = GPU
     runs = []
     for micro in (None, "auto"):
-        method = cases.METHODS["gdd"]()
-        for one in [*method.nets.values(), *modules_of(method)]:
-            one.to(device)
+        method = cases.made("gdd", device)
         run = Run(method, TrainConfig(kimg=1, batch=8, micro_batch=micro), 0, device)
         images = torch.rand(8, 1, 4, 4, device=device), torch.eye(2, device=device)[torch.arange(8) % 2]
         if micro == "auto":

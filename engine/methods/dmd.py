@@ -77,7 +77,8 @@ class DMD(Method):
         for net in (student, fake):
             set_dropout(net, 0.0)  # EDM's files carry their training value; DMD and DMD2 train without
         self.cfg, self.teacher = cfg, frozen(teacher)
-        critic = Critic(fake, with_head=cfg.gan)
+        # Where its net is, before frozen() takes the weights: a view of weights that are moved later stays where they were.
+        critic = Critic(fake, with_head=cfg.gan).to(next(fake.parameters()).device)
         self.nets = {"student": student, "fake": critic}
         self.student, self.fake = student, critic
         self.frozen_fake = frozen(critic)

@@ -89,7 +89,7 @@ class GDD(Method):
         self.notes = [f"freeze level {cfg.freeze}{' by ' * bool(cfg.freeze_plan)}{cfg.freeze_plan or ''}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
         self.discriminator = ProjectedDiscriminator(
             [net.taps for net in features], width=cfg.width, label_dim=student.label_dim
-        )
+        ).to(next(student.parameters()).device)  # before frozen() takes the weights, which would not follow them
         self.frozen_discriminator = frozen(self.discriminator)
         self.nets = {"student": student, "discriminator": self.discriminator}
         self.state = torch.nn.ModuleList([net.drawn for net in features])
