@@ -64,7 +64,7 @@ def rehearse(cfg: Config) -> None:
         one.to(device)
     period = max(turn.every for turn in method.turns if turn.every < 50)
     # On a GPU every turn is run eagerly three times and then captured before the clock starts.
-    warmup, timed = (5 * period, 10 * period) if device.type == "cuda" else (1, period)
+    warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
     print(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
