@@ -54,6 +54,12 @@ class AotCase(NamedTuple):
     signature: dict[str, Any]  # argument -> "*bf16", "i32", "i32:16", "fp32", "constexpr", or a (named) tuple of those
     constexprs: dict[Any, Any]  # argument, or (argument position, position inside it), -> value
     num_warps: int
+    maxnreg: int | None = None
+
+
+#: Registers a thread may have at most, of kernels for which ptxas would else now and then spill a word, at 32 to 48 registers,
+#: for one more block on a multiprocessor: told how many it may take, it takes the one or two more.
+REGISTERS = 128
 
 
 #: Triton compiles a kernel once more for integers that 16 divides (:16), and once more for a 1, which is then a constant.
@@ -71,7 +77,7 @@ def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> 
     return aot_estimate(dtype, guided=guided, own_x_t=own_x_t)._replace(c_skip=None, c_out=None)
 
 
-def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, **constexprs: Any) -> AotCase:
+def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, maxnreg: int | None = None, **constexprs: Any) -> AotCase:
     """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer, 1 the number 1."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(constexprs)
@@ -86,7 +92,7 @@ def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: in
             if not isinstance(kind, str):
                 constants[argument] = kind
     signature |= dict.fromkeys(constexprs, "constexpr")
-    return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps)
+    return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps, maxnreg)
 
 
 def define(

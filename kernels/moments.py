@@ -16,7 +16,19 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
-from kernels._lib import BLOCK, SIZES, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
+from kernels._lib import (
+    BLOCK,
+    REGISTERS,
+    SIZES,
+    AotCase,
+    Outputs,
+    aot_case,
+    aot_estimate,
+    results,
+    rows,
+    splits,
+    tl_dtype,
+)
 from kernels._loss import define_loss, on_reference
 from kernels._tl import clean_pair, is_finite, load, part, total, weights
 from kernels.estimate import Estimate, Losses, accum, shared
@@ -61,7 +73,7 @@ def _forward(
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:
         partials = x.new_empty((1, n, s), dtype=acc)
-        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
+        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4, maxnreg=REGISTERS)
         _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
     return value, nonfinite, [coef], []
 
@@ -129,5 +141,5 @@ def aot_cases() -> list[AotCase]:
             "fake": aot_estimate(dtype, own_x_t=False),
         }
         sums |= {"partials_ptr": "*fp32", "N": size, "D": size}
-        cases.append(aot_case(name, _partials_kernel, sums, S=16, BLOCK=BLOCK, ACC=tl.float32))
+        cases.append(aot_case(name, _partials_kernel, sums, maxnreg=REGISTERS, S=16, BLOCK=BLOCK, ACC=tl.float32))
     return cases

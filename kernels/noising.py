@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
-from kernels._lib import BLOCK, INTERPRET, AotCase, aot_case, define, power_of_2, tl_dtype
+from kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
 from kernels.estimate import accum, per_sample
 
 
@@ -161,7 +161,7 @@ def _launch(
         _noising_kernel[(n * blocks_p * blocks_c,)](
             x, sigma, noise, seed, offset, c_in, x_t, scaled, pixels, blocks_p, blocks_c,
             C=channels, NHWC=nhwc, C_OUT=out, OUT_NHWC=scaled_nhwc,
-            BLOCK_Q=block_p // 4, BLOCK_C=block_c, ACC=tl_dtype(x_t.dtype), num_warps=4,
+            BLOCK_Q=block_p // 4, BLOCK_C=block_c, ACC=tl_dtype(x_t.dtype), num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
 
 
@@ -457,7 +457,7 @@ def aot_cases() -> list[AotCase]:
                 f"noising[{'drawn' if drawn else 'given'}{f', {scaled}' if scaled else ''}{', nhwc' if nhwc else ''}]"
             )
             block = {"BLOCK_Q": 32, "BLOCK_C": 8} if nhwc else {"BLOCK_Q": BLOCK // 4, "BLOCK_C": 1}
-            cases.append(aot_case(name, _noising_kernel, given, ACC=tl.float32, **_planes(nhwc), **block))
+            cases.append(aot_case(name, _noising_kernel, given, maxnreg=REGISTERS, ACC=tl.float32, **_planes(nhwc), **block))
     for dtype, nhwc in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
         given = {"dx_t_ptr": "*fp32", "d_scaled_ptr": f"*{dtype}", "c_in_ptr": "*fp32", "dx_ptr": "*fp32"}
         given |= {"P": "i32:16", "blocks_p": "i32", "blocks_c": 1 if nhwc else "i32"}

@@ -18,7 +18,19 @@ from torch import Tensor
 
 from kernels import _score_cuda, cpu, cuda, reference
 from kernels._args import check_constant_estimate, check_estimate, check_root
-from kernels._lib import BLOCK, SIZES, AotCase, Outputs, aot_case, aot_estimate, results, rows, splits, tl_dtype
+from kernels._lib import (
+    BLOCK,
+    REGISTERS,
+    SIZES,
+    AotCase,
+    Outputs,
+    aot_case,
+    aot_estimate,
+    results,
+    rows,
+    splits,
+    tl_dtype,
+)
 from kernels._loss import define_loss, on_reference
 from kernels._tl import clean_difference, clean_pair, is_finite, part, total
 from kernels.estimate import Estimate, Losses, accum, shared
@@ -82,7 +94,7 @@ def _forward_weighted(
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:
         partials = x.new_empty((2, n, s), dtype=acc)
-        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
+        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4, maxnreg=REGISTERS)
         _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, eps, plus, S=s, ROWS=rows(s), num_warps=4)
     return value, nonfinite, [coef], []
 
@@ -183,6 +195,6 @@ def aot_cases() -> list[AotCase]:
             "chunks": "i32",
         }
         one = {"BLOCK": BLOCK, "ACC": tl.float32}
-        cases.append(aot_case(f"score_match.partials{name}", _partials_kernel, sums | pair, S=16, **one))
+        cases.append(aot_case(f"score_match.partials{name}", _partials_kernel, sums | pair, maxnreg=REGISTERS, S=16, **one))
         cases.append(aot_case(f"score_match.difference{name}", _difference_kernel, scaled | pair, **one))
     return cases
