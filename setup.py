@@ -26,24 +26,13 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build_flags  # noqa: E402
 
 
-def ninja() -> str | None:
-    """The program: on PATH, or what the package of that name brought to this Python."""
-    if found := shutil.which("ninja"):
-        return found
-    if importlib.util.find_spec("ninja") is None:
-        return None
-    from ninja import BIN_DIR
-
-    return shutil.which("ninja", path=BIN_DIR)
-
-
 def why_no_cpu() -> str | None:
     """What is missing for compiling csrc/*.cpp, or None."""
     if os.environ.get("POTSTILL_NO_CPU") == "1":
         return "POTSTILL_NO_CPU=1"
     if shutil.which(build_flags.cpu_compiler().split()[0]) is None:
         return f"no {build_flags.cpu_compiler()} on PATH"
-    if ninja() is None:
+    if build_flags.ninja() is None:
         return "no ninja"
     if importlib.util.find_spec("torch") is None:
         return "no PyTorch importable (without --no-build-isolation pip hides an installed one)"
@@ -56,7 +45,7 @@ def why_no_cuda() -> str | None:
         return "POTSTILL_NO_CUDA=1"
     if shutil.which("nvcc") is None:
         return "no nvcc on PATH"
-    if ninja() is None:
+    if build_flags.ninja() is None:
         return "no ninja"
     if importlib.util.find_spec("torch") is None:
         return "no PyTorch importable (without --no-build-isolation pip hides an installed one)"
@@ -98,7 +87,7 @@ def file_of(name: str) -> str:
 
 def run_ninja(folder: Path) -> str | None:
     """Why the build.ninja in `folder` fails, or None. What the compilers say is passed on as it comes."""
-    program = ninja()
+    program = build_flags.ninja()
     assert program is not None
     try:
         process = subprocess.Popen(

@@ -45,7 +45,7 @@ def seconds(variants: dict[str, Run], place: Place, copies: int, *, budget: floa
     # A rehearsal's graphs are a mode of PyTorch's dispatch, under which nothing compiles.
     graphed = {name: on_gpu and not (rehearse.REHEARSING and name == "compiled") for name in variants}
     calls = {name: _graphed(run, copies) if graphed[name] else _rotating(run, copies) for name, run in variants.items()}
-    clock = _cuda_seconds if on_gpu else _cpu_seconds
+    clock = cuda_seconds if on_gpu else _cpu_seconds
     once = {name: min(clock(call) for _ in range(1 if rehearse.REHEARSING else 3)) for name, call in calls.items()}
     rounds = 1 if rehearse.REHEARSING else max(15, min(400, int(budget / max(once.values()))))
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -93,7 +93,8 @@ def _cpu_seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_seconds(call: Callable[[], None]) -> float:
+def cuda_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of the device between two events around the call."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()

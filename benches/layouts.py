@@ -43,7 +43,7 @@ def measure(results: Path, benchmark: bool) -> None:
                 call()
         for _ in range(ROUNDS):
             for layout, call in calls.items():
-                taken[layout].append(harness._cuda_seconds(call))
+                taken[layout].append(harness.cuda_seconds(call))
         row = {
             "group": "layouts", "kind": "cuda", "case": f"{use} B={batch}, cudnn.benchmark {'on' if benchmark else 'off'}",
             **{f"ms, weights {layout}": 1e3 * median(some) for layout, some in taken.items()},

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,17 @@ _AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl"
 LEVELS = {"any": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": "-mavx2 -mfma", "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+
+
+def ninja() -> str | None:
+    """The program: on PATH, or what the package of that name brought to this Python."""
+    if found := shutil.which("ninja"):
+        return found
+    if importlib.util.find_spec("ninja") is None:
+        return None
+    from ninja import BIN_DIR
+
+    return shutil.which("ninja", path=BIN_DIR)
 
 
 def torch_folder() -> Path:

@@ -77,8 +77,7 @@ class DMD(Method):
         for net in (student, fake):
             set_dropout(net, 0.0)  # EDM's files carry their training value; DMD and DMD2 train without
         self.cfg, self.teacher = cfg, frozen(teacher)
-        # Where its net is, before frozen() takes the weights: a view of weights that are moved later stays where they were.
-        critic = Critic(fake, with_head=cfg.gan).to(next(fake.parameters()).device)
+        critic = Critic(fake, with_head=cfg.gan)
         self.nets = {"student": student, "fake": critic}
         self.student, self.fake = student, critic
         self.frozen_fake = frozen(critic)

@@ -43,12 +43,16 @@ def _norm_silu(channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 class Critic(nn.Module):
-    """A denoiser and, on its encoder, a GAN head: what DMD2 calls the fake net. One module, so one optimiser."""
+    """A denoiser and, on its encoder, a GAN head: what DMD2 calls the fake net. One module, so one optimiser.
+
+    The head is made where the denoiser lies: a frozen view of weights that move later would not follow them.
+    """
 
     def __init__(self, denoiser: Denoiser, with_head: bool):
         super().__init__()
         self.denoiser = denoiser
-        self.head = BottleneckHead(*feature_shape(denoiser)) if with_head else None
+        device = next(denoiser.parameters()).device
+        self.head = BottleneckHead(*feature_shape(denoiser)).to(device) if with_head else None
 
     def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Estimate:
         """The denoiser's estimate of the clean image."""
