@@ -95,7 +95,8 @@ def test_a_bench_outlives_warnings_and_leaves_out_what_has_a_row(tmp_path):
     (tmp_path / "conftest.py").write_text((ROOT / "benches/conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu: x\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark", "--results=out", "--resume"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/benches"}
+    # pytest-benchmark warns at the end of a session whose environment says that it is xdist's first worker.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"PYTHONPATH": f"{ROOT}:{ROOT}/benches"}
     first = subprocess.run([*command, "bench_made.py::test_one[a]"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     second = subprocess.run([*command, "bench_made.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (first.returncode, second.returncode) == (0, 0), first.stdout + second.stdout
