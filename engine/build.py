@@ -143,16 +143,41 @@ def build_partition(cfg: Config, label_dim: int, images: Images | None) -> Parti
         if images is None or images.labels is None:
             raise UserError("students.partition=kmeans wants labelled data: it clusters the classes' mean images")
         features = class_means(images, label_dim)
-    return make_partition(kind, label_dim, count, cfg.seed, features)
+    partition = make_partition(kind, label_dim, count, cfg.seed, features)
+    without = set(classes_without_images(images, label_dim))
+    for student in range(count):
+        if without.issuperset(share := partition.classes(student)):
+            raise UserError(
+                f"student {student} of {count} has no images: {images.name} has none of {listed(share)}; take fewer students or "
+                "another students.partition"
+            )
+    return partition
+
+
+def classes_without_images(images: Images | None, label_dim: int) -> list[int]:
+    """Which of a net's classes the labelled data show nothing of, ascending."""
+    if images is None or images.labels is None:
+        return []
+    return np.setdiff1d(np.arange(label_dim), images.labels).tolist()
 
 
 def class_means(images: Images, label_dim: int) -> np.ndarray:
-    """The mean image of each class, flattened: [label_dim, C·H·W]."""
+    """The mean image of each class, flattened: [label_dim, C·H·W]. UserError for a class without an image."""
+    if without := classes_without_images(images, label_dim):
+        raise UserError(
+            f"students.partition=kmeans wants images of every class, {images.name} has none of {listed(without)}: take blocks or random"
+        )
     sums, counts = np.zeros((label_dim, images.channels * images.resolution**2)), np.zeros(label_dim)
     for i, label in enumerate(images.labels):
         sums[label] += images.read(i).reshape(-1)
         counts[label] += 1
-    return sums / np.maximum(counts, 1)[:, None]
+    return sums / counts[:, None]
+
+
+def listed(classes: list[int]) -> str:
+    """Classes in a sentence, the first five of many."""
+    more = f" and {len(classes) - 5:,} more" if len(classes) > 5 else ""
+    return f"class{'es' * (len(classes) > 1)} {', '.join(map(str, classes[:5]))}{more}"
 
 
 def start_from(method: Method, folder: Path) -> None:

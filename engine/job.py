@@ -55,6 +55,8 @@ class Job:
         self.images = build.build_images(cfg)
         if self.images is None and not cfg.teacher.checkpoint:
             raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
+        if self.images is not None and len(self.images) < 2:
+            raise UserError(f"{self.images.name} has 1 image, a run wants at least 2: it ends with a distance between distributions")
         if self.images is not None and len(self.images) < ranks.count:
             raise UserError(f"{ranks.count} ranks want as many images, {self.images.name} has {len(self.images)}: start fewer")
         self.check_method()
@@ -62,6 +64,8 @@ class Job:
         if on_paper:
             return
         ranks.alone(lambda: prepare(cfg))
+        if self.without:
+            self.tell(f"note: {self.images.name} has no images of {build.listed(self.without)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
         if self.images is not None:
@@ -82,6 +86,7 @@ class Job:
         if method.needs_data and self.images is None:
             raise UserError(f"method {self.cfg.method.name} looks at real images: set data.path")
         self.partition = build.build_partition(self.cfg, net.label_dim, self.images)
+        self.without = build.classes_without_images(self.images, net.label_dim)
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
@@ -271,22 +276,28 @@ class Job:
         return [folder / "student.safetensors" for folder in folders]
 
     def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
-        """64 images from fixed noise, classes in columns."""
-        labels = np.arange(64) % 8 if not net.label_dim else np.arange(self.shown) % self.columns(net)
-        return torch.cat(list(generate(net, sampler, labels if net.label_dim else None, range(self.shown), device=self.device)))
+        """60 images from fixed noise, classes in columns."""
+        labels = np.resize(self.shown_classes(net.label_dim), self.shown) if net.label_dim else None
+        return torch.cat(list(generate(net, sampler, labels, range(self.shown), device=self.device)))
 
     shown = 60  # divides into rows of 10 classes
 
     def columns(self, net: Denoiser) -> int:
-        return min(net.label_dim, 10) or 10
+        classes = len(self.shown_classes(net.label_dim))
+        return classes if net.label_dim and classes > 1 else 10
+
+    def shown_classes(self, label_dim: int) -> np.ndarray:
+        """The classes in the columns of a grid: the first ten that have images; without labelled data, the first ten."""
+        labels = None if self.images is None else self.images.labels
+        return (np.arange(label_dim) if labels is None else np.unique(labels))[:10]
 
     def shown_images(self) -> np.ndarray:
         """As many real images as a grid shows; of a labelled set, classes in columns like the samples."""
         assert self.images is not None
         if self.images.labels is None:
             return np.linspace(0, len(self.images) - 1, self.shown).astype(int)
-        columns = min(self.images.label_dim, 10)
-        of_class = [np.flatnonzero(self.images.labels == c) for c in range(columns)]
+        of_class = [np.flatnonzero(self.images.labels == c) for c in self.shown_classes(self.images.label_dim)]
+        columns = len(of_class)
         return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.shown)])
 
     def teacher_sampler(self) -> Sampler:

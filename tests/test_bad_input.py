@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import train
+from engine import job, train
+from engine.config import load
 from engine.errors import UserError
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import load_net, read_tensors, save_net
@@ -165,3 +166,72 @@ def test_method_that_needs_data_without_any(tmp_path):
     common = [DIGITS, f"run_dir={tmp_path}/r", "data.path=null"]
     assert "teacher.checkpoint=" in refused(*common)
     assert "looks at real images" in refused(*common, f"teacher.checkpoint={file}", "method.gan=true")
+
+
+# Sets that lack classes or images
+
+
+def labelled(path: Path, labels: list[int], pixels: np.ndarray | None = None) -> Path:
+    """Noise, or the given images [N, 8, 8], under these labels."""
+    noise = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8), np.uint8)
+    np.savez(path, images=noise if pixels is None else pixels, labels=np.array(labels))
+    return path
+
+
+QUICK = [
+    "net.model_channels=8", "net.channel_mult=[1]", "net.num_blocks=1", "net.attn_resolutions=[]", "teacher.train.kimg=0.01",
+    "teacher.train.batch=8", "teacher.loss.sampling_steps=2", "train.kimg=0.01", "train.batch=8", "method.fake_per_student=1",
+    "log.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        ([1 + k % 3 for k in range(30)], "no images of class 0: left out"),
+        ([(0, 2, 40)[k % 3] for k in range(30)], "no images of classes 1, 3, 4, 5, 6 and 33 more: left out"),
+        ([5, 5, 5], "no images of classes 0, 1, 2, 3, 4: left out"),
+        ([0, 1, 1, 1], ""),
+    ],
+)
+def test_a_run_measures_the_classes_that_have_images(tmp_path, labels, note, capfd):
+    data = labelled(tmp_path / "a.npz", labels)
+    train.main([DIGITS, *QUICK, f"data.path={data}", f"run_dir={tmp_path}/r"])
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["student"]["n"] == len(labels)
+    assert np.isfinite(summary["student"]["fd"])
+    said = capfd.readouterr().err
+    assert note in said if note else "no images of" not in said
+
+
+def test_a_run_of_equal_images_is_measured(tmp_path):
+    data = labelled(tmp_path / "a.npz", [0, 0], np.full((2, 8, 8), 7, np.uint8))
+    train.main([DIGITS, *QUICK, f"data.path={data}", f"run_dir={tmp_path}/r"])
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert summary["floor"]["fd"] == 0
+    assert np.isfinite(summary["student"]["fd"])
+
+
+def test_a_grid_shows_the_classes_that_have_images(tmp_path, monkeypatch):
+    """Real images and samples alike, column by column; of many classes the first ten that have images."""
+    for labels, wanted in ([1, 3, 3, 2], [1, 2, 3]), (list(range(5, 45, 2)), list(range(5, 25, 2))), ([4, 4], [4]):
+        one = job.Job(load(Path(DIGITS), [f"data.path={labelled(tmp_path / 'a.npz', labels)}", *QUICK]), on_paper=True)
+        net, asked = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=max(labels) + 1, **TINY), []
+        monkeypatch.setattr(job, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)])
+        one.samples(net, None)
+        assert asked[0].tolist() == np.resize(wanted, 60).tolist()
+        assert [labels[i] for i in one.shown_images()] == asked[0].tolist()
+        assert one.columns(net) == (len(wanted) if len(wanted) > 1 else 10)
+
+
+def test_too_few_images_are_refused_before_anything_is_trained(tmp_path):
+    msd = str(ROOT / "configs/digits_msd.yaml")
+    for recipe, labels, more, words in (
+        (DIGITS, [0], "seed=0", "a has 1 image, a run wants at least 2"),
+        (msd, [0, 0, 1, 9], "students.count=5", "student 1 of 5 has no images: a has none of classes 2, 3; take fewer"),
+        (msd, [5, 6, 7, 8, 9], "students.count=2", "student 0 of 2 has no images: a has none of classes 0, 1, 2, 3, 4; take"),
+        (msd, [0, 3, 1, 1], "students.partition=kmeans", "kmeans wants images of every class, a has none of class 2: take blocks or random"),
+    ):
+        arguments = [recipe, *QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r", more]
+        assert words in refused(*arguments)
+        assert not (tmp_path / "r").exists()
