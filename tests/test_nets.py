@@ -4,10 +4,12 @@ kept for backward, how images lie in memory and whether blocks are computed twic
 
 import copy
 import json
+import math
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,6 +124,22 @@ def test_estimate_is_the_denoiser_unformed(golden):
     torch.testing.assert_close(estimate.denoised(), net(t["in.x"], t["in.sigma"], t.get("in.labels")))
 
 
+def test_noise_levels_of_vp_and_iddpm_are_edms_float32_ones():
+    """Near σ = 0 float32 leaves 3 digits of exp(s) - 1: 1 + 1.001e-6 is 1 + 8 units of 2⁻²³, so VP begins at sqrt(2⁻²⁰)."""
+    vp = from_kwargs("VPPrecond", **TINY_SONG)
+    assert (vp.sigma_min, vp.sigma_max) == (2**-10, pytest.approx(math.sqrt(math.exp(9.95 + 0.1) - 1), rel=1e-6))
+    f, j = np.float32, np.arange(1001, dtype=np.float32)
+    alpha_bar = np.sin((f(np.pi / 2) * j / f(1000) / f(1.008)).astype(np.float64)).astype(np.float32) ** 2
+    levels = np.zeros(1001, np.float32)
+    for n in range(1000, 0, -1):
+        levels[n - 1] = np.sqrt((levels[n] ** 2 + f(1)) / max(alpha_bar[n - 1] / alpha_bar[n], f(0.001)) - f(1))
+    iddpm = from_kwargs("iDDPMPrecond", **TINY_SONG)
+    assert iddpm.sigma_min == pytest.approx(math.sqrt(346 / 2**23), rel=1e-6)  # 347 from an exact sine
+    np.testing.assert_allclose(iddpm.u, levels, rtol=1e-4)
+    assert iddpm.sigma_max == pytest.approx(levels[0], rel=1e-5)
+
+
+TINY_SONG = {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 4, "channel_mult": [1], "num_blocks": 1}
 SONG_64 = {"img_resolution": 64, "img_channels": 3, "model_type": "SongUNet", "channel_mult": [1, 2, 2, 2]}
 NCSNPP = {
     "embedding_type": "fourier",

@@ -88,6 +88,18 @@ def test_ema_ramps_up():
     assert ema_decay(256, 0, 500_000, 0.05) == 0.0
 
 
+def test_the_ramp_counts_the_images_before_the_batch():
+    """As EDM's loop does: with batch 8 and H = images the decays of four steps are 0, 0.5, 0.5^(1/2), 0.5^(1/3)."""
+    run = Run(Teacher(EDMLoss(), tiny_net()), TrainConfig(kimg=1, batch=8, ema_ramp_up=1.0), 0, CPU)
+    weight, average = next(run.method.nets["teacher"].parameters()), next(run.ema.net.parameters())
+    wanted = None
+    for decay in (0.0, 0.5, 0.5 ** (1 / 2), 0.5 ** (1 / 3)):
+        before = torch.zeros_like(weight) if wanted is None else wanted
+        run.take(*batch(run.step))
+        wanted = decay * before + (1 - decay) * weight.detach().double()
+        torch.testing.assert_close(average.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
 def test_learning_rate_schedules():
     linear = OptimConfig(lr=1.0, warmup=10, schedule="linear")
     assert [learning_rate(linear, s, 110) for s in (0, 4, 9, 10, 60, 110)] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0])

@@ -40,8 +40,9 @@ def vp(sigma: Tensor, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 
 
 
 def vp_sigma(t: float, beta_d: float = 19.9, beta_min: float = 0.1) -> float:
-    """σ(t) = sqrt(exp(β_d t²/2 + β_min t) - 1)."""
-    return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
+    """σ(t) = sqrt(exp(β_d t²/2 + β_min t) - 1), in float32 as in EDM's code: at t = 1e-5 that is 2⁻¹⁰, and not 0.0010005."""
+    time = torch.tensor(t, dtype=torch.float32, device="cpu")
+    return ((0.5 * beta_d * time**2 + beta_min * time).exp() - 1).sqrt().item()
 
 
 def vp_time(sigma: Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
@@ -63,9 +64,14 @@ def iddpm(sigma: Tensor, levels: Tensor) -> Coefficients:
 
 
 def iddpm_levels(steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008) -> Tensor:
-    """The steps + 1 noise levels of the cosine schedule, from the largest to 0; float32, EDM's recursion (Eq. 186-188)."""
-    alpha_bar = [math.sin(0.5 * math.pi * j / steps / (c_2 + 1)) ** 2 for j in range(steps + 1)]
-    u = torch.zeros(steps + 1, device="cpu")  # also where a net is built on the meta device
+    """The steps + 1 noise levels of the cosine schedule, from the largest to 0: EDM's recursion (Eq. 186-188).
+
+    All of it in float32, as in EDM's code: the smallest level but 0 is then 0.006422, and not the exact 0.006432.
+    """
+    kind = {"dtype": torch.float32, "device": "cpu"}  # also where a net is built on the meta device
+    alpha_bar = (0.5 * math.pi * torch.arange(steps + 1, **kind) / steps / (c_2 + 1)).sin() ** 2
+    shrinks = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=c_1)
+    u = torch.zeros(steps + 1, **kind)
     for j in range(steps, 0, -1):
-        u[j - 1] = ((u[j] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], c_1) - 1).sqrt()
+        u[j - 1] = ((u[j] ** 2 + 1) / shrinks[j - 1] - 1).sqrt()
     return u

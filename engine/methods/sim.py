@@ -13,7 +13,8 @@ same gradient without it. With δ = D_q(x_t) - D_ψ(x_t), and sums over the pixe
 through both nets to their inputs; cutting either is another, biased method. No real image is looked at.
 
 Differs from the paper: its training code is not public, so the skeleton (order of turns, laws of σ, loss scale) is that of
-SiD's. c is constant in units of D, where the paper's c is one of scores (c/σ²); its value there is not known. EDM's
+SiD's. SiD takes each image's class from the next real one, so in the data's proportions; here classes are uniform, which is
+the same where all are equally frequent. c is constant in units of D, where the paper's c is one of scores (c/σ²); its value there is not known. EDM's
 augmentation of the images that ψ learns from is left out. Samples that are not finite count as zero and are reported.
 """
 

@@ -25,6 +25,9 @@ class EMA:
 
 
 def ema_decay(batch: int, images: int, half_life: float, ramp_up: float) -> float:
-    """Per-step decay 0.5^(batch / H) with H = min(half_life, ramp_up · images seen); 0 at the very first step."""
+    """Per-step decay 0.5^(batch / H) with H = min(half_life, ramp_up · images); 0 at the very first step.
+
+    images: how many had been seen before this step's batch, as EDM, SiD and GDD count.
+    """
     half_life = min(half_life, images * ramp_up)
     return 0.5 ** (batch / half_life) if half_life > 0 else 0.0

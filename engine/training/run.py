@@ -160,8 +160,8 @@ class Run:
 
     def take(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One iteration on this batch."""
-        seen, product = (self.step + 1) * self.cfg.batch, self.method.product
-        decay = ema_decay(self.cfg.batch, seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
+        product = self.method.product
+        decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with self.graphs.stream() if self.graphs else nullcontext():
             renew_stale(self.shadowed)
             if self.guard is not None:
