@@ -1,5 +1,51 @@
 """What a user can mend: the commands print it as one sentence and exit with code 2."""
 
+import zipfile
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Says what was wanted, what came, and what to do."""
+
+
+def what_it_is(path: Path) -> str:
+    """What lies under a name where another file was wanted, by its first bytes, and what to do: the end of a sentence."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if not start.strip(b"\0"):
+        return "it is empty, as a broken download leaves it: copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, which only names the file: `git lfs pull` gets the file itself"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, such as an error message or a login: download the file itself"
+    return f"it is {_zipped(path) if start[:4] == _ZIP else _kind(start)}"
+
+
+_ZIP = b"PK\x03\x04"
+
+
+def _kind(start: bytes) -> str:
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "a pickle"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+        return "a safetensors file"
+    names = {b"\x93NUMPY": "a numpy array", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"\x1f\x8b": "a gzip archive"}
+    return next((name for magic, name in names.items() if start.startswith(magic)), f"of no known kind and starts with {start[:16]!r}")
+
+
+def _zipped(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "a zip archive that is damaged or cut off: copy or download it again"
+    ends = {name.rpartition("/")[2] for name in names}
+    if "data.pkl" in ends:
+        return "a TorchScript file" if "constants.pkl" in ends else "a file of torch.save"
+    if any(name.endswith(".npy") for name in ends):
+        return f"an .npz of {', '.join(sorted(name.removesuffix('.npy') for name in ends))[:60]!r}"
+    pictures = sum(name.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) for name in ends)
+    return "a zip of pictures" if pictures else "a zip archive"

@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="pixels, inception[:FILE|URL], dinov2:FILE|URL, clip:FILE|URL or a TorchScript file (default: the run's, else pixels)",
     )
     p.add_argument("--metrics", default=FD, help=f"some of {','.join(METRICS)}: Fréchet, kernel, precision and recall (default fd)")
-    p.add_argument("--reference", help="file or address of an .npz with mu and sigma, instead of the data's own")
+    p.add_argument("--reference", help="file or address of mu and sigma, EDM's .npz or EDM2's .pkl, instead of the data's own")
     p.add_argument("--save-reference", type=Path, metavar="FILE.npz", help="write mu and sigma of the data, as EDM's fid.py ref")
     p.add_argument(
         "--n", "--images", type=int, dest="n",
@@ -166,7 +166,7 @@ def given_reference(
 ) -> Reference:
     """The Gaussian of a file or address, if it is one of these features."""
     path = fetch(where, command=command) if is_url(where) else Path(where)
-    gaussian = read_reference(path)
+    gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
     features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))
     if len(gaussian.mu) != features.num_features:

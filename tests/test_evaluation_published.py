@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from engine import evaluate
 from engine.data.images import open_images
 from engine.errors import UserError
 from engine.evaluation import features as features_module
-from engine.evaluation import inception, quality
+from engine.evaluation import inception, quality, vision
 from engine.evaluation.classes import labels_for
 from engine.evaluation.features import Pixels, load_features
 from engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
@@ -255,6 +256,67 @@ def test_damaged_references(tmp_path):
         (tmp_path / "x.npz").write_bytes(broken)
         with pytest.raises(UserError, match=r"no complete \.npz"):
             read_reference(tmp_path / "x.npz")
+
+
+def edm2_reference(path, protocol=4, **entries):
+    """As EDM2's calculate_metrics.py pickles its dictionary; of `entries` the mean is i and the variance i + 1."""
+    content = {name: {"mu": np.full(d, float(i)), "sigma": np.eye(d) * (i + 1.0)} for i, (name, d) in enumerate(entries.items())}
+    path.write_bytes(pickle.dumps({"num_images": 50_000} | content, protocol=protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_references_of_edm2_are_read_by_the_name_of_their_features(tmp_path, protocol):
+    path = edm2_reference(tmp_path / "img64.pkl", protocol, fid=2048, fd_dinov2=10)
+    fid, dino = read_reference(path, "fid"), read_reference(path, "fd_dinov2")
+    assert torch.equal(fid.mu, torch.zeros(2048, dtype=torch.float64)) and torch.equal(fid.sigma, torch.eye(2048, dtype=torch.float64))
+    assert torch.equal(dino.mu, torch.ones(10, dtype=torch.float64)) and torch.equal(dino.sigma, 2 * torch.eye(10, dtype=torch.float64))
+    with pytest.raises(UserError, match="holds 'fid' and 'fd_dinov2', and nothing for these features: fid goes with --features inception"):
+        read_reference(path)
+    with pytest.raises(UserError, match="holds 'fid', and no fd_dinov2"):
+        read_reference(edm2_reference(tmp_path / "fid.pkl", fid=4), "fd_dinov2")
+
+
+def test_evaluate_asks_a_reference_of_edm2_for_its_own_features(tmp_path, run_dir):
+    net, path = fake_inception(tmp_path / "inception.pt"), edm2_reference(tmp_path / "img64.pkl", fd_dinov2=10, fid=2048)
+    features, models = load_features(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
+    found = evaluate.given_reference(str(path), features, models, torch.device("cpu"), 8, "again")
+    assert found.gaussian.mu.tolist() == [1.0] * 2048 and found.data == "img64.pkl"
+    assert (vision.NETWORKS["dinov2"].edm2, vision.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
+    with pytest.raises(UserError, match="nothing for these features"):
+        evaluate.main([str(run_dir), "--reference", str(path), "--n", "8"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_images": 5}, "is a pickle without a reference: wanted EDM2's"),
+        ([1, 2], "is a pickle without a reference"),
+        ({"fid": {"mu": np.zeros(4)}}, "holds mu of mu and sigma, wanted both"),
+        ({"fid": {"mu": [0.0] * 4, "sigma": np.eye(4)}}, "holds sigma of mu and sigma"),
+        ({"fid": {"mu": np.zeros(4), "sigma": np.eye(3)}}, "wanted floats [D] and [D, D]"),
+        ({"fid": "EVIL"}, "asks for io.open, which no numbers need: refused, and nothing in the file was executed"),
+    ],
+)
+def test_pickles_that_are_no_references(tmp_path, content, message):
+    content = {"fid": Evil(tmp_path / "executed")} if content == {"fid": "EVIL"} else content
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_reference(tmp_path / "x.pkl", "fid")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("rounding", [0.0, -2e-13, 2e-13])
+def test_a_reference_of_images_that_are_all_alike(tmp_path, rounding):
+    """Its covariance is 0 up to rounding, also below 0; the distance is then |m - m'|² + tr Σ'."""
+    noise = np.zeros((4, 4))
+    noise[0, 1], noise[2, 2] = rounding, rounding
+    np.savez(tmp_path / "x.npz", mu=np.full(4, 3.0), sigma=noise)
+    other = Gaussian(torch.ones(4, dtype=torch.float64), torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)))
+    assert squared_distance(read_reference(tmp_path / "x.npz"), other) == pytest.approx(4 * 2**2 + 10, rel=1e-5)
+    alike = torch.full((50, 1, 2, 2), 131, dtype=torch.uint8)
+    write_reference(tmp_path / "y.npz", fitted([alike], Pixels()).gaussian)
+    assert read_reference(tmp_path / "y.npz").mu.tolist() == pytest.approx([131 / 127.5 - 1] * 4)
 
 
 def test_evaluate_writes_and_reads_references(run_dir, tmp_path, capsys):

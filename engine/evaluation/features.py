@@ -22,11 +22,13 @@ from engine.formats.download import digest, is_url
 class Features(nn.Module):
     """Calls: images [N, C, H, W] uint8 -> [N, num_features] float64.
 
-    `title` names a distance in these features; `sha256` is that of the file they come from, None where there is none.
+    `title` names a distance in these features; `sha256` is that of the file they come from, None where there is none;
+    `edm2` is what EDM2's references call them, None where they have no name there.
     """
 
     title: str
     sha256: str | None = None
+    edm2: str | None = None
     num_features: int = 0  # 0 until `measure` has seen an image
     device: torch.device = torch.device("cpu")  # of the last images measured
 

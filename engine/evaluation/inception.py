@@ -49,6 +49,8 @@ def _downloaded(command: str) -> Path:
 class ScriptedInception(Scripted):
     """NVIDIA's TorchScript module, called for the features before the softmax layer."""
 
+    edm2 = "fid"
+
     def __init__(self, path: Path):
         super().__init__(path)
         self.title = "FID" if self.sha256 == SHA256 else f"FD-{path.stem} (not FID's Inception: another sha256)"
@@ -63,6 +65,8 @@ class ScriptedInception(Scripted):
 
 class FidelityInception(Features):
     """torch-fidelity's network with its state dict, which is read without unpickling anything but tensors."""
+
+    edm2 = "fid"
 
     def __init__(self, path: Path):
         super().__init__()

@@ -29,12 +29,14 @@ class Network(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     url: str
+    edm2: str | None = None  # its entry in EDM2's references
 
 
 NETWORKS = {
     "dinov2": Network(
         "FD-DINOv2", "vit_large_patch14_dinov2", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
         "https://huggingface.co/timm/vit_large_patch14_dinov2.lvd142m/resolve/main/model.safetensors",
+        "fd_dinov2",
     ),
     "clip": Network(
         "CLIP-FID", "vit_base_patch32_clip_quickgelu_224.openai",
@@ -49,7 +51,7 @@ class Vision(Features):
 
     def __init__(self, network: Network, path: Path):
         super().__init__()
-        self.title, self.sha256 = network.title, digest(path)
+        self.title, self.sha256, self.edm2 = network.title, digest(path), network.edm2
         self.net = _built(network)
         try:
             weights = load_file(path)

@@ -1,13 +1,16 @@
 """Numpy's scalars and arrays of plain numbers in pickles: what such a pickle calls, without calling numpy's own."""
 
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.formats.pickles import Buildable, Unreadable, checked, shown
+from engine.errors import UserError, what_it_is
+from engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8
 NUMPY_TYPE = re.compile(r"b1|[iu][1248]|f[248]")
@@ -64,8 +67,53 @@ def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> NumpyArray:
     return array
 
 
-NUMPY_CALLS: dict[str, Callable[..., Any]] = {"numpy.dtype": _numpy_type}
+def _latin1(text: Any, encoding: Any) -> memoryview:
+    """How protocol 2 writes byte strings."""
+    if encoding != "latin1":
+        raise Unreadable(f"wants text in the encoding {shown(encoding)}: refused")
+    return memoryview(checked(text, str, "a byte string").encode("latin1"))
+
+
+NUMPY_CALLS: dict[str, Callable[..., Any]] = {"numpy.dtype": _numpy_type, "_codecs.encode": _latin1}
 for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     NUMPY_CALLS[f"{_core}.multiarray.scalar"] = _numpy_scalar
     NUMPY_CALLS[f"{_core}.multiarray._reconstruct"] = lambda *kind: NumpyArray()
     NUMPY_CALLS[f"{_core}.numeric._frombuffer"] = _numpy_buffer
+NUMPY_NAMES = {title: Name(title, call) for title, call in NUMPY_CALLS.items()} | {"numpy.ndarray": Name("numpy.ndarray")}
+
+
+def open_mapped(path: Path) -> memoryview:
+    """The bytes of a file, read as they are looked at. Raises OSError."""
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+
+
+def read_arrays(path: Path) -> Any:
+    """What a pickle of dictionaries, lists, numbers and numpy arrays holds. UserError for any other; nothing is executed."""
+
+    def named(title: str) -> Name:
+        if title not in NUMPY_NAMES:
+            raise Unreadable(f"asks for {title}, which no numbers need: refused, and nothing in the file was executed")
+        return NUMPY_NAMES[title]
+
+    try:
+        data = open_mapped(path)
+        content, end = read_pickle(data, 0, named, Budget(len(data)))
+        if end != len(data):
+            raise Unreadable(f"has {len(data) - end:,} bytes after the end of its pickle")
+        return _plain(content)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Unreadable as error:
+        raise UserError(f"{path} {error}; wanted numpy arrays and numbers, and {what_it_is(path)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Arrays in dictionaries of dictionaries as numpy's own; anything deeper stays as it was read."""
+    if type(value) is dict:
+        return {name: {k: _array(v) for k, v in one.items()} if type(one) is dict else _array(one) for name, one in value.items()}
+    return _array(value)
+
+
+def _array(value: Any) -> Any:
+    return value.value if isinstance(value, NumpyArray) else value

@@ -4,7 +4,6 @@ What a file may name is the table `CALLS` and little more; a tensor is copied ou
 NVIDIA's persistence format stores a network as a dictionary with the source text of its class: the text is never looked at.
 """
 
-import mmap
 import re
 import struct
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from engine.errors import UserError
-from engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS
+from engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
 from engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown
 
 PERSISTENCE_VERSION = 6
@@ -115,13 +114,6 @@ def _parameter(data: Any, *gradient_and_hooks: Any) -> StoredTensor:
     return checked(data, StoredTensor, "the data of a parameter")
 
 
-def _latin1(text: Any, encoding: Any) -> memoryview:
-    """How protocol 2 writes byte strings."""
-    if encoding != "latin1":
-        raise Unreadable(f"wants text in the encoding {shown(encoding)}: refused")
-    return memoryview(checked(text, str, "a byte string").encode("latin1"))
-
-
 def _dictionary(items: Any = ()) -> dict[Any, Any]:
     return {hashable(key): value for key, value in checked(items, (tuple, list), "the items of a dictionary")}
 
@@ -141,13 +133,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": lambda sizes=(): checked(sizes, tuple, "a torch.Size"),
     "torch.device": lambda *device: None,
-    "_codecs.encode": _latin1,
 } | NUMPY_CALLS
 NAMES = {title: Name(title, call) for title, call in CALLS.items()}
 NAMES |= {title: Name(title, new=dict) for title in ("dnnlib.util.EasyDict", "dnnlib.EasyDict")}
 NAMES |= {f"{module}.{name}": Name(name) for module in ("torch", "torch.cuda", "torch.storage") for name in STORAGES}
 NAMES |= {f"torch.{dtype}": Name(dtype) for dtype in ("float64", "float32", "float16", "bfloat16", "int64", "uint8")}
-NAMES["numpy.ndarray"] = Name("numpy.ndarray")
+NAMES["numpy.ndarray"] = NUMPY_NAMES["numpy.ndarray"]
 LAYER = re.compile(
     r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*"
 )  # ModuleDict and the like: their attributes are read, no more
@@ -160,8 +151,7 @@ def read_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"no file at {path}")
     try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
+        data = open_mapped(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
