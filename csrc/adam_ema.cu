@@ -51,10 +51,16 @@ __global__ void __launch_bounds__(THREADS)
   if (bad) *flag = 1.0f;  // every writer writes the same
 }
 
+// The number at address i of the table: rates[i] = (address, bytes of a number there).
+__device__ __forceinline__ double rate(const int64_t* rates, int i) {
+  if (rates[2 * i + 1] == sizeof(double)) return *reinterpret_cast<const double*>(rates[2 * i]);
+  return static_cast<double>(*reinterpret_cast<const float*>(rates[2 * i]));
+}
+
 __global__ void coefs_kernel(
-    float* steps, const int64_t* grads, const double* lr, const double* ema_decay, const float* flag,
-    const float* found_inf, const float* grad_scale, int* nonfinite, float* coefs, int tensors, double beta1,
-    double beta2, double weight_decay, bool counts) {
+    float* steps, const int64_t* grads, const int64_t* rates, const float* flag, const float* found_inf,
+    const float* grad_scale, int* nonfinite, float* coefs, int tensors, double beta1, double beta2,
+    double weight_decay, bool counts) {
   const int i = blockIdx.x * THREADS + threadIdx.x;
   const bool go = *flag == 0.0f && (found_inf == nullptr || *found_inf == 0.0f);
   if (counts && i == 0 && !go) *nonfinite += 1;
@@ -63,11 +69,12 @@ __global__ void coefs_kernel(
   const double step = static_cast<double>(steps[i]) + (moves ? 1.0 : 0.0);
   if (moves) steps[i] = static_cast<float>(step);
   const double at_least_one = step > 1.0 ? step : 1.0;  // a tensor that never moved divides by no zero
+  const double lr = rate(rates, 0);
   float* c = coefs + static_cast<int64_t>(i) * COEFS;
-  c[STEP_SIZE] = static_cast<float>(*lr / (1.0 - pow(beta1, at_least_one)));
+  c[STEP_SIZE] = static_cast<float>(lr / (1.0 - pow(beta1, at_least_one)));
   c[RSQRT_BC2] = static_cast<float>(1.0 / sqrt(1.0 - pow(beta2, at_least_one)));
-  c[LR_DECAY] = static_cast<float>(*lr * weight_decay);
-  c[EMA_WEIGHT] = static_cast<float>(1.0 - *ema_decay);
+  c[LR_DECAY] = static_cast<float>(lr * weight_decay);
+  c[EMA_WEIGHT] = static_cast<float>(1.0 - rate(rates, 1));
   c[INV_SCALE] = grad_scale == nullptr ? 1.0f : 1.0f / *grad_scale;
   c[GO] = go ? 1.0f : 0.0f;
 }
@@ -152,14 +159,14 @@ void check(Tensor fixed, Tensor grads, Tensor chunks, Tensor flag, Tensor grad_l
 }
 
 void coefs(
-    Tensor steps, Tensor grads, Tensor lr, Tensor ema_decay, Tensor flag, std::optional<Tensor> found_inf,
+    Tensor steps, Tensor grads, Tensor rates, Tensor flag, std::optional<Tensor> found_inf,
     std::optional<Tensor> grad_scale, Tensor nonfinite, Tensor coefs, double beta1, double beta2, double weight_decay,
     bool counts) {
   const int tensors = static_cast<int>(steps.size(0));
   launch(coefs_kernel, dim3(static_cast<unsigned>((tensors + THREADS - 1) / THREADS)), THREADS, 0, steps,
-         pointer<float>(steps), pointer<int64_t>(grads), pointer<double>(lr), pointer<double>(ema_decay),
-         pointer<float>(flag), pointer<float>(found_inf), pointer<float>(grad_scale), pointer<int>(nonfinite),
-         pointer<float>(coefs), tensors, beta1, beta2, weight_decay, counts);
+         pointer<float>(steps), pointer<int64_t>(grads), pointer<int64_t>(rates), pointer<float>(flag),
+         pointer<float>(found_inf), pointer<float>(grad_scale), pointer<int>(nonfinite), pointer<float>(coefs), tensors,
+         beta1, beta2, weight_decay, counts);
 }
 
 void update_all(
@@ -184,9 +191,8 @@ void update_all(
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cuda, m) {
   m.def("adam_ema_check(Tensor fixed, Tensor grads, Tensor chunks, Tensor(a!) flag, Tensor grad_like) -> ()");
   m.def(
-      "adam_ema_coefs(Tensor(a!) steps, Tensor grads, Tensor lr, Tensor ema_decay, Tensor flag, Tensor? found_inf, "
-      "Tensor? grad_scale, Tensor(b!) nonfinite, Tensor(c!) coefs, float beta1, float beta2, float weight_decay, "
-      "bool counts) -> ()");
+      "adam_ema_coefs(Tensor(a!) steps, Tensor grads, Tensor rates, Tensor flag, Tensor? found_inf, Tensor? grad_scale, "
+      "Tensor(b!) nonfinite, Tensor(c!) coefs, float beta1, float beta2, float weight_decay, bool counts) -> ()");
   m.def(
       "adam_ema_update(Tensor fixed, Tensor grads, Tensor chunks, Tensor coefs, Tensor(a!) flag, Tensor grad_like, "
       "Tensor shadow_like, float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()");

@@ -5,13 +5,14 @@ All three walk the tables of kernels/tables.py. The formula stands in kernels/ad
 
 import itertools
 import math
-from typing import Any
+import struct
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import cuda
+from kernels._groups import Group
 from kernels._lib import AotCase, aot_case
 from kernels.tables import CHUNK, COEFS, Flags, Part
 
@@ -66,11 +67,21 @@ def _check_kernel(
 
 
 @triton.jit
+def _rate(rates_ptr, i):
+    """The number at address i of the table, float32 or float64, as float64."""
+    address = tl.load(rates_ptr + 2 * i)
+    if tl.load(rates_ptr + 2 * i + 1) == 8:
+        value = tl.load(address.to(tl.pointer_type(tl.float64)))
+    else:
+        value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return value
+
+
+@triton.jit
 def _coefs_kernel(
-    steps_ptr, grads_ptr, lr_ptr, ema_decay_ptr, flag_ptr, found_inf_ptr, grad_scale_ptr, nonfinite_ptr, coefs_ptr,
-    tensors,
-    LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr, COUNTS: tl.constexpr,
-    HAS_FOUND: tl.constexpr, HAS_SCALE: tl.constexpr, COEFS: tl.constexpr, BLOCK: tl.constexpr,
+    steps_ptr, grads_ptr, rates_ptr, flag_ptr, found_inf_ptr, grad_scale_ptr, nonfinite_ptr, coefs_ptr, tensors,
+    log2_beta1, rest1, log2_beta2, rest2, weight_decay,
+    COUNTS: tl.constexpr, HAS_FOUND: tl.constexpr, HAS_SCALE: tl.constexpr, COEFS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bad = tl.load(flag_ptr)
@@ -84,12 +95,12 @@ def _coefs_kernel(
     tl.store(steps_ptr + i, step, mask=(i < tensors) & moves)
     t = tl.maximum(step, 1.0).to(tl.float64)  # a tensor that never moved divides by no zero
     # In float64: 1 - beta^t and 1 - ema_decay lose four digits to cancellation otherwise.
-    lr = tl.load(lr_ptr)
+    lr = _rate(rates_ptr, 0)
     c = coefs_ptr + i * COEFS
-    tl.store(c, (lr / (1.0 - tl.exp2(t * LOG2_BETA1))).to(tl.float32), mask=i < tensors)
-    tl.store(c + 1, (1.0 / tl.sqrt(1.0 - tl.exp2(t * LOG2_BETA2))).to(tl.float32), mask=i < tensors)
-    tl.store(c + 2, (lr * WEIGHT_DECAY + t * 0).to(tl.float32), mask=i < tensors)
-    tl.store(c + 3, (1.0 - tl.load(ema_decay_ptr) + t * 0).to(tl.float32), mask=i < tensors)
+    tl.store(c, (lr / (1.0 - tl.exp2(t * log2_beta1 + t * rest1))).to(tl.float32), mask=i < tensors)
+    tl.store(c + 1, (1.0 / tl.sqrt(1.0 - tl.exp2(t * log2_beta2 + t * rest2))).to(tl.float32), mask=i < tensors)
+    tl.store(c + 2, (lr * weight_decay + t * 0).to(tl.float32), mask=i < tensors)
+    tl.store(c + 3, (1.0 - _rate(rates_ptr, 1) + t * 0).to(tl.float32), mask=i < tensors)
     inv_scale = 1.0 / tl.load(grad_scale_ptr) if HAS_SCALE else 1.0
     tl.store(c + 4, inv_scale + step * 0, mask=i < tensors)
     tl.store(c + 5, (bad == 0).to(tl.float32) + step * 0, mask=i < tensors)
@@ -98,8 +109,8 @@ def _coefs_kernel(
 @triton.jit
 def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, moves, shadowed,
-    ONE_MINUS_BETA1: tl.constexpr, BETA2: tl.constexpr, ONE_MINUS_BETA2: tl.constexpr, EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr, HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr,
     FULL: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     step_size, rsqrt_bc2, lr_decay = tl.load(c), tl.load(c + 1), tl.load(c + 2)
@@ -111,14 +122,14 @@ def _update(
             g = _get(g_ptr, i, n, FULL).to(tl.float32) * inv_scale
             m = _get(m_ptr, i, n, FULL)
             v = _get(v_ptr, i, n, FULL)
-            if WEIGHT_DECAY != 0.0:
+            if DECAYS:
                 if DECOUPLED:
                     p = p - lr_decay * p
                 else:
-                    g = g + WEIGHT_DECAY * p
-            m = m + ONE_MINUS_BETA1 * (g - m)
-            v = BETA2 * v + ONE_MINUS_BETA2 * g * g
-            p = p - step_size * m / (tl.sqrt(v) * rsqrt_bc2 + EPS)
+                    g = g + weight_decay * p
+            m = m + one_minus_beta1 * (g - m)
+            v = beta2 * v + one_minus_beta2 * g * g
+            p = p - step_size * m / (tl.sqrt(v) * rsqrt_bc2 + eps)
             _put(m_ptr, i, n, m, FULL)
             _put(v_ptr, i, n, v, FULL)
             _put(p_ptr, i, n, p, FULL)
@@ -132,10 +143,9 @@ def _update(
 @triton.jit
 def _update_kernel(
     fixed_ptr, grads_ptr, chunks_ptr, coefs_ptr, flag_ptr, tensors,
-    GRAD: tl.constexpr, SHADOW: tl.constexpr, ONE_MINUS_BETA1: tl.constexpr, BETA2: tl.constexpr,
-    ONE_MINUS_BETA2: tl.constexpr, EPS: tl.constexpr, WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr,
-    HAS_EMA: tl.constexpr, HAS_SHADOW: tl.constexpr, ALIGNED: tl.constexpr, COEFS: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay,
+    GRAD: tl.constexpr, SHADOW: tl.constexpr, DECAYS: tl.constexpr, DECOUPLED: tl.constexpr, HAS_EMA: tl.constexpr,
+    HAS_SHADOW: tl.constexpr, ALIGNED: tl.constexpr, COEFS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
         tl.store(flag_ptr, 0.0)  # _coefs_kernel has read it; the next step's check starts clean
@@ -159,14 +169,14 @@ def _update_kernel(
         if first + CHUNK <= n:
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, shadow != 0,
-                ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, True, CHUNK,
-                BLOCK,
+                one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, DECAYS, DECOUPLED, HAS_EMA, HAS_SHADOW, True,
+                CHUNK, BLOCK,
             )  # fmt: skip
         else:
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, ema_ptr, shadow_ptr, c, first, n, address != 0, shadow != 0,
-                ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, WEIGHT_DECAY, DECOUPLED, HAS_EMA, HAS_SHADOW, False, CHUNK,
-                BLOCK,
+                one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, DECAYS, DECOUPLED, HAS_EMA, HAS_SHADOW, False,
+                CHUNK, BLOCK,
             )  # fmt: skip
 
 
@@ -180,27 +190,29 @@ def _triton_check(part: Part, flags: Flags) -> None:
     )  # fmt: skip
 
 
-def _triton_coefs(part: Part, flags: Flags, group: dict[str, Any], counts: bool) -> None:
+def _triton_coefs(part: Part, flags: Flags, group: Group, counts: bool) -> None:
     found, scale = flags.found_inf, flags.grad_scale
     _coefs_kernel[(triton.cdiv(len(part.where), 128),)](
-        part.steps, part.grad_table, group["lr"], group["ema_decay"], flags.flag,
-        flags.flag if found is None else found, flags.flag if scale is None else scale, flags.nonfinite, part.coefs,
-        len(part.where),
-        LOG2_BETA1=_log2(group["betas"][0]), LOG2_BETA2=_log2(group["betas"][1]), WEIGHT_DECAY=group["weight_decay"],
+        part.steps, part.grad_table, group.rates, flags.flag, flags.flag if found is None else found,
+        flags.flag if scale is None else scale, flags.nonfinite, part.coefs, len(part.where),
+        *_log2(group["betas"][0]), *_log2(group["betas"][1]), group["weight_decay"],
         COUNTS=counts, HAS_FOUND=found is not None, HAS_SCALE=scale is not None, COEFS=COEFS, BLOCK=128, num_warps=4,
     )  # fmt: skip
 
 
-def _log2(beta: float) -> float:
-    return math.log2(beta) if beta > 0 else -1074.0  # 2^-1074 is 0 in float32, and 1 - it is 1 in float64
+def _log2(beta: float) -> tuple[float, float]:
+    """log2(beta) as the sum of two float32: numbers are given to a kernel as float32, and a new one compiles nothing."""
+    log = math.log2(beta) if beta > 0 else -1074.0  # 2^-1074 is 0 in float32, and 1 - it is 1 in float64
+    (first,) = struct.unpack("f", struct.pack("f", log))
+    return first, log - first
 
 
-def _triton_update(part: Part, flags: Flags, group: dict[str, Any]) -> None:
+def _triton_update(part: Part, flags: Flags, group: Group) -> None:
     beta1, beta2 = group["betas"]
     _update_kernel[(len(part.chunks),)](
         part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, len(part.where),
-        GRAD=_TRITON[part.grad_dtype], SHADOW=_TRITON[part.shadow_dtype], ONE_MINUS_BETA1=1 - beta1, BETA2=beta2,
-        ONE_MINUS_BETA2=1 - beta2, EPS=group["eps"], WEIGHT_DECAY=group["weight_decay"],
+        1 - beta1, beta2, 1 - beta2, group["eps"], group["weight_decay"],
+        GRAD=_TRITON[part.grad_dtype], SHADOW=_TRITON[part.shadow_dtype], DECAYS=group["weight_decay"] != 0,
         DECOUPLED=group["decoupled_weight_decay"], HAS_EMA=part.ema is not None, HAS_SHADOW=part.shadow is not None,
         ALIGNED=part.aligned, COEFS=COEFS, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -211,14 +223,14 @@ def _cuda_check(part: Part, flags: Flags) -> None:
     cuda.library().adam_ema_check(part.fixed, part.grad_table, part.chunks, flags.flag, like)
 
 
-def _cuda_coefs(part: Part, flags: Flags, group: dict[str, Any], counts: bool) -> None:
+def _cuda_coefs(part: Part, flags: Flags, group: Group, counts: bool) -> None:
     cuda.library().adam_ema_coefs(
-        part.steps, part.grad_table, group["lr"], group["ema_decay"], flags.flag, flags.found_inf, flags.grad_scale,
-        flags.nonfinite, part.coefs, *group["betas"], group["weight_decay"], counts,
+        part.steps, part.grad_table, group.rates, flags.flag, flags.found_inf, flags.grad_scale, flags.nonfinite,
+        part.coefs, *group["betas"], group["weight_decay"], counts,
     )  # fmt: skip
 
 
-def _cuda_update(part: Part, flags: Flags, group: dict[str, Any]) -> None:
+def _cuda_update(part: Part, flags: Flags, group: Group) -> None:
     cuda.library().adam_ema_update(
         part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, part.steps.new_empty(0, dtype=part.grad_dtype),
         part.steps.new_empty(0, dtype=part.shadow_dtype), *group["betas"], group["eps"], group["weight_decay"],
@@ -236,16 +248,16 @@ def aot_cases() -> list[AotCase]:
     """float32 and bfloat16 gradients; every recipe's update keeps an EMA and a bfloat16 shadow, the plainest neither."""
     table = {"fixed_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"}
     one = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
-    beta2 = {"BETA2": 0.999, "ONE_MINUS_BETA2": 1 - 0.999}
+    betas = dict.fromkeys(("log2_beta1", "rest1", "log2_beta2", "rest2", "weight_decay"), "fp32")
+    numbers = dict.fromkeys(("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay"), "fp32")
     cases = [
         aot_case(
             "adam_ema.coefs",
             _coefs_kernel,
-            {"steps_ptr": "*fp32", "grads_ptr": "*i64", "lr_ptr": "*fp64", "ema_decay_ptr": "*fp64", "flag_ptr": "*fp32"}
+            {"steps_ptr": "*fp32", "grads_ptr": "*i64", "rates_ptr": "*i64", "flag_ptr": "*fp32"}
             | {"found_inf_ptr": "*fp32", "grad_scale_ptr": "*fp32", "nonfinite_ptr": "*i32", "coefs_ptr": "*fp32"}
-            | {"tensors": "i32"},
-            LOG2_BETA1=_log2(0.9), LOG2_BETA2=_log2(0.999), WEIGHT_DECAY=0.01, COUNTS=True, HAS_FOUND=True,
-            HAS_SCALE=True, COEFS=COEFS, BLOCK=128,
+            | {"tensors": "i32"} | betas,
+            COUNTS=True, HAS_FOUND=True, HAS_SCALE=True, COEFS=COEFS, BLOCK=128,
         )
     ]  # fmt: skip
     for grad, full in itertools.product((torch.float32, torch.bfloat16), (True, False)):
@@ -254,9 +266,9 @@ def aot_cases() -> list[AotCase]:
             aot_case(
                 f"adam_ema.update[{_TRITON[grad]}, {kept}]",
                 _update_kernel,
-                table | {"coefs_ptr": "*fp32", "flag_ptr": "*fp32", "tensors": "i32"},
-                GRAD=_TRITON[grad], SHADOW=tl.bfloat16, ONE_MINUS_BETA1=1 - 0.9, EPS=1e-8, WEIGHT_DECAY=0.01 * full,
-                DECOUPLED=full, HAS_EMA=full, HAS_SHADOW=full, COEFS=COEFS, **beta2, **one,
+                table | {"coefs_ptr": "*fp32", "flag_ptr": "*fp32", "tensors": "i32"} | numbers,
+                GRAD=_TRITON[grad], SHADOW=tl.bfloat16, DECAYS=full, DECOUPLED=full, HAS_EMA=full, HAS_SHADOW=full,
+                COEFS=COEFS, **one,
             )
         )  # fmt: skip
         if full:

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from kernels import cuda
 from kernels._adam import LAUNCHERS
+from kernels._groups import ABSENT, RATES, Group, check_absent, number
 from kernels._lib import INTERPRET
 from kernels.tables import Flags, Part, dense, local, same_layout
-
-_TABLED = ("lr", "ema_decay")  # kept as 0-dim float64 tensors on the device, so that a CUDA graph reads the new value
 
 
 class AdamEMA(torch.optim.Optimizer):
@@ -32,7 +31,8 @@ class AdamEMA(torch.optim.Optimizer):
 
     Its state_dict is Adam's (step, exp_avg, exp_avg_sq), plus one key a group, ema_decay: either loads the other's. EMA and
     shadow tensors are the caller's and are saved by whoever owns them. Nothing waits for the device, so step() can
-    be captured in a CUDA graph, once for each eager step before; learning rate and EMA decay may change between replays.
+    be captured in a CUDA graph, once for each eager step before. Learning rate and EMA decay may change between replays,
+    assigned in param_groups or by a scheduler; betas, eps and weight decay are those of the capture (kernels/_groups.py).
 
     Args:
         params: parameters or parameter groups. On CUDA they are float32: a 16-bit network keeps its 16-bit weights as
@@ -70,7 +70,7 @@ class AdamEMA(torch.optim.Optimizer):
         if nonfinite not in ("skip", "ignore"):
             raise ValueError(f"AdamEMA wanted nonfinite 'skip' or 'ignore', got {nonfinite!r}")
         self._skips = nonfinite == "skip"
-        self._parts: list[Part] = []
+        self._groups: list[Group] = []
         self._flags: Flags | None = None
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
@@ -99,28 +99,56 @@ class AdamEMA(torch.optim.Optimizer):
         group = dict(param_group)
         ema, shadow = group.pop("ema", None), group.pop("shadow", None)
         super().add_param_group(group)
-        group = self.param_groups[-1]
-        _check_options(group)
-        params = group["params"]
+        try:
+            self.param_groups[-1] = self._own(self.param_groups[-1], ema, shadow)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self.refresh_shadow()
+
+    def _own(self, options: dict[str, Any], ema: list[Tensor] | None, shadow: list[Tensor | None] | None) -> Group:
+        """torch.optim's group as one of ours."""
+        _check_options(options)
+        params = options["params"]
         device = local(params[0]).device
-        if self._flags is None:
-            self._flags = Flags(device)
-        _check_params(params, self._all_flags.flag.device)
+        flags = self._flags or Flags(device)
+        _check_params(params, flags.flag.device)
         _check_companions("ema", ema, params, lambda p: (p.dtype,))
         _check_companions("shadow", shadow, params, lambda p: (torch.bfloat16, torch.float16))
-        for name in _TABLED:
-            group[name] = torch.tensor(float(group[name]), dtype=torch.float64).to(device)
-        group["capturable"] = device.type == "cuda"
-        self._parts.append(self._part(params, ema, shadow, device))
-        self.refresh_shadow()
+        group = Group(options | {"capturable": device.type == "cuda"}, device)
+        group.part = self._part(params, ema, shadow, device)
+        self._flags = flags
+        self._groups.append(group)
+        return group
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [group.part for group in self._own_groups()]
+
+    def _own_groups(self) -> list[Any]:
+        """param_groups; what somebody has put in the place of one of ours is taken over."""
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(group, Group):
+                params = [id(p) for p in group["params"]]
+                ours = next((g for g in self._groups if [id(p) for p in g["params"]] == params), None)
+                if ours is None:
+                    raise ValueError("AdamEMA wanted groups of new parameters by add_param_group, got one in param_groups")
+                ours.update(group)
+                self.param_groups[i] = ours
+        return self.param_groups
 
     def _part(
         self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device
     ) -> Part:
-        """State of every parameter, made now: a captured step must not allocate it."""
+        """State of every parameter, made now: a captured step must not allocate it. What a copy brought is kept."""
         steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         for p, step in zip(params, steps.unbind(), strict=True):
-            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state = self.state[p]
+            if state:
+                step.copy_(state["step"])
+            else:
+                state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            state["step"] = step
         with torch.no_grad():
             return Part(
                 [local(p) for p in params],
@@ -130,6 +158,19 @@ class AdamEMA(torch.optim.Optimizer):
                 None if shadow is None else [None if t is None else local(t) for t in shadow],
                 steps,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have EMA and shadow tensors of their own, or those copied along with them."""
+        companions = [(part.ema, part.shadow) for part in self._parts]
+        return super().__getstate__() | {"skips": self._skips, "nonfinite": self.nonfinite, "companions": companions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: state[name] for name in ("defaults", "state", "param_groups") if name in state})
+        if "companions" in state:  # not load_state_dict
+            self._skips, self._flags, self._groups = state["skips"], None, []
+            pairs = zip(self.param_groups, state["companions"], strict=True)
+            self.param_groups = [self._own(group, ema, shadow) for group, (ema, shadow) in pairs]
+            self._all_flags.nonfinite.copy_(state["nonfinite"])
 
     @torch.no_grad()
     def refresh_shadow(self) -> None:
@@ -176,9 +217,10 @@ class AdamEMA(torch.optim.Optimizer):
         flags = self._all_flags
         flags.grad_scale = _scalar(self, "grad_scale", grad_scale)
         flags.found_inf = _scalar(self, "found_inf", found_inf)
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            part.params = [local(p) for p in group["params"]]
-            part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
+        for group in self._own_groups():
+            group.point()
+            group.part.params = [local(p) for p in group["params"]]
+            group.part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
         device = flags.flag.device
         backend = cuda.chosen("adam_ema") if device.type == "cuda" or INTERPRET else "reference"
         try:
@@ -202,10 +244,10 @@ class AdamEMA(torch.optim.Optimizer):
             for part in self._parts:
                 check(part, flags)
             self._share_flag()
-        for i, (group, part) in enumerate(zip(self.param_groups, self._parts, strict=True)):
-            coefs(part, flags, group, i == 0)
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            update(part, flags, group)
+        for i, group in enumerate(self.param_groups):
+            coefs(group.part, flags, group, i == 0)
+        for group in self.param_groups:
+            update(group.part, flags, group)
 
     def _step_reference(self) -> None:
         """The same step in PyTorch's own fused operations; also right on CUDA, where it does not wait either."""
@@ -220,8 +262,8 @@ class AdamEMA(torch.optim.Optimizer):
         flags.nonfinite.add_((bad != 0).to(torch.int32))
         if bad.device.type == "cpu" and bad != 0:
             return
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            _reference(group, part, bad, flags.grad_scale)
+        for group in self.param_groups:
+            _reference(group, group.part, bad, flags.grad_scale)
 
     def _share_flag(self) -> None:
         """Where parameters are sharded, every process must skip the step if one does."""
@@ -236,7 +278,7 @@ class AdamEMA(torch.optim.Optimizer):
         """Adam's state_dict, with lr and ema_decay as numbers; reading them waits for the device."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group.update({name: float(group[name]) for name in _TABLED})
+            group.update({name: float(group[name]) for name in RATES})
         return state
 
     @torch.no_grad()
@@ -248,17 +290,13 @@ class AdamEMA(torch.optim.Optimizer):
         """
         for group in state_dict["param_groups"]:
             _check_options(group)
-        groups = [dict(group) for group in self.param_groups]
+        groups = self._own_groups()
         states = [{p: self.state[p] for p in group["params"]} for group in groups]
         super().load_state_dict(state_dict)
-        for group, old, state in zip(self.param_groups, groups, states, strict=True):
-            for name in _TABLED:
-                if name in group:
-                    old[name].fill_(float(group[name]))
-                group[name] = old[name]
-            group["capturable"] = old["capturable"]
-            for name, value in old.items():
-                group.setdefault(name, value)
+        loaded_groups, self.param_groups = self.param_groups, groups
+        for group, loaded_group, state in zip(groups, loaded_groups, states, strict=True):
+            for name in loaded_group.keys() - {"params", "capturable"}:
+                group.load(name, loaded_group[name])
             for p, tensors in state.items():
                 loaded = self.state.get(p, {})
                 for key, t in tensors.items():
@@ -282,17 +320,15 @@ def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor | No
 
 
 def _check_options(group: dict[str, Any]) -> None:
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(f"AdamEMA wanted {name}=False, got {group[name]}: it is not implemented")
-    bounds = {"lr": (0.0, float("inf")), "eps": (0.0, float("inf")), "weight_decay": (0.0, float("inf"))}
-    for name, (low, high) in bounds.items():
-        if not low <= float(group[name]) < high:
-            raise ValueError(f"AdamEMA wanted {name} in [{low}, {high}), got {group[name]}")
-    for name, value in [("beta1", group["betas"][0]), ("beta2", group["betas"][1])]:
-        if not 0.0 <= float(value) < 1.0:
+    for name in ABSENT:
+        check_absent(name, group.get(name))
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0.0 <= number(name, group[name]) < float("inf"):
+            raise ValueError(f"AdamEMA wanted {name} in [0.0, inf), got {group[name]}")
+    for name, value in zip(("beta1", "beta2"), group["betas"], strict=True):
+        if not 0.0 <= number(name, value) < 1.0:
             raise ValueError(f"AdamEMA wanted {name} in [0, 1), got {value}")
-    if not 0.0 <= float(group.get("ema_decay", 0.0)) <= 1.0:
+    if not 0.0 <= number("ema_decay", group.get("ema_decay", 0.0)) <= 1.0:
         raise ValueError(f"AdamEMA wanted ema_decay in [0, 1], got {group['ema_decay']}")
 
 
@@ -350,14 +386,14 @@ def _reference(group: dict[str, Any], part: Part, bad: Tensor, grad_scale: Tenso
         fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         fused(
             params, grads, exp_avg, exp_avg_sq, [], steps,
-            lr=float(group["lr"]) if on_cpu else group["lr"].to(torch.float32), beta1=group["betas"][0],
+            lr=float(group["lr"]) if on_cpu else group["lr"].to(torch.float32).reshape(()), beta1=group["betas"][0],
             beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
             maximize=False, grad_scale=grad_scale, found_inf=None if on_cpu else bad,
         )  # fmt: skip
         if not on_cpu:
             torch._foreach_sub_(steps, [bad] * len(steps))
     if part.ema is not None:
-        weight = (1 - group["ema_decay"]) * (bad == 0)
+        weight = (1 - group["ema_decay"].reshape(())) * (bad == 0)
         if on_cpu:
             torch._foreach_lerp_(part.ema, part.params, float(weight))
         else:

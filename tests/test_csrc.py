@@ -20,6 +20,7 @@ import pytest
 import test_kernels_adam_ema as adam
 import test_kernels_norm_silu as norm
 import torch
+from rehearse import Tape
 
 from kernels import Estimate, _score_cuda, adam_ema, aot, cuda, norm_silu, reference
 
@@ -140,6 +141,30 @@ def test_every_step_is_adams(kind, options, on_cpu):
 @pytest.mark.parametrize("test", ADAM, ids=lambda test: test.__name__.removeprefix("test_"))
 def test_adam_ema(test, on_cpu):
     test()
+
+
+@needs_compiler
+def test_a_taped_step_of_adam_ema_finds_rates_given_later(on_cpu):
+    """As a CUDA graph would: whatever way they are given, also to a tensor that was not there at the capture."""
+    weight, twin = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    weight.grad, twin.grad, ema = torch.full((5,), 0.5), torch.full((5,), 0.5), torch.zeros(5)
+    ours, theirs = adam.AdamEMA([weight], lr=0.1, ema=[ema]), torch.optim.Adam([twin], lr=0.1)
+    (group,), (reference,) = ours.param_groups, theirs.param_groups
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (ours, theirs)]
+    ours.step()
+    theirs.step()
+    with Tape() as tape:
+        ours.step()
+    theirs.step()
+    for k, rate in enumerate((0.3, torch.tensor(0.2), torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.4]), 1)):
+        group["lr"], reference["lr"], group["ema_decay"] = rate, float(rate), k / 8
+        for scheduler in schedulers:
+            scheduler.step()
+        last = ema.clone()
+        tape.replay()
+        theirs.step()
+        torch.testing.assert_close(weight, twin, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ema, last.lerp(twin.detach(), 1 - k / 8))
 
 
 @needs_compiler

@@ -454,12 +454,20 @@ def test_a_captured_step_reads_new_gradients_and_learning_rates(place, request):
     with torch.no_grad():
         for t, old in zip(everything, before, strict=True):
             t.copy_(old)  # a capture changes nothing; a rehearsal's has made the step, through addresses nobody sees
-    for k in range(3):
+    group = optimizer.param_groups[0]
+    ways = [
+        optimizer.set_lr,
+        lambda lr: group.update(lr=lr),
+        lambda lr: group["lr"].fill_(lr),
+        lambda lr: group.update(lr=torch.tensor(lr, device=place)),
+        lambda lr: group["lr"].fill_(lr),
+    ]
+    for k, give in enumerate(ways):
         give_gradients(params, twin)
         for p, g in zip(params, static, strict=True):
             g.copy_(p.grad)
             p.grad = g
-        optimizer.set_lr(1e-3 * (k + 1))
+        give(1e-3 * (k + 1))
         reference.param_groups[0]["lr"] = 1e-3 * (k + 1)
         graph.replay()
         reference.step()
