@@ -102,7 +102,7 @@ def convert_images(arguments: argparse.Namespace) -> None:
     for error in skipped:
         print(f"left out: {error}", file=sys.stderr)
     kind = "grey" if channels == 1 else "RGB"
-    classes = f"{len(set(labels.of[:n].tolist()))} classes" if labels else "no labels"
+    classes = f"{len({label for _, label in writer.labels})} classes" if labels else "no labels"
     left_out = f", {len(skipped):,} left out" if skipped else ""
     size = f"{resolution}x{resolution} {kind}, {out.stat().st_size / 2**20:.1f} MiB"
     print(f"{out}: {len(writer.labels):,} images {size}, {classes}{left_out}")

@@ -5,13 +5,14 @@ which shares no file position, and its directory is kept as a few numbers a file
 """
 
 import os
+import re
 import struct
 import weakref
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,13 +20,13 @@ from engine.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 METADATA = "dataset.json"
+TABLE = re.compile(r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I)
 MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
 
 
 class Files(Protocol):
     path: Path
     names: list[str]  # of the images only, relative, with forward slashes, sorted as strings
-    metadata: bytes | None  # the text of dataset.json
 
     def head(self, i: int, size: int) -> bytes:
         """The first `size` bytes of file i, or fewer where it is shorter."""
@@ -38,7 +39,15 @@ class Files(Protocol):
         ...
 
 
-def open_files(path: Path) -> Files:
+class Beside(NamedTuple):
+    """What lies beside the images and may hold labels."""
+
+    metadata: bytes | None  # the text of dataset.json
+    buried: str | None  # a dataset.json that is not at the top
+    table: str | None  # another file that may hold labels, and is not read
+
+
+def open_files(path: Path) -> "Folder | Zip":
     """The images of a folder or zip; UserError where there are none."""
     files = Folder(path) if path.is_dir() else Zip(path)
     if not files.names:
@@ -47,10 +56,13 @@ def open_files(path: Path) -> Files:
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; hidden files and what macOS puts beside files do not count."""
-    parts = name.split("/")
-    hidden = any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in parts)
-    return not hidden and name.lower().endswith(SUFFIXES)
+    """By its suffix; hidden files do not count."""
+    return not is_hidden(name) and name.lower().endswith(SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+    """Also what macOS puts beside files."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
 
 
 class Folder:
@@ -58,8 +70,7 @@ class Folder:
         self.path = path
         found = list(_walk(path))
         self.names = sorted(filter(is_image, found))
-        _refuse_buried_metadata(path, found)
-        self.metadata = _start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None
+        self.beside = Beside(_start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None, *_overlooked(found))
 
     def head(self, i: int, size: int) -> bytes:
         return _start(self.path / self.names[i], size)
@@ -77,8 +88,7 @@ class Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-                _refuse_buried_metadata(path, entries)
-                self.metadata = _checked_read(archive, METADATA) if METADATA in entries else None
+                self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{path} is not a complete zip ({error}): copy or download it again") from error
         except OSError as error:
@@ -168,13 +178,10 @@ def _refuse_unreadable(error: OSError) -> None:
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
-def _refuse_buried_metadata(path: Path, names: Any) -> None:
-    """A dataset.json that is not at the top would be overlooked, and with it all labels."""
-    buried = [name for name in names if name.endswith("/" + METADATA)]
-    if buried and METADATA not in names:
-        raise UserError(
-            f"{path} has {buried[0]}, wanted {METADATA} at the top: give the folder or zip that starts there"
-        )
+def _overlooked(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """The first dataset.json that is not at the top, and the first other file that may hold labels."""
+    buried = next((name for name in names if name.endswith("/" + METADATA)), None)
+    return buried, next((name for name in names if TABLE.fullmatch(name) and not name.endswith(METADATA)), None)
 
 
 def _checked_read(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -1,39 +1,52 @@
 """A Hugging Face data set as a source of pictures: hf:NAME[:CONFIG][@SPLIT], read by their library `datasets`.
 
 NAME is one on the hub, or a folder here: of parquet files, of pictures, or written by `save_to_disk`. The first column of
-images is taken, and for labels the first of class labels.
+images is taken, and for labels the first of class labels, else one that is called label (or cls, target …).
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from engine.data.labels import Labels, checked
+from engine.data.labels import Labels, Reader, Say, from_values, usual
 from engine.errors import UserError
 
 PREFIX = "hf:"
 
 
-def encoded(text: str, labelled: bool = True) -> tuple["Encoded", Labels | None]:
-    """The files of the images that `text` names, and their labels if it has any. UserError where that cannot be read."""
+def encoded(text: str) -> tuple["Encoded", Reader]:
+    """The files of the images that `text` names, and how to read their labels. UserError where that cannot be read."""
     if find_spec("datasets") is None:
         raise UserError(f"{text} wants the package datasets: pip install 'potstill[datasets]'")
     import datasets
 
-    rows = _rows(text)
+    rows = _rows(text).with_format(None)  # plain Python values, whatever format the set was stored with
     columns = rows.features
     images = [name for name, kind in columns.items() if isinstance(kind, datasets.Image)]
     if not images or not len(rows):
         raise UserError(f"{text} has no images: its columns are {', '.join(columns) or 'none'}, {len(rows):,} rows")
-    named = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
-    labels = None
-    if labelled and named:
-        of, classes = np.array(rows[named[0]][:], np.int64), list(columns[named[0]].names)
-        labels = checked(of, classes, [f"image {i}" for i in range(len(of))], text)
     column = rows.select_columns([images[0]]).cast_column(images[0], datasets.Image(decode=False))
-    return Encoded(text, column, images[0]), labels
+    others = {name: kind for name, kind in columns.items() if name not in images}
+    return Encoded(text, column, images[0]), lambda say: _labels(rows, others, text, say)
+
+
+def _labels(rows: Any, columns: dict[str, Any], text: str, say: Say) -> Labels | None:
+    """The column of class labels: by its type, else by its name, whole numbers first."""
+    import datasets
+
+    typed = [name for name, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
+    whole = [name for name in columns if "int" in str(getattr(columns[name], "dtype", ""))]
+    named = sorted(usual(columns, "y"), key=lambda name: name not in whole)
+    if not typed and not named:
+        if columns:
+            say(f"{text} has no column of class labels; passed over: {', '.join(columns)}")
+        return None
+    name, *more = typed or named
+    if more:
+        say(f"{text}: labels are those of column {name!r}; passed over: {', '.join(more)}")
+    classes = list(columns[name].names) if typed else None
+    values = list(rows[name][:])
+    return from_values(values, classes, [f"image {i}" for i in range(len(values))], f"column {name!r} of {text}")
 
 
 def _rows(text: str) -> Any:
@@ -54,8 +67,6 @@ def _rows(text: str) -> Any:
 
 class Encoded:
     """`engine.data.files.Files` over one column: PNG or JPEG files as they were stored."""
-
-    metadata = None
 
     def __init__(self, text: str, column: Any, name: str):
         self.path, self.column, self.name = Path(text), column, name

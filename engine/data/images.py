@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.data.arrays import ArraySource
+from engine.data.pictures import Header
 from engine.data.progress import in_order
-from engine.data.sources import ArraySource, Header, Source, open_source
+from engine.data.sources import Source, open_source
 from engine.errors import UserError
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images

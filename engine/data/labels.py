@@ -1,14 +1,27 @@
-"""Class labels: one number an image, from EDM's dataset.json or from the sub-folder the image lies in."""
+"""Class labels: one number an image, from EDM's dataset.json, from the sub-folder it lies in, or from a column beside it.
+
+Labels that are there are used or refused; what is passed over because it may be no label is told. `say` takes such a note.
+"""
 
 import json
-from collections.abc import Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.errors import UserError
 
 MAX_CLASSES = 100_000  # a one-hot row has this many numbers at most; a larger label is a mistake, not a class
+NAMES = (
+    "label", "labels", "cls", "class", "class_label", "class_id", "class_idx", "class_index", "label_id", "label_idx",
+    "label_index", "category_id", "target", "targets",
+)  # fmt: skip
+IGNORE = "--unlabelled (in a run: data.unlabelled=true) ignores labels"
+BUCKET = re.compile(r"(?:.*/)?(\d+)/[^/]*?(\d+)\.[^./]+")
+BUCKETS = (100, 1000, 10_000)  # files in a folder
+
+Say = Callable[[str], None]
 
 
 class Labels(NamedTuple):
@@ -17,51 +30,107 @@ class Labels(NamedTuple):
     classes: list[str] | None = None  # their names
 
 
+Reader = Callable[[Say], Labels | None]  # the labels of a source, None where it has none; UserError for what is no label
+
+
+def usual(names: Iterable[str], *more: str) -> list[str]:
+    """Those of the names that columns of class labels usually have, and of `more`, the most usual first."""
+    order = (*NAMES, *more)
+    return sorted((name for name in names if name.lower() in order), key=lambda name: order.index(name.lower()))
+
+
 def checked(labels: np.ndarray, classes: list[str] | None, names: Sequence[str], where: str) -> Labels:
     """Labels [N] that lie in 0 … dim - 1, where dim is the number of class names or else one above the largest."""
     limit = len(classes) if classes else MAX_CLASSES
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
         i = wrong[0]
-        raise UserError(f"{where} gives {names[i]} the label {labels[i]}, wanted a class from 0 to {limit - 1}")
+        raise UserError(f"{where} gives {names[i]} the label {labels[i]}, wanted a class from 0 to {limit - 1}; {IGNORE}")
     return Labels(labels.astype(np.int64), len(classes) if classes else int(labels.max()) + 1, classes)
 
 
-def from_json(text: bytes, names: Sequence[str], where: str) -> Labels | None:
+def from_values(values: Sequence[Any], classes: list[str] | None, names: Sequence[str], where: str) -> Labels:
+    """Labels as Python objects, one an image: whole numbers, or a UserError that names the first that is none."""
+    for name, label in zip(names, values, strict=True):
+        if type(label) is not int or abs(label) > MAX_CLASSES:  # True is an int too
+            wanted = f"a class from 0 to {(len(classes) if classes else MAX_CLASSES) - 1}"
+            raise UserError(f"{where} gives {name} the label {_short(label)}, wanted {wanted}; {IGNORE}")
+    return checked(np.array(values, np.int64), classes, names, where)
+
+
+def from_keys(given: Mapping[Any, Any], keys: Sequence[Any], classes: list[str] | None, names: Sequence[str], where: str) -> Labels:
+    """Labels by keys, one an image. UserError where an image has none."""
+    if missing := [name for name, key in zip(names, keys, strict=True) if key not in given]:
+        raise UserError(f"{where} has no label for {len(missing):,} of {len(names):,} images: {missing[0]}, …; {IGNORE}")
+    return from_values([given[key] for key in keys], classes, names, where)
+
+
+def from_json(text: bytes, names: Sequence[str], where: str, say: Say) -> Labels | None:
     """EDM's metadata: {"labels": [[name, class], …] or null}; a further key "classes" may name the classes."""
     try:
         metadata = json.loads(text)
         pairs, classes = metadata["labels"], metadata.get("classes")
         if pairs is None:
             return None
+        pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
         given = dict(pairs)
+        twice = [name for name, label in pairs if given[name] != label]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f'{where} is not readable as {{"labels": [[name, class], …]}} ({error!r})') from error
+        raise UserError(f'{where} is not readable as {{"labels": [[name, class], …]}} ({error!r}); {IGNORE}') from error
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise UserError(f'{where} has "classes" that are no list of names')
-    missing = [name for name in names if name not in given]
-    if missing:
-        raise UserError(f"{where} has no label for {len(missing):,} of {len(names):,} images: {missing[0]}, …")
-    for name in names:
-        label = given[name]
-        if type(label) is not int or abs(label) > MAX_CLASSES:  # True is an int too
-            raise UserError(f"{where} gives {name} the label {label!r}, wanted a class from 0 to {MAX_CLASSES - 1}")
-    return checked(np.array([given[name] for name in names], np.int64), classes, names, where)
+    if twice:
+        raise UserError(f"{where} gives {twice[0]} two labels, wanted one")
+    labels = from_keys(given, names, classes, names, where)
+    if len(given) > len(names):
+        say(f"{where} labels {len(given):,} images, {len(names):,} are there")
+    return labels
 
 
-def from_folders(names: Sequence[str], where: str) -> Labels | None:
+def from_folders(names: Sequence[str], where: str, say: Say) -> Labels | None:
     """The class is the sub-folder, in sorted order, after those that all images share. None where there is but one."""
-    paths = [name.split("/")[:-1] for name in names]
-    while all(paths) and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]
+    paths = _inner(names)
     if not any(paths):
         return None
     if not all(paths):
         loose, inside = names[[bool(p) for p in paths].index(False)], names[[bool(p) for p in paths].index(True)]
         raise UserError(
             f"{where} has images inside and outside of class folders ({inside}, {loose}), wanted one sub-folder a "
-            "class: sort them, or ignore the folders (python -m engine.convert images … --unlabelled)"
+            f"class: sort them; {IGNORE}, as does python -m engine.convert images … --unlabelled"
         )
     classes = sorted({path[0] for path in paths})
+    if in_buckets(names):
+        say(
+            f"{where} looks like one long list of images cut into folders ({names[0]} … {names[-1]}), and its {len(classes):,} "
+            f"folders are taken for classes; if they are none: {IGNORE}"
+        )
     number = {name: k for k, name in enumerate(classes)}
     return Labels(np.array([number[path[0]] for path in paths], np.int64), len(classes), classes)
+
+
+def has_class_folders(names: Sequence[str]) -> bool:
+    """Could the sub-folders be classes?"""
+    paths = _inner(names)
+    return bool(paths[0]) and all(paths) and not in_buckets(names)
+
+
+def in_buckets(names: Sequence[str]) -> bool:
+    """Are folders and files numbered through, as EDM's tools do it: 001000/001999.png, 00001/img00001999.png?"""
+    found = [BUCKET.fullmatch(name) for name in names]
+    if not all(found):
+        return False
+    numbers = [(int(match[1]), int(match[2])) for match in found if match]
+    return any(all(folder in (n // size, n - n % size) for folder, n in numbers) for size in BUCKETS)
+
+
+def _inner(names: Sequence[str]) -> list[list[str]]:
+    """The folders of every image without those that all of them share."""
+    paths = [name.split("/")[:-1] for name in names]
+    while all(paths) and len({path[0] for path in paths}) == 1:
+        paths = [path[1:] for path in paths]
+    return paths
+
+
+def _short(label: Any) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,4 +1,4 @@
-"""Work on every image of a set: done by threads, handed back in order, with a progress bar after the first second."""
+"""Work on every image of a set: done by threads, handed back in order, with a progress bar after the first second; notes."""
 
 import os
 import sys
@@ -45,6 +45,16 @@ def in_order(
                 task.cancel()
 
 
+def note(text: str) -> None:
+    """A line on stderr, from one process only."""
+    if _first():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _bar(n: int, what: str) -> tqdm:
     """On stderr, from one process only; rewritten often on a terminal and every ten seconds in a log file."""
     return tqdm(
@@ -53,5 +63,5 @@ def _bar(n: int, what: str) -> tqdm:
         unit=" images",
         delay=1.0,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        disable=os.environ.get("RANK", "0") != "0",
+        disable=not _first(),
     )

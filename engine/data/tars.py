@@ -1,5 +1,7 @@
 """Images in webdataset's shards: tar files in which KEY.png and KEY.cls, the number of its class, lie side by side.
 
+A sample's key is its folder and the file's name up to the first dot; the rest, in lower case, is the column.
+
     data/train-000.tar      data/train-{000..063}.tar      data/train-*.tar
 
 webdataset streams such files; here every image must be found by its number, for which the tars' own directory is enough:
@@ -13,16 +15,37 @@ import re
 import tarfile
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.data.files import MAX_FILE_BYTES, is_image
+from engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden
+from engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, usual
 from engine.errors import UserError
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's: key and column meet at the file name's first dot
+NUMBER = re.compile(r"[+-]?[0-9]+")
 MOST_SHARDS = 100_000
-LONGEST_LABEL = 32  # bytes of a .cls
+LONGEST = 2**20  # bytes of a file beside an image
+
+
+class Key(NamedTuple):
+    """A sample."""
+
+    shard: int
+    name: str
+
+
+class Place(NamedTuple):
+    """A file of a sample."""
+
+    offset: int
+    size: int
+    name: str
+
+
+Column = dict[Key, Place]
 
 
 def shards_of(text: str) -> list[Path]:
@@ -35,28 +58,107 @@ def shards_of(text: str) -> list[Path]:
     return [place] if place.is_file() else sorted(Path(found) for found in glob.glob(str(place)))
 
 
-class Tars:
-    """`engine.data.files.Files` over the shards; class labels come as the text of a dataset.json."""
+def read_tars(text: str) -> tuple["Tars", Reader]:
+    """The images of the shards, and how to read their labels. UserError where there are none, or it is unclear which."""
+    shards = shards_of(text)
+    wanted = RANGE.fullmatch(text)
+    if wanted and len(shards) < int(wanted[3]) + 1 - int(wanted[2]) and "*" not in text:
+        raise UserError(f"only {len(shards)} of the shards {text} are there: get the others, or shorten the range")
+    columns = _columns(shards)
+    images, others = _parted(columns, text)
+    tars = Tars(Path(text), shards, images)
+    return tars, lambda say: _labels(tars, list(images), others, say)
 
-    def __init__(self, text: str):
-        self.path, self.shards = Path(text), shards_of(text)
-        wanted = RANGE.fullmatch(text)
-        if wanted and len(self.shards) < int(wanted[3]) + 1 - int(wanted[2]) and "*" not in text:
-            raise UserError(f"only {len(self.shards)} of the shards {text} are there: get the others, or shorten the range")
-        self.names: list[str] = []
-        places, classes = [], {}
-        for k, shard in enumerate(self.shards):
-            for member in _members(shard):
-                key, _, kind = member.name.removeprefix("./").partition(".")  # webdataset: at the first dot
-                name = f"{shard.name}/{key}.{kind}"
-                if is_image(name):
-                    self.names.append(name)
-                    places.append((k, member.offset_data, member.size))
-                elif kind == "cls":
-                    classes[f"{shard.name}/{key}"] = k, member.offset_data, member.size
-        self._places = np.array(places, np.int64).reshape(-1, 3)
+
+def _columns(shards: list[Path]) -> dict[str, Column]:
+    """Where every file of every sample lies, by extension."""
+    columns: dict[str, Column] = {}
+    for k, shard in enumerate(shards):
+        for member in _members(shard):
+            name = member.name.removeprefix("./")
+            split = SAMPLE.fullmatch(name)
+            if split is None or is_hidden(name):
+                continue
+            key, kind = Key(k, split[1]), split[2].lower()
+            if key in columns.setdefault(kind, {}):
+                raise UserError(f"{shard} holds {key.name}.{kind} twice, wanted every sample once")
+            columns[kind][key] = Place(member.offset_data, member.size, name)
+    return columns
+
+
+def _parted(columns: dict[str, Column], text: str) -> tuple[Column, dict[str, Column]]:
+    """The images by their samples, and the other columns. KEY.seg.png is no image of its own: its sample has KEY.png."""
+    images: Column = {}
+    for kind in [kind for kind in columns if f".{kind}" in SUFFIXES]:
+        if twice := images.keys() & columns[kind].keys():
+            key = min(twice)
+            raise UserError(f"{text} has two images of one sample, {images[key].name} and {columns[kind][key].name}: wanted one")
+        images |= columns.pop(kind)
+    for kind, places in columns.items():
+        if kind.endswith(SUFFIXES) and (alone := places.keys() - images.keys()):
+            key = min(alone)
+            raise UserError(
+                f"{text} holds {places[key].name}, but no image {key.name}.png: a sample's name ends at the first dot of the file's, "
+                "and all after it names the column; rename the files"
+            )
+    if not images:
+        raise UserError(f"no images in {text}: wanted tars with KEY.png and, if any, KEY.cls")
+    return dict(sorted(images.items(), key=lambda item: (item[0].shard, item[1].offset))), columns
+
+
+def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say) -> Labels | None:
+    """KEY.cls, or a number in KEY.txt, or a usual name of labels in KEY.json."""
+    found: dict[Key, Any] = {}
+    for kind in [*usual(columns), *(kind for kind in ("txt", "json") if kind in columns)]:
+        values = {key: _value(tars.text(key, place), kind, f"{tars.shards[key.shard]}: {place.name}") for key, place in columns[kind].items()}
+        found = _of_json(values) if kind == "json" else values
+        if kind == "txt" and not all(type(value) is int for value in values.values()):
+            found = {}  # captions
+        if found:
+            break
+    else:
+        if columns:
+            say(f"{tars.path} has no labels (KEY.cls); passed over: {', '.join(f'KEY.{kind}' for kind in columns)}")
+        return None
+    if alone := found.keys() - set(keys):
+        key = min(alone)
+        raise UserError(f"{tars.shards[key.shard]} has {key.name}.{kind} and no image {key.name}.png; {IGNORE}")
+    return from_keys(found, keys, None, tars.names, f"KEY.{kind} in {tars.path}")
+
+
+def _value(text: bytes, kind: str, title: str) -> Any:
+    """What a small file says: a number where it is one, else its text; of KEY.json the object."""
+    if kind == "json":
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{title} is no JSON of at most {LONGEST:,} bytes; {IGNORE}") from error
+    word = text.decode("latin1").strip()
+    return int(word) if NUMBER.fullmatch(word) else word
+
+
+def _of_json(values: dict[Key, Any]) -> dict[Key, Any]:
+    """Bare numbers, or what a usual name stands for: the first that always is a number, else the first."""
+    if all(type(value) is int for value in values.values()):
+        return values
+    objects = {key: value for key, value in values.items() if isinstance(value, dict)}
+    names = usual(dict.fromkeys(name for value in objects.values() for name in value))
+    by_name = [{key: value[name] for key, value in objects.items() if name in value} for name in names]
+    return next((of for of in by_name if all(type(v) is int for v in of.values())), by_name[0] if by_name else {})
+
+
+class Tars:
+    """`engine.data.files.Files` over the shards."""
+
+    def __init__(self, path: Path, shards: list[Path], images: Column):
+        self.path, self.shards = path, shards
+        self.names = [f"{shards[key.shard].name}/{place.name}" for key, place in images.items()]
+        self._places = np.array([(key.shard, place.offset, place.size) for key, place in images.items()], np.int64)
         self._open()
-        self.metadata = self._labels(classes) if classes else None
+
+    def text(self, key: Key, place: Place) -> bytes:
+        """The start of a small file."""
+        return os.pread(self._fds[key.shard], min(place.size, LONGEST), place.offset)
 
     def head(self, i: int, size: int) -> bytes:
         shard, offset, length = self._places[i].tolist()
@@ -73,16 +175,6 @@ class Tars:
 
     def title(self, i: int) -> str:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
-
-    def _labels(self, classes: dict[str, tuple[int, int, int]]) -> bytes:
-        labels = []
-        for name in self.names:
-            shard, _, file = name.partition("/")
-            found = classes.get(f"{shard}/{file.partition('.')[0]}")
-            if found:
-                text = os.pread(self._fds[found[0]], min(found[2], LONGEST_LABEL), found[1]).strip()
-                labels.append([name, int(text) if text.isdigit() else text.decode("latin1")])
-        return json.dumps({"labels": labels}).encode()
 
     def _open(self) -> None:
         self._fds = [os.open(shard, os.O_RDONLY) for shard in self.shards]

@@ -38,13 +38,18 @@ def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, Any]:
 
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = NEIGHBOURS, block: int = 2048) -> dict[str, Any]:
     """Shares in [0, 1]; `block` rows of the table of distances are in memory at a time."""
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall want more than {k} images on either side, got {min(len(real), len(fake))}")
+    check_neighbours(min(len(real), len(fake)), k)
     return {
         "precision": _covered(real, fake, k, block),
         "recall": _covered(fake, real, k, block),
         "neighbours": k,
     }
+
+
+def check_neighbours(n: int, k: int = NEIGHBOURS) -> None:
+    """UserError where the smaller of two sets of images, n of them, has no k-th neighbours."""
+    if n <= k:
+        raise UserError(f"precision and recall want more than {k} images on either side, got {n}")
 
 
 def _covered(centres: Tensor, points: Tensor, k: int, block: int) -> float:

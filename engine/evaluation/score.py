@@ -16,7 +16,7 @@ from engine.evaluation.features import Features
 from engine.evaluation.frechet import Gaussian, moments, squared_distance
 from engine.evaluation.generate import generate
 from engine.evaluation.provenance import Fingerprint, tools
-from engine.evaluation.quality import kid, precision_recall
+from engine.evaluation.quality import check_neighbours, kid, precision_recall
 from engine.evaluation.shards import ALONE, Shards
 from engine.nets.denoiser import Denoiser
 from engine.sampling import Sampler
@@ -105,6 +105,8 @@ def score(
         against = reference(images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=keep)
     if against.n != n:
         raise ValueError(f"wanted a reference for n = {n}, got one whose floor is for {against.n}")
+    if PR in metrics:
+        check_neighbours(min(n, against.images or n))  # now, and not after n images have been generated
     start, mine = time.perf_counter(), shards.mine(n, batch)
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):

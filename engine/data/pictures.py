@@ -1,0 +1,107 @@
+"""One picture: its size and mode from the first bytes of its file, its pixels from all of them."""
+
+import io
+import struct
+import zlib
+from typing import NamedTuple
+
+from PIL import Image
+
+from engine.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
+PNG = b"\x89PNG\r\n\x1a\n"
+# What Pillow raises for data that is no image, beyond the documented OSError.
+NO_IMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
+NO_IMAGE += (NotImplementedError, struct.error, zlib.error)
+NO_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+ORIENTATION = 0x0112  # EXIF tag; how to turn what the camera stored
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Header(NamedTuple):
+    width: int
+    height: int
+    mode: str  # Pillow's: "L" is 8-bit grey, "RGB" 8-bit colour
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} {self.mode}"
+
+
+def png_header(head: bytes) -> Header | None:
+    """Size and mode of an 8-bit grey or colour PNG from its first 26 bytes; None for all else: ask Pillow."""
+    if len(head) < 26 or head[:8] != PNG or head[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour = struct.unpack(">IIBB", head[16:26])
+    mode = {(8, 0): "L", (8, 2): "RGB"}.get((depth, colour))
+    return Header(width, height, mode) if mode and width and height else None
+
+
+def decode(data: bytes, title: str, *, upright: bool = False) -> Image.Image:
+    """A picture from the bytes of its file."""
+    if data[:8] == PNG:
+        _check_png(data, title)
+    picture = opened(data, title)
+    try:
+        picture.load()
+    except NO_IMAGE as error:
+        raise _damaged(title, error) from error
+    return _turned(picture) if upright else picture
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    """As the camera was held; as it is where the mark cannot be read, which says nothing about the pixels."""
+    try:
+        turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))
+    except NO_IMAGE:
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
+def opened(data: bytes, title: str) -> Image.Image:
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except NO_IMAGE as error:
+        raise _damaged(title, error) from error
+    refuse_bomb(Header(*picture.size, picture.mode), title)
+    return picture
+
+
+def _damaged(title: str, error: BaseException | str) -> UserError:
+    reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
+    return UserError(
+        f"{title} is damaged ({reason}): replace it, or leave it out (python -m engine.convert images … --skip-corrupt)"
+    )
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _check_png(data: bytes, title: str) -> None:
+    """Pillow does not look at the checksums of pixel data; a few flipped bits would go unnoticed."""
+    at = len(PNG)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        end = at + 8 + length
+        if data[end : end + 4] != struct.pack(">I", zlib.crc32(memoryview(data)[at + 4 : end])):
+            break
+        if data[at + 4 : at + 8] == b"IEND":
+            return
+        at = end + 4
+    raise _damaged(title, "truncated" if at + 12 > len(data) or end + 4 > len(data) else "a checksum differs")
+
+
+def refuse_bomb(header: Header, title: str) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and header.width * header.height > limit:
+        raise UserError(f"{title} claims {header.width}x{header.height} pixels, wanted at most {limit:,} in all")
