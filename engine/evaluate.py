@@ -225,7 +225,8 @@ def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
 
 def in_words(role: str, one: dict[str, Any]) -> str:
     more = f", best of {one['best_of']}" if "best_of" in one else ""
-    more += f", KID {one['kid']:.4g}" if "kid" in one else ""
+    kernel = "KID" if one["features"] == "FID" else "kernel distance"  # the I is for Inception
+    more += f", {kernel} {one['kid']:.4g}" if "kid" in one else ""
     more += f", precision {one['precision']:.3f}, recall {one['recall']:.3f}" if "precision" in one else ""
     return f"{role}: {one['features']} {one['fd']:.4g}{more}, NFE {one['nfe']}, {one['n']} images"
 

@@ -69,7 +69,14 @@ class Job:
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
         if self.images is not None:
-            self.ranks.alone(lambda: self.features)  # what has to be fetched is fetched before the training, not after it
+            self.ranks.alone(self.check_features)
+
+    def check_features(self) -> None:
+        """Fetch what has to be fetched, and let the features see an image of this size, before the training and not after it."""
+        assert self.images is not None
+        shape = (1, self.images.channels, self.images.resolution, self.images.resolution)
+        with torch.no_grad():
+            self.features.measure(torch.zeros(shape, dtype=torch.uint8, device=self.device))
 
     def check_method(self) -> None:
         """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""

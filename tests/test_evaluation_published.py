@@ -19,6 +19,7 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from engine import evaluate
+from engine.config import load
 from engine.data.images import open_images
 from engine.errors import UserError
 from engine.evaluation import features as features_module
@@ -26,11 +27,14 @@ from engine.evaluation import inception, quality, vision
 from engine.evaluation.classes import labels_for
 from engine.evaluation.features import Pixels, load_features
 from engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
+from engine.evaluation.judge import named_features
 from engine.evaluation.quality import kid, precision_recall
 from engine.evaluation.references import read_reference, write_reference
 from engine.evaluation.score import reference, score
 from engine.evaluation.shards import Shards
 from engine.formats import download
+from engine.formats.card import _quality
+from engine.job import Job
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import save_net
 from engine.sampling import ode, one_step
@@ -464,11 +468,142 @@ def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     assert (found.title, found.num_features) == ("FD-inception (not FID's Inception: another sha256)", 2048)
     assert torch.equal(found(images)[:, 7], images.double().mean((1, 2, 3)).float().double())
     monkeypatch.setattr(inception, "SHA256", download.digest(path))
-    assert load_features(f"inception:{path}").title == "FID"
-    assert load_features(str(path)).title == "FD-inception"  # as any other TorchScript file
+    renamed = tmp_path / "renamed.pt"
+    renamed.write_bytes(path.read_bytes())
+    for name in (f"inception:{path}", str(path), str(renamed)):  # by its sha256, whatever it is called
+        found = load_features(name)
+        found.measure(images)
+        assert (found.title, found.edm2, found.num_features) == ("FID", "fid", 2048)
+    assert [one.title for one in named_features(f"inception:{path},X:{path}")] == ["FID", "FD-X"]
     small = load_features(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
     with pytest.raises(UserError, match=r"has 2048 features, FD-small .* has 5"):
         small.measure(images)
+
+
+class Classifier(torch.nn.Module):
+    """Gives what `kind` says for images of 0 … 255, whose mean levels are its features."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float().mean(dim=[2, 3])
+        x = torch.cat([x, x.square() / 255], 1)
+        if self.kind == "softmax":
+            return x.softmax(1)
+        if self.kind == "log_softmax":
+            return x.log_softmax(1)
+        if self.kind == "half":
+            return (x / 100).softmax(1).half()
+        if self.kind == "constant":
+            return 0 * x
+        if self.kind == "infinite":
+            return (1000 * x).exp()
+        if self.kind == "one":
+            return x[:1]
+        if self.kind == "raises":
+            raise ValueError("wants 299 pixels")
+        return x
+
+
+class Flagged(Classifier):
+    """NVIDIA's call signature: probabilities, unless asked for features."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False, use_fp16: bool = False) -> torch.Tensor:
+        x = images.float().mean(dim=[2, 3])
+        return x if return_features else x.softmax(1)
+
+
+class Several(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.float().mean(dim=[2, 3]), images.float()
+
+
+class Named(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": images.float().mean(dim=[2, 3])}
+
+
+class Mute(torch.nn.Module):
+    @torch.jit.export
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+def scripted(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(module).save(path)
+    return path
+
+
+def test_a_file_with_nvidias_call_signature_is_asked_for_its_features(tmp_path):
+    """Given as a plain path: the features, and no name but the file's."""
+    found, images = load_features(str(scripted(Flagged(""), tmp_path / "vgg16.pt"))), random_images(3, (3, 8, 8))
+    found.measure(images)
+    assert (found.title, found.edm2, found.num_features) == ("FD-vgg16", None, 3)
+    assert torch.equal(found(images), images.float().mean((2, 3)).double())
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Classifier("softmax"), "gives probabilities of 6 classes, which sum to 1, wanted features"),
+        (Classifier("log_softmax"), "gives probabilities of 6 classes"),
+        (Classifier("half"), "gives probabilities of 6 classes"),
+        (Classifier("constant"), "do not tell two images apart"),
+        (Classifier("one"), "do not tell two images apart"),
+        (Classifier("infinite"), "not finite: wanted a net that takes uint8 images, 0 … 255"),
+        (Classifier("raises"), "does not take images [3, 8, 8]: builtins.ValueError: wants 299 pixels"),
+        (Several(), "gives a tuple, wanted one tensor [N, D]"),
+        (Named(), "gives a dict, wanted one tensor [N, D]"),
+    ],
+)
+def test_what_is_plainly_no_features_is_refused(tmp_path, net, message):
+    found = load_features(str(scripted(net, tmp_path / "net.pt")))
+    with pytest.raises(UserError, match=re.escape(message)):
+        found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_logits_are_features_like_any_other(tmp_path):
+    found = load_features(str(scripted(Classifier("logits"), tmp_path / "net.pt")))
+    found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert (found.title, found.num_features) == ("FD-net", 6)
+
+
+def test_files_of_another_kind_are_told_which_name_to_go_by(tmp_path):
+    with pytest.raises(UserError, match=r"no flag return_features in its forward.*by its path alone"):
+        load_features(f"inception:{scripted(Classifier('logits'), tmp_path / 'mine.pt')}")
+    with pytest.raises(UserError, match="TorchScript without a forward"):
+        load_features(str(scripted(Mute(), tmp_path / "mute.pt")))
+    (tmp_path / "inception.pkl").write_bytes(pickle.dumps({}))
+    with pytest.raises(UserError, match="is a pickle, which would have to be executed: wanted the same network as TorchScript"):
+        load_features(f"inception:{tmp_path}/inception.pkl")
+    torch.save({"a": torch.ones(2)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"known network, inception:FILE, dinov2:FILE, clip:FILE; it is a file of torch\.save"):
+        load_features(f"{tmp_path}/weights.pth")
+
+
+def test_features_are_looked_at_before_the_training(tmp_path):
+    path = scripted(Classifier("softmax"), tmp_path / "net.pt")
+    with pytest.raises(UserError, match="gives probabilities of 6 classes"):
+        Job(load(ROOT / "configs/digits.yaml", [f"eval.features={path}", f"run_dir={tmp_path}/run", "device=cpu"]))
+    with pytest.raises(UserError, match="gives probabilities of 6 classes"):
+        evaluate.main(["--data", "digits", "--features", str(path), "--save-reference", f"{tmp_path}/ref.npz"])
+    assert not (tmp_path / "ref.npz").exists()
+
+
+def test_a_kernel_distance_is_called_kid_with_inception_alone():
+    one = {"features": "FD-pixels", "fd": 1.0, "kid": 0.5, "nfe": 1, "n": 10}
+    assert "kernel distance 0.5" in evaluate.in_words("student", one)
+    assert "KID 0.5" in evaluate.in_words("student", one | {"features": "FID"})
+
+
+@pytest.mark.parametrize("title", ["FD-pixels", "FD-fid", "FD-inception (not FID's Inception: another sha256)", "CLIP-FID", "FID"])
+def test_a_model_card_says_of_all_but_fid_that_it_is_none(title):
+    told = _quality(SimpleNamespace(summary={"student": {"fd": 1.0, "features": title, "n": 10}}))
+    assert (f"{title} is no FID" in told) == (title != "FID")
 
 
 def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What a Fréchet distance compares: the raw pixels, or what a network sees.
 
     pixels                 the pixels themselves, of at most 16x16
-    FILE.pt                a TorchScript module of yours
+    FILE.pt                a TorchScript module of yours, or NVIDIA's Inception, known by its sha256
     inception[:FILE|URL]   the Inception network that FID is defined by (engine.evaluation.inception)
     dinov2:FILE|URL        DINOv2 ViT-L/14, clip:FILE|URL: CLIP ViT-B/32 (engine.evaluation.vision); want the extra `timm`
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.formats.download import digest, is_url
 
 
@@ -57,7 +57,10 @@ class Pixels(Features):
 
 
 class Scripted(Features):
-    """A TorchScript module that maps RGB images [N, 3, H, W] uint8 to [N, D]; grey images are repeated to RGB.
+    """A TorchScript module that maps RGB images [N, 3, H, W] uint8, 0 … 255, to [N, D]; grey images are repeated to RGB.
+
+    One whose forward has a flag `return_features`, as NVIDIA's metric networks have, is called with it: without it they give
+    the probabilities of a softmax, which are refused. Logits cannot be told from features: a classifier should be cut first.
 
     Such a file holds a program of TorchScript operations: loading and calling it unpickles nothing and runs no Python,
     but those operations can fill memory or open files, so it should come from someone you trust.
@@ -68,19 +71,51 @@ class Scripted(Features):
         self.title = f"FD-{path.stem}"
         self.sha256 = digest(path)
         self.script = torchscript(path)
+        self.flags = {"return_features": True} if has_flag(self.script, "return_features") else {}
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.script(rgb(images)).double()
+        found = self.script(rgb(images), **self.flags)
+        if not isinstance(found, Tensor):
+            raise UserError(
+                f"{self.title} gives a {type(found).__name__}, wanted one tensor [N, D]: let its forward return the features alone"
+            )
+        return found.double()
 
     def measure(self, images: Tensor) -> None:
         if images.shape[1] not in (1, 3):
             raise UserError(f"{self.title} wants grey or RGB images, got {images.shape[1]} channels")
         try:
             super().measure(images)
-        except RuntimeError as error:
+            self._check(images)
+        except (RuntimeError, torch.jit.Error) as error:
             raise UserError(
                 f"{self.title} does not take images {list(images.shape[1:])}: {_first_line(error)}"
             ) from error
+
+    def _check(self, like: Tensor) -> None:
+        """UserError if what comes out for two pictures of noise is plainly no features."""
+        levels = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (2, *like.shape[1:]), generator=levels, dtype=torch.uint8).to(like.device)
+        found = self(noise)
+        if not found.isfinite().all():
+            raise UserError(f"{self.title} gives numbers that are not finite: wanted a net that takes uint8 images, 0 … 255")
+        if len(found) != 2 or torch.equal(found[0], found[1]):
+            raise UserError(f"{self.title} gives {list(found.shape)} that do not tell two images apart, wanted [N, D], one row an image")
+        if found.shape[1] > 1 and (are_probabilities(found) or are_probabilities(found.exp())):
+            raise UserError(
+                f"{self.title} gives probabilities of {found.shape[1]} classes, which sum to 1, wanted features: save the net "
+                "without its softmax and classifier, or with a flag return_features in its forward"
+            )
+
+
+def are_probabilities(rows: Tensor) -> bool:
+    """Do all rows [N, D] hold numbers in [0, 1] that sum to 1, up to the rounding of float16?"""
+    return bool((rows >= 0).all()) and bool((rows.sum(1) - 1).abs().max() < 1e-2)
+
+
+def has_flag(script: torch.jit.ScriptModule, name: str) -> bool:
+    """Has its forward an argument of that name which is a bool?"""
+    return any(argument.name == name and "bool" in str(argument.type) for argument in script.forward.schema.arguments)
 
 
 def rgb(images: Tensor) -> Tensor:
@@ -93,11 +128,15 @@ def torchscript(path: Path) -> torch.jit.ScriptModule:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
-            return torch.jit.load(path, map_location="cpu").eval()
+            script = torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{path} is no TorchScript file ({_first_line(error)}): wanted one written by torch.jit.save"
+            f"{path} is no TorchScript file ({_first_line(error)}): wanted one written by torch.jit.save, or, of the weights of a "
+            f"known network, {', '.join(f'{kind}:FILE' for kind in KINDS)}; {what_it_is(path)}"
         ) from None
+    if not hasattr(script, "forward"):
+        raise UserError(f"{path} is TorchScript without a forward: wanted a net that maps images to features")
+    return script
 
 
 def check_features(name: str) -> None:
@@ -116,7 +155,7 @@ def check_features(name: str) -> None:
 def load_features(name: str, *, command: str = "the same command") -> Features:
     """The features of a name as above. UserError for anything else; `command` is what to type again after a download."""
     # They are Features, so they import this file.
-    from engine.evaluation.inception import load_inception
+    from engine.evaluation.inception import is_inception, load_inception
     from engine.evaluation.vision import load_vision
 
     check_features(name)
@@ -124,7 +163,7 @@ def load_features(name: str, *, command: str = "the same command") -> Features:
     if name == "pixels":
         return Pixels()
     if kind not in KINDS:
-        return Scripted(Path(name))
+        return load_inception(name, command) if is_inception(Path(name)) else Scripted(Path(name))
     return load_inception(where, command) if kind == "inception" else load_vision(kind, where, command)
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.evaluation.features import Features, Scripted, rgb
 from engine.formats.download import cached_path, digest, fetch, is_url
 
@@ -33,7 +33,15 @@ def load_inception(where: str, command: str) -> Features:
         path = _downloaded(command)
     else:
         path = fetch(where, command=command) if is_url(where) else Path(where)
+    if path.suffix == ".pkl":
+        raise UserError(f"{path} is a pickle, which would have to be executed: wanted the same network as TorchScript, {URL}")
     return FidelityInception(path) if path.suffix == ".pth" else ScriptedInception(path)
+
+
+def is_inception(path: Path) -> bool:
+    """Is it, whatever its name, one of the two files by whose sha256 FID is known?"""
+    found = digest(path)
+    return found == SHA256 or (path.suffix == ".pth" and found.startswith(STATE_DICT_SHA256))
 
 
 def _downloaded(command: str) -> Path:
@@ -54,9 +62,11 @@ class ScriptedInception(Scripted):
     def __init__(self, path: Path):
         super().__init__(path)
         self.title = "FID" if self.sha256 == SHA256 else f"FD-{path.stem} (not FID's Inception: another sha256)"
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.script(rgb(images), return_features=True).double()
+        if not self.flags:
+            raise UserError(
+                f"{path} has no flag return_features in its forward, as NVIDIA's Inception has: wanted {URL}; another net of "
+                "yours goes by its path alone, without inception:"
+            )
 
     def measure(self, images: Tensor) -> None:
         super().measure(images)
@@ -108,7 +118,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises whatever the bytes made it stumble over
-        raise UserError(f"{path} holds no plain state dict ({type(error).__name__}): wanted {STATE_DICT_URL}") from error
+        raise UserError(
+            f"{path} holds no plain state dict ({type(error).__name__}): wanted {STATE_DICT_URL}; {what_it_is(path)}"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"{path} holds no plain state dict: wanted {STATE_DICT_URL}")
     return found

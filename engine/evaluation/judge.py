@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.evaluation.features import Features, load_features
+from engine.evaluation.features import KINDS, Features, load_features
 from engine.evaluation.frechet import moments, squared_distance
 from engine.evaluation.generate import generate
 from engine.evaluation.score import Device, Images, check_fit, labels_for, reference
@@ -65,11 +65,14 @@ class Thinned:
 
 
 def named_features(text: str) -> list[Features]:
-    """`pixels`, FILE or NAME:FILE, several with commas between them; a distance in NAME's features is called FD-NAME."""
+    """Features by name, as in engine.evaluation.features, or NAME:FILE, several with commas between them.
+
+    A distance in the features of NAME:FILE is called FD-NAME; NAME is none of the known networks, as inception and dinov2 are.
+    """
     found = []
     for part in text.split(","):
         name, colon, file = part.partition(":")
-        if colon and not Path(part).is_file():
+        if colon and name not in KINDS and not Path(part).is_file():
             one = load_features(file)
             one.title = f"FD-{name}"
         else:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.evaluation.features import Features, rgb
 from engine.formats.download import digest, fetch, is_url
 
@@ -60,7 +60,7 @@ class Vision(Features):
             self.net.load_state_dict(weights)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise UserError(
-                f"{path} holds no weights of timm's {network.timm} ({type(error).__name__}): wanted {network.url}"
+                f"{path} holds no weights of timm's {network.timm} ({type(error).__name__}): wanted {network.url}; {what_it_is(path)}"
             ) from error
         self.net.eval()
         self.register_buffer("mean", torch.tensor(network.mean).view(1, 3, 1, 1))

@@ -79,7 +79,7 @@ def _quality(about: About) -> str:
     told = f"Against {against}{student.get('data', '?')}, seeds {student.get('seeds', '?')}."
     if student.get("best_of", 1) > 1:
         told += f" The student's is the best of {student['best_of']} evaluations with different seeds."
-    if "fid" not in str(features).lower():
+    if features != "FID":
         told += f" {features} is no FID: compare it only with {features} of the same data at the same n."
     for key, title in (("features_sha256", "Features'"), ("reference_sha256", "Reference's")):
         if student.get(key):

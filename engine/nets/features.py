@@ -135,9 +135,9 @@ class Scripted(FeatureNet):
                 self.script = torch.jit.load(path, map_location="cpu")
             with torch.no_grad():
                 maps = self.script.eval()(torch.zeros(1, 3, resolution, resolution, device="cpu"))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AttributeError, torch.jit.Error) as error:  # AttributeError: it has no forward
             raise UserError(f"{path} is no TorchScript net for {resolution}x{resolution} images: {_last_line(error)}") from None
-        if not isinstance(maps, tuple | list) or any(m.ndim != 4 or m.shape[2] != m.shape[3] for m in maps):
+        if not isinstance(maps, tuple | list) or not maps or any(not _is_square_map(m) for m in maps):
             raise UserError(f"{path} wants to return a tuple of square maps [N, C, h, h], finest first")
         self.taps = [Tap(m.shape[1], m.shape[2]) for m in maps]
 
@@ -197,6 +197,10 @@ def planning() -> bool:
 def rgb(images: Tensor) -> Tensor:
     """Grey images repeated to three channels; others as they are."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _is_square_map(one: object) -> bool:
+    return isinstance(one, Tensor) and one.ndim == 4 and one.shape[2] == one.shape[3]
 
 
 def _positive(text: str) -> float:
