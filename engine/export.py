@@ -174,6 +174,7 @@ class Graph(nn.Module):
     def __init__(self, student: Student):
         super().__init__()
         self.student = student
+        student.sampler.levels(student.net)  # an iDDPM net's are read from its weights now: a tracer sees no numbers
         self.names = ("z", "labels") if student.label_dim else ("z",)
 
     def example(self) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Sampler:
     DPM-Solver++ end with lower orders, and `step_condition` is the number of levels that is told to a net with a step
     condition (`engine.nets.steps`); None for all other nets. `churn` = (S_churn, S_min, S_max, S_noise) makes a walk with
     euler or heun EDM's stochastic sampler.
+
+    A walk goes over the levels nearest to `sigmas` that its net knows (`levels`): the same for all nets but iDDPM's.
     """
 
     solver: str
@@ -68,22 +71,31 @@ class Sampler:
     def __call__(self, net: Denoiser, labels: Tensor | None, noise: Any) -> Tensor:
         """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws)."""
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
+        sigmas = self.levels(net)
         x = noise.normal(*shape) * sigmas[0].float()
         if self.solver == ONE_STEP:
             return net(x, sigmas[0].float(), labels)
         if self.solver == ANCESTRAL:
             return self._ancestral(net, x, labels, sigmas, noise)
         if self.churn:
-            step = churned(SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn)
+            step = churned(
+                SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn, known=partial(nearest_level, net)
+            )
             return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
         return self.states(net, x, labels)[-1].float()
+
+    def levels(self, net: Denoiser) -> Tensor:
+        """The noise levels at which the net is asked, float64 on the host: `sigmas` [T], or what an iDDPM net knows nearest to
+        them, as in EDM's code. A generator in one step is asked at the level that it was trained at.
+        """
+        walks = self.solver != ONE_STEP
+        return torch.tensor([nearest_level(net, s) if walks else s for s in self.sigmas], dtype=torch.float64)
 
     def states(self, net: Denoiser, x: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
         assert self.solver in SOLVERS and not self.churn
         told = {} if self.step_condition is None else {"steps": self.step_condition}
-        sigmas, passed = torch.tensor(self.sigmas, dtype=torch.float64), []
+        sigmas, passed = self.levels(net), []
         begin_walk(net)
         if self.afs:
             passed = [x.double()]
@@ -118,6 +130,12 @@ def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, f
         raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
     s_churn, s_min, s_max, s_noise = map(float, churn)
     return s_churn, s_min, s_max, s_noise
+
+
+def nearest_level(net: Any, sigma: float) -> float:
+    """σ as `net` knows it (`Denoiser.round_sigma`); 0, where a walk ends, stays."""
+    known = getattr(net, "round_sigma", None)
+    return sigma if known is None or not sigma > 0 else known(sigma)
 
 
 def begin_walk(net: Any) -> None:

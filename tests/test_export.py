@@ -298,6 +298,18 @@ def test_the_pipeline_samples_as_we_do(walk, tmp_path, stubbed):
         pipe(seeds=seeds, class_labels=[0, 1, 3])
 
 
+@pytest.mark.parametrize("walk", WALKS)
+def test_the_pipeline_walks_over_an_iddpm_nets_own_levels(walk, tmp_path, stubbed):
+    precond, kwargs = KINDS["iddpm"]
+    net, sampler = net_of(precond, **kwargs), WALKS[walk]
+    pipe = stubbed(export(run_folder(tmp_path / "run", net, sampler), "diffusers", tmp_path / "out"))
+    wanted = expected(net, sampler, [3, 0])
+    torch.testing.assert_close(pipe(seeds=[3, 0], output_type="raw").images, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    known = [net.round_sigma(s) for s in sampler.sigmas]
+    assert [pipe.unet.round_sigma(s) for s in sampler.sigmas] == known != sampler.sigmas
+    assert set(known) <= set(net.u.tolist())
+
+
 @pytest.mark.parametrize(("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u")])
 def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tmp_path, stubbed):
     precond, kwargs = KINDS[kind]
@@ -381,9 +393,10 @@ SMALL = SONG | {"channel_mult": [1], "attn_resolutions": []}  # tracing takes it
 
 @pytest.mark.parametrize(
     ("walk", "kwargs"),
-    [(one_step(2.5), SMALL), (Sampler("ancestral", [80.0, 1.0]), SMALL | {"label_dim": 0}), (few_step(3), SMALL)],
-    ids=["one", "ancestral", "afs"],
-)
+    [(one_step(2.5), SMALL), (Sampler("ancestral", [80.0, 1.0]), SMALL | {"label_dim": 0}), (few_step(3), SMALL),
+     (few_step(3), SMALL | {"precond": "iDDPMPrecond"})],
+    ids=["one", "ancestral", "afs", "iddpm"],
+)  # fmt: skip
 def test_the_exported_program_is_the_generator_for_any_batch(walk, kwargs):
     net = net_of(**kwargs)
     graph = Graph(Student(net, walk).eval())

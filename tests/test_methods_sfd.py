@@ -185,6 +185,27 @@ def test_targets_by_hand():
     torch.testing.assert_close(it.targets, [s.float() for s in states[::4]], rtol=1e-5, atol=1e-5)
 
 
+def test_an_iddpm_teacher_is_walked_over_its_own_levels():
+    """As EDM's code samples it: the teacher's states, the student's levels, its steps and its sampler, all at entries of u."""
+    shape = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    torch.manual_seed(2)
+    teacher = warmed(from_kwargs("iDDPMPrecond", img_resolution=8, img_channels=1, model_type="SongUNet", **shape)).eval()
+    method = SFD(SFDConfig(num_steps=[4], K=2, solver="euler"), teacher, copy.deepcopy(teacher))
+    u = teacher.u.double()
+    fine = [u[(u - s).abs().argmin()] for s in method.teacher_sampler(4).sigmas]
+    it = method.begin(batch_on_images())
+    assert it.t == torch.stack(fine[::2]).tolist() == method.sampler.levels(teacher).tolist()
+    x = fine[0] * draws(2).normal(1, 8, 8).double()
+    for i, (s, s_next) in enumerate(zip(fine[:-1], fine[1:], strict=True)):
+        with torch.no_grad():
+            x = x + (s_next - s) * (x - teacher(x.float(), s.float()).double()) / s
+        if i % 2:
+            torch.testing.assert_close(it.targets[i // 2 + 1], x.float(), rtol=1e-5, atol=1e-5 * x.abs().max().item())
+    assert method.sampler == few_step(4)  # the file says the schedule: whoever samples rounds it to the net's own levels
+    other = SFD(SFDConfig(num_steps=[4]), teacher, tiny())
+    assert other.sampler.sigmas == it.t == other.levels[4]  # a student that does not round is told the levels themselves
+
+
 @pytest.mark.parametrize("metric", ["l1", "l2", "huber"])
 @pytest.mark.parametrize("label_dim", [0, 4])
 @default_dtype(torch.float64)

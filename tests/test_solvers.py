@@ -8,7 +8,11 @@ import torch
 
 from engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
 from engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
-from engine.sampling import Sampler, ode, one_step
+from engine.evaluation.source import sampler_for
+from engine.nets.edm import from_kwargs
+from engine.nets.router import Partition, Router
+from engine.sampling import Sampler, SeedNoise, few_step, ode, one_step
+from engine.skipping.apply import Skipping
 
 SD = 0.7  # the data: N(0, SD²), whose denoiser is D(x; σ) = x·SD²/(SD² + σ²)
 
@@ -210,3 +214,112 @@ def test_churn_in_a_weight_file():
     for bad in ({"solver": "dpmpp_2m"}, {"churn": (1, 2, 1, 1)}, {"churn": (1, 2)}, {"churn": (-1, 0, 1, 1)}, {"afs": True}):
         with pytest.raises(ValueError, match="churn wants"):
             Sampler(**(churn.to_dict() | bad))
+
+
+
+
+# Nets that know only their own noise levels: iDDPM's
+
+
+def net_of(precond, **kwargs):
+    torch.manual_seed(3)
+    shape = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "model_type": "SongUNet"}
+    net = from_kwargs(precond, img_resolution=4, img_channels=1, **shape | kwargs).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def iddpm():
+    """A net out of a file: its levels are not to the bit those that we compute (EDM's own are float32 all through)."""
+    net = net_of("iDDPMPrecond")
+    net.load_state_dict(net.state_dict() | {"u": net.u * (1 + 1e-4)})
+    return net
+
+
+def rounded(net, t):
+    """round_sigma of EDM's iDDPMPrecond, in NumPy's words: the entry of u that is nearest."""
+    u = net.u.double().numpy()
+    return float(u[abs(u - t).argmin()])
+
+
+def edm_by_hand(net, z, steps, churn=(0.0, 0.0, math.inf, 1.0), second=True, rho=7.0):
+    """2206.00364, Alg. 2, as its code has it: the range is the net's, t_i and t_hat are its own levels; z: the draws in
+    their order. Heun, or Euler where not `second`."""
+    low, high = max(0.002, net.sigma_min), min(80.0, net.sigma_max)
+    t = [(high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)]
+    t = [rounded(net, s) for s in t] + [0.0]
+    noise = iter(z)
+    D = lambda x, s: net(x.float(), torch.tensor(s)).double()  # noqa: E731
+    x = next(noise).double() * t[0]
+    for i in range(steps):
+        gamma = min(churn[0] / steps, math.sqrt(2) - 1) if churn[1] <= t[i] <= churn[2] else 0
+        hat = rounded(net, t[i] * (1 + gamma))
+        lifted = x + math.sqrt(hat**2 - t[i] ** 2) * churn[3] * next(noise).double() if gamma else x
+        d = (lifted - D(lifted, hat)) / hat
+        x = lifted + (t[i + 1] - hat) * d
+        if second and t[i + 1] > 0:
+            x = lifted + (t[i + 1] - hat) * (d + (x - D(x, t[i + 1])) / t[i + 1]) / 2
+    return x
+
+
+@pytest.mark.parametrize("churn", [None, (40.0, 0.05, 50.0, 1.003), (3.0, 0.0, math.inf, 1.0)], ids=["ode", "imagenet", "weak"])
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_an_iddpm_net_is_walked_over_its_own_levels(iddpm, solver, churn):
+    """With and without churn, at every level of the walk and at the lifted ones."""
+    sampler = sampler_for("teacher", iddpm, {}, steps=14, solver=solver, churn=churn, source="teacher.safetensors")
+    noise = SeedNoise([5, 6])
+    z = [noise.normal(1, 4, 4) for _ in range(15)]
+    wanted = edm_by_hand(iddpm, z, 14, churn or (0.0, 0.0, math.inf, 1.0), second=solver == "heun")
+    asked = []
+    hook = iddpm.register_forward_hook(lambda net, args, out: asked.append(float(args[1])))
+    found = sampler(iddpm, None, SeedNoise([5, 6]))
+    hook.remove()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
+    assert set(asked) <= set(iddpm.u.tolist())
+    assert Sampler(**json.loads(json.dumps(sampler.to_dict()))) == sampler
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, "ancestral"])
+def test_every_walk_of_an_iddpm_net_asks_it_at_levels_that_it_knows(iddpm, solver):
+    """Also where two levels of the schedule are one to it, or lie below its last."""
+    sampler = Sampler(solver, karras(400)[-30:].tolist()) if solver != "ancestral" else Sampler(solver, karras(9).tolist())
+    levels = sampler.levels(iddpm).tolist()
+    assert levels == [rounded(iddpm, max(s, iddpm.u[-2].item())) for s in sampler.sigmas]
+    assert solver == "ancestral" or len(set(levels)) < len(levels)
+    asked = []
+    hook = iddpm.register_forward_hook(lambda net, args, out: asked.append(float(args[1])))
+    found = sampler(iddpm, None, SeedNoise([1]))
+    hook.remove()
+    assert set(asked) <= set(levels)
+    distinct = Sampler(solver, sorted(set(levels), reverse=True))
+    torch.testing.assert_close(found, distinct(iddpm, None, SeedNoise([1])), rtol=1e-6, atol=1e-6)
+
+
+def test_afs_routers_and_skipping_nets_walk_over_the_same_levels(iddpm):
+    sampler = few_step(4)
+    levels = sampler.levels(iddpm)
+    assert levels.tolist() == [rounded(iddpm, s) for s in sampler.sigmas]
+    assert (levels / torch.tensor(sampler.sigmas) - 1).abs().max() > 1e-3
+    t, x = levels.tolist(), SeedNoise([2]).normal(1, 4, 4).double() * levels[0]
+    x = x + (t[1] - t[0]) * x / math.sqrt(1 + t[0] ** 2)
+    for s, s_next in ((t[1], t[2]), (t[2], t[3])):
+        x = x + (s_next - s) * (x - iddpm(x.float(), torch.tensor(s)).double()) / s
+    found = [sampler(net, None, SeedNoise([2])) for net in (iddpm, Skipping(iddpm, None))]
+    torch.testing.assert_close(found[0], x.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(*found)
+    assert sampler.levels(Router([iddpm], Partition("block", (0,)))).equal(levels)
+    assert one_step(2.5).levels(iddpm).tolist() == [2.5]  # what a generator was trained at
+
+
+@pytest.mark.parametrize("precond", ["EDMPrecond", "VPPrecond", "VEPrecond", "GDDPrecond"])
+def test_other_nets_are_asked_at_the_schedules_levels_to_the_bit(precond):
+    net = net_of(precond)
+    for sampler in (ode("heun", 5), few_step(4), Sampler("ancestral", [80.0, 2.5])):
+        assert sampler.levels(net).tolist() == sampler.sigmas
+    churn = Sampler("heun", ode("heun", 4).sigmas, churn=(40, 0.05, 50, 1.003))
+    step = churned(SOLVERS["heun"], lambda: torch.tensor([[[[0.5]]]]), 4, *churn.churn)
+    known = churned(SOLVERS["heun"], lambda: torch.tensor([[[[0.5]]]]), 4, *churn.churn, known=net.round_sigma)
+    t, x = torch.tensor(churn.sigmas, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    assert torch.equal(step(denoise, x, t[1], t[2])[0], known(denoise, x, t[1], t[2])[0])

@@ -91,6 +91,8 @@ def _dpmpp(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any, *, order: int, curvature: float = 1.0
 ) -> tuple[Tensor, Any]:
     """One step in λ = -ln σ. The state holds (D, λ) of the last steps, newest first."""
+    if sigma_next == sigma:  # two levels of a fine schedule are one to a net that knows few
+        return x, state
     history = [(denoise(x, sigma), -sigma.log()), *(state or [])][:order]
     if sigma_next.item() == 0:  # λ is infinite there: the limit of the first-order step is D itself
         return history[0][0], history
@@ -131,6 +133,8 @@ _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 
 
 def ipndm(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Adams-Bashforth on the slopes, up to order four; one evaluation. The state holds the last slopes, newest first."""
+    if sigma_next == sigma:
+        return x, state
     slopes = [slope(denoise, x, sigma), *(state or [])][:4]
     weights = _ADAMS_BASHFORTH[len(slopes) - 1]
     return x + (sigma_next - sigma) * sum(w * d for w, d in zip(weights, slopes, strict=True)), slopes
@@ -145,17 +149,21 @@ def ancestral(normal: Callable[[], Tensor]) -> Step:
     return step
 
 
-def churned(step: Step, normal: Callable[[], Tensor], steps: int, s_churn: float, s_min: float, s_max: float, s_noise: float) -> Step:
+def churned(
+    step: Step, normal: Callable[[], Tensor], steps: int, s_churn: float, s_min: float, s_max: float, s_noise: float,
+    *, known: Callable[[float], float] = lambda sigma: sigma,
+) -> Step:  # fmt: skip
     """EDM's stochastic sampler (2206.00364, Alg. 2): before a step from σ in [s_min, s_max], noise lifts x to σ(1 + γ).
 
     γ = min(s_churn / steps, √2 - 1); the noise that is added has the standard deviation s_noise·sqrt(σ̂² - σ²). `step` is a
-    one-step solver (euler, heun), `normal()` gives standard normals of x's shape, `steps` is N, the number of steps.
+    one-step solver (euler, heun), `normal()` gives standard normals of x's shape, `steps` is N, the number of steps; σ̂ is the
+    level nearest to σ(1 + γ) that the net has, `known(σ(1 + γ))`.
     """
     gamma = min(s_churn / steps, 2**0.5 - 1)
 
     def lifted(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None) -> tuple[Tensor, None]:
         if gamma > 0 and s_min <= sigma <= s_max:
-            higher = sigma * (1 + gamma)
+            higher = torch.full_like(sigma, known((sigma * (1 + gamma)).item()))
             x, sigma = x + (higher**2 - sigma**2).sqrt() * s_noise * normal(), higher
         return step(denoise, x, sigma, sigma_next, state)
 

@@ -127,7 +127,7 @@ def sampler_for(
         if walk.solver not in CHURNED or walk.afs or walk.step_condition is not None:
             raise UserError(f"{source} is sampled by {walk.solver}, churn wants a walk with {' or '.join(CHURNED)}")
         lift, low, high, noise = churn
-        return replace(walk, churn=(lift, low, min(high, walk.sigmas[0]), noise))
+        return replace(walk, churn=(lift, low, min(high, walk.levels(net)[0].item()), noise))
     if role == STUDENT and own is None and solver is None:
         raise UserError(
             f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver"

@@ -17,7 +17,7 @@ its default precision). Steps are at most max(num_steps) - 1 turns, of which an 
 LPIPS is that of the package `lpips`; the released code has a variant of its own (average pooling, images not shifted to [0, 1]).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -99,16 +99,19 @@ class SFD(Method):
         self.turns = tuple(Turn("student", partial(self.step_loss, i)) for i in steps)
         self.sampler = self.student_sampler(cfg.sample_num_steps or cfg.num_steps[-1])
         self.walks = {n: (self.student_sampler(n), self.teacher_sampler(n)) for n in cfg.num_steps}
+        self.levels = {n: mine.levels(self.teacher).tolist() for n, (mine, _) in self.walks.items()}
         nfe = {n: student.nfe for n, (student, _) in self.walks.items()}
         self.notes = [f"num_steps {n}{' with AFS' * cfg.afs} is NFE {nfe[n]}" for n in cfg.num_steps]
 
     def student_sampler(self, num_steps: int) -> Sampler:
         """Euler over num_steps levels."""
         cfg = self.cfg
-        return few_step(
+        sampler = few_step(
             num_steps, afs=cfg.afs, step_condition=self.student.knows_steps,
             sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho,
         )  # fmt: skip
+        taught = sampler.levels(self.teacher)  # a student that does not round as its teacher does is told the levels themselves
+        return sampler if taught.equal(sampler.levels(self.student)) else replace(sampler, sigmas=taught.tolist())
 
     def teacher_sampler(self, num_steps: int) -> Sampler:
         """The teacher's solver over the same levels and K - 1 between any two."""
@@ -126,7 +129,7 @@ class SFD(Method):
         """The noise, the teacher's whole walk from it, and the student's first step if that is free."""
         net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
         mine, teachers = self.walks[num_steps]
-        t = mine.sigmas
+        t = self.levels[num_steps]
         x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
         labels = random_labels(net, batch.draws)
         with torch.no_grad():

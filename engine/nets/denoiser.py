@@ -1,7 +1,9 @@
 """The denoiser D(x; σ): a U-Net inside its preconditioning, called alike whatever the scheme."""
 
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ class Denoiser(nn.Module):
         self.compute_dtype = torch.float32
         if precond == "iDDPMPrecond":
             self.register_buffer("u", schemes.iddpm_levels(int(scheme["M"]), scheme["C_1"], scheme["C_2"]))
+            self.register_load_state_dict_post_hook(_forget_levels)
 
     @property
     def knows_steps(self) -> bool:
@@ -95,6 +98,24 @@ class Denoiser(nn.Module):
                 return schemes.iddpm(sigma, self.u)
         raise AssertionError(self.precond)
 
+    def round_sigma(self, sigma: float) -> float:
+        """The noise level that EDM's samplers ask the net at where their schedule says σ > 0: of an iDDPM net the nearest of
+        its own (never 0), of all others σ itself.
+        """
+        if self.precond != "iDDPMPrecond":
+            return sigma
+        return float(self.known_levels[np.abs(self.known_levels - sigma).argmin()])
+
+    @cached_property
+    def known_levels(self) -> np.ndarray:
+        """An iDDPM net's levels above 0, on the host: a walk asks no device."""
+        return np.array([level for level in self.u.tolist() if level > 0])
+
+    def take_levels(self, net: "Denoiser") -> None:
+        """Know the levels of `net`, of which this is another view: a file's are not to the bit those that we compute."""
+        if self.precond == "iDDPMPrecond":
+            self.u = net.u
+
     def _raw(
         self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None
     ):
@@ -118,3 +139,8 @@ class Denoiser(nn.Module):
         if labels is None:
             return torch.zeros(x.shape[0], self.label_dim, device=x.device)
         return labels.float().reshape(-1, self.label_dim).expand(x.shape[0], -1)
+
+
+def _forget_levels(net: Denoiser, _: Any) -> None:
+    """The cached levels are another file's after loading one."""
+    net.__dict__.pop("known_levels", None)

@@ -53,6 +53,10 @@ class Router(nn.Module):
         self.img_channels, self.img_resolution, self.label_dim = first.img_channels, first.img_resolution, first.label_dim
         self.sigma_min, self.sigma_max = first.sigma_min, first.sigma_max
 
+    def round_sigma(self, sigma: float) -> float:
+        """As `Denoiser.round_sigma`: the students have the levels of one teacher."""
+        return self.students[0].round_sigma(sigma)  # type: ignore[operator,return-value]
+
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """D of each sample by its own student: [N, C, H, W] float32."""
         if class_labels is None:

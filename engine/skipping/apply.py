@@ -44,6 +44,7 @@ class Skipping(Denoiser):
 
     def __init__(self, net: Denoiser, plan: Plan | None, levels: Levels | None = None, cache: int = 1):
         super().__init__(skippable(net.model), net.precond, net.scheme, net.kwargs)
+        self.take_levels(net)
         self.train(net.training)
         self.to(next(net.parameters()).device)
         self.compute_dtype = net.compute_dtype

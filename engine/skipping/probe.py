@@ -90,6 +90,7 @@ class Probed(Denoiser):
 
     def __init__(self, net: Denoiser):
         super().__init__(skippable(net.model), net.precond, net.scheme, net.kwargs)
+        self.take_levels(net)
         self.eval().to(next(net.parameters()).device).requires_grad_(False)
         self.compute_dtype = net.compute_dtype
         self.parts = blocks_of(self.model)

@@ -63,6 +63,12 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
         raw = self.model((c_in * x).to(self.dtype), c_noise.flatten(), class_labels, steps)
         return c_skip * x + c_out * raw[:, : self.img_channels].float()
 
+    def round_sigma(self, sigma):
+        """The level nearest to sigma > 0 that an iDDPM net knows, as EDM's samplers ask for it; of other nets sigma itself."""
+        if self.precond != "iDDPMPrecond" or not sigma > 0:
+            return sigma
+        return min((level for level in self.u.tolist() if level > 0), key=lambda level: abs(level - sigma))
+
     def coefficients(self, sigma):
         """c_skip, c_out, c_in, c_noise at sigma [N] (Table 1 of the paper; GDD: arXiv 2303.01469, Appendix C)."""
         s, one = self.scheme, torch.ones_like(sigma)

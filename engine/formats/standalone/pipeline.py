@@ -95,10 +95,10 @@ class StudentPipeline(DiffusionPipeline):
                 raise ValueError(f"this student was trained for {self.nfe} network evaluations, got {steps}")
             told = steps + 1 + bool(afs)
             sigmas = karras(told, sigmas[-1], sigmas[0])
-        x = draw() * sigmas[0]
         if solver == "one_step":
-            return self.unet(x, sigmas[0], labels)
-        x = x.double()
+            return self.unet(draw() * sigmas[0], sigmas[0], labels)
+        sigmas = [self.unet.round_sigma(sigma) for sigma in sigmas]
+        x = (draw() * sigmas[0]).double()
         if solver == "ancestral":
             for high, low in zip(sigmas[:-1], sigmas[1:]):  # noqa: B905
                 r = (low / high) ** 2
