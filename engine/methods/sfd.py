@@ -128,8 +128,7 @@ class SFD(Method):
     def begin(self, batch: Batch) -> Walk:
         """The noise, the teacher's whole walk from it, and the student's first step if that is free."""
         net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
-        mine, teachers = self.walks[num_steps]
-        t = self.levels[num_steps]
+        t, teachers = self.levels[num_steps], self.walks[num_steps][1]
         x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
         labels = random_labels(net, batch.draws)
         with torch.no_grad():
