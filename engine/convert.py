@@ -28,14 +28,14 @@ Pictures may be of any size and are turned as the camera was held; if all are gr
 own tool resizes with lanczos: add --filter lanczos for a set like those its published teachers were trained on."""
 
 EDM = """\
-IN is a network pickle of EDM, SiD or GDD, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
+IN is a network pickle of EDM, SiD, GDD or ECT, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
 address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold programs: nothing in the
 file is executed, and one that asks for anything but a network is refused."""
 LICENSE = (
-    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, DMD2), are CC BY-NC-SA 4.0 "
+    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, ECT, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
 )
-GDD_SIGMA = 80.0  # the only noise level that GDD's generators know
+ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's generators begin
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +132,7 @@ def _add_edm(commands: argparse._SubParsersAction) -> None:
         "--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture"
     )
     parser.add_argument(
-        "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5, DMD2 and GDD 80"
+        "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80"
     )
     parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
@@ -150,8 +150,7 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     path = fetch(source, command=arguments.again) if is_url(source) else Path(source).expanduser()
     found = read_net(path, net=arguments.net, like=arguments.like)
     metadata = {"source": source if is_url(source) else path.name, "sha256": digest(path), "license": LICENSE}
-    if sigma is None and found.net.precond == "GDDPrecond":
-        sigma = GDD_SIGMA
+    sigma = ONE_STEP.get(found.net.precond) if sigma is None else sigma
     if sigma is not None:
         metadata |= {"method": "converted", "sampler": one_step(sigma).to_dict()}
     try:

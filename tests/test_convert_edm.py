@@ -201,6 +201,52 @@ def test_gdds_generators_keep_their_preconditioning_and_their_level(tmp_path):
     assert metadata["sampler"]["sigmas"] == [80.0]
 
 
+class ECMLoss(_Persistent):
+    """ECT's: it keeps two of its methods, and so itself, among its attributes."""
+
+    def __init__(self):
+        self.t_to_r, self.wt_fn, self.q = self.sigmoid, self.sigmoid, 2
+
+    def sigmoid(self, t):
+        raise AssertionError("executed")
+
+    def __reduce__(self):
+        meta = {"type": "class", "version": 6, "module_src": self.source, "class_name": "ECMLoss", "state": self.__dict__}
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,), None
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_ects_generators_are_read_with_their_preconditioning_and_their_loss(tmp_path, protocol):
+    """D(x; 0.003) = x, and at 80 the published formula in float64 (2303.01469, App. C)."""
+    net = tiny("ECMPrecond")
+    got, metadata = converted(dumped(tmp_path / "ect.pkl", snapshot(net) | {"loss_fn": ECMLoss()}, protocol))
+    assert_same(got, net)
+    c = got.coefficients(torch.tensor([0.003, 80.0], dtype=torch.float64))
+    assert (c.c_skip[0].item(), c.c_out[0].item()) == (1.0, 0.0)
+    shifted, total = 80 - 0.003, (80**2 + 0.25) ** 0.5
+    wanted = [0.25 / (shifted**2 + 0.25), shifted * 0.5 / total, 1 / total, np.log(80) / 4]
+    np.testing.assert_allclose([v[1].item() for v in c], wanted, rtol=1e-12)
+    assert (metadata["sampler"]["solver"], metadata["sampler"]["sigmas"]) == ("one_step", [80.0])
+
+
+def test_methods_of_anything_else_are_refused(tmp_path):
+    load = sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj
+    for owner, words in (({}, "getattr of a dict"), (load, "getattr of torch_utils.persistence"), (torch.Size, "getattr of torch.Size")):
+        assert words in refused(dumped(tmp_path / "net.pkl", {"ema": network(tiny()), "x": Evil(getattr, owner, "keys")}))
+    called = Evil(load, {})
+    called.call = (Evil(getattr, ECMLoss(), "sigmoid"), (1,))
+    with pytest.raises(pickle.PicklingError):  # the first item of a reduction must be a name for Python; so, by hand
+        pickle.dumps(called)
+    method = pickle.dumps(Evil(getattr, ECMLoss(), "sigmoid"), protocol=2)[:-1]
+    assert "wants to call a Inert: refused" in refused(dumped(tmp_path / "net.pkl", method + b"K\x01\x85R."))
+
+
+def test_a_net_of_edm2_is_called_one(tmp_path):
+    made = network(tiny())
+    made.title = "Precond"
+    assert "holds a net of the class 'Precond', EDM2's, which is of another architecture" in refused(dumped(tmp_path / "n.pkl", {"ema": made}))
+
+
 def test_a_generator_can_be_declared(tmp_path):
     _, metadata = converted(dumped(tmp_path / "sid.pkl", {"ema": network(tiny())}), "--one-step", "2.5")
     assert metadata["sampler"]["sigmas"] == [2.5]

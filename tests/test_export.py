@@ -257,7 +257,8 @@ KINDS = {
     "ddpm++": ("EDMPrecond", SONG), "ncsn++": ("VEPrecond", NCSN), "vp": ("VPPrecond", SONG | {"label_dim": 0}),
     "skip": ("EDMPrecond", NCSN | {"encoder_type": "skip", "decoder_type": "skip", "augment_dim": 9, "label_dim": 0}),
     "adm": ("EDMPrecond", ADM | {"augment_dim": 2}), "iddpm": ("iDDPMPrecond", ADM | {"M": 20, "label_dim": 0}),
-    "gdd": ("GDDPrecond", SONG), "sigma_data": ("EDMPrecond", SONG | {"sigma_data": 0.7, "use_fp16": False}),
+    "gdd": ("GDDPrecond", SONG), "ect": ("ECMPrecond", SONG), "ect0.01": ("ECMPrecond", SONG | {"sigma_min": 0.01}),
+    "sigma_data": ("EDMPrecond", SONG | {"sigma_data": 0.7, "use_fp16": False}),
 }  # fmt: skip
 WALKS = {"one": one_step(2.5), "ancestral": ANCESTRAL, "afs": few_step(4), "plain": few_step(3, afs=False)}
 

@@ -1,5 +1,5 @@
 """Preconditioning: D(x; σ) = c_skip·x + c_out·F(c_in·x, c_noise), the four schemes of EDM (2206.00364, Table 1)
-and that of GDD's generators.
+and that of GDD's and ECT's generators.
 
 Every function takes noise levels σ of shape [N] and returns four [N] tensors in σ's dtype.
 """
@@ -27,7 +27,10 @@ def edm(sigma: Tensor, sigma_data: float = 0.5) -> Coefficients:
 
 
 def gdd(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.002) -> Coefficients:
-    """GDD's, which are the consistency models' (2303.01469, App. C): close to EDM's, and D(x; sigma_min) = x."""
+    """GDD's and ECT's, which are the consistency models' (2303.01469, App. C): close to EDM's, and D(x; sigma_min) = x.
+
+    ECT (2406.14548) has sigma_min 0.003 and is sampled so; it is trained with EDM's.
+    """
     shifted, total = sigma - sigma_min, (sigma**2 + sigma_data**2).sqrt()
     c_skip = sigma_data**2 / (shifted**2 + sigma_data**2)
     return Coefficients(c_skip, shifted * sigma_data / total, 1 / total, sigma.log() / 4)

@@ -1,4 +1,4 @@
-"""EDM, SiD and GDD network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
+"""EDM, SiD, GDD and ECT network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
 
 A pickle says which class its net was and with which keyword arguments it was made: `from_kwargs` makes ours, and the
 weights must fit it to the last name. A checkpoint holds weights only and borrows the description from a teacher.
@@ -65,7 +65,8 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
         nets = networks(content)
         if nets:
             name = _chosen(path, nets, net)
-            weights, described = weights_of(nets[name]), None if like else description(nets[name])
+            described = None if like else description(nets[name])
+            weights = weights_of(nets[name])
         else:
             name, weights = _checkpoint(path, content, net)
             described = None
@@ -131,7 +132,8 @@ def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
 def description(net: Persistent) -> tuple[str, dict[str, Any]]:
     """EDM's class name and the keyword arguments the net was made with."""
     if net.title not in SCHEMES:
-        raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted one of {', '.join(SCHEMES)}")
+        whose = ", EDM2's, which is of another architecture," if net.title == "Precond" else ""
+        raise Unreadable(f"holds a net of the class {shown(net.title)}{whose} and cannot be converted: wanted one of {', '.join(SCHEMES)}")
     given, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
     if type(given) is not tuple or len(given) > len(POSITIONAL) or type(kwargs) is not dict:
         raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")

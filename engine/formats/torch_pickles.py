@@ -17,7 +17,7 @@ import torch
 
 from engine.errors import UserError
 from engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
-from engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown
+from engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 
 PERSISTENCE_VERSION = 6
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a file of torch.save begins that is no zip archive
@@ -122,9 +122,19 @@ def _set(items: Any = ()) -> set[Any]:
     return set(map(hashable, checked(items, (tuple, list), "the items of a set")))
 
 
+def _method(owner: Any, name: Any) -> Inert:
+    """A method that an object keeps among its attributes, as ECT's loss does. Nothing is looked up: no network needs it."""
+    if not isinstance(owner, Persistent):
+        raise Unreadable(f"wants getattr of {titled(owner)}: refused, and nothing in the file was executed")
+    checked(name, str, "the name of a method")
+    return Inert("method")
+
+
 CALLS: dict[str, Callable[..., Any]] = {
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
     "collections.OrderedDict": _dictionary,
+    "builtins.getattr": _method,
+    "__builtin__.getattr": _method,
     "builtins.set": _set,
     "__builtin__.set": _set,
     "torch._utils._rebuild_tensor": _tensor,

@@ -16,8 +16,8 @@ from kernels import Estimate
 class Denoiser(nn.Module):
     """D(x; σ, labels) = c_skip·x + c_out·F(c_in·x, c_noise, labels) for images x [N, C, H, W] in [-1, 1].
 
-    `precond` is one of EDM's names ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond") or "GDDPrecond", `scheme`
-    its constants and `kwargs` what `engine.nets.edm.from_kwargs` was called with, so that a weight file can say how to
+    `precond` is one of EDM's names ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "GDDPrecond" or
+    "ECMPrecond" (ECT's), `scheme` its constants and `kwargs` what `engine.nets.edm.from_kwargs` was called with, so that a weight file can say how to
     rebuild the net.
     `compute_dtype` is what F runs in; parameters, preconditioning and D stay float32.
     """
@@ -90,6 +90,8 @@ class Denoiser(nn.Module):
                 return schemes.edm(sigma, self.scheme["sigma_data"])
             case "GDDPrecond":
                 return schemes.gdd(sigma, self.scheme["sigma_data"])
+            case "ECMPrecond":
+                return schemes.gdd(sigma, self.scheme["sigma_data"], self.scheme["sigma_min"])
             case "VPPrecond":
                 return schemes.vp(sigma, self.scheme["beta_d"], self.scheme["beta_min"], int(self.scheme["M"]))
             case "VEPrecond":

@@ -14,12 +14,13 @@ from engine.nets.unet import UNet
 
 UNETS: dict[str, type[UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
-# EDM's keyword arguments of each preconditioning class, with its defaults. GDD's generators have a class of their own.
+# EDM's keyword arguments of each preconditioning class, with its defaults. GDD's and ECT's generators have classes of their own.
 SCHEMES: dict[str, dict[str, Any]] = {
     "EDMPrecond": {"sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet"},
     "VPPrecond": {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5, "model_type": "SongUNet"},
     "VEPrecond": {"sigma_min": 0.02, "sigma_max": 100.0, "model_type": "SongUNet"},
     "GDDPrecond": {"sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet"},
+    "ECMPrecond": {"sigma_min": 0.003, "sigma_max": math.inf, "sigma_data": 0.5, "model_type": "DhariwalUNet"},
     "iDDPMPrecond": {"C_1": 0.001, "C_2": 0.008, "M": 1000, "model_type": "DhariwalUNet"},
 }
 

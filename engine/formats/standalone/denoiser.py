@@ -43,7 +43,7 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
     def __init__(self, precond: str, net: dict):
         super().__init__()
         net = dict(net)
-        self.precond, self.scheme = precond, {k: net.pop(k, v) for k, v in SCHEME.items()}
+        self.precond, self.scheme = precond, {k: net.pop(k, v) for k, v in (SCHEME | OWN.get(precond, {})).items()}
         self.img_resolution, self.img_channels = net["img_resolution"], net.pop("img_channels")
         self.label_dim = net.get("label_dim", 0)
         net.pop("use_fp16", None)
@@ -70,13 +70,13 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
         return min((level for level in self.u.tolist() if level > 0), key=lambda level: abs(level - sigma))
 
     def coefficients(self, sigma):
-        """c_skip, c_out, c_in, c_noise at sigma [N] (Table 1 of the paper; GDD: arXiv 2303.01469, Appendix C)."""
+        """c_skip, c_out, c_in, c_noise at sigma [N] (Table 1 of the paper; GDD and ECT: arXiv 2303.01469, App. C)."""
         s, one = self.scheme, torch.ones_like(sigma)
         total = (sigma**2 + s["sigma_data"] ** 2).sqrt()
         if self.precond == "EDMPrecond":
             return (s["sigma_data"] / total) ** 2, sigma * s["sigma_data"] / total, 1 / total, sigma.log() / 4
-        if self.precond == "GDDPrecond":
-            shifted = sigma - 0.002
+        if self.precond in ("GDDPrecond", "ECMPrecond"):
+            shifted = sigma - (0.002 if self.precond == "GDDPrecond" else s["sigma_min"])
             c_skip = s["sigma_data"] ** 2 / (shifted**2 + s["sigma_data"] ** 2)
             return c_skip, shifted * s["sigma_data"] / total, 1 / total, sigma.log() / 4
         if self.precond == "VEPrecond":
@@ -93,6 +93,7 @@ SCHEME = {
     "sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "beta_d": 19.9, "beta_min": 0.1, "M": 1000,
     "epsilon_t": 1e-5, "C_1": 0.001, "C_2": 0.008,
 }  # fmt: skip
+OWN = {"ECMPrecond": {"sigma_min": 0.003}}
 
 
 class Conv(nn.Module):
