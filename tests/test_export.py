@@ -257,13 +257,14 @@ KINDS = {
     "ddpm++": ("EDMPrecond", SONG), "ncsn++": ("VEPrecond", NCSN), "vp": ("VPPrecond", SONG | {"label_dim": 0}),
     "skip": ("EDMPrecond", NCSN | {"encoder_type": "skip", "decoder_type": "skip", "augment_dim": 9, "label_dim": 0}),
     "adm": ("EDMPrecond", ADM | {"augment_dim": 2}), "iddpm": ("iDDPMPrecond", ADM | {"M": 20, "label_dim": 0}),
+    "sfd-v": ("EDMPrecond", SONG | {"step_condition": True}),
     "gdd": ("GDDPrecond", SONG), "ect": ("ECMPrecond", SONG), "ect0.01": ("ECMPrecond", SONG | {"sigma_min": 0.01}),
     "sigma_data": ("EDMPrecond", SONG | {"sigma_data": 0.7, "use_fp16": False}),
 }  # fmt: skip
 WALKS = {"one": one_step(2.5), "ancestral": ANCESTRAL, "afs": few_step(4), "plain": few_step(3, afs=False)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sfd-v"])  # which is sampled below
 def test_the_standalone_net_is_ours_for_every_kind(kind, tmp_path, stubbed):
     precond, kwargs = KINDS[kind]
     net = net_of(precond, **kwargs)
@@ -311,7 +312,9 @@ def test_the_pipeline_walks_over_an_iddpm_nets_own_levels(walk, tmp_path, stubbe
     assert set(known) <= set(net.u.tolist())
 
 
-@pytest.mark.parametrize(("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u")])
+@pytest.mark.parametrize(
+    ("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u"), ("sfd-v", "model.map_steps.waves.freqs")]
+)
 def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tmp_path, stubbed):
     precond, kwargs = KINDS[kind]
     net = net_of(precond, **kwargs)
@@ -324,7 +327,7 @@ def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tm
         assert next(rounded.parameters()).dtype != torch.float32
 
 
-@pytest.mark.parametrize("kwargs", [SONG, ADM], ids=["ddpm++", "adm"])
+@pytest.mark.parametrize("kwargs", [SONG, ADM, NCSN], ids=["ddpm++", "adm", "ncsn++"])
 def test_a_student_that_knows_of_steps_is_sampled_with_several_numbers(kwargs, tmp_path, stubbed):
     net = add_step_condition(net_of(**kwargs))
     for p in net.parameters():

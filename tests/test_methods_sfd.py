@@ -1,11 +1,14 @@
 """SFD: published grids and costs, targets and losses by hand, on-policy and immediate updates, step condition, second stage."""
 
 import copy
+import json
+import math
 import sys
 import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy import (
     Mixture,
@@ -30,7 +33,7 @@ from engine.methods.sfd import SFD, SFDConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.layers import UNetBlock
 from engine.nets.steps import StepAffine, add_step_condition
-from engine.nets.weights import load_net, save_net
+from engine.nets.weights import load_net, read_tensors, save_net
 from engine.sampling import Sampler, few_step, ode, one_step
 from engine.training.optim import OptimConfig
 from engine.training.run import Run, TrainConfig
@@ -326,6 +329,44 @@ def test_step_condition(kwargs, tmp_path):
     again, meta = load_net(tmp_path / "net.safetensors")
     assert Sampler(**meta["sampler"]).step_condition == 4
     torch.testing.assert_close(again(x, sigma, steps=6), random(x, sigma, steps=6))
+
+
+NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"channel_mult_noise": 2}, NCSN, ADM], ids=["ddpm++", "ddpm++2", "ncsn++", "adm"])
+@pytest.mark.parametrize("steps", [3, 4, 7])
+def test_the_number_of_steps_is_embedded_as_in_the_released_code(kwargs, steps):
+    """SongUNet puts the sines first and its frequencies end at 1/10000, ADM's cosines come first and it ends short of that;
+    NCSN++ has random frequencies, in turns, of their own. Two layers with SiLU follow."""
+    net = warmed(add_step_condition(tiny(**kwargs)))
+    found = net.model.map_steps(steps)
+    width, adm = net.model.map_layer0.in_features, kwargs.get("model_type") == "DhariwalUNet"
+    state = {k.removeprefix("model.map_steps."): t.double() for k, t in net.state_dict().items() if "map_steps" in k}
+    if "embedding_type" in kwargs:
+        angles = (2 * math.pi * state["waves.freqs"].float() * steps).double()  # so large that float32's rounding is part of it
+        assert state["waves.freqs"].std() > 5
+        assert not torch.equal(net.model.map_steps.waves.freqs, net.model.map_noise.freqs)
+    else:
+        angles = torch.tensor([steps * 10000.0 ** -(i / (width // 2 - (0 if adm else 1))) for i in range(width // 2)]).double()
+    waves = torch.cat([angles.cos(), angles.sin()] if adm else [angles.sin(), angles.cos()])
+    silu = lambda v: v / (1 + (-v).exp())  # noqa: E731
+    hidden = silu(state["layer0.weight"] @ waves + state["layer0.bias"])
+    wanted = silu(state["layer1.weight"] @ hidden + state["layer1.bias"])
+    torch.testing.assert_close(found[0].double(), wanted, rtol=0, atol=3e-7 * max(1, wanted.abs().max().item()))
+
+
+@pytest.mark.parametrize("kwargs", [{}, NCSN, ADM], ids=["ddpm++", "ncsn++", "adm"])
+def test_students_that_were_saved_with_another_embedding_are_refused(kwargs, tmp_path):
+    """Their files hold no frequencies. Nothing else tells them apart, and a student must not change what it computes."""
+    net, path = add_step_condition(tiny(**kwargs)), tmp_path / "student.safetensors"
+    save_net(path, net, method="sfd", sampler=few_step(4, step_condition=True).to_dict())
+    tensors, meta = read_tensors(path)
+    assert load_net(path)[0].knows_steps
+    tensors.pop("model.map_steps.waves.freqs")
+    save_file(tensors, path, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+    with pytest.raises(UserError, match=r"is an SFD-v student of an earlier potstill, .* train it again"):
+        load_net(path)
 
 
 @pytest.mark.parametrize("kwargs", [{}, ADM])

@@ -668,3 +668,15 @@ def test_training_refuses_before_it_begins(plan_file, tmp_path):
     with pytest.raises(UserError, match="1 thing is missing"):
         train.main([str(digits / "digits.yaml"), *line, f"skipping.plan={tmp_path}/none.json"])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_iddpm_teachers_levels_are_its_own_in_every_view_of_it():
+    """Its file's levels, not those that we compute; and where a walk asks it for 80 lies in a bin."""
+    net = from_kwargs("iDDPMPrecond", img_resolution=4, img_channels=1, model_type="SongUNet", model_channels=8, channel_mult=[1],
+                      num_blocks=1, attn_resolutions=[])  # fmt: skip
+    net.load_state_dict(net.state_dict() | {"u": net.u * 1.001})
+    views = Skipping(net, None), Probed(net)
+    assert all(torch.equal(view.u, net.u) and view.round_sigma(80.0) == net.round_sigma(80.0) for view in views)
+    edges = bin_edges(net, 4)
+    assert edges[0] <= net.round_sigma(0.002) * (1 + 1e-9)
+    assert edges[-1] >= net.round_sigma(80.0) * (1 - 1e-9)

@@ -1,7 +1,8 @@
 """The step condition of SFD-v (2409.19681): a U-Net is told the number of noise levels it is being sampled with.
 
-The number is embedded like a noise level, and every residual block gets a second linear map of that embedding: DDPM++ and
-NCSN++ add it to the noise level's shift, ADM scales and shifts a second time. Both are one modulation in the end,
+The number is embedded as the released code does it, in waves of the kind that the net has for its noise level (NCSN++: at
+random frequencies; SongUNet: sine and cosine swapped), and every residual block gets a second linear map of that embedding:
+DDPM++ and NCSN++ add it to the noise level's shift, ADM scales and shifts a second time. Both are one modulation in the end,
 
     shift:            b + b'                                                              SongUNet
     scale and shift:  (h (1 + s) + b) (1 + s') + b' = h (1 + s)(1 + s') + b (1 + s') + b'      DhariwalUNet
@@ -15,21 +16,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.nets.denoiser import Denoiser
-from engine.nets.layers import Init, Linear, PositionalEmbedding, UNetBlock
+from engine.nets.layers import FourierEmbedding, Init, Linear, UNetBlock
+
+FREQUENCIES = "model.map_steps.waves.freqs"  # in a weight file: one without is of a potstill that embedded otherwise
+
+
+class StoredWaves(nn.Module):
+    """cos and sin of a number at geometric frequencies, which lie beside the weights made for them: [N] -> [N, channels]."""
+
+    freqs: Tensor
+
+    def __init__(self, channels: int, endpoint: bool):
+        super().__init__()
+        self.register_buffer("freqs", geometric(channels, endpoint))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.outer(self.freqs)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def geometric(channels: int, endpoint: bool) -> Tensor:
+    """EDM's frequencies [channels / 2] from 1 to 1/10000; the last is reached only with `endpoint`."""
+    half = channels // 2
+    return (1 / 10000) ** (torch.arange(half, dtype=torch.float32) / (half - int(endpoint)))
 
 
 class StepEmbedding(nn.Module):
     """The number of levels as a vector [1, emb], float32: sinusoids of the raw integer, then two layers."""
 
-    def __init__(self, channels: int, emb_channels: int, init: Init):
+    def __init__(self, waves: nn.Module, swap: bool, channels: int, emb_channels: int, init: Init):
         super().__init__()
-        self.waves = PositionalEmbedding(channels, endpoint=True)
+        self.waves, self.swap = waves, swap
         self.layer0 = Linear(channels, emb_channels, init=init)
         self.layer1 = Linear(emb_channels, emb_channels, init=init)
 
     def forward(self, steps: int) -> Tensor:
         number = torch.full((1,), float(steps), device=self.layer0.weight.device)
-        return F.silu(self.layer1(F.silu(self.layer0(self.waves(number)))))
+        cos, sin = self.waves(number).chunk(2, dim=1)
+        waves = torch.cat([sin, cos] if self.swap else [cos, sin], 1)
+        return F.silu(self.layer1(F.silu(self.layer0(waves))))
 
 
 class StepAffine(nn.Module):
@@ -59,7 +84,9 @@ def add_step_condition(net: Denoiser, *, zero: bool = False) -> Denoiser:
     init = Init("kaiming_uniform", weight=(1 / 3) ** 0.5, bias=(1 / 3) ** 0.5) if adm else Init("xavier_uniform")
     last = Init(init.law, weight=0.0) if zero else init
     channels, emb_channels = net.model.map_layer0.in_features, net.model.map_layer0.out_features
-    net.model.map_steps = StepEmbedding(channels, emb_channels, init)
+    noise = net.model.map_noise
+    waves = FourierEmbedding(channels) if isinstance(noise, FourierEmbedding) else StoredWaves(channels, noise.endpoint)
+    net.model.map_steps = StepEmbedding(waves, not adm, channels, emb_channels, init)
     for block in blocks:
         block.affine = StepAffine(block.affine, block.adaptive_scale, last)
     net.kwargs = net.kwargs | {"step_condition": True}

@@ -16,6 +16,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
+from engine.nets.steps import FREQUENCIES
 
 FORMAT = "potstill-1"
 
@@ -41,6 +42,11 @@ def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
         net = from_kwargs(meta["precond"], **meta["kwargs"])
     except ValueError as error:
         raise UserError(f"{path} describes a net that cannot be built: {error}") from error
+    if net.knows_steps and FREQUENCIES not in tensors:
+        raise UserError(
+            f"{path} is an SFD-v student of an earlier potstill, which embedded the number of steps otherwise than the released "
+            "code and this version do, so it would make other images here: sample it with that version, or train it again"
+        )
     load_strictly(net, tensors, str(path))
     return net.eval(), meta
 

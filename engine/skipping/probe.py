@@ -99,6 +99,7 @@ class Probed(Denoiser):
 def bin_edges(net: Denoiser, bins: int) -> list[float]:
     """bins + 1 noise levels, equal in log σ, over what the teacher was trained for between 0.002 and 80."""
     low, high = max(LOWEST, net.sigma_min), min(HIGHEST, net.sigma_max)
+    low, high = min(low, net.round_sigma(low)), max(high, net.round_sigma(high))  # where EDM's sampler asks an iDDPM net
     return np.geomspace(low, high, bins + 1).tolist()
 
 

@@ -36,7 +36,7 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
     exact = "u"
     # With accelerate diffusers rounds on the way in, but for these. Without, it refuses the list and builds everything in 16
     # bits, but for what says float32; then it copies, or, where the first tensor's dtype is the file's, takes all as they are.
-    _keep_in_fp32_modules = ["map_noise", "u"] if find_spec("accelerate") else None
+    _keep_in_fp32_modules = ["map_noise", "waves", "u"] if find_spec("accelerate") else None
     _supports_param_buffer_assignment = False
 
     @register_to_config
@@ -131,31 +131,33 @@ def norm(channels, eps):
 
 
 class Waves(Exact, nn.Module):
-    """cos and sin of a number: at geometric frequencies, or at random ones that are stored with the weights."""
+    """cos and sin of a number: at geometric frequencies, or at those stored with the weights; `fourier`: in turns, and random."""
 
     exact = "freqs"
 
-    def __init__(self, channels, endpoint=False, fourier=False):
+    def __init__(self, channels, endpoint=False, fourier=False, stored=False):
         super().__init__()
-        self.half, self.last = channels // 2, channels // 2 - int(endpoint)
-        self.register_buffer("freqs", torch.zeros(channels // 2, dtype=torch.float32) if fourier else None)
+        self.half, self.last, self.turn = channels // 2, channels // 2 - int(endpoint), 2 * math.pi if fourier else 1
+        self.register_buffer("freqs", torch.zeros(channels // 2, dtype=torch.float32) if fourier or stored else None)
 
     def forward(self, x):
         exponents = torch.arange(self.half, dtype=torch.float32, device=x.device) / self.last
-        angles = x.float().outer((1 / 10000) ** exponents if self.freqs is None else 2 * math.pi * self.freqs.float())
+        angles = x.float().outer((1 / 10000) ** exponents if self.freqs is None else self.turn * self.freqs.float())
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class Steps(nn.Module):
     """The embedded number of noise levels (arXiv 2409.19681)."""
 
-    def __init__(self, channels, emb):
+    def __init__(self, channels, emb, fourier, swap):
         super().__init__()
-        self.waves, self.layer0, self.layer1 = Waves(channels, True), nn.Linear(channels, emb), nn.Linear(emb, emb)
+        self.waves, self.swap = Waves(channels, fourier=fourier, stored=True), swap
+        self.layer0, self.layer1 = nn.Linear(channels, emb), nn.Linear(emb, emb)
 
     def forward(self, steps):
-        number = self.waves(torch.full((1,), float(steps), device=self.layer0.weight.device)).to(self.layer0.weight.dtype)
-        return F.silu(self.layer1(F.silu(self.layer0(number))))
+        cos, sin = self.waves(torch.full((1,), float(steps), device=self.layer0.weight.device)).chunk(2, dim=1)
+        waves = torch.cat([sin, cos] if self.swap else [cos, sin], 1).to(self.layer0.weight.dtype)
+        return F.silu(self.layer1(F.silu(self.layer0(waves))))
 
 
 class StepAffine(nn.Linear):
@@ -225,7 +227,7 @@ class SongUNet(nn.Module):
         self.map_label = nn.Linear(label_dim, noise) if label_dim else None
         self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
-        self.map_steps = Steps(noise, emb) if step_condition else None
+        self.map_steps = Steps(noise, emb, embedding_type == "fourier", True) if step_condition else None
         self.enc, self.dec, widths, aux, c, last = nn.ModuleDict(), nn.ModuleDict(), [], cin, model_channels, len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
@@ -306,7 +308,7 @@ class DhariwalUNet(nn.Module):
         self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(model_channels, emb), nn.Linear(emb, emb)
         self.map_label = nn.Linear(label_dim, emb, bias=False) if label_dim else None
-        self.map_steps = Steps(model_channels, emb) if step_condition else None
+        self.map_steps = Steps(model_channels, emb, False, False) if step_condition else None
         self.enc, self.dec, widths, c, last = nn.ModuleDict(), nn.ModuleDict(), [], model_channels * channel_mult[0], len(channel_mult) - 1
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
