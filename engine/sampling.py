@@ -89,7 +89,8 @@ class Sampler:
         them, as in EDM's code. A generator in one step is asked at the level that it was trained at.
         """
         walks = self.solver != ONE_STEP
-        return torch.tensor([nearest_level(net, s) if walks else s for s in self.sigmas], dtype=torch.float64)
+        known = [nearest_level(net, sigma) if walks else sigma for sigma in self.sigmas]
+        return torch.tensor(known, dtype=torch.float64, device="cpu")  # also where nets are planned on "meta"
 
     def states(self, net: Denoiser, x: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
