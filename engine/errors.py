@@ -16,18 +16,21 @@ def what_it_is(path: Path) -> str:
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     if not start.strip(b"\0"):
-        return "it is empty, as a broken download leaves it: copy or download it again"
+        return "it is empty or all zeros, as a broken download leaves it: copy or download it again"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, which only names the file: `git lfs pull` gets the file itself"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, such as an error message or a login: download the file itself"
-    return f"it is {_zipped(path) if start[:4] == _ZIP else _kind(start)}"
+        return "it is a web page, such as an error message or a login: remove it and download the file itself"
+    return f"it is {_zipped(path) if start.startswith(ZIP) else _kind(start)}"
 
 
-_ZIP = b"PK\x03\x04"
+ZIP = b"PK\x03\x04"
+TORCH_MAGIC = b"\x80\x02\x8a\x0a" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of torch.save's older format
 
 
 def _kind(start: bytes) -> str:
+    if start.startswith(TORCH_MAGIC):
+        return "a file of torch.save"
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "a pickle"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:

@@ -1,20 +1,30 @@
 """Whatever a user gets wrong ends in one clear sentence and exit code 2, and nothing is lost."""
 
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from engine import job, train
 from engine.config import load
+from engine.data.images import open_images
 from engine.errors import UserError
+from engine.evaluation.features import load_features
+from engine.evaluation.references import read_reference
+from engine.formats.edm_pickle import read_net
 from engine.nets.edm import from_kwargs
+from engine.nets.router import load_router
 from engine.nets.weights import load_net, read_tensors, save_net
 
 ROOT = Path(__file__).parent.parent
@@ -127,8 +137,6 @@ def test_teacher_of_another_architecture(tmp_path):
     tensors, meta = read_tensors(file)
     del tensors["model.map_layer0.weight"]
     tensors["model.extra"] = torch.zeros(1)
-    from safetensors.torch import save_file
-
     save_file(tensors, file, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
     with pytest.raises(UserError, match=r"misses model.map_layer0.weight.*has model.extra"):
         load_net(file)
@@ -141,8 +149,6 @@ def test_truncated_and_foreign_weight_files(tmp_path):
         file.write_bytes(whole[:cut])
         with pytest.raises(UserError, match="not a complete safetensors file"):
             load_net(file)
-    from safetensors.torch import save_file
-
     save_file({"w": torch.zeros(1)}, file)
     with pytest.raises(UserError, match="does not say which net"):
         load_net(file)
@@ -235,3 +241,87 @@ def test_too_few_images_are_refused_before_anything_is_trained(tmp_path):
         arguments = [recipe, *QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r", more]
         assert words in refused(*arguments)
         assert not (tmp_path / "r").exists()
+
+
+# Files of the wrong kind
+
+
+class Mean(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=[2, 3])
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """Files that somebody might give where another is wanted, by what they are."""
+    folder = tmp_path_factory.mktemp("mistaken")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "png")
+    with zipfile.ZipFile(folder / "pictures", "w") as archive:
+        archive.writestr("a.png", buffer.getvalue())
+    np.savez(folder / "npz", images=np.zeros((2, 8, 8), np.uint8))
+    os.replace(folder / "npz.npz", folder / "npz")
+    save_file({"unet.weight": torch.zeros(3)}, folder / "safetensors")
+    for new in (True, False):
+        torch.save({"weight": torch.zeros(3)}, folder / ("torch" if new else "legacy"), _use_new_zipfile_serialization=new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Mean()).save(folder / "script")
+    contents = {
+        "page": b"\n<!DOCTYPE html>\n<html>404</html>", "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "empty": b"",
+        "zeros": bytes(999), "pickle": pickle.dumps({"a": 1}), "cut pickle": pickle.dumps({"a": "b" * 99})[:-60],
+        "cut zip": (folder / "pictures").read_bytes()[:60], "picture": buffer.getvalue(),
+    }  # fmt: skip
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+WHAT = {
+    "page": "it is a web page, such as an error message or a login: remove it and download the file itself",
+    "lfs": "it is a Git LFS pointer, which only names the file: `git lfs pull` gets the file itself",
+    "empty": "copy or download it again", "zeros": "copy or download it again", "cut zip": "copy or download it again",
+    "pictures": "it is a zip of pictures", "npz": "it is an .npz of 'images'", "picture": "it is a picture", "script": "it is a TorchScript file",
+    "torch": "it is a file of torch.save", "legacy": "it is a file of torch.save", "pickle": "it is a pickle", "safetensors": "it is a safetensors file",
+}  # fmt: skip
+CONVERTED = WHAT | {
+    "cut pickle": "is cut off: 110 bytes are wanted at byte 11 of 61: copy or download it again", "pickle": "holds no net of EDM's, only 'a': wanted a network pickle",
+    "torch": "holds no net of EDM's, only weight: wanted", "legacy": "holds no net of EDM's, only weight: wanted",
+}  # fmt: skip
+READ = WHAT | {"safetensors": "does not say which net they belong to"}
+REFERENCE = WHAT | {
+    "cut pickle": "copy or download it again; wanted a pickle of numpy arrays", "pickle": "is a pickle without a reference: wanted EDM2's",
+    "legacy": "wanted a pickle of numpy arrays and numbers",
+}  # fmt: skip
+FEATURES = {name: words for name, words in WHAT.items() if name != "script"}
+DATA = {name: words for name, words in WHAT.items() if name in ("page", "lfs", "empty", "cut zip", "pickle", "safetensors", "picture")}
+READERS = {
+    "convert": (read_net, CONVERTED), "weights": (load_net, READ), "reference": (read_reference, REFERENCE),
+    "features": (lambda path: load_features(str(path)), FEATURES), "inception": (lambda path: load_features(f"inception:{path}"), FEATURES),
+    "data": (lambda path: open_images(str(path)), DATA),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reader", "name"), [(reader, name) for reader, (_, words) in READERS.items() for name in words])
+def test_a_file_of_another_kind_is_named_for_what_it_is(mistaken, reader, name):
+    read, words = READERS[reader]
+    with pytest.raises(UserError) as caught:
+        read(mistaken / name)
+    sentence = str(caught.value)
+    assert sentence.startswith(str(mistaken / name)) and sentence.isprintable() and len(sentence) < 600
+    known = "is a pickle, which would have to be executed" if (reader, name) == ("inception", "pickle") else words[name]
+    assert known in sentence, sentence
+    assert "wanted" in sentence or "again" in sentence, sentence
+    assert "miniz" not in sentence
+
+
+def test_what_is_ours_already_wants_no_conversion(tmp_path):
+    with pytest.raises(UserError, match="is a weight file of ours already: use it as it is"):
+        read_net(teacher_file(tmp_path / "t.safetensors"))
+
+
+def test_manifests_of_something_else(tmp_path):
+    for text in ("{}", "[]", "no", '{"partition": {"kind": "blocks", "student_of": [0], "hash": "x"}, "students": ["a"]}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"is no manifest of students .*: wanted the manifest\.json of a run or an export"):
+            load_router(tmp_path / "manifest.json")

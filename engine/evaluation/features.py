@@ -130,9 +130,11 @@ def torchscript(path: Path) -> torch.jit.ScriptModule:
             warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
             script = torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
+        what = what_it_is(path)
+        why, instead = (f" ({_first_line(error)})", "") if what == "it is a TorchScript file" else ("", f"; {what}")
         raise UserError(
-            f"{path} is no TorchScript file ({_first_line(error)}): wanted one written by torch.jit.save, or, of the weights of a "
-            f"known network, {', '.join(f'{kind}:FILE' for kind in KINDS)}; {what_it_is(path)}"
+            f"{path} is no TorchScript file{why}: wanted one written by torch.jit.save, or, of the weights of a known network, "
+            f"{', '.join(f'{kind}:FILE' for kind in KINDS)}{instead}"
         ) from None
     if not hasattr(script, "forward"):
         raise UserError(f"{path} is TorchScript without a forward: wanted a net that maps images to features")

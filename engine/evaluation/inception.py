@@ -33,7 +33,7 @@ def load_inception(where: str, command: str) -> Features:
         path = _downloaded(command)
     else:
         path = fetch(where, command=command) if is_url(where) else Path(where)
-    if path.suffix == ".pkl":
+    if path.suffix != ".pth" and what_it_is(path) == "it is a pickle":
         raise UserError(f"{path} is a pickle, which would have to be executed: wanted the same network as TorchScript, {URL}")
     return FidelityInception(path) if path.suffix == ".pth" else ScriptedInception(path)
 
@@ -83,10 +83,11 @@ class FidelityInception(Features):
         self.sha256 = digest(path)
         known = self.sha256.startswith(STATE_DICT_SHA256)
         self.title = "FID" if known else f"FD-{path.stem} (not FID's Inception: another sha256)"
+        weights = read_state_dict(path)
         net = torch_fidelity().FeatureExtractorInceptionV3
         # It would unpickle the file whole; so it is given a copy that we have made of the tensors.
         copy = io.BytesIO()
-        torch.save(read_state_dict(path), copy)
+        torch.save(weights, copy)
         copy.seek(0)
         try:
             self.net = net("inception-v3-compat", [str(NUM_FEATURES)], feature_extractor_weights_path=copy).eval()

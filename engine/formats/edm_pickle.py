@@ -60,7 +60,9 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
     like: a weight file whose class and keyword arguments the net has; wanted for checkpoints, which do not tell theirs.
     Raises UserError for what is damaged, refused, ambiguous or of another architecture.
     """
-    content = read_tensors(path)[0] if path.suffix == ".safetensors" else read_file(path)
+    content, metadata = read_tensors(path) if path.suffix == ".safetensors" else (read_file(path), {})
+    if like is None and "precond" in metadata and "kwargs" in metadata:
+        raise UserError(f"{path} is a weight file of ours already: use it as it is")
     try:
         nets = networks(content)
         if nets:
@@ -174,7 +176,7 @@ def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weig
     starts = {name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith("." + ANCHOR)}
     if not starts:
         raise UserError(
-            f"{path} holds no net of EDM's: wanted a network pickle, or a checkpoint with a tensor {ANCHOR}"
+            f"{path} holds no net of EDM's, {_held(content, tensors)}: wanted a network pickle, or a checkpoint with a tensor {ANCHOR}"
         )
     titled = {re.sub(r"(^|\.)model\.$|\.$", "", start): start for start in sorted(starts)}
     if len(titled) < len(starts):
@@ -187,6 +189,13 @@ def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weig
     }
     levels = start.removesuffix("model.") + "u"  # the noise levels of iDDPM, beside the U-Net
     return title, weights | ({"u": tensors[levels]} if levels in tensors else {})
+
+
+def _held(content: Any, tensors: Weights) -> str:
+    """What a file holds instead of a net, as a part of a sentence."""
+    names = list(tensors) or [shown(key) for key in content] if type(content) is dict else list(tensors)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"only {names[0]:.60}{more}" if names else f"only a {type(content).__name__}"
 
 
 def _flat(content: Any) -> Weights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError, what_it_is
+from engine.errors import UserError
 from engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8
@@ -105,7 +105,7 @@ def read_arrays(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Unreadable as error:
-        raise UserError(f"{path} {error}; wanted numpy arrays and numbers, and {what_it_is(path)}") from error
+        raise UserError(f"{path} {error}; wanted a pickle of numpy arrays and numbers") from error
 
 
 def _plain(value: Any) -> Any:

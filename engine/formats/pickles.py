@@ -117,7 +117,7 @@ class _Machine:
     def take(self, n: int) -> memoryview:
         """The next n bytes, not copied."""
         if n > len(self.data) - self.at:
-            raise Unreadable(f"is cut off: {n:,} bytes are wanted at byte {self.at:,} of {len(self.data):,}")
+            raise Unreadable(f"is cut off: {n:,} bytes are wanted at byte {self.at:,} of {len(self.data):,}: copy or download it again")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -222,7 +222,7 @@ def _protocol(m: _Machine) -> None:
 def _frame(m: _Machine) -> None:
     length = m.number("<Q")  # a frame only says how much to read at once
     if length > len(m.data) - m.at:
-        raise Unreadable(f"is cut off: {length:,} bytes are wanted at byte {m.at:,} of {len(m.data):,}")
+        raise Unreadable(f"is cut off: {length:,} bytes are wanted at byte {m.at:,} of {len(m.data):,}: copy or download it again")
 
 
 STOP = ord(".")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
 from engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 
@@ -167,7 +167,9 @@ def read_file(path: Path) -> Any:
     try:
         return _archive(data, path) if data[:4] == b"PK\x03\x04" else _pickle(data)
     except Unreadable as error:
-        raise UserError(f"{path} {error}") from error
+        what = what_it_is(path)
+        expected = what in ("it is a pickle", "it is a file of torch.save") or what.startswith("it is of no known kind")
+        raise UserError(f"{path} {error}" + ("" if expected else f"; wanted a pickle or a file of torch.save; {what}")) from error
 
 
 def _pickle(data: memoryview) -> Any:
@@ -220,7 +222,7 @@ def _torch_saved(data: memoryview, names: Callable[[str], Name], budget: Budget)
         (numel,) = struct.unpack_from("<q", data, at)
         end = at + 8 + storage.numel * storage.dtype.itemsize
         if numel != storage.numel or end > len(data):
-            raise Unreadable(f"is cut off at byte {at:,}, where {storage.numel:,} numbers should be")
+            raise Unreadable(f"is cut off at byte {at:,}, where {storage.numel:,} numbers should be: copy or download it again")
         storage.fill(data[at + 8 : end])
         at = end
     if at != len(data):
@@ -253,6 +255,8 @@ def _archive(data: memoryview, path: Path) -> Any:
             entries = {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
         raise Unreadable(f"is a damaged zip archive ({error})") from error
+    if any(name.endswith("/constants.pkl") for name in entries):
+        raise Unreadable("holds a program, which is not executed")
     roots = [name.removesuffix("data.pkl") for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(roots) != 1:
         raise Unreadable("is a zip archive without the one data.pkl of torch.save")
@@ -271,7 +275,7 @@ def _archive(data: memoryview, path: Path) -> Any:
             raise Unreadable("is a damaged zip archive")
         start = at + 30 + length + extra
         if start + entry.file_size > len(data):
-            raise Unreadable("is a zip archive that is cut off")
+            raise Unreadable("is a zip archive that is cut off: copy or download it again")
         return data[start : start + entry.file_size]
 
     if roots[0] + "byteorder" in entries and member("byteorder") != b"little":

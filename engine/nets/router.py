@@ -94,21 +94,21 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
     try:
         text = json.loads(manifest.read_text())
         partition = Partition(text["partition"]["kind"], tuple(text["partition"]["student_of"]))
-        listed, promised = text["students"], text["partition"]["hash"]
+        listed, promised = [(one["file"], one["sha256"]) for one in text["students"]], text["partition"]["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is no manifest of students: {error!r}") from error
+        raise UserError(f"{manifest} is no manifest of students ({error!r}): wanted the {MANIFEST} of a run or an export") from error
     if partition.hash != promised or len(listed) != partition.count:
         raise UserError(f"{manifest} contradicts itself: its classes have hash {partition.hash}, it promises {promised}")
     students, metas = [], []
-    for k, entry in enumerate(listed):
-        file = manifest.parent / entry["file"]
+    for k, (name, sha256) in enumerate(listed):
+        file = manifest.parent / name
         net, meta = load_net(file)
         if meta.get("partition") != partition.hash or meta.get("student") != k:
             raise UserError(
                 f"{file} is student {meta.get('student')} of partition {meta.get('partition')}, "
                 f"{manifest} wants student {k} of {partition.hash}: students of different partitions do not mix"
             )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{file} has changed since {manifest} was written: repeat the training command to renew it")
         students.append(net)
         metas.append(meta)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.steps import FREQUENCIES
@@ -81,7 +81,12 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}): copy or download it again") from error
+        what = what_it_is(path)
+        again = "copy or download it again"
+        wanted = f"wanted a file written by engine.train or engine.convert; {what}"
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}): {again if what == 'it is a safetensors file' else wanted}"
+        ) from error
 
 
 def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
