@@ -19,7 +19,7 @@ from engine.formats.download import digest, fetch, is_url
 from engine.formats.edm_pickle import Found, read_net
 from engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
 from engine.nets.weights import save_net
-from engine.sampling import one_step
+from engine.sampling import Sampler, one_step
 
 IMAGES = """\
 SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),
@@ -150,9 +150,8 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     path = fetch(source, command=arguments.again) if is_url(source) else Path(source).expanduser()
     found = read_net(path, net=arguments.net, like=arguments.like)
     metadata = {"source": source if is_url(source) else path.name, "sha256": digest(path), "license": LICENSE}
-    sigma = ONE_STEP.get(found.net.precond) if sigma is None else sigma
-    if sigma is not None:
-        metadata |= {"method": "converted", "sampler": one_step(sigma).to_dict()}
+    if sampler := _sampler(found, sigma, path):
+        metadata |= {"method": "converted", "sampler": sampler.to_dict()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_net(out, found.net, **metadata)
@@ -161,6 +160,19 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {_described(found)} ({metadata['source']}, sha256 {metadata['sha256'][:12]})")
+
+
+def _sampler(found: Found, sigma: float | None, path: Path) -> Sampler | None:
+    """How a generator is sampled; None for a teacher. UserError where --one-step contradicts the file."""
+    net, known = found.net, ONE_STEP.get(found.net.precond)
+    if sigma is None:
+        return None if known is None else one_step(known)
+    if net.precond == "GDDPrecond" and sigma != known:
+        raise UserError(f"{path} holds a net of {net.precond}, which knows only the noise level {known:g}, and --one-step says {sigma:g}: leave it out")
+    if not net.sigma_min <= sigma <= net.sigma_max:
+        levels = f"{net.sigma_min:g} … {net.sigma_max:g}"
+        raise UserError(f"{path} holds a net for the noise levels {levels}, and --one-step says {sigma:g}: name the level it was trained at")
+    return one_step(sigma)
 
 
 def _described(found: Found) -> str:

@@ -36,6 +36,7 @@ from engine.formats import pickles
 from engine.formats.edm_pickle import read_net
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import load_net, save_net
+from engine.sampling import one_step
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 TINY = {
@@ -728,3 +729,62 @@ def test_mutated_files_are_refused_or_converted_and_never_executed(kind, n, tmp_
     assert 0 < converted < n / 2  # a changed weight is still a weight
     assert len(sentences) > 10
     assert all(sentence.isprintable() for sentence in sentences)
+
+
+# A file and a hint that contradict it
+
+
+@pytest.mark.parametrize("own", ["GDDPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond", "ECMPrecond"])
+def test_a_class_that_the_pickle_names_is_not_overridden(own, tmp_path):
+    """Naming both; a hint that agrees changes nothing, the generator's sampler included."""
+    net = tiny(own)
+    path = dumped(tmp_path / "net.pkl", snapshot(net))
+    sentence = refused(path, *teacher(tmp_path, tiny()))
+    assert f"holds a net of the class '{own}', and --like " in sentence
+    assert sentence.endswith("is one of EDMPrecond: leave --like out")
+    assert "of the class 'EDMPrecond'" in refused(dumped(tmp_path / "edm.pkl", snapshot(tiny())), *teacher(tmp_path, net))
+    alone, agreeing = converted(path), converted(path, *teacher(tmp_path, net))
+    assert_same(agreeing[0], net)
+    assert alone[1] == agreeing[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sigma_data": 0.7}, "sigma_data = 0.7"), ({"sigma_min": 0.01}, "sigma_min = 0.01"), ({"dropout": 0.3}, "dropout = 0.3"),
+        ({"use_fp16": True}, "use_fp16 = True"), ({"label_dim": 0}, "label_dim = 0"), ({"img_resolution": 16}, "img_resolution = 16"),
+        ({"augment_dim": 0}, "augment_dim = 0"), ({"model_type": "DhariwalUNet"}, "model_type = 'DhariwalUNet'"),
+    ],
+)  # fmt: skip
+def test_nor_are_the_arguments_that_its_net_was_made_with(changes, words, tmp_path):
+    net = tiny(**changes)
+    path = dumped(tmp_path / "net.pkl", snapshot(net))
+    sentence = refused(path, *teacher(tmp_path, tiny()))
+    assert f"holds a net made with {words}, and --like " in sentence
+    assert_same(converted(path)[0], net)
+
+
+def test_defaults_that_one_file_writes_down_and_another_does_not_agree(tmp_path):
+    net = tiny()
+    written = network(net, _init_kwargs=net.kwargs | {"sigma_data": 0.5, "dropout": 0.1, "attn_resolutions": (), "use_fp16": 0})
+    path = dumped(tmp_path / "net.pkl", {"ema": written})
+    assert converted(path, *teacher(tmp_path, net))[0].kwargs["dropout"] == 0.1
+    silent = dumped(tmp_path / "silent.pkl", {"ema": network(net, _init_kwargs=None)})
+    assert "does not say what its net was made with: add --like" in refused(silent)
+    assert_same(converted(silent, *teacher(tmp_path, net))[0], net)
+    assert "of the class 'EDMPrecond', and --like" in refused(silent, *teacher(tmp_path, tiny("VPPrecond")))
+
+
+def test_a_weight_file_of_ours_is_not_converted_again(tmp_path):
+    save_net(tmp_path / "gdd.safetensors", tiny("GDDPrecond"), method="converted", sampler=one_step(80).to_dict())
+    hint = teacher(tmp_path, tiny())
+    assert "is a weight file of ours already: use it as it is" in refused(tmp_path / "gdd.safetensors")
+    assert "already, of a net of GDDPrecond (and --like of one of EDMPrecond)" in refused(tmp_path / "gdd.safetensors", *hint)
+
+
+def test_a_noise_level_that_the_net_does_not_know_is_no_generators(tmp_path):
+    gdd = dumped(tmp_path / "gdd.pkl", snapshot(tiny("GDDPrecond")))
+    assert "GDDPrecond, which knows only the noise level 80, and --one-step says 2.5" in refused(gdd, "--one-step", "2.5")
+    assert converted(gdd, "--one-step", "80")[1]["sampler"]["sigmas"] == [80.0]
+    ve = dumped(tmp_path / "ve.pkl", snapshot(tiny("VEPrecond")))
+    assert "for the noise levels 0.02 … 100, and --one-step says 200" in refused(ve, "--one-step", "200")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.formats.numpy_pickles import NumpyArray
+from engine.formats.edm_arguments import argument, check_arguments, check_class
 from engine.formats.pickles import Inert, Unreadable, checked, shown
 from engine.formats.torch_pickles import Persistent, StoredTensor, read_file
 from engine.nets.denoiser import Denoiser
@@ -22,18 +22,6 @@ from engine.nets.weights import load_strictly, read_metadata, read_tensors
 
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike
-# What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
-COUNTS = {
-    "img_resolution": (1, 8192), "img_channels": (1, 256), "label_dim": (0, 1_000_000), "augment_dim": (0, 10_000),
-    "model_channels": (1, 65_536), "channel_mult_emb": (1, 64), "num_blocks": (1, 32), "channel_mult_noise": (1, 64),
-    "M": (2, 10_000),
-}  # fmt: skip
-LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 8192), "resample_filter": (1, 4096)}
-LONGEST_LIST = 16
-NUMBERS = (
-    "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "dropout", "label_dropout"
-)  # fmt: skip
-TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
 
 ANCHOR = "map_layer0.weight"  # every U-Net of EDM's has it
 AUGMENT = "model.map_augment.weight"
@@ -43,6 +31,7 @@ NET_NAME = re.compile(r"[\w.-]{1,300}")
 MOST_PARTS, LONGEST_PREFIX, MOST_NESTED = 100_000, 500, 16
 
 Weights = dict[str, StoredTensor | Tensor]
+Description = tuple[str, dict[str, Any]]  # EDM's class name and keyword arguments
 
 
 class Found(NamedTuple):
@@ -58,23 +47,19 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
 
     net: which, where a file holds several ("ema", "net", "G_ema", "fake_score"); None takes "ema", or the only one.
     like: a weight file whose class and keyword arguments the net has; wanted for checkpoints, which do not tell theirs.
-    Raises UserError for what is damaged, refused, ambiguous or of another architecture.
+    Raises UserError for what is damaged, refused, ambiguous or of another architecture, and where `like` contradicts the file.
     """
-    content, metadata = read_tensors(path) if path.suffix == ".safetensors" else (read_file(path), {})
-    if like is None and "precond" in metadata and "kwargs" in metadata:
-        raise UserError(f"{path} is a weight file of ours already: use it as it is")
+    named = None if like is None else _description_in(like)
     try:
+        content = _bare_tensors(path, named) if path.suffix == ".safetensors" else read_file(path)
         nets = networks(content)
         if nets:
             name = _chosen(path, nets, net)
-            described = None if like else description(nets[name])
+            described = _agreed(nets[name], named, like)
             weights = weights_of(nets[name])
         else:
-            name, weights = _checkpoint(path, content, net)
-            described = None
-        if like is not None:
-            described = _description_in(like)
-        elif described is None:
+            (name, weights), described = _checkpoint(path, content, net), named
+        if described is None:
             raise UserError(
                 f"{path} holds weights and does not say of which net: add --like TEACHER.safetensors, a converted net "
                 "of the same architecture"
@@ -82,6 +67,27 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
         return _fitted(path, name, *described, weights)
     except Unreadable as error:
         raise UserError(f"{path} {error}") from error
+
+
+def _agreed(net: Persistent, named: Description | None, like: Path | None) -> Description:
+    """What the file says about its net. --like may fill what it leaves out, and contradict nothing."""
+    if named is not None and like is not None:
+        check_class(net.title, named[0], like)
+    precond, kwargs = description(net)
+    if kwargs is None and named is None:
+        raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
+    if kwargs is not None and named is not None and like is not None:
+        check_arguments(precond, kwargs, named[1], like)
+    return (precond, kwargs) if kwargs is not None else named  # type: ignore[return-value]
+
+
+def _bare_tensors(path: Path, named: Description | None) -> Weights:
+    """The tensors of a safetensors file that does not say what they are of."""
+    tensors, metadata = read_tensors(path)
+    if "precond" in metadata:
+        both = f", of a net of {metadata['precond']} (and --like of one of {named[0]})" if named else ""
+        raise Unreadable(f"is a weight file of ours already{both}: use it as it is")
+    return tensors
 
 
 def networks(content: Any) -> dict[str, Persistent]:
@@ -131,39 +137,16 @@ def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
     return items
 
 
-def description(net: Persistent) -> tuple[str, dict[str, Any]]:
-    """EDM's class name and the keyword arguments the net was made with."""
+def description(net: Persistent) -> tuple[str, dict[str, Any] | None]:
+    """EDM's class name and the keyword arguments the net was made with; None where it does not say."""
     if net.title not in SCHEMES:
         whose = ", EDM2's, which is of another architecture," if net.title == "Precond" else ""
         raise Unreadable(f"holds a net of the class {shown(net.title)}{whose} and cannot be converted: wanted one of {', '.join(SCHEMES)}")
     given, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
     if type(given) is not tuple or len(given) > len(POSITIONAL) or type(kwargs) is not dict:
-        raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
+        return net.title, None
     named = dict(zip(POSITIONAL, given, strict=False)) | kwargs
-    return net.title, {name: _argument(name, value) for name, value in named.items()}
-
-
-def _argument(name: Any, value: Any) -> Any:
-    """A keyword argument as plain data, if it is one of EDM's and within reason."""
-    if name not in {*COUNTS, *LISTS, *NUMBERS, *TEXTS, "use_fp16"}:
-        raise Unreadable(f"holds a net made with {shown(name)}, a keyword argument that is not EDM's")
-    value = value.value.tolist() if isinstance(value, NumpyArray) and value.value is not None else value
-    if name in COUNTS and _is_whole(value, *COUNTS[name]):
-        return int(value)
-    short = name in LISTS and type(value) in (list, tuple) and len(value) <= LONGEST_LIST
-    if short and all(_is_whole(v, *LISTS[name]) for v in value):
-        return [int(v) for v in value]
-    if name in NUMBERS and type(value) in (int, float) and not math.isnan(value):
-        return float(value)
-    if name in TEXTS and type(value) is str:
-        return value
-    if name == "use_fp16" and type(value) in (bool, int):
-        return bool(value)
-    raise Unreadable(f"holds a net made with {name} = {shown(value)}")
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return type(value) in (int, float) and low <= value <= high and value == int(value)
+    return net.title, {name: argument(name, value) for name, value in named.items()}
 
 
 def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weights]:
@@ -221,7 +204,7 @@ def _flat(content: Any) -> Weights:
     return found
 
 
-def _description_in(like: Path) -> tuple[str, dict[str, Any]]:
+def _description_in(like: Path) -> Description:
     metadata = read_metadata(like)
     if "precond" not in metadata or "kwargs" not in metadata:
         raise UserError(

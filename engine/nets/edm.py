@@ -1,6 +1,7 @@
 """EDM's way of naming a net: a preconditioning class and keyword arguments, as its pickles store them."""
 
 import math
+from inspect import signature
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ def from_kwargs(precond: str, **kwargs: Any) -> Denoiser:
     net = Denoiser(model, precond, scheme | _sigma_range(precond, scheme), dict(kwargs))
     net.compute_dtype = torch.bfloat16 if kwargs.get("use_fp16") else torch.float32
     return add_step_condition(net) if kwargs.get("step_condition") else net
+
+
+def all_kwargs(precond: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every keyword argument that `from_kwargs(precond, **kwargs)` makes a net with, defaults included; tuples as lists."""
+    made = SCHEMES.get(precond, {}) | kwargs
+    unet = UNETS.get(made.get("model_type", ""))
+    given = signature(unet).parameters.values() if unet else ()
+    defaults = {p.name: p.default for p in given if p.default is not p.empty} | {"use_fp16": False, "step_condition": False}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in (defaults | made).items()}
 
 
 def without_augmentation(net: Denoiser) -> Denoiser:

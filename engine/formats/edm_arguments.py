@@ -1,0 +1,60 @@
+"""The keyword arguments that a net in somebody else's file was made with: which there may be, and whether two accounts agree."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from engine.formats.numpy_pickles import NumpyArray
+from engine.formats.pickles import Unreadable, shown
+from engine.nets.edm import all_kwargs
+
+# What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
+COUNTS = {
+    "img_resolution": (1, 8192), "img_channels": (1, 256), "label_dim": (0, 1_000_000), "augment_dim": (0, 10_000),
+    "model_channels": (1, 65_536), "channel_mult_emb": (1, 64), "num_blocks": (1, 32), "channel_mult_noise": (1, 64),
+    "M": (2, 10_000),
+}  # fmt: skip
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 8192), "resample_filter": (1, 4096)}
+LONGEST_LIST = 16
+NUMBERS = (
+    "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "dropout", "label_dropout"
+)  # fmt: skip
+TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
+
+
+def argument(name: Any, value: Any) -> Any:
+    """A keyword argument as plain data, if it is one of EDM's and within reason."""
+    if name not in {*COUNTS, *LISTS, *NUMBERS, *TEXTS, "use_fp16"}:
+        raise Unreadable(f"holds a net made with {shown(name)}, a keyword argument that is not EDM's")
+    value = value.value.tolist() if isinstance(value, NumpyArray) and value.value is not None else value
+    if name in COUNTS and is_whole(value, *COUNTS[name]):
+        return int(value)
+    short = name in LISTS and type(value) in (list, tuple) and len(value) <= LONGEST_LIST
+    if short and all(is_whole(v, *LISTS[name]) for v in value):
+        return [int(v) for v in value]
+    if name in NUMBERS and type(value) in (int, float) and not math.isnan(value):
+        return float(value)
+    if name in TEXTS and type(value) is str:
+        return value
+    if name == "use_fp16" and type(value) in (bool, int):
+        return bool(value)
+    raise Unreadable(f"holds a net made with {name} = {shown(value)}")
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    return type(value) in (int, float) and low <= value <= high and value == int(value)
+
+
+def check_class(own: str, named: str, like: Path) -> None:
+    """Unreadable where a file names another class than --like does: neither may win in silence."""
+    if own != named:
+        raise Unreadable(f"holds a net of the class {shown(own)}, and --like {like} is one of {named}: leave --like out")
+
+
+def check_arguments(precond: str, own: dict[str, Any], named: dict[str, Any], like: Path) -> None:
+    """The same of keyword arguments, defaults included."""
+    own, named = all_kwargs(precond, own), all_kwargs(precond, named)
+    for name in own | named:
+        if own.get(name) != named.get(name):
+            mine, theirs = (f"{kwargs.get(name)!r:.60}" for kwargs in (own, named))
+            raise Unreadable(f"holds a net made with {name} = {mine}, and --like {like} one with {theirs}: leave --like out")
