@@ -1,6 +1,7 @@
 """GDD and GDD-I: published counts and shapes, losses by hand, R1 by finite differences, what stays frozen, and that it learns."""
 
 import math
+import re
 import sys
 import types
 
@@ -472,6 +473,24 @@ class Pyramid(nn.Module):
         return nn.functional.avg_pool2d(x, 2), nn.functional.avg_pool2d(x, 4)
 
 
+class Nested(nn.Module):
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        return (x, x), x
+
+
+class Choosy(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[2] < 100:
+            raise ValueError("wants 100 pixels")
+        return x, x
+
+
+class Mute(nn.Module):
+    @torch.jit.export
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+
 def scripted(module: nn.Module, path) -> str:
     import warnings
 
@@ -491,6 +510,24 @@ def test_torchscript_features(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"no script")
     with pytest.raises(UserError, match=r"junk.pt is no TorchScript net"):
         load_features(f"torchscript:{tmp_path / 'junk.pt'}", tiny())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Nested(), "wants to return a tuple of square maps"),
+        (Choosy(), "is no TorchScript net for 8x8 images: builtins.ValueError: wants 100 pixels"),
+        (Mute(), "is no TorchScript net for 8x8 images: 'RecursiveScriptModule' object has no attribute 'forward'"),
+        (b"<html>404</html>", "wanted one written by torch.jit.save; it is a web page"),
+    ],
+)
+def test_torchscript_that_is_no_pyramid(tmp_path, module, message):
+    if isinstance(module, bytes):
+        (tmp_path / "f.pt").write_bytes(module)
+    else:
+        scripted(module, tmp_path / "f.pt")
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_features(f"torchscript:{tmp_path / 'f.pt'}", tiny())
 
 
 class Stages(nn.Module):

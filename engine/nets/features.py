@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.errors import UserError, what_it_is
 from engine.nets.denoiser import Denoiser
 
 TEACHER_SIGMA = 0.2  # a choice: noise a tenth of the images' power, so the encoder still sees everything but the finest detail
@@ -136,7 +136,9 @@ class Scripted(FeatureNet):
             with torch.no_grad():
                 maps = self.script.eval()(torch.zeros(1, 3, resolution, resolution, device="cpu"))
         except (RuntimeError, ValueError, AttributeError, torch.jit.Error) as error:  # AttributeError: it has no forward
-            raise UserError(f"{path} is no TorchScript net for {resolution}x{resolution} images: {_last_line(error)}") from None
+            what = what_it_is(path)
+            why = _last_line(error) if what == "it is a TorchScript file" else f"wanted one written by torch.jit.save; {what}"
+            raise UserError(f"{path} is no TorchScript net for {resolution}x{resolution} images: {why}") from None
         if not isinstance(maps, tuple | list) or not maps or any(not _is_square_map(m) for m in maps):
             raise UserError(f"{path} wants to return a tuple of square maps [N, C, h, h], finest first")
         self.taps = [Tap(m.shape[1], m.shape[2]) for m in maps]
