@@ -26,6 +26,7 @@ from torch.compiler import is_compiling
 
 from kernels import cpu, reference
 from kernels._args import check_choice
+from kernels._inference import takes_inference_tensors
 from kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
 from kernels._loss import few, kept, on_reference, plain_on_cpu
 from kernels._tl import is_finite, load, total
@@ -215,6 +216,7 @@ def _check_pair(op: str, name: str, logit: Tensor, ref_name: str, ref: Tensor) -
         )
 
 
+@takes_inference_tensors
 def generator_adversarial(logits: Sequence[Tensor] | Tensor, *, kind: str = "softplus") -> Losses:
     """The generator's side: per sample, the sum over nets of the mean over that net's logits of softplus(-l).
 
@@ -232,6 +234,7 @@ def generator_adversarial(logits: Sequence[Tensor] | Tensor, *, kind: str = "sof
     return _adversarial(nets, [-1] * len(nets), "softplus" if kind == "softplus" else "linear")
 
 
+@takes_inference_tensors
 def discriminator_adversarial(
     fake_logits: Sequence[Tensor] | Tensor, real_logits: Sequence[Tensor] | Tensor, *, kind: str = "softplus"
 ) -> Losses:

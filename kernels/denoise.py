@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
+from kernels._inference import takes_inference_tensors
 from kernels._lib import (
     BLOCK,
     SIZES,
@@ -112,6 +113,7 @@ _denoise = define_loss(
 )
 
 
+@takes_inference_tensors
 def denoise(
     estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
 ) -> Losses:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels._inference import takes_inference_tensors
+
 
 def accum(*tensors: Tensor | None) -> torch.dtype:
     """The dtype sums are taken in: float64 where any of the tensors is, else float32."""
@@ -40,6 +42,7 @@ class Estimate(NamedTuple):
         """What of it is an image and can have a gradient: raw, x_t, raw_uncond."""
         return self.raw, self.x_t, self.raw_uncond
 
+    @takes_inference_tensors
     def denoised(self) -> Tensor:
         """D [N, C, H, W] in float32 (float64 where anything is), differentiable in every tensor."""
         dtype = accum(self.raw, self.x_t, self.raw_uncond)

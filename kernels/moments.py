@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
+from kernels._inference import takes_inference_tensors
 from kernels._lib import (
     BLOCK,
     REGISTERS,
@@ -96,6 +97,7 @@ _moments = define_loss(
 )
 
 
+@takes_inference_tensors
 def moments(
     x: Tensor,
     real: Estimate | Tensor,

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
+from kernels._inference import takes_inference_tensors
 from kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
 from kernels.estimate import accum, per_sample
 
@@ -381,6 +382,7 @@ def _plain_add_noise(x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tenso
     return torch.addcmul(x.to(acc), given.to(acc), per_sample(sigma.to(acc), x))
 
 
+@takes_inference_tensors
 def add_noise(x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tensor:
     """x_t = x + sigma·noise in float32 (float64 for float64 x), differentiable in x.
 
@@ -401,6 +403,7 @@ def add_noise(x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tensor:
     return _AddNoise.apply(x, sigma, *_drawn(noise))
 
 
+@takes_inference_tensors
 def noised_input(
     x: Tensor,
     sigma: Tensor,

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels import _norm, _norm_cpu, cuda, native
+from kernels._inference import takes_inference_tensors
 from kernels._lib import INTERPRET, define
 from kernels._norm import gradients
 from kernels._norm_cpu import Norm
@@ -114,6 +115,7 @@ def _format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
+@takes_inference_tensors
 def norm_silu(
     x: Tensor,
     weight: Tensor,
@@ -167,6 +169,7 @@ def _definition_is_fast(x: Tensor) -> bool:
     return x.element_size() > 2 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
+@takes_inference_tensors
 def plain(
     x: Tensor,
     weight: Tensor,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels._inference import takes_inference_tensors
 from kernels.estimate import Estimate, Losses, accum, per_sample
 
 
@@ -45,6 +46,7 @@ def _losses(formula: Callable[..., Tensor], *tensors: Tensor) -> Losses:
     return Losses(value_n, (~finite_n).sum(dtype=torch.int32))
 
 
+@takes_inference_tensors
 def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, eps: float = 1e-6) -> Losses:
     """DMD (arXiv 2311.18828 Eq. 7-8): 0.5·mean((x - sg(x - g))²), g = (fake - real) / max(mean|x - real|, eps)."""
 
@@ -55,6 +57,7 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
     return _losses(formula, x, denoised(real).detach(), denoised(fake).detach())
 
 
+@takes_inference_tensors
 def score_implicit(
     x: Tensor,
     real: Estimate | Tensor,
@@ -88,6 +91,7 @@ def score_implicit(
     return _losses(formula, x, denoised(real), denoised(fake), *([] if weight is None else [weight]))
 
 
+@takes_inference_tensors
 def denoise(
     estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
 ) -> Losses:
@@ -99,6 +103,7 @@ def denoise(
     return _losses(formula, denoised(estimate), target.detach(), *([] if weight is None else [weight]))
 
 
+@takes_inference_tensors
 def moments(
     x: Tensor,
     real: Estimate | Tensor,
@@ -120,6 +125,7 @@ def euler(x: Tensor, d: Tensor, ratio_n: Tensor) -> Tensor:
     return x + per_sample(ratio_n, x) * (x - d)
 
 
+@takes_inference_tensors
 def trajectory(
     x: Tensor,
     estimate: Estimate | Tensor,
@@ -156,6 +162,7 @@ def _penalty(kind: str, logits: Tensor) -> Tensor:
     return F.softplus(-logits) if kind == "softplus" else F.relu(1 - logits)
 
 
+@takes_inference_tensors
 def generator_adversarial(logits: Sequence[Tensor], *, kind: str = "softplus") -> Losses:
     """Per sample, sum over nets of the mean over that net's logits of softplus(-l), or of -l for hinge."""
 
@@ -166,6 +173,7 @@ def generator_adversarial(logits: Sequence[Tensor], *, kind: str = "softplus") -
     return _losses(formula, *logits)
 
 
+@takes_inference_tensors
 def discriminator_adversarial(
     fake_logits: Sequence[Tensor], real_logits: Sequence[Tensor], *, kind: str = "softplus"
 ) -> Losses:
@@ -179,6 +187,7 @@ def discriminator_adversarial(
     return _losses(formula, *fake_logits, *real_logits)
 
 
+@takes_inference_tensors
 def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + sigma·noise, in at least float32."""
     dtype = accum(x)
@@ -222,6 +231,7 @@ def normals(seed: Tensor, offset: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.stack(drawn, -1).flatten(2)[:, :, :p].reshape(*shape)
 
 
+@takes_inference_tensors
 def noised_input(
     x: Tensor, sigma: Tensor, noise: Tensor, c_in: Tensor, *, dtype: torch.dtype, channels: int | None = None
 ) -> tuple[Tensor, Tensor]:

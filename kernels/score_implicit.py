@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels import _score_cuda, cpu, cuda, reference
 from kernels._args import check_choice, check_estimate, check_per_sample, check_root
+from kernels._inference import takes_inference_tensors
 from kernels._lib import (
     BLOCK,
     SIZES,
@@ -185,6 +186,7 @@ _score_implicit = define_loss(
 )
 
 
+@takes_inference_tensors
 def score_implicit(
     x: Tensor,
     real: Estimate | Tensor,

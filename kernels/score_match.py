@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import _score_cuda, cpu, cuda, reference
 from kernels._args import check_constant_estimate, check_estimate, check_root
+from kernels._inference import takes_inference_tensors
 from kernels._lib import (
     BLOCK,
     REGISTERS,
@@ -137,14 +138,17 @@ def _backward_weighted(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate
 
 
 #: The same with g_i multiplied by a weight [N] and `plus` added to its normaliser: what kernels.compat needs.
-weighted = define_loss(
-    "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
-    forward=_forward_weighted,
-    backward=_backward_weighted,
-    reference=cpu.score_match_weighted,
+weighted = takes_inference_tensors(
+    define_loss(
+        "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
+        forward=_forward_weighted,
+        backward=_backward_weighted,
+        reference=cpu.score_match_weighted,
+    )
 )
 
 
+@takes_inference_tensors
 def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, eps: float = 1e-6) -> Losses:
     """Distribution matching loss of DMD and DMD2, differentiable in x alone.
 

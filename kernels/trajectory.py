@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
+from kernels._inference import takes_inference_tensors
 from kernels._lib import (
     BLOCK,
     SIZES,
@@ -156,6 +157,7 @@ _trajectory = define_loss(
 )
 
 
+@takes_inference_tensors
 def trajectory(
     x: Tensor,
     estimate: Estimate | Tensor,

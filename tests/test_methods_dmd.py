@@ -53,6 +53,16 @@ def test_student_gradient_by_hand(label_dim):
     torch.testing.assert_close(found, [a + b for a, b in zip(match, gan, strict=True)], rtol=1e-8, atol=1e-12)
 
 
+def test_a_teacher_evaluated_under_inference_mode_teaches_the_same():
+    data, found = Mixture(), []
+    for inferring in (False, True):
+        method = dmd(data)
+        if inferring:
+            method.teacher.estimate = torch.inference_mode()(method.teacher.estimate)
+        found.append(gradients(method, "student", batch_of(data))["student"])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("label_dim", [0, 4])
 @default_dtype(torch.float64)
 def test_fake_gradient_by_hand(label_dim):
