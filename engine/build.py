@@ -197,16 +197,17 @@ def build_images(cfg: Config) -> Images | None:
     """The data set of a run; None for a data-free run."""
     if cfg.rehearse:
         return open_images(rehearsal_data(cfg))
-    return open_images(cfg.data.path, resolution=cfg.data.resolution) if cfg.data.path else None
+    if not cfg.data.path:
+        return None
+    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled)
 
 
 def rehearsal_data(cfg: Config) -> str:
     """Synthetic images as large as the recipe's."""
-    if cfg.data.path == "digits":
-        return "synthetic:8x1x10"
-    classes = 1000 if cfg.net.model_type == "DhariwalUNet" else 0
-    size = f"synthetic:{cfg.data.resolution or 64}x3"
-    return f"{size}x{classes}" if cfg.net.conditional and classes else size
+    digits, labelled = cfg.data.path == "digits", not cfg.data.unlabelled
+    classes = 10 if digits else 1000 if cfg.net.model_type == "DhariwalUNet" and cfg.net.conditional else 0
+    size = "synthetic:8x1" if digits else f"synthetic:{cfg.data.resolution or 64}x3"
+    return f"{size}x{classes}" if classes and labelled else size
 
 
 def load_teacher(path: Path, images: Images | None) -> Denoiser:
@@ -243,7 +244,8 @@ def missing(cfg: Config) -> list[str]:
         wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))
     plan = cfg.skipping.plan
     if plan and not Path(plan).is_file():
-        wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path} --out {plan}")
+        unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
+        wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
     return wants + missing_packages(cfg.method)
 
 

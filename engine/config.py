@@ -39,6 +39,7 @@ class DataConfig:
 
     path: str | None = "digits"  # digits | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
     resolution: int | None = None  # wanted; null: as it comes
+    unlabelled: bool = False  # ignore class labels and class folders
     flips: bool = False  # mirror half of the images
     workers: int = 2  # processes that decode images when they do not fit in memory
     how: str = ""  # how to get the data: printed when it is missing

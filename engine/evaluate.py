@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         help="a run folder or a .safetensors file; may be left out with --data and --save-reference",
     )  # fmt: skip
     p.add_argument("--data", help="digits, a zip, a folder, an .npz (default: the data of the run)")
+    p.add_argument("--unlabelled", action="store_true", help="ignore the data's labels and class folders")
     p.add_argument(
         "--features",
         help="pixels, inception[:FILE|URL], dinov2:FILE|URL, clip:FILE|URL or a TorchScript file (default: the run's, else pixels)",
@@ -87,7 +88,9 @@ def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> 
     how = presets.how(args)
     models = open_models(args.source, args.which, **how, device=device) if args.source else []
     needed = not args.reference or args.labels == "data"
-    images = open_data(args.data, recipe.get("data") or {}, args.source) if needed or args.data else None
+    images = open_data(args, recipe.get("data") or {}) if needed or args.data else None
+    if images is None and args.unlabelled:
+        raise UserError("--unlabelled is about data, and with --reference none are read: leave it out")
     default = MOST if args.reference or images is None else min(len(images), MOST)
     n = default if chosen["n"] is None else chosen["n"]
     n, seed, batch = check_numbers(n, chosen["seed"], chosen["batch"], args.best_of)
@@ -183,15 +186,16 @@ def save_reference(path: Path, against: Reference, shards: Shards) -> None:
         print(f"{path}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
 
 
-def open_data(named: str | None, recipe: dict[str, Any], source: Path | None) -> Images:
+def open_data(args: argparse.Namespace, recipe: dict[str, Any]) -> Images:
     """The images of --data, else those of the run's config.yaml."""
-    if named is not None:
-        return open_images(named)
+    if args.data is not None:
+        return open_images(args.data, labelled=not args.unlabelled)
     if not recipe.get("path"):
         raise UserError(
-            f"{source} does not say which data it belongs to: wanted --data (digits, a zip, a folder, an .npz)"
+            f"{args.source} does not say which data it belongs to: wanted --data (digits, a zip, a folder, an .npz)"
         )
-    return open_images(recipe["path"], resolution=recipe.get("resolution"))
+    labelled = not (args.unlabelled or recipe.get("unlabelled"))
+    return open_images(recipe["path"], resolution=recipe.get("resolution"), labelled=labelled)
 
 
 def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int, int, int]:

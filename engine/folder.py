@@ -28,7 +28,8 @@ def prepare(cfg: Config) -> Path:
 
 
 def check_settings(cfg: Config, stored: Path, folder: Path) -> None:
-    old, new = OmegaConf.load(stored), OmegaConf.create(to_yaml(cfg))
+    before = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
+    old, new = OmegaConf.merge(before, OmegaConf.load(stored)), OmegaConf.create(to_yaml(cfg))
     changed = [k for k in differences(old, new) if not _free(k) and k.rpartition(".")[2] not in FREE_OF_STAGE]
     if changed:
         key = changed[0]

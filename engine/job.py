@@ -16,7 +16,7 @@ from engine.config import Config
 from engine.data.sampler import Stream
 from engine.errors import UserError
 from engine.evaluation.features import Features, load_features
-from engine.evaluation.generate import generate, write_pairs
+from engine.evaluation.generate import generate, one_hot, write_pairs
 from engine.evaluation.pictures import grid, sheet
 from engine.evaluation.report import write_report
 from engine.evaluation.score import Reference, reference, score
@@ -175,8 +175,8 @@ class Job:
         tensors, _ = read_tensors(path)
         y = tensors["y"].to(self.device).float() / 127.5 - 1
         classes = tensors["labels"] if "labels" in tensors else None
-        one_hot = None if classes is None else torch.eye(teacher.label_dim)[classes].to(self.device)
-        return Pairs(tensors["z"].to(self.device), y, one_hot)
+        labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
+        return Pairs(tensors["z"].to(self.device), y, labels)
 
     def stage(
         self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None,

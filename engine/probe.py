@@ -14,6 +14,7 @@ import torch
 from engine.cli import run
 from engine.data.images import Images, open_images
 from engine.errors import UserError
+from engine.evaluation.generate import one_hot
 from engine.evaluation.score import check_fit
 from engine.evaluation.source import device_named
 from engine.nets.denoiser import Denoiser
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     check_numbers(args)
     device = device_named(args.device)
     net, _ = load_net(args.teacher)
-    images = open_images(args.data)
+    images = open_images(args.data, labelled=not args.unlabelled)
     check_fit(net, images)
     data = material(images, net, args.images, args.batch, args.seed, device)
     profile = probe(net.to(device), data, args.bins, say)
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m engine.probe", description=__doc__)
     p.add_argument("teacher", type=Path, metavar="TEACHER.safetensors")
     p.add_argument("--data", required=True, help="the teacher's data: digits, a zip, a folder, an .npz")
+    p.add_argument("--unlabelled", action="store_true", help="ignore the data's labels and class folders")
     p.add_argument("--out", type=Path, required=True, help="plan.json; the heat map goes beside it")
     p.add_argument("--bins", type=int, default=8, help="of noise levels, equal in log σ (default 8)")
     p.add_argument(
@@ -82,7 +84,7 @@ def material(images: Images, net: Denoiser, most: int, batch: int, seed: int, de
     pixels = torch.from_numpy(np.stack([images.read(int(i)) for i in chosen]))
     labels = None
     if net.label_dim and images.labels is not None:
-        labels = torch.eye(net.label_dim)[torch.from_numpy(images.labels[chosen])].to(device)
+        labels = one_hot(images.labels[chosen], net.label_dim).to(device)
     return Material((pixels.float() / 127.5 - 1).to(device), labels, batch, seed)
 
 

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine import job, train
-from engine.config import load
+from engine import evaluate, job, probe, train
+from engine.build import rehearsal_data
+from engine.config import load, to_yaml
 from engine.data.images import open_images
 from engine.errors import UserError
 from engine.evaluation.features import load_features
 from engine.evaluation.references import read_reference
+from engine.folder import prepare
 from engine.formats.edm_pickle import read_net
 from engine.nets.edm import from_kwargs
 from engine.nets.router import load_router
@@ -162,6 +165,18 @@ def test_another_configuration_in_the_same_folder(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
 
 
+def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path):
+    cfg = load(Path(DIGITS), [f"run_dir={tmp_path}"])
+    older = OmegaConf.create(to_yaml(cfg))
+    del older.data.unlabelled
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(older))
+    prepare(cfg)
+    assert "unlabelled: false" in (tmp_path / "config.yaml").read_text()
+    cfg.data.unlabelled = True
+    with pytest.raises(UserError, match=r"data\.unlabelled was False, now True"):
+        prepare(cfg)
+
+
 def test_unwritable_run_folder(tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot write to run folder" in refused(DIGITS, f"run_dir={tmp_path}/file/run")
@@ -241,6 +256,33 @@ def test_too_few_images_are_refused_before_anything_is_trained(tmp_path):
         arguments = [recipe, *QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r", more]
         assert words in refused(*arguments)
         assert not (tmp_path / "r").exists()
+
+
+def test_a_run_without_the_labels_of_its_data(tmp_path, capsys):
+    """Labels that are wrong do not matter to a run, its evaluation or a probe that ignores them."""
+    data = labelled(tmp_path / "a.npz", [0, 1, -1, 2, 1, 0])
+    train.main([DIGITS, *QUICK, f"data.path={data}", "data.unlabelled=true", f"run_dir={tmp_path}/r"])
+    assert load_net(tmp_path / "r/teacher.safetensors")[0].label_dim == 0
+    evaluate.main([f"{tmp_path}/r", "--which", "student"])
+    conditional = teacher_file(tmp_path / "t.safetensors", label_dim=3)
+    capsys.readouterr()
+    evaluate.main([str(conditional), "--data", str(data), "--unlabelled", "--steps", "1"])
+    assert json.loads(capsys.readouterr().out)["teacher"]["labels"] == "balanced"
+    for command in ([evaluate.main, conditional, "--data", data], [probe.main, conditional, "--data", data, "--out", tmp_path / "p.json"]):
+        with pytest.raises(UserError, match="the label -1"):
+            command[0](list(map(str, command[1:])))
+    with pytest.raises(UserError, match="8 bins of noise levels want at least 32 images"):
+        probe.main([str(conditional), "--data", str(data), "--unlabelled", "--out", f"{tmp_path}/p.json"])
+    with pytest.raises(UserError, match="--unlabelled is about data"):
+        evaluate.main([str(conditional), "--unlabelled", "--reference", str(data)])
+
+
+def test_a_rehearsal_without_labels_has_none():
+    for recipe, wanted in (("digits", "synthetic:8x1"), ("imagenet64_sid", "synthetic:64x3")):
+        found = load(ROOT / f"configs/{recipe}.yaml", ["data.unlabelled=true"])
+        assert rehearsal_data(found) == wanted
+        found.data.unlabelled = False
+        assert rehearsal_data(found) == f"{wanted}x{10 if recipe == 'digits' else 1000}"
 
 
 # Files of the wrong kind

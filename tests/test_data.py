@@ -326,6 +326,15 @@ def test_labels_missing_for_some(tmp_path):
     assert "wanted dataset.json at the top" in error_of(tmp_path / "deep.zip")
 
 
+def test_one_image_has_one_label(tmp_path):
+    files = {"a.png": encoded(pixels(1, 4, 4)[0])}
+    twice = write_zip(tmp_path / "a.zip", files | {"dataset.json": '{"labels": [["a.png", 0], ["a.png", 1]]}'})
+    assert "gives a.png two labels" in error_of(twice)
+    for labels in ('[["a.png", 1], ["a.png", 1]]', '{"a.png": 1}'):
+        write_zip(tmp_path / "b.zip", files | {"dataset.json": f'{{"labels": {labels}}}'})
+        assert open_images(tmp_path / "b.zip").labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
@@ -337,11 +346,97 @@ def test_labels_missing_for_some(tmp_path):
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(2)}, "float64, wanted [2] integers"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -3])}, "image 1 the label -3"),
         ({"images": np.array([print, 1], object)}, "plain arrays"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "y": np.array([0.0, 1.0])}, "labels [2] float64, wanted [2] integers; --unlabelled"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "label": np.array(["a", "b"])}, "labels [2] <U1, wanted"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.eye(2, dtype=int)}, "labels [2, 2] int64, wanted"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([True, False])}, "labels [2] bool, wanted"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.array([1, 2**63], np.uint64)}, "the label 9223372036854775808"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([None, 1], object)}, "plain arrays"),
     ],
 )
 def test_wrong_npz(tmp_path, arrays, said):
     np.savez(tmp_path / "a.npz", **arrays)
     assert said in error_of(tmp_path / "a.npz")
+    if len(arrays) > 1:  # all that is wrong are the labels
+        assert open_images(tmp_path / "a.npz", labelled=False).labels is None
+
+
+@pytest.mark.parametrize("name", ["label", "Labels", "y", "targets", "arr_1", "cls"])
+def test_labels_under_other_names(tmp_path, name):
+    np.savez(tmp_path / "a.npz", images=pixels(3, 4, 4), seeds=np.arange(3), **{name: np.array([2, 0, 2], np.uint8)})
+    assert open_images(tmp_path / "a.npz").labels.tolist() == [2, 0, 2]
+
+
+# Labels that are ignored, or passed over
+
+
+def numbered(root, names):
+    image = encoded(pixels(1, 4, 4)[0])
+    return write_folder(root, dict.fromkeys(names, image))
+
+
+EDM_SUBDIRS = [f"{k - k % 1000:06d}/{k:06d}.png" for k in (0, 1, 999, 1000, 2001)]
+
+
+@pytest.mark.parametrize(
+    ("names", "one_list"),
+    [
+        (EDM_SUBDIRS, True),
+        ([f"{k // 1000:05d}/img{k:08d}.png" for k in (0, 999, 1000)], True),
+        ([f"in/{k - k % 1000:05d}/{k:05d}.png" for k in (0, 999, 69_999)], True),
+        ([f"{k // 100}/seed_{k}.jpg" for k in (3, 120, 250)], True),
+        (["0/1.png", "0/2.png", "1/1.png"], False),
+        (["cat/0.png", "dog/1000.png"], False),
+        (["000000/000000.png", "001000/a.png"], False),
+        ([f"{k % 3}/{k:05d}.png" for k in range(6)], False),
+    ],
+)
+def test_one_long_list_cut_into_folders_is_told(tmp_path, capsys, names, one_list):
+    data = open_images(numbered(tmp_path, names))
+    assert data.label_dim == len({name.rpartition("/")[0] for name in names})
+    said = capsys.readouterr().err
+    assert ("--unlabelled (in a run: data.unlabelled=true)" in said) == one_list
+    assert open_images(tmp_path, labelled=False).labels is None
+    assert capsys.readouterr().err == ""
+
+
+def test_what_may_hold_labels_and_is_not_read_is_told(tmp_path, capsys):
+    image = encoded(pixels(1, 4, 4)[0])
+    classes = {"cat/1.png": image, "dog/2.png": image}
+    write_zip(tmp_path / "a.zip", classes)
+    write_zip(tmp_path / "b.zip", dict.fromkeys(EDM_SUBDIRS, image))
+    write_folder(tmp_path / "c", {"1.png": image, "labels.csv": b"x"})
+    write_zip(tmp_path / "d.zip", {"1.png": image, "1.cls": b"0"})
+    write_folder(tmp_path / "e", classes | {"labels.csv": b"x"})
+    write_zip(tmp_path / "f.zip", {"1.png": image, "labels.csv": b"x", "dataset.json": '{"labels": [["1.png", 0], ["2.png", 0]]}'})
+    np.savez(tmp_path / "g.npz", images=pixels(2, 4, 4), digit=np.arange(2))
+    for name, said in (
+        ("a.zip", "has folders (cat/1.png) and no dataset.json: no labels"),
+        ("b.zip", ""),
+        ("c", "has labels.csv, which is not read"),
+        ("d.zip", "has 1.cls, which is not read"),
+        ("e", ""),
+        ("f.zip", "labels 2 images, 1 are there"),
+        ("g.npz", "has no array 'labels'; passed over: digit"),
+        ("digits", ""),
+    ):
+        open_images(tmp_path / name if name != "digits" else name)
+        told = capsys.readouterr().err
+        assert said in told if said else told == "", name
+
+
+def test_ignoring_labels_where_there_are_none_is_told(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4))
+    edm_zip(tmp_path / "b.zip", pixels(2, 4, 4), labels=None)
+    for name in (tmp_path / "a.npz", tmp_path / "b.zip", "synthetic:4x1", numbered(tmp_path / "c", ["1.png", "2.png"])):
+        open_images(name, labelled=False)
+        assert capsys.readouterr().err == f"note: {name} has no labels that could be ignored: unlabelled changes nothing\n"
+    deep = write_zip(tmp_path / "deep.zip", {"in/a.png": encoded(pixels(1, 4, 4)[0]), "in/dataset.json": "{"})
+    broken = edm_zip(tmp_path / "d.zip", pixels(2, 4, 4), labels=[0, "cat"])
+    loose = numbered(tmp_path / "loose", ["a/1.png", "2.png"])
+    for name in (deep, broken, loose, "digits", "synthetic:4x1x3"):
+        assert open_images(name, labelled=False).labels is None
+        assert capsys.readouterr().err == ""
 
 
 def test_truncated_npz(tmp_path):
