@@ -245,7 +245,9 @@ def test_methods_of_anything_else_are_refused(tmp_path):
 def test_a_net_of_edm2_is_called_one(tmp_path):
     made = network(tiny())
     made.title = "Precond"
-    assert "holds a net of the class 'Precond', EDM2's, which is of another architecture" in refused(dumped(tmp_path / "n.pkl", {"ema": made}))
+    sentence = refused(dumped(tmp_path / "n.pkl", {"ema": made}))
+    assert "holds a net of the class 'Precond', wanted one of EDMPrecond" in sentence
+    assert sentence.endswith("EDM2's nets are of another architecture and cannot be converted")
 
 
 def test_a_generator_can_be_declared(tmp_path):

@@ -140,8 +140,8 @@ def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
 def description(net: Persistent) -> tuple[str, dict[str, Any] | None]:
     """EDM's class name and the keyword arguments the net was made with; None where it does not say."""
     if net.title not in SCHEMES:
-        whose = ", EDM2's, which is of another architecture," if net.title == "Precond" else ""
-        raise Unreadable(f"holds a net of the class {shown(net.title)}{whose} and cannot be converted: wanted one of {', '.join(SCHEMES)}")
+        whose = ": EDM2's nets are of another architecture and cannot be converted" if net.title == "Precond" else ""
+        raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted one of {', '.join(SCHEMES)}{whose}")
     given, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
     if type(given) is not tuple or len(given) > len(POSITIONAL) or type(kwargs) is not dict:
         return net.title, None
