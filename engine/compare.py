@@ -81,9 +81,7 @@ class Watched(Job):
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """Keep the average of the weights as it is now; the file says after how many images and seconds."""
-        kept = folder / "snapshots"
-        kept.mkdir(exist_ok=True)
-        self.save(run, kept / f"{run.images_seen:010d}.safetensors")
+        self.save(run, folder / "snapshots" / f"{run.images_seen:010d}.safetensors")
         return {}
 
     def measure(self, teacher: Any, student: Any) -> dict[str, Any]:
@@ -253,7 +251,6 @@ def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> f
         if getattr(method, "pairs", 0) is None and cfg.method.regression:
             raise UserError("compare cannot time a method with a regression on pairs: set method.regression=0")
     kimg = seconds / seconds_per_image(method, stage, job, least=0.03 * seconds) / 1000
-    stored.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(stored, json.dumps({"kimg": kimg, "seconds": seconds}))
     return kimg
 

@@ -153,7 +153,6 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     if sampler := _sampler(found, sigma, path):
         metadata |= {"method": "converted", "sampler": sampler.to_dict()}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         save_net(out, found.net, **metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error

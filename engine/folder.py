@@ -1,12 +1,12 @@
 """The run folder and its config.yaml: a run is only ever continued with the settings it began with."""
 
-import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from engine.config import Config, differences, to_yaml
 from engine.errors import UserError
+from engine.whole import whole
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")
@@ -16,20 +16,21 @@ FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "m
 def prepare(cfg: Config) -> Path:
     """The run folder with config.yaml in it. Refuses to go on with other settings than the run began with."""
     folder = Path(cfg.run_dir or "")
-    stored = folder / "config.yaml"
+    stored, text = folder / "config.yaml", to_yaml(cfg)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if stored.exists():
-            check_settings(cfg, stored, folder)
-        write_atomically(stored, to_yaml(cfg))
+        before = stored.read_text() if stored.exists() else None
+        if before not in (None, text):
+            check_settings(before, text, folder)
+        write_atomically(stored, text)
     except OSError as error:
         raise UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=") from error
     return folder
 
 
-def check_settings(cfg: Config, stored: Path, folder: Path) -> None:
-    before = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    old, new = OmegaConf.merge(before, OmegaConf.load(stored)), OmegaConf.create(to_yaml(cfg))
+def check_settings(before: str, now: str, folder: Path) -> None:
+    """UserError where a setting differs between two files of settings that may not."""
+    unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
+    old, new = OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)
     changed = [k for k in differences(old, new) if not _free(k) and k.rpartition(".")[2] not in FREE_OF_STAGE]
     if changed:
         key = changed[0]
@@ -40,9 +41,8 @@ def check_settings(cfg: Config, stored: Path, folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text)
 
 
 def _free(key: str) -> bool:

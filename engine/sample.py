@@ -176,7 +176,6 @@ def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: a
 
 def write_sheet(out: Path, grids: dict[str, np.ndarray], columns: int) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         save_png(sheet(grids, columns), out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
-    ["kernels", "engine.errors", "engine.strata"],
+    ["kernels", "engine.errors", "engine.strata", "engine.whole"],
     ["engine.diffusion", "engine.cli"],
     ["engine.nets"],
     ["engine.sampling", "engine.skipping"],

@@ -1,6 +1,5 @@
 """Images from seeds: every image has its own generator, so it is the same image in whatever batch it is made."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.sampling import Sampler, SeedNoise
+from engine.whole import whole
 
 
 class PortableNoise(SeedNoise):
@@ -111,6 +111,5 @@ def write_pairs(
     z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
     y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part)
-    os.replace(part, path)
+    with whole(path) as part:
+        save_file(tensors, part)

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.whole import whole
 
 CELL = 48  # smallest side of a picture in a grid, in screen pixels
 LINE = 2  # between the pictures of a grid
@@ -68,9 +69,8 @@ def default_columns(n: int) -> int:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Written beside and moved into place, so a picture is whole or absent."""
-    part = path.with_name(path.name + ".part")
-    picture.save(part, format="PNG")
-    part.replace(path)
+    with whole(path) as part:
+        picture.save(part, format="PNG")
 
 
 def _as_array(images: Tensor | np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("agg")  # a file is all that is wanted, also where there is no display
 from matplotlib import pyplot as plt
 
+from engine.whole import whole
+
 AXES = {"seconds": "seconds of training", "images": "thousand images"}
 SCALE = {"seconds": 1.0, "images": 1e-3}
 
@@ -34,10 +36,9 @@ def plot_comparison(summary: dict[str, Any], path: Path) -> None:
             ax.set_title(f"{what}: {title}, n = {summary['n']:,}", fontsize=9)
             ax.grid(alpha=0.3)
     grid[0][-1].legend(fontsize=7)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=90, format="png")
+    with whole(path) as part:
+        figure.savefig(part, dpi=90, format="png")
     plt.close(figure)
-    part.replace(path)
 
 
 def scale(summary: dict[str, Any], title: str) -> str:

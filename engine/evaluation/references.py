@@ -6,7 +6,6 @@
 Either is read as plain arrays: an .npz with a pickle inside is refused, and of a pickle nothing is executed.
 """
 
-import os
 import struct
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ from engine.errors import UserError, what_it_is
 from engine.evaluation.frechet import Gaussian
 from engine.formats.numpy_pickles import read_arrays
 from engine.formats.pickles import shown
+from engine.whole import whole
 
 MOST_FEATURES = 16_384  # a covariance of 2 GiB
 BROKEN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, NotImplementedError)
@@ -94,13 +94,8 @@ def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
 
 def write_reference(path: Path, gaussian: Gaussian) -> None:
     """As EDM's fid.py writes it; whole or absent."""
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with whole(path) as part, part.open("wb") as file:
             np.savez(file, mu=gaussian.mu.numpy(), sigma=gaussian.sigma.numpy())
-        os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

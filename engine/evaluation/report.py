@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from engine.evaluation.curves import Curve, chart, read_curves, short
+from engine.whole import whole
 
 NOT_YET = '<p class="missing">not there yet</p>'
 MOST_GRIDS = 8  # of the sample grids over time
@@ -50,9 +51,8 @@ def write_report(run_dir: Path) -> Path:
     summary = _summary(run_dir / "summary.json")
     page = _page(run_dir.resolve().name, "\n".join(_sections(run_dir, summary)))
     path = run_dir / "report.html"
-    part = path.with_name("report.html.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(page, encoding="utf-8")
     return path
 
 

@@ -196,7 +196,7 @@ class SpectralConv2d(nn.Conv2d):
         matrix = self.weight.flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(len(matrix)), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1]), dim=0))
-        for _ in range(15):
+        for _ in range(0 if self.weight.is_meta else 15):  # on paper it would take seconds, for nothing
             self.renew()
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ names them; students of different partitions are never put together.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.nets.weights import load_net
+from engine.whole import whole
 
 MANIFEST = "manifest.json"
 
@@ -81,9 +81,8 @@ def write_manifest(run: Path, partition: Partition) -> None:
         "partition": {"kind": partition.kind, "student_of": partition.student_of, "hash": partition.hash},
         "students": [{"file": str(f.relative_to(run)), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files],
     }
-    part = run / (MANIFEST + ".part")
-    part.write_text(json.dumps(text, indent=2) + "\n")
-    os.replace(part, run / MANIFEST)
+    with whole(run / MANIFEST) as part:
+        part.write_text(json.dumps(text, indent=2) + "\n")
 
 
 def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from engine.errors import UserError, what_it_is
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.steps import FREQUENCIES
+from engine.whole import whole
 
 FORMAT = "potstill-1"
 
@@ -25,9 +25,8 @@ def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
     """Write the net's weights (float32) and, as JSON in the file's metadata, precond, kwargs and `metadata`; atomic."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     meta = {"format": FORMAT, "precond": net.precond, "kwargs": net.kwargs} | metadata
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
-    os.replace(part, path)
+    with whole(path) as part:
+        save_file(tensors, part, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
 
 
 def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:

@@ -7,7 +7,6 @@ buy static shapes: sort a batch by how much it leaves out, and every block runs 
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.nets.weights import weights_hash
 from engine.skipping.blocks import block_names
+from engine.whole import whole
 
 FORMAT = "potstill-plan-1"
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
@@ -84,9 +84,8 @@ class Plan:
 
 def save_plan(path: Path, plan: Plan) -> None:
     """As JSON, atomically."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n")
 
 
 def load_plan(path: Path) -> Plan:

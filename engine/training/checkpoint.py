@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.training.ranks import Ranks
+from engine.whole import whole
 
 Key = tuple[Any, ...]  # where a tensor is in nested dictionaries
 Like = Callable[[Key, torch.Size], Tensor | None]  # the DTensor that a tensor shall be cut like; None: it stays whole
@@ -26,14 +27,11 @@ Like = Callable[[Key, torch.Size], Tensor | None]  # the DTensor that a tensor s
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write folder/{step:08d}.pt atomically and drop all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{step:08d}.pt"
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with whole(path) as part, part.open("wb") as file:
         torch.save({"step": step} | state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
     drop(folder, keep)
     return path
 
