@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -246,6 +247,8 @@ def missing(cfg: Config) -> list[str]:
     if plan and not Path(plan).is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
         wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
+    if cfg.log.wandb and not installed("wandb"):
+        wants.append("package wandb, for log.wandb: pip install 'potstill[wandb]', or set log.wandb=null")
     return wants + missing_packages(cfg.method)
 
 
@@ -253,11 +256,17 @@ def missing_packages(method: Any) -> list[str]:
     """Optional packages that a method's settings ask for, where they are not installed."""
     wants = []
     timm = [name for name in getattr(method, "features", []) if name.startswith("timm:")]
-    if timm and find_spec("timm") is None:
+    if timm and not installed("timm"):
         wants.append(f"package timm, for {', '.join(timm)}: pip install 'potstill[timm]', or use method.features=[teacher]")
-    if getattr(method, "lpips", 0) and find_spec("lpips") is None:
+    if getattr(method, "lpips", 0) and not installed("lpips"):
         wants.append("package lpips, for method.lpips: pip install 'potstill[lpips]', or set method.lpips=0")
+    if getattr(method, "regression", 0) and method.regression_metric == "lpips" and not installed("lpips"):
+        wants.append("package lpips, for method.regression: pip install 'potstill[lpips]', or set method.regression_metric=l2")
     return wants
+
+
+def installed(package: str) -> bool:
+    return package in sys.modules or find_spec(package) is not None
 
 
 def check_settings(cfg: Config, ranks: int = 1) -> None:

@@ -17,7 +17,7 @@ from engine.data.sampler import Stream
 from engine.errors import UserError
 from engine.evaluation.features import Features, load_features
 from engine.evaluation.generate import generate, one_hot, write_pairs
-from engine.evaluation.pictures import grid, sheet
+from engine.evaluation.pictures import grid, save_png, sheet
 from engine.evaluation.report import write_report
 from engine.evaluation.score import Reference, reference, score
 from engine.folder import prepare, write_atomically
@@ -187,7 +187,6 @@ class Job:
         spare: nets that wait in host memory meanwhile, where the method has them in shards.
         """
         classes = self.partition.classes(student) if self.partition and student is not None else None
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
         for net in method.nets.values():
             net.to(self.device)
         run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes, self.ranks)
@@ -198,10 +197,11 @@ class Job:
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
-        title = method.product if student is None else f"student {student}"
+        title = method.product if folder == self.dir else folder.name
         stream = self.stream(cfg, classes, run.window)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
-        train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile)
+        group = self.dir.resolve().name
+        train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile, group=group)
         self.graphs[title] = run.graph_report()
         return run
 
@@ -220,7 +220,7 @@ class Job:
 
         def write() -> None:
             pictures = self.samples(net, run.method.sampler)
-            grid(pictures, columns=self.columns(net)).save(folder / "samples" / f"{round(run.images_seen):010d}.png")
+            save_png(grid(pictures, columns=self.columns(net)), folder / "samples" / f"{round(run.images_seen):010d}.png")
 
         self.ranks.alone(write)
         return {}
@@ -244,7 +244,7 @@ class Job:
         nets = {"teacher": (teacher, self.teacher_sampler()), "student": (student, self.sampler)}
         for name, (net, sampler) in nets.items():
             sheets[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = self.samples(net, sampler)
-        sheet(sheets, columns=self.columns(student)).save(self.dir / "samples.png")
+        save_png(sheet(sheets, columns=self.columns(student)), self.dir / "samples.png")
         if self.images is None:
             return {name: {"nfe": sampler.nfe} for name, (_, sampler) in nets.items()}
         against = self._reference

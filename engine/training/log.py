@@ -1,8 +1,12 @@
 """What a run says of itself: metrics.jsonl always, TensorBoard and W&B by choice, and one progress line on the terminal."""
 
 import json
+import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,13 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.methods.base import Logs
 from engine.training.ranks import ALONE, Ranks
+from engine.whole import whole
+
+
+@dataclass
+class LogConfig:
+    tensorboard: bool = True
+    wandb: str | None = None  # project name; null: off
 
 
 class Meter:
@@ -64,7 +75,8 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int):
         self.path = path
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        with whole(path) as part:
+            part.write_text("".join(line + "\n" for line in kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -93,19 +105,63 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, metrics["step"])
         self.writer.flush()
 
+    def close(self, *, finished: bool) -> None:
+        self.writer.close()
+
 
 class WandB:
-    """The same numbers for Weights & Biases; works offline (WANDB_MODE=offline)."""
+    """The same numbers for Weights & Biases: one run a stage, in the group of its run folder.
 
-    def __init__(self, folder: Path, project: str):
+    Its id lies beside the checkpoints, so a stage that goes on from one goes on there, and one that starts over does not.
+    Lines that W&B has from before a crash come again with the same step and the same numbers, and are dropped there.
+    With WANDB_MODE=offline everything stays in <folder>/wandb, for `wandb sync`. Without a login W&B asks on a terminal
+    and refuses elsewhere, which is a UserError.
+    """
+
+    def __init__(self, folder: Path, project: str, *, group: str, stage: str):
         try:
             import wandb
         except ImportError:
             raise UserError("log.wandb wants the wandb package: pip install 'potstill[wandb]'") from None
-        self.run = wandb.init(project=project, dir=str(folder), name=folder.name, resume="allow", id=folder.name)
+        try:
+            self.run = wandb.init(
+                project=project, dir=str(folder), id=_kept_id(folder / "checkpoints" / "wandb-id"), resume="allow",
+                name=f"{group} {stage}", group=group, job_type=stage,
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise UserError(f"W&B starts no run ({error}): wandb login, or WANDB_MODE=offline in the environment, or log.wandb=null") from error
 
     def write(self, metrics: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def close(self, *, finished: bool) -> None:
+        """Else the next stage's `wandb.init` would return this one's run, and drop what has a lower step."""
+        self.run.finish(exit_code=0 if finished else 1)
+
+
+def _kept_id(path: Path) -> str:
+    """The random id in that file, which is made where there is none."""
+    if not path.exists():
+        with whole(path) as part:
+            part.write_text(secrets.token_hex(8))
+    return path.read_text()
+
+
+@contextmanager
+def writers(config: LogConfig, folder: Path, first_step: int, *, group: str, stage: str) -> Iterator[list[Any]]:
+    """Everything that takes metrics of a stage from iteration `first_step` on; closed when it ends, however it does."""
+    opened: list[Any] = []
+    finished = False
+    try:
+        if config.tensorboard:
+            opened.append(TensorBoard(folder, first_step))
+        if config.wandb:
+            opened.append(WandB(folder, config.wandb, group=group, stage=stage))
+        yield [MetricsFile(folder / "metrics.jsonl", first_step), *opened]
+        finished = True
+    finally:
+        for one in opened:
+            one.close(finished=finished)
 
 
 class Progress:

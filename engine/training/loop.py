@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,10 @@ import torch
 from engine.errors import UserError
 from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
 from engine.training.compile import cache_in
-from engine.training.log import MetricsFile, Progress, Silent, TensorBoard, WandB
+from engine.training.log import LogConfig, Progress, Silent, writers
 from engine.training.memory import fitting_micro_batch
 from engine.training.profile import STEP, WAITING, Profile, span
 from engine.training.run import Run
-
-
-@dataclass
-class LogConfig:
-    tensorboard: bool = True
-    wandb: str | None = None  # project name; null: off
 
 
 @dataclass
@@ -50,22 +44,32 @@ def train(
     log: LogConfig,
     hooks: Sequence[Hook] = (),
     profile: Profile | None = None,
+    group: str | None = None,
 ) -> None:
     """Run to the end, from the newest checkpoint in folder/checkpoints if there is one.
 
+    `title` is what this stage is called, `group` what all stages of a run are, by default the folder's name.
     Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
     """
-    cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
+    ranks, kept = run.ranks, folder / "checkpoints"
     if state := load_newest(kept, run.device, run.like if run.sharded else None):
         run.load_state_dict(state)
     ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
-    writers: list[Any] = [MetricsFile(folder / "metrics.jsonl", run.step)] if ranks.first else []
-    writers += [TensorBoard(folder, run.step)] if log.tensorboard and ranks.first else []
-    writers += [WandB(folder, log.wandb)] if log.wandb and ranks.first else []
     progress = Progress(title, run.total, run.step) if ranks.first else Silent()
     if state:
         progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({kept})")
+    if run.step < run.total:
+        with writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([]) as told:
+            iterate(run, batch_at, folder, progress, told, title, hooks, profile)
+    progress.close()
 
+
+def iterate(
+    run: Run, batch_at: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]], folder: Path, progress: Progress | Silent,
+    told: Sequence[Any], title: str, hooks: Sequence[Hook], profile: Profile | None,
+) -> None:  # fmt: skip
+    """The iterations that are left, with their log lines, hooks and checkpoints."""
+    cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
     if cfg.micro_batch == "auto":
         run.micro = fitting_micro_batch(run, batch_at(run.step), progress.say)
     sharded = ShardedWriter(kept, ranks, cfg.keep)
@@ -97,12 +101,12 @@ def train(
             if run.step % cfg.log_iterations == 0 or last:
                 metrics = run.meter.read(ranks)  # the only wait for the device
                 check_finite(metrics, run.step, kept)
-                write(writers, progress, run, metrics, seconds_per_step=clock.lap())
+                write(told, progress, run, metrics, seconds_per_step=clock.lap())
             for hook in hooks:
                 if run.due(hook.kimg):
                     with clock.stopped():
                         if metrics := hook.call(run):
-                            write(writers, progress, run, metrics)
+                            write(told, progress, run, metrics)
             stop = ranks.stop(caught[0] if caught else 0)
             if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
                 clock.tick()
@@ -115,7 +119,6 @@ def train(
     sharded.finish()
     if run.graphs:
         progress.say(f"{title}: {run.graphs}")
-    progress.close()
 
 
 class Clock:
@@ -144,13 +147,13 @@ class Clock:
 
 
 def write(
-    writers: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
+    told: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
 ) -> None:
     line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
     if seconds_per_step:
         line["images_per_second"] = round(run.cfg.batch / seconds_per_step, 1)
     line |= metrics
-    for writer in writers:
+    for writer in told:
         writer.write(line)
     progress.show(line | {"seconds_per_step": seconds_per_step})
 
