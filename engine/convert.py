@@ -28,11 +28,11 @@ Pictures may be of any size and are turned as the camera was held; if all are gr
 own tool resizes with lanczos: add --filter lanczos for a set like those its published teachers were trained on."""
 
 EDM = """\
-IN is a network pickle of EDM, SiD, GDD or ECT, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
+IN is a network pickle of EDM, SiD, GDD, ECT or SFD, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
 address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold programs: nothing in the
 file is executed, and one that asks for anything but a network is refused."""
 LICENSE = (
-    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, ECT, DMD2), are CC BY-NC-SA 4.0 "
+    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
 )
 ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's generators begin
@@ -164,8 +164,10 @@ def convert_edm(arguments: argparse.Namespace) -> None:
 def _sampler(found: Found, sigma: float | None, path: Path) -> Sampler | None:
     """How a generator is sampled; None for a teacher. UserError where --one-step contradicts the file."""
     net, known = found.net, ONE_STEP.get(found.net.precond)
+    if found.sampler and sigma is not None:
+        raise UserError(f"{path} says itself how it is sampled ({found.sampler.solver}, NFE {found.sampler.nfe}), and --one-step says {sigma:g}: leave it out")
     if sigma is None:
-        return None if known is None else one_step(known)
+        return found.sampler if found.sampler or known is None else one_step(known)
     if net.precond == "GDDPrecond" and sigma != known:
         raise UserError(f"{path} holds a net of {net.precond}, which knows only the noise level {known:g}, and --one-step says {sigma:g}: leave it out")
     if not net.sigma_min <= sigma <= net.sigma_max:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.diffusion.sigmas import karras, with_zero
 from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
+from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 
 ONE_STEP, ANCESTRAL = "one_step", "ancestral"
@@ -39,6 +40,9 @@ class Sampler:
     condition (`engine.nets.steps`); None for all other nets. `churn` = (S_churn, S_min, S_max, S_noise) makes a walk with
     euler or heun EDM's stochastic sampler.
 
+    `rho` is the exponent of the Karras levels `sigmas`, from which another number of them follows; None: they are no such
+    levels.
+
     A walk goes over the levels nearest to `sigmas` that its net knows (`levels`): the same for all nets but iDDPM's.
     """
 
@@ -48,6 +52,7 @@ class Sampler:
     lower_order_final: bool = False
     step_condition: int | None = None
     churn: tuple[float, float, float, float] | None = None
+    rho: float | None = 7.0
 
     def __post_init__(self):
         choices = (ONE_STEP, ANCESTRAL, *SOLVERS)
@@ -107,10 +112,16 @@ class Sampler:
         return passed + walk
 
     def with_nfe(self, nfe: int) -> "Sampler":
-        """The same walk over as many Karras levels between its ends as cost `nfe` evaluations, one a step."""
+        """The same walk over as many Karras levels between its ends as cost `nfe` evaluations, one a step. UserError where its
+        own levels are none, so that others would be a guess.
+        """
         assert EVALUATIONS.get(self.solver) == 1 and self.sigmas[-1] > 0
         levels = nfe + 1 + self.afs
-        sigmas = karras(levels, self.sigmas[-1], self.sigmas[0]).tolist()
+        if nfe == self.nfe:
+            return self
+        if self.rho is None:
+            raise UserError(f"this student's noise levels follow no Karras schedule: it is sampled with NFE {self.nfe} only, got {nfe}")
+        sigmas = karras(levels, self.sigmas[-1], self.sigmas[0], self.rho).tolist()
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
 
     def _ancestral(self, net: Denoiser, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
@@ -120,8 +131,9 @@ class Sampler:
         return net(x.float(), sigmas[-1].float(), labels)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a weight file: JSON's types. Without churn there is no word of it, so older readers know it all."""
-        return {key: value for key, value in asdict(self).items() if key != "churn" or value is not None}
+        """For a weight file: JSON's types. Without churn, and with EDM's rho, there is no word of them: older readers know it all."""
+        usual = {"churn": None, "rho": 7.0}
+        return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
 
 
 def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, float, float]:
@@ -161,4 +173,4 @@ def few_step(
 ) -> Sampler:  # fmt: skip
     """SFD's sampler (2409.19681): Euler over `num_steps` Karras levels, the last of which is the image itself."""
     sigmas = karras(num_steps, sigma_min, sigma_max, rho).tolist()
-    return Sampler("euler", sigmas, afs=afs, step_condition=num_steps if step_condition else None)
+    return Sampler("euler", sigmas, afs=afs, step_condition=num_steps if step_condition else None, rho=rho)

@@ -1,5 +1,7 @@
 """Noise levels: schedules for sampling, laws to draw training noise from, and loss weights over σ."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,23 @@ def karras_at(t: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho:
     """The Karras map from t in [0, 1] (1 is all noise) to σ, elementwise."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + t * (high - low)) ** rho
+
+
+def geometric(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """`steps` levels from sigma_max down to sigma_min, equal in log σ, float64 [steps]."""
+    ends = torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu").log()
+    return (ends[0] + torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu") * (ends[1] - ends[0])).exp()
+
+
+def vp_uniform(steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0, epsilon: float = 1e-3) -> Tensor:
+    """`steps` levels of the variance-preserving process that passes sigma_max at t = 1 and sigma_min at t = epsilon, at times
+    equal in t^(1/rho), float64 [steps] (2206.00364, Table 1 has rho 1).
+    """
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon - high) / (epsilon - 1)
+    beta_min = high - beta_d / 2
+    t = (1 + torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu") * (epsilon ** (1 / rho) - 1)) ** rho
+    return (0.5 * beta_d * t**2 + beta_min * t).expm1().sqrt()
 
 
 def with_zero(sigmas: Tensor) -> Tensor:

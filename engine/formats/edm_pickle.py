@@ -1,4 +1,4 @@
-"""EDM, SiD, GDD and ECT network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
+"""EDM, SiD, GDD, ECT and SFD network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
 
 A pickle says which class its net was and with which keyword arguments it was made: `from_kwargs` makes ours, and the
 weights must fit it to the last name. A checkpoint holds weights only and borrows the description from a teacher.
@@ -15,10 +15,12 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.formats.edm_arguments import argument, check_arguments, check_class
 from engine.formats.pickles import Inert, Unreadable, checked, shown
+from engine.formats.sfd_pickle import check_layers, is_student, student
 from engine.formats.torch_pickles import Persistent, StoredTensor, read_file
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import SCHEMES, from_kwargs
 from engine.nets.weights import load_strictly, read_metadata, read_tensors
+from engine.sampling import Sampler
 
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike
@@ -35,11 +37,13 @@ Description = tuple[str, dict[str, Any]]  # EDM's class name and keyword argumen
 
 
 class Found(NamedTuple):
-    """A denoiser out of somebody else's file, under which name it stood there, and what is worth telling about it."""
+    """A denoiser out of somebody else's file, under which name it stood there, what is worth telling about it, and how it is
+    sampled where the file says so."""
 
     net: Denoiser
     name: str
     notes: list[str]
+    sampler: Sampler | None = None
 
 
 def read_net(path: Path, *, net: str | None = None, like: Path | None = None) -> Found:
@@ -53,10 +57,11 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
     try:
         content = _bare_tensors(path, named) if path.suffix == ".safetensors" else read_file(path)
         nets = networks(content)
+        if nets and is_student(chosen := nets[name := _chosen(path, nets, net)]):
+            return _student(path, name, chosen, named, like)
         if nets:
-            name = _chosen(path, nets, net)
-            described = _agreed(nets[name], named, like)
-            weights = weights_of(nets[name])
+            described = _agreed(chosen, named, like)
+            weights = weights_of(chosen)
         else:
             (name, weights), described = _checkpoint(path, content, net), named
         if described is None:
@@ -67,6 +72,18 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
         return _fitted(path, name, *described, weights)
     except Unreadable as error:
         raise UserError(f"{path} {error}") from error
+
+
+def _student(path: Path, name: str, net: Inert, named: Description | None, like: Path | None) -> Found:
+    """One of SFD's, which says all about itself."""
+    precond = net.title.rpartition(".")[2]
+    found = student(net, weights_of(net))
+    if named is not None and like is not None:
+        check_class(precond, named[0], like)
+        check_arguments(precond, found.kwargs, named[1], like)
+    fitted = _fitted(path, name, precond, found.kwargs, found.weights)
+    check_layers(fitted.net, net)
+    return fitted._replace(notes=[*found.notes, *fitted.notes], sampler=found.sampler)
 
 
 def _agreed(net: Persistent, named: Description | None, like: Path | None) -> Description:
@@ -90,12 +107,12 @@ def _bare_tensors(path: Path, named: Description | None) -> Weights:
     return tensors
 
 
-def networks(content: Any) -> dict[str, Persistent]:
-    """The networks in a pickle by name; "" if it is one itself."""
-    if isinstance(content, Persistent):
+def networks(content: Any) -> dict[str, Any]:
+    """The networks in a pickle by name, Persistent or SFD's Inert; "" if it is one itself."""
+    if isinstance(content, Persistent) or is_student(content):
         return {"": content}
     named = content.items() if type(content) is dict else ()
-    named = [(str(name), value) for name, value in named if isinstance(value, Persistent) and "_modules" in value.state]
+    named = [(str(name), value) for name, value in named if is_student(value) or (isinstance(value, Persistent) and "_modules" in value.state)]
     return {name: value for name, value in named if NET_NAME.fullmatch(name)}
 
 
@@ -109,7 +126,7 @@ def _chosen(path: Path, names: Any, wanted: str | None) -> str:
     return wanted or (EMA if EMA in names else next(iter(names)))
 
 
-def weights_of(net: Persistent) -> Weights:
+def weights_of(net: Persistent | Inert) -> Weights:
     """The net's state_dict, its tensors still in the file."""
     found: Weights = {}
     waiting: list[tuple[str, Any]] = [("", net)]

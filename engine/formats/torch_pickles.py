@@ -149,6 +149,10 @@ NAMES |= {title: Name(title, new=dict) for title in ("dnnlib.util.EasyDict", "dn
 NAMES |= {f"{module}.{name}": Name(name) for module in ("torch", "torch.cuda", "torch.storage") for name in STORAGES}
 NAMES |= {f"torch.{dtype}": Name(dtype) for dtype in ("float64", "float32", "float16", "bfloat16", "int64", "uint8")}
 NAMES["numpy.ndarray"] = NUMPY_NAMES["numpy.ndarray"]
+SFD_MODULE = "models.networks_edm."  # EDM's classes without its persistence, as SFD's code has them
+SFD_CLASSES = (
+    "EDMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm", "PositionalEmbedding", "FourierEmbedding"
+)  # fmt: skip
 LAYER = re.compile(
     r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*"
 )  # ModuleDict and the like: their attributes are read, no more
@@ -185,7 +189,9 @@ def _pickle(data: memoryview) -> Any:
 def _named(budget: Budget, title: str) -> Name:
     if title == "torch.storage._load_from_bytes":
         return Name(title, lambda data: _storage_in(data, budget))
-    if LAYER.fullmatch(title):
+    if title == f"{SFD_MODULE}CFGPrecond":
+        raise Unreadable("holds SFD's student of a latent diffusion model (CFGPrecond), wanted one of an EDM net (EDMPrecond)")
+    if LAYER.fullmatch(title) or (title.startswith(SFD_MODULE) and title.removeprefix(SFD_MODULE) in SFD_CLASSES):
         return Name(title, new=lambda: Inert(title))
     if title not in NAMES:
         raise Unreadable(f"asks for {title}, which no network needs: refused, and nothing in the file was executed")

@@ -28,14 +28,15 @@ class StoredWaves(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool):
         super().__init__()
-        self.register_buffer("freqs", geometric(channels, endpoint))
+        self.endpoint, self.max_positions = endpoint, 10000
+        self.register_buffer("freqs", frequencies(channels, endpoint))
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.outer(self.freqs)
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def geometric(channels: int, endpoint: bool) -> Tensor:
+def frequencies(channels: int, endpoint: bool) -> Tensor:
     """EDM's frequencies [channels / 2] from 1 to 1/10000; the last is reached only with `endpoint`."""
     half = channels // 2
     return (1 / 10000) ** (torch.arange(half, dtype=torch.float32) / (half - int(endpoint)))

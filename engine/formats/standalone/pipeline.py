@@ -94,7 +94,10 @@ class StudentPipeline(DiffusionPipeline):
             if not told:
                 raise ValueError(f"this student was trained for {self.nfe} network evaluations, got {steps}")
             told = steps + 1 + bool(afs)
-            sigmas = karras(told, sigmas[-1], sigmas[0])
+            rho = self.config.sampler.get("rho", 7.0)
+            if rho is None:
+                raise ValueError(f"this student's levels follow no Karras schedule: {self.nfe} network evaluations only, got {steps}")
+            sigmas = karras(told, sigmas[-1], sigmas[0], rho)
         if solver == "one_step":
             return self.unet(draw() * sigmas[0], sigmas[0], labels)
         sigmas = [self.unet.round_sigma(sigma) for sigma in sigmas]
