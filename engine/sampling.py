@@ -119,10 +119,17 @@ class Sampler:
         levels = nfe + 1 + self.afs
         if nfe == self.nfe:
             return self
-        if self.rho is None:
+        if not self._of_karras():
             raise UserError(f"this student's noise levels follow no Karras schedule: it is sampled with NFE {self.nfe} only, got {nfe}")
         sigmas = karras(levels, self.sigmas[-1], self.sigmas[0], self.rho).tolist()
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
+
+    def _of_karras(self) -> bool:
+        """Are `sigmas` the levels that `rho` makes between their ends? Not in files that are older than `rho` and had another."""
+        if self.rho is None:
+            return False
+        made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], self.rho)
+        return torch.allclose(made, torch.tensor(self.sigmas, dtype=torch.float64, device="cpu"), rtol=1e-5, atol=0)
 
     def _ancestral(self, net: Denoiser, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
         begin_walk(net)

@@ -766,6 +766,17 @@ def test_nor_are_the_arguments_that_its_net_was_made_with(changes, words, tmp_pa
     assert_same(converted(path)[0], net)
 
 
+def test_constants_that_a_checkpoint_stores_are_those_of_its_teacher(tmp_path):
+    """Weights do not tell one resampling filter or list of noise levels from another, so a wrong --like would only show here."""
+    shape = {"img_resolution": 8, "channel_mult": [1, 1], "augment_dim": 0}
+    net, hint = tiny(resample_filter=[1, 3, 3, 1], **shape), tiny(resample_filter=[1, 2, 2, 1], **shape)
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    assert "stores another model.enc.4x4_down.conv0.resample_filter than" in refused(tmp_path / "a.pth", *teacher(tmp_path, hint))
+    assert_same(converted(tmp_path / "a.pth", *teacher(tmp_path, net))[0], net)
+    torch.save(tiny("iDDPMPrecond", C_2=0.08).state_dict(), tmp_path / "b.pth")
+    assert "stores another u than" in refused(tmp_path / "b.pth", *teacher(tmp_path, tiny("iDDPMPrecond")))
+
+
 def test_defaults_that_one_file_writes_down_and_another_does_not_agree(tmp_path):
     net = tiny()
     written = network(net, _init_kwargs=net.kwargs | {"sigma_data": 0.5, "dropout": 0.1, "attn_resolutions": (), "use_fp16": 0})

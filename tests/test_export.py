@@ -332,7 +332,7 @@ def test_a_student_that_knows_of_steps_is_sampled_with_several_numbers(kwargs, t
     net = add_step_condition(net_of(**kwargs))
     for p in net.parameters():
         nn.init.normal_(p, std=0.08 if p.dim() > 1 else 0.3)
-    walk = few_step(5, step_condition=True)
+    walk = few_step(5, step_condition=True, rho=5.0)
     pipe = stubbed(export(run_folder(tmp_path / "run", net, walk), "diffusers", tmp_path / "out"))
     for nfe in (3, 2, 4):
         found = pipe(seeds=[1, 2], num_inference_steps=nfe, output_type="raw").images

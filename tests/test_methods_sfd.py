@@ -145,6 +145,12 @@ def test_steps_of_a_variable_student_are_evaluations():
     meta = {"sampler": few_step(7, step_condition=True).to_dict()}
     assert sampler_for("student", metadata=meta, steps=2, **student) == few_step(4, step_condition=True)
     assert sampler_for("student", metadata=meta, steps=None, **student) == few_step(7, step_condition=True)
+    other = {"sampler": few_step(7, step_condition=True, rho=5.0).to_dict()}  # of method.rho=5
+    assert sampler_for("student", metadata=other, steps=2, **student) == few_step(4, step_condition=True, rho=5.0)
+    other["sampler"].pop("rho")  # as an earlier version wrote it: which levels another number has cannot be told
+    assert sampler_for("student", metadata=other, steps=5, **student).nfe == 5
+    with pytest.raises(UserError, match="follow no Karras schedule: it is sampled with NFE 5 only, got 2"):
+        sampler_for("student", metadata=other, steps=2, **student)
     fixed = {"sampler": few_step(4).to_dict()}
     assert sampler_for("student", metadata=fixed, steps=2, **student) == few_step(4)
     with pytest.raises(UserError, match="distilled for 2 evaluations, got 3"):

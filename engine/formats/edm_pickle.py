@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engine.diffusion.precond import iddpm_levels
 from engine.errors import UserError
 from engine.formats.edm_arguments import argument, check_arguments, check_class
 from engine.formats.pickles import Inert, Unreadable, checked, shown
 from engine.formats.sfd_pickle import check_layers, is_student, student
 from engine.formats.torch_pickles import Persistent, StoredTensor, read_file
 from engine.nets.denoiser import Denoiser
-from engine.nets.edm import SCHEMES, from_kwargs
+from engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
 from engine.nets.weights import load_strictly, read_metadata, read_tensors
 from engine.sampling import Sampler
 
@@ -230,6 +231,19 @@ def _description_in(like: Path) -> Description:
     return metadata["precond"], metadata["kwargs"]
 
 
+def _check_constants(net: Denoiser) -> None:
+    """Unreadable where what a file stores beside its weights is not what the net's arguments make."""
+    arguments = all_kwargs(net.precond, net.kwargs)
+    taps = torch.tensor(arguments.get("resample_filter", [1, 1]), dtype=torch.float32)
+    wanted = {"resample_filter": taps.outer(taps)[None, None] / taps.sum() ** 2}
+    if net.precond == "iDDPMPrecond":
+        wanted["u"] = iddpm_levels(int(arguments["M"]), arguments["C_1"], arguments["C_2"])
+    for name, tensor in net.named_buffers():
+        made = wanted.get(name.rpartition(".")[2])
+        if made is not None and not torch.allclose(tensor.float(), made, rtol=5e-3, atol=0):
+            raise Unreadable(f"stores another {name} than its net's arguments make: they are another net's")
+
+
 def _fitted(path: Path, name: str, precond: str, kwargs: dict[str, Any], weights: Weights) -> Found:
     """The net of that description with these weights, all of which and no others it must want."""
     notes = []
@@ -254,4 +268,5 @@ def _fitted(path: Path, name: str, precond: str, kwargs: dict[str, Any], weights
         raise Unreadable(f"holds whole numbers as {whole[0]}")
     net = net.to_empty(device="cpu")
     load_strictly(net, tensors, str(path))
+    _check_constants(net)
     return Found(net.eval(), name, notes)
