@@ -297,7 +297,7 @@ def begun(job: Watched, judge: Judge, features: list[Any], plan: Plan, folder: P
         before = json.loads(path.read_text())
         if all(before.get(key) == value for key, value in settings.items()):
             return before
-    sampler = job.teacher_sampler()
+    sampler = job.teacher_sampler(teacher)
     scores = judge.scores(teacher, sampler)
     meta = read_metadata(Path(job.cfg.teacher.checkpoint or folder / "teacher.safetensors"))
     images, seconds = round(1000 * meta.get("kimg", 0)), meta.get("seconds", 0.0)
@@ -387,7 +387,7 @@ def sheets(job: Watched, teacher: Any, summary: dict[str, Any], folder: Path) ->
     columns = job.columns(teacher)
     shown = [int(i) for i in job.shown_images()[:SHOWN]]
     pictures = {"real": torch.from_numpy(np.stack([job.images.read(i) for i in shown]))}
-    pictures[f"teacher, NFE {summary['teacher']['nfe']}"] = job.samples(teacher, job.teacher_sampler())[:SHOWN]
+    pictures[f"teacher, NFE {summary['teacher']['nfe']}"] = job.samples(teacher, job.teacher_sampler(teacher))[:SHOWN]
     for name, one in summary["methods"].items():
         (model,) = open_models(folder / name, STUDENT)
         pictures[f"{name}, NFE {one['nfe']}"] = job.samples(job.prepared(model.net).eval(), model.sampler)[:SHOWN]

@@ -29,7 +29,7 @@ from engine.nets.denoiser import Denoiser
 from engine.nets.layers import set_checkpointing
 from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
-from engine.sampling import Sampler, ode
+from engine.sampling import Sampler, heun
 from engine.skipping.apply import Guard
 from engine.training.loop import Hook, train
 from engine.training.profile import Profile
@@ -170,7 +170,7 @@ class Job:
         if not self.there(path):
             self.tell(f"making {cfg.pairs} pairs with {cfg.pair_steps} steps of the teacher")
             labels = np.arange(cfg.pairs) % teacher.label_dim if teacher.label_dim else None
-            sampler, batch = ode("heun", cfg.pair_steps), self.cfg.eval.batch
+            sampler, batch = heun(teacher, cfg.pair_steps), self.cfg.eval.batch
             self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, cfg.pairs, batch, self.device))
         tensors, _ = read_tensors(path)
         y = tensors["y"].to(self.device).float() / 127.5 - 1
@@ -241,7 +241,7 @@ class Job:
         if self.images is not None:
             shown = [int(i) for i in self.shown_images()]
             sheets["real"] = torch.from_numpy(np.stack([self.images.read(i) for i in shown]))
-        nets = {"teacher": (teacher, self.teacher_sampler()), "student": (student, self.sampler)}
+        nets = {"teacher": (teacher, self.teacher_sampler(teacher)), "student": (student, self.sampler)}
         for name, (net, sampler) in nets.items():
             sheets[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = self.samples(net, sampler)
         save_png(sheet(sheets, columns=self.columns(student)), self.dir / "samples.png")
@@ -307,13 +307,13 @@ class Job:
         columns = len(of_class)
         return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.shown)])
 
-    def teacher_sampler(self) -> Sampler:
+    def teacher_sampler(self, teacher: Denoiser | None = None) -> Sampler:
         """EDM's Heun; a teacher that is a student of an earlier stage is sampled as it was trained."""
         checkpoint = self.cfg.teacher.checkpoint
         own = read_metadata(Path(checkpoint)) if checkpoint else {}
         if own.get("method", "teacher") != "teacher" and "sampler" in own:
             return Sampler(**own["sampler"])
-        return ode("heun", self.cfg.teacher.loss.sampling_steps)
+        return heun(teacher, self.cfg.teacher.loss.sampling_steps)
 
     @cached_property
     def features(self) -> Features:

@@ -174,6 +174,13 @@ def ode(solver: str, steps: int, sigma_min: float = 0.002, sigma_max: float = 80
     return Sampler(solver, with_zero(karras(steps, sigma_min, sigma_max, rho)).tolist())
 
 
+def heun(net: Any, steps: int) -> Sampler:
+    """EDM's deterministic sampler of a teacher; an iDDPM net's schedule ends where the net does, as in EDM's code."""
+    if getattr(net, "precond", None) == "iDDPMPrecond":
+        return ode("heun", steps, max(0.002, net.sigma_min), min(80.0, net.sigma_max))
+    return ode("heun", steps)
+
+
 def few_step(
     num_steps: int, *, afs: bool = True, step_condition: bool = False,
     sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0,

@@ -9,9 +9,10 @@ import torch
 from engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
 from engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
 from engine.evaluation.source import sampler_for
+from engine.methods.teacher import EDMLoss, Teacher
 from engine.nets.edm import from_kwargs
 from engine.nets.router import Partition, Router
-from engine.sampling import Sampler, SeedNoise, few_step, ode, one_step
+from engine.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
 from engine.skipping.apply import Skipping
 
 SD = 0.7  # the data: N(0, SD²), whose denoiser is D(x; σ) = x·SD²/(SD² + σ²)
@@ -279,6 +280,9 @@ def test_an_iddpm_net_is_walked_over_its_own_levels(iddpm, solver, churn):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
     assert set(asked) <= set(iddpm.u.tolist())
     assert Sampler(**json.loads(json.dumps(sampler.to_dict()))) == sampler
+    if churn is None and solver == "heun":  # how a run measures its teacher and makes its pairs
+        assert heun(iddpm, 14) == Teacher(EDMLoss(sampling_steps=14), iddpm).sampler == sampler
+        assert heun(net_of("VEPrecond"), 14) == ode("heun", 14)
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, "ancestral"])

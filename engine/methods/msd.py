@@ -24,7 +24,7 @@ from engine.methods.base import Batch, Logs, Method, Turn, frozen
 from engine.methods.parts import noise_like
 from engine.nets.denoiser import Denoiser
 from engine.nets.router import Partition
-from engine.sampling import ode
+from engine.sampling import heun
 from kernels import add_noise, denoise
 
 KINDS = ("blocks", "random", "kmeans")
@@ -86,7 +86,7 @@ class TSM(Method):
         self.cfg, self.teacher, self.student = cfg, frozen(teacher), student
         self.nets = {"student": student}
         self.turns = (Turn("student", self.loss),)
-        self.sampler = ode("heun", 18)
+        self.sampler = heun(student, 18)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_TSM."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.diffusion.sigmas import edm_weight, lognormal
 from engine.methods.base import Batch, Logs, Method, Turn
 from engine.nets.denoiser import Denoiser
-from engine.sampling import ode
+from engine.sampling import heun
 from kernels import add_noise, denoise
 
 
@@ -32,7 +32,7 @@ class Teacher(Method):
         self.cfg = cfg
         self.nets = {"teacher": teacher}
         self.turns = (Turn("teacher", self.loss),)
-        self.sampler = ode("heun", cfg.sampling_steps)
+        self.sampler = heun(teacher, cfg.sampling_steps)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         y, labels, draws = batch
