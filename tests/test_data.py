@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from patience import Patience, outlasted
 from PIL import Image
 from rehearse import GPU
 from sklearn.datasets import load_digits
@@ -682,10 +683,13 @@ for step in range(1, 30):
     stream.at(step)
 workers = stream._reader.batches._workers  # kept alive: nothing has ended them when the interpreter exits
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], timeout=60, capture_output=True, text=True, start_new_session=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, **pipes)
+    try:
+        _, said = outlasted(process.communicate, Patience([process.pid]))
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (0, "")
 
 
 def test_a_wrong_window_is_refused():

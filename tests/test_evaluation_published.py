@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from patience import Patience, outlasted
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -143,8 +144,9 @@ def test_two_processes_measure_what_one_does(run_dir, capsys):
         )
         for rank in range(2)
     ]  # fmt: skip
+    patience = Patience([process.pid for process in started])
     try:
-        (out, err), (second, _) = (process.communicate(timeout=120) for process in started)
+        (out, err), (second, _) = (outlasted(process.communicate, patience) for process in started)
     finally:
         for process in started:
             process.kill()

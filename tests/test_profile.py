@@ -62,15 +62,19 @@ def test_a_slow_source_of_images_shows_in_the_table_of_a_run(tmp_path, capsys):
         num_blocks=1, attn_resolutions=[],
     )  # fmt: skip
 
+    slept = []
+
     def slow(step):
+        begun = time.perf_counter()
         time.sleep(0.2)
+        slept.append(time.perf_counter() - begun)  # longer on a busy machine
         return torch.zeros(2, 1, 8, 8), None
 
     run = Run(Teacher(EDMLoss(), net), TrainConfig(kimg=0.014, batch=2, log_iterations=5), 0, CPU)
     train(run, slow, tmp_path, title="x", log=LogConfig(tensorboard=False), profile=Profile(tmp_path, warmup=2, active=3))
     found = json.loads((tmp_path / "profile/table.json").read_text())
     assert found["iterations"] == 3 and found["seconds_per_iteration"] >= 0.2
-    assert found["waiting_for_data"] * found["seconds_per_iteration"] == pytest.approx(0.2, abs=0.15)
+    assert found["waiting_for_data"] * found["seconds_per_iteration"] == pytest.approx(sum(slept[2:5]) / 3, abs=0.15)
     assert "convolution" in found["kinds"] and 0 < found["busy"] <= 1
     assert "host waits for data" in capsys.readouterr().err
     names = {e.get("name") for e in json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]}

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import Patience, outlasted, until
 from torch import nn
 
 from engine.errors import UserError
@@ -202,14 +202,6 @@ def metrics(run_dir):
     return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
 
 
-def until(condition, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline, "took too long"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run that nobody disturbed."""
@@ -224,9 +216,10 @@ def test_killed_run_goes_on_exactly(tmp_path, straight, signum):
     broken.mkdir()
     (broken / "teacher.safetensors").write_bytes((straight / "teacher.safetensors").read_bytes())
     process = subprocess.Popen(command(broken), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
-    until(lambda: len(list((broken / "checkpoints").glob("*.pt"))) >= 2, process)
+    patience = Patience([process.pid])
+    until(lambda: process.poll() is not None or len(list((broken / "checkpoints").glob("*.pt"))) >= 2, patience)
     process.send_signal(signum)
-    code = process.wait(timeout=60)
+    code = outlasted(process.wait, patience)
     process.stderr.close()
     assert code == (-signal.SIGKILL if signum == signal.SIGKILL else 128 + signal.SIGTERM)
     assert metrics(broken)[-1]["step"] < metrics(straight)[-1]["step"], "the run was over before the signal came"
