@@ -29,6 +29,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from engine.whole import whole  # noqa: E402
+
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind
 # Forwards of a net of the teacher's size per image that an iteration sees (README, "Methods"); GDD without its feature nets.
@@ -119,6 +122,11 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def write(path: Path, value: dict[str, Any]) -> None:
+    with whole(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
+
+
 def measure(args: argparse.Namespace) -> None:
     """Rehearse at every point of the grid; points that do not fit say so. Written after each."""
     rows: list[dict[str, Any]] = []
@@ -133,7 +141,7 @@ def measure(args: argparse.Namespace) -> None:
         row |= json.loads(last) if done.returncode == 0 else {"failed": last}
         rows.append(row)
         print(json.dumps(row))
-        args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        write(args.out, {"rows": rows})
 
 
 def project(args: argparse.Namespace) -> None:
@@ -155,7 +163,7 @@ def project(args: argparse.Namespace) -> None:
         "assumptions": asdict(cluster) | {"backward": BACKWARD, "overlap": OVERLAP, "bytes_per_gradient": 4, "bytes_per_weight": 2},
         "gpus": GPUS, "projections": jobs, "measured": rows,
     }  # fmt: skip
-    args.out.write_text(json.dumps(text, indent=1) + "\n")
+    write(args.out, text)
     for job in jobs:
         print(f"projected, {job['source']}: {job['name']}: " + ", ".join(f"{g} GPUs {h:g} h" for g, h in zip(GPUS, job["hours"], strict=True)))
 

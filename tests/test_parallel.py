@@ -184,7 +184,7 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
         ([str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.micro_batch=null", "train.parallel=fsdp", "train.fsdp.teacher=shard"], "train.fsdp.teacher=shard cannot be had with method gdd"),
         (["train.parallel=fsdp", "train.compile=net"], "train.compile=net wants whole nets, and train.parallel=fsdp cuts them at every block"),
         (["train.parallel=fsdp", "skipping.cache=2"], "skipping compares gradients of whole nets, which train.parallel=fsdp does not have"),
-        (["data.path={one}"], "2 ranks want as many images"),
+        (["data.path={one}"], "one has 1 image, a run wants at least 2"),
         (["run_dir={file}/run"], "cannot write to run folder"),
         (["--dry-run"], "--dry-run and rehearse=true are for one process, got 2"),
     ],
@@ -200,6 +200,13 @@ def test_parallel_bad_input_is_one_sentence_and_code_2_on_all_ranks(tmp_path, ar
     said = "".join(ended.stderr)
     assert said.startswith("error: ") and said.count("\n") == 1, said
     assert words in said
+
+
+def test_parallel_fewer_images_than_ranks(tmp_path):
+    settings = [f"run_dir={tmp_path}/run", "train.batch=66", "teacher.train.batch=66", "data.path=synthetic:8x1x0x2", "method.gan=false"]
+    ended = world(tmp_path, 3, "command", DIGITS, *settings)
+    assert ended.codes == [2, 2, 2]
+    assert "".join(ended.stderr) == "error: 3 ranks want as many images, synthetic:8x1x0x2 has 2: start fewer\n"
 
 
 def one_image(folder: Path) -> None:

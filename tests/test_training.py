@@ -22,6 +22,7 @@ from engine.training.ema import EMA, ema_decay
 from engine.training.log import Meter, MetricsFile
 from engine.training.optim import OptimConfig, learning_rate
 from engine.training.run import Run, TrainConfig
+from engine.whole import whole
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -177,6 +178,19 @@ def test_metrics_after_a_crash_are_cut_to_the_checkpoint(tmp_path):
         {"step": 2},
         {"step": 3, "new": True},
     ]
+
+
+def test_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new/folder/file"
+    with pytest.raises(ZeroDivisionError), whole(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    assert list(path.parent.iterdir()) == []
+    for text in ("one", "two"):
+        with whole(path) as part:
+            part.write_text(text)
+        assert [file.name for file in path.parent.iterdir()] == ["file"]
+        assert path.read_text() == text
 
 
 # --- the whole command, killed -----------------------------------------------------------------------------------------
