@@ -91,7 +91,7 @@ def _dpmpp(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any, *, order: int, curvature: float = 1.0
 ) -> tuple[Tensor, Any]:
     """One step in λ = -ln σ. The state holds (D, λ) of the last steps, newest first."""
-    if sigma_next == sigma:  # two levels of a fine schedule are one to a net that knows few
+    if sigma_next.item() == sigma.item():  # two levels of a fine schedule are one to a net that knows few
         return x, state
     history = [(denoise(x, sigma), -sigma.log()), *(state or [])][:order]
     if sigma_next.item() == 0:  # λ is infinite there: the limit of the first-order step is D itself
@@ -133,7 +133,7 @@ _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 
 
 def ipndm(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
     """Adams-Bashforth on the slopes, up to order four; one evaluation. The state holds the last slopes, newest first."""
-    if sigma_next == sigma:
+    if sigma_next.item() == sigma.item():
         return x, state
     slopes = [slope(denoise, x, sigma), *(state or [])][:4]
     weights = _ADAMS_BASHFORTH[len(slopes) - 1]
