@@ -234,6 +234,21 @@ def test_one_level_for_all_leaves_whole_blocks_out():
         light(x, torch.full((4,), 0.1))
 
 
+@pytest.mark.parametrize("levels", [LEVELS, None], ids=["a law", "no law"])
+@pytest.mark.parametrize("cache", [1, 2])
+def test_features_are_those_of_the_net(levels, cache):
+    """Also between evaluations that leave something out, or remember something, and those after them are as if there were none."""
+    net, (x, _) = net_of(), inputs(4)
+    light, alone = (Skipping(net, plan_for(net), levels, cache) for _ in range(2))
+    sigma = torch.tensor(80.0) if levels is None else karras_at(draws(total=4).level())
+    for k in range(3):
+        assert torch.equal(light.features(x + k, torch.ones(4)), net.features(x + k, torch.ones(4)))
+        for mine, wanted in zip(light.levels(x, torch.tensor(2.0)), net.levels(x, torch.tensor(2.0)), strict=True):
+            assert torch.equal(mine, wanted)
+        alone.restart()
+        assert torch.equal(light(x, sigma), alone(x, sigma))
+
+
 def test_an_empty_plan_and_an_inactive_one_are_the_net_itself():
     net, (x, _) = net_of(), inputs()
     sigma = karras_at(draws().level())

@@ -48,7 +48,7 @@ class Skipping(Denoiser):
         self.train(net.training)
         self.to(next(net.parameters()).device)
         self.compute_dtype = net.compute_dtype
-        self.levels, self.cache, self.active = levels, cache, True
+        self.law, self.cache, self.active = levels, cache, True
         self.parts = blocks_of(self.model)
         self.memory = Memory()
         if cache > 1:
@@ -69,6 +69,13 @@ class Skipping(Denoiser):
     def restart(self) -> None:
         """A new walk begins: nothing is remembered of the last."""
         self.evaluations = 0
+
+    def levels(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> list[Tensor]:
+        """Of the full net: a plan says what D may do without. What a walk remembers is overwritten, so a new one begins."""
+        self.memory.reuse = False
+        self.follow(None)
+        self.restart()
+        return super().levels(x, sigma, class_labels)
 
     def estimate(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, guidance: float = 1.0, steps: int | None = None
@@ -110,7 +117,7 @@ class Skipping(Denoiser):
             bins = [self.plan.bin_of(float(sigma))]  # walks keep their levels on the host
             key: Any = bins[0]
             walk = True
-        elif self.levels is None:
+        elif self.law is None:
             raise ValueError("wanted one noise level for the batch, got one per sample and no law of them")
         else:
             bins, key, walk = [], (n, self.repeats), False
@@ -120,9 +127,9 @@ class Skipping(Denoiser):
 
     def bins_of_samples(self, n: int) -> list[int | None]:
         """Per sample of a batch as methods draw it, the bin whose prefix it takes: of those its slice touches, the shortest."""
-        assert self.plan is not None and self.levels is not None and n % self.repeats == 0
+        assert self.plan is not None and self.law is not None and n % self.repeats == 0
         m = n // self.repeats
-        edges = self.levels(torch.arange(m + 1, dtype=torch.float64) / m).tolist()
+        edges = self.law(torch.arange(m + 1, dtype=torch.float64) / m).tolist()
         chosen = []
         for slice_ in spread(m):
             touched = self.plan.bins_between(edges[slice_], edges[slice_ + 1])
