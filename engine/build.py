@@ -3,9 +3,7 @@
 import copy
 import dataclasses
 import os
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ import torch
 
 from engine.config import Config, NetConfig
 from engine.data.images import Images, open_images
-from engine.data.sources import is_there
 from engine.errors import UserError
-from engine.evaluation.features import check_features
 from engine.methods import moment_matching
 from engine.methods.base import Method, frozen
 from engine.methods.dmd import DMD
@@ -26,18 +22,13 @@ from engine.methods.sfd import SFD
 from engine.methods.sim import SIM
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs, without_augmentation
-from engine.nets.features import load_features
-from engine.nets.layers import CHECKPOINTING
+from engine.nets.features import load_features, load_timm
+from engine.nets.perceptual import LPIPS
 from engine.nets.router import Partition
 from engine.nets.weights import load_net
 from engine.skipping.apply import Guard, Skipping
-from engine.skipping.plan import Plan, SkippingConfig, check_config, check_plan, load_plan
+from engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 from engine.training.checkpoint import load_newest
-from engine.training.compile import check_compile
-from engine.training.graphs import check_graphs
-from engine.training.optim import IMPLEMENTATIONS, check_optim
-from engine.training.parallel import check_parallel, check_shares
-from engine.training.run import TrainConfig
 from kernels import native
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
@@ -115,7 +106,7 @@ def check_own_plan(cfg: SkippingConfig, teacher: Denoiser) -> Plan | None:
     """The plan that cfg names, which must be this teacher's; None for none."""
     if not cfg.plan:
         return None
-    plan = load_plan(Path(cfg.plan))
+    plan = load_plan(Path(cfg.plan).expanduser())
     check_plan(plan, teacher, cfg.plan)
     return plan
 
@@ -133,8 +124,6 @@ def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) ->
 def build_partition(cfg: Config, label_dim: int, images: Images | None) -> Partition | None:
     """Which student has which classes; None where there is one student."""
     count, kind = cfg.students.count, cfg.students.partition
-    if cfg.student is not None and not 0 <= cfg.student < count:
-        raise UserError(f"student wants 0 … {count - 1}, got {cfg.student}")
     if count == 1:
         return None
     if not label_dim:
@@ -211,6 +200,21 @@ def rehearsal_data(cfg: Config) -> str:
     return f"{size}x{classes}" if classes and labelled else size
 
 
+def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
+    """Resolution, channels and classes of those images."""
+    resolution, channels, classes = (int(s) for s in f"{rehearsal_data(cfg)}x0".partition(":")[2].split("x")[:3])
+    return resolution, channels, classes
+
+
+def fetch_helpers(cfg: Any) -> None:
+    """Load once, and thereby download, what the method's settings name beside its teacher, where that is yet to be trained."""
+    for name in getattr(cfg, "features", []):
+        if name.startswith("timm:"):
+            load_timm(name.partition(":")[2], torch.float32)
+    if getattr(cfg, "lpips", 0) or (getattr(cfg, "regression", 0) and cfg.regression_metric == "lpips"):
+        LPIPS()
+
+
 def load_teacher(path: Path, images: Images | None) -> Denoiser:
     """A teacher from a weight file, checked against the data it shall be distilled on."""
     net, _ = load_net(path)
@@ -231,113 +235,6 @@ def load_teacher(path: Path, images: Images | None) -> Denoiser:
     if net.label_dim:  # of a part of the teacher's data the last classes may be missing; one-hot labels are as wide as ever
         images.label_dim = net.label_dim
     return net
-
-
-def missing(cfg: Config) -> list[str]:
-    """What a run needs and does not find on disk, with the commands that get it."""
-    wants = []
-    path = cfg.data.path
-    if path and not is_there(path):
-        other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
-        wants.append(f"data: nothing at {path}. " + (cfg.data.how or other))
-    checkpoint = cfg.teacher.checkpoint
-    if checkpoint and not Path(checkpoint).is_file():
-        wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))
-    plan = cfg.skipping.plan
-    if plan and not Path(plan).is_file():
-        unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
-        wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
-    if cfg.log.wandb and not installed("wandb"):
-        wants.append("package wandb, for log.wandb: pip install 'potstill[wandb]', or set log.wandb=null")
-    return wants + missing_packages(cfg.method)
-
-
-def missing_packages(method: Any) -> list[str]:
-    """Optional packages that a method's settings ask for, where they are not installed."""
-    wants = []
-    timm = [name for name in getattr(method, "features", []) if name.startswith("timm:")]
-    if timm and not installed("timm"):
-        wants.append(f"package timm, for {', '.join(timm)}: pip install 'potstill[timm]', or use method.features=[teacher]")
-    if getattr(method, "lpips", 0) and not installed("lpips"):
-        wants.append("package lpips, for method.lpips: pip install 'potstill[lpips]', or set method.lpips=0")
-    if getattr(method, "regression", 0) and method.regression_metric == "lpips" and not installed("lpips"):
-        wants.append("package lpips, for method.regression: pip install 'potstill[lpips]', or set method.regression_metric=l2")
-    return wants
-
-
-def installed(package: str) -> bool:
-    return package in sys.modules or find_spec(package) is not None
-
-
-def check_settings(cfg: Config, ranks: int = 1) -> None:
-    """UserError for numbers that no run can use, or not on so many ranks."""
-    for name, stage in (("teacher.train", cfg.teacher.train), ("train", cfg.train)):
-        if stage.batch < 1:
-            raise UserError(f"{name}.batch wants at least 1, got {stage.batch}")
-        if not stage.kimg > 0:
-            raise UserError(f"{name}.kimg wants more than 0, got {stage.kimg}")
-        micro = stage.micro_batch
-        if isinstance(micro, str) and micro != "auto":
-            raise UserError(f"{name}.micro_batch wants a number, auto or null, got {micro!r}")
-        if isinstance(micro, int) and (micro < 1 or stage.batch % micro):
-            raise UserError(f"{name}.micro_batch = {stage.micro_batch} does not divide {name}.batch = {stage.batch}")
-        check_parallel(stage.parallel, stage.fsdp, name)
-        if ranks > 1:
-            statistics = name == "train" and has_batch_statistics(cfg)
-            check_shares(stage.batch, micro, ranks, stage.parallel, stage.fsdp, name, statistics=statistics)
-            check_fsdp(cfg, stage, name)
-        if stage.log_iterations < 1 or stage.keep < 1:
-            raise UserError(f"{name}.log_iterations and {name}.keep want at least 1")
-        if stage.activation_checkpointing not in CHECKPOINTING:
-            wanted = " or ".join(CHECKPOINTING)
-            raise UserError(f"{name}.activation_checkpointing wants {wanted}, got {stage.activation_checkpointing!r}")
-        check_compile(stage.compile, device(cfg.device), f"{name}.compile")
-        check_graphs(stage.graphs, device(cfg.device), name, ranks)
-        if stage.optimizer not in IMPLEMENTATIONS:
-            raise UserError(f"{name}.optimizer wants one of {', '.join(IMPLEMENTATIONS)}, got {stage.optimizer!r}")
-        for net, optim in stage.optim.items():
-            check_optim(optim, f"{name}.optim.{net}")
-    check_config(cfg.skipping)
-    if cfg.eval.n is not None and cfg.eval.n < 2:
-        raise UserError(f"eval.n wants at least 2, got {cfg.eval.n}")
-    precision(cfg.precision, device(cfg.device))
-    check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device(cfg.device))
-    check_features(cfg.eval.features)
-
-
-def has_batch_statistics(cfg: Config) -> bool:
-    """GDD's batch norms, instant moment matching's halves."""
-    return getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
-
-
-def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
-    """UserError for what sharded nets cannot do."""
-    if stage.parallel != "fsdp":
-        return
-    if stage.micro_batch == "auto":
-        raise UserError(f"{name}.micro_batch=auto cannot try sizes with sharded nets, which do not survive it: give a number")
-    if stage.compile == "net":
-        raise UserError(f"{name}.compile=net wants whole nets, and {name}.parallel=fsdp cuts them at every block: use blocks, or ddp")
-    if name == "train" and (cfg.skipping.plan or cfg.skipping.cache > 1):
-        if cfg.skipping.guard_iterations:
-            raise UserError(
-                "skipping compares gradients of whole nets, which train.parallel=fsdp does not have: use ddp, or do without "
-                "with skipping.guard_iterations=0"
-            )
-        if stage.fsdp.teacher == "shard":
-            raise UserError("a teacher that leaves out layers cannot be sharded: use train.fsdp.teacher=replicate")
-    if stage.fsdp.teacher == "shard" and has_batch_statistics(cfg) and name == "train":  # the same two look at weights
-        raise UserError(
-            f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
-            f"that shards do not know: use {name}.fsdp.teacher=replicate"
-        )
-
-
-def check_complete(cfg: Config) -> None:
-    """UserError with every missing thing and the commands that get it, in one message."""
-    if wants := missing(cfg):
-        are = "thing is" if len(wants) == 1 else "things are"
-        raise UserError(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
 
 
 def device(name: str) -> torch.device:

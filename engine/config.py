@@ -4,6 +4,7 @@ A key that does not exist is an error that names the nearest one that does.
 """
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -19,17 +21,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from engine.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
 from engine.errors import UserError
 from engine.methods.dmd import DMDConfig
 from engine.methods.gdd import GDDConfig
 from engine.methods.moment_matching import MomentMatchingConfig
+from engine.methods.msd import KINDS as PARTITIONS
 from engine.methods.sfd import SFDConfig
 from engine.methods.sim import SIMConfig
 from engine.methods.teacher import EDMLoss
 from engine.skipping.plan import SkippingConfig
 from engine.training.loop import LogConfig
 from engine.training.run import TrainConfig
+from engine.written import Recipes, as_written, kind_of
 
+#: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
+ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
 RECIPES = Path(__file__).parent.parent / "configs"
 
 
@@ -43,6 +50,14 @@ class DataConfig:
     flips: bool = False  # mirror half of the images
     workers: int = 2  # processes that decode images when they do not fit in memory
     how: str = ""  # how to get the data: printed when it is missing
+
+    def __post_init__(self):
+        at_least(self, 1, "resolution")
+        at_least(self, 0, "workers")
+        wants(self, "path", self.path != "", "a data set, or null for none")
+
+    def unused(self) -> Unused:
+        return {} if self.path else dict.fromkeys(("resolution", "unlabelled", "flips", "workers"), "data.path=null")
 
 
 @dataclass
@@ -66,6 +81,14 @@ class NetConfig:
     decoder_type: str | None = None
     resample_filter: list[int] | None = None
 
+    def __post_init__(self):
+        finite(self)
+        at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
+        at_least(self, 0, "augment_dim")
+        probability(self, "dropout", "label_dropout")
+        wants(self, "channel_mult", self.channel_mult is None or (self.channel_mult and min(self.channel_mult) >= 1), "a list of numbers from 1, one a resolution")
+        wants(self, "resample_filter", self.resample_filter is None or sum(self.resample_filter) > 0, "a list of numbers whose sum is above 0")
+
 
 @dataclass
 class TeacherConfig:
@@ -86,6 +109,12 @@ class EvalConfig:
     batch: int = 512
     seed: int = 0
 
+    def __post_init__(self):
+        at_least(self, 2, "n")
+        at_least(self, 1, "batch")
+        seed(self, "seed")
+        wants(self, "features", self.features != "", "the name or file of a feature net, such as pixels")
+
 
 @dataclass
 class StudentsConfig:
@@ -96,6 +125,13 @@ class StudentsConfig:
     net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
     tsm: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM
+
+    def __post_init__(self):
+        at_least(self, 1, "count")
+        one_of(self, "partition", PARTITIONS)
+
+    def unused(self) -> Unused:
+        return {"partition": "students.count=1"} if self.count == 1 else {}
 
 
 @dataclass
@@ -120,15 +156,22 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self):
+        seed(self, "seed")
+        wants(self, "student", self.student is None or 0 <= self.student < self.students.count, f"0 … {self.students.count - 1}")
+
 
 METHOD_CONFIGS: dict[str, type] = {"dmd": DMDConfig, "sim": SIMConfig, "moment_matching": MomentMatchingConfig, "gdd": GDDConfig, "sfd": SFDConfig}
 
 
-class _Recipes(SearchPathPlugin):
-    """Lets a recipe anywhere on disk use our groups (method=…, net=…)."""
+class _Groups(SearchPathPlugin):
+    """Lets a recipe anywhere on disk use our groups (method=…, net=…), and keeps its words as they are written."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("potstill", f"file://{RECIPES}")
+        for place in search_path.get_path():
+            if place.provider == "main" and "://" not in place.path:
+                place.path = f"{Recipes.scheme()}://{place.path}"
+        search_path.append("potstill", f"{Recipes.scheme()}://{RECIPES}")
 
 
 def _register() -> None:
@@ -136,7 +179,8 @@ def _register() -> None:
     store.store(name="schema", node=Config)
     for name, node in METHOD_CONFIGS.items():
         store.store(group="method", name=f"{name}_schema", node=node)
-    Plugins.instance().register(_Recipes)
+    for plugin in (_Groups, Recipes):
+        Plugins.instance().register(plugin)
 
 
 _register()
@@ -154,8 +198,13 @@ def load(recipe: Path, overrides: list[str]) -> Config:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
         try:
-            tree = compose(recipe.stem, overrides=overrides)
+            written = [as_written(one, _kind) for one in overrides]
+            tree = compose(recipe.stem, overrides=[one for one in written if not ABSENT.match(one)])
+            OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
+            tree = OmegaConf.merge(tree, *[_nested(one) for one in written if ABSENT.match(one)])
             config = OmegaConf.to_object(tree)
+        except BadSetting as error:
+            raise error.at(_place(tree)) from None
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_sentence(error, recipe)) from error
         except YAMLError as error:
@@ -164,6 +213,32 @@ def load(recipe: Path, overrides: list[str]) -> Config:
         raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
     config.run_dir = config.run_dir or f"runs/{recipe.stem}"
     return config
+
+
+def _place(tree: DictConfig) -> str:
+    """The dotted name of the innermost branch whose own check fails."""
+    for name in tree:
+        branch = tree[name] if not OmegaConf.is_missing(tree, name) else None
+        try:
+            if isinstance(branch, DictConfig):
+                OmegaConf.to_object(branch)
+        except BadSetting:
+            inner = _place(branch)
+            return f"{name}.{inner}" if inner else str(name)
+    return ""
+
+
+def _nested(override: str) -> dict[str, Any]:
+    """{"a": {"b": value}} of a.b=value."""
+    parsed = OverridesParser.create().parse_override(override)
+    tree: Any = parsed.value()
+    for name in reversed(parsed.key_or_group.split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _kind(key: str) -> Any:
+    return kind_of(Config, key, {"method": list(METHOD_CONFIGS.values())})
 
 
 def to_yaml(config: Config) -> str:

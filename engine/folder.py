@@ -1,5 +1,7 @@
 """The run folder and its config.yaml: a run is only ever continued with the settings it began with."""
 
+import errno
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -13,18 +15,37 @@ FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "
 FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch", "parallel")
 
 
+def check_folder(cfg: Config) -> None:
+    """UserError unless the run folder can be made, or holds a run with these settings; changes nothing."""
+    folder = Path(cfg.run_dir or "").expanduser()
+    nearest = folder
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        before = stored.read_text() if (stored := folder / "config.yaml").exists() else None
+        if before not in (None, text := to_yaml(cfg)):
+            check_settings(before, text, folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def prepare(cfg: Config) -> Path:
     """The run folder with config.yaml in it. Refuses to go on with other settings than the run began with."""
-    folder = Path(cfg.run_dir or "")
-    stored, text = folder / "config.yaml", to_yaml(cfg)
+    check_folder(cfg)
+    folder = Path(cfg.run_dir or "").expanduser()
     try:
-        before = stored.read_text() if stored.exists() else None
-        if before not in (None, text):
-            check_settings(before, text, folder)
-        write_atomically(stored, text)
+        write_atomically(folder / "config.yaml", to_yaml(cfg))
     except OSError as error:
-        raise UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=") from error
+        raise _unwritable(folder, error) from error
     return folder
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=")
 
 
 def check_settings(before: str, now: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import build
+from engine import build, preflight, unused
 from engine.config import Config
 from engine.data.sampler import Stream
 from engine.errors import UserError
@@ -20,7 +20,7 @@ from engine.evaluation.generate import generate, one_hot, write_pairs
 from engine.evaluation.pictures import grid, save_png, sheet
 from engine.evaluation.report import write_report
 from engine.evaluation.score import Reference, reference, score
-from engine.folder import prepare, write_atomically
+from engine.folder import check_folder, prepare, write_atomically
 from engine.methods.base import Method
 from engine.methods.dmd import Pairs
 from engine.methods.msd import TSM, TSMConfig
@@ -31,6 +31,7 @@ from engine.nets.router import MANIFEST, load_router, student_folder, write_mani
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
 from engine.sampling import Sampler, heun
 from engine.skipping.apply import Guard
+from engine.training.checkpoint import checkpoints
 from engine.training.loop import Hook, train
 from engine.training.profile import Profile
 from engine.training.ranks import ALONE, Ranks
@@ -41,10 +42,13 @@ class Job:
     """One run folder: teacher, student or students, then the measuring."""
 
     def __init__(self, cfg: Config, *, on_paper: bool = False, ranks: Ranks = ALONE):
-        """Check everything that can be checked before work begins. `on_paper`: leave the run folder alone."""
-        build.check_settings(cfg, ranks.count)
-        build.check_complete(cfg)
-        self.cfg, self.began = cfg, time.perf_counter()
+        """Check everything that can be checked before work begins. `on_paper`: of what is there, and leave the run folder alone."""
+        preflight.check_settings(cfg, ranks.count)
+        if not on_paper:
+            preflight.check_complete(cfg)
+        check_folder(cfg)
+        self.cfg, self.began, self.dir = cfg, time.perf_counter(), Path(cfg.run_dir or "").expanduser()
+        self.checkpoint = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.ranks, self.device = ranks, ranks.connect(build.device(cfg.device))
         self.dtype, why = build.precision(cfg.precision, self.device)
@@ -52,48 +56,69 @@ class Job:
         for note in (build.set_tf32(cfg.tf32, self.device), algorithms, build.uncompiled(self.device)):
             if note:
                 self.tell(note)
-        self.images = build.build_images(cfg)
-        if self.images is None and not cfg.teacher.checkpoint:
-            raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
-        if self.images is not None and len(self.images) < 2:
-            raise UserError(f"{self.images.name} has 1 image, a run wants at least 2: it ends with a distance between distributions")
-        if self.images is not None and len(self.images) < ranks.count:
-            raise UserError(f"{ranks.count} ranks want as many images, {self.images.name} has {len(self.images)}: start fewer")
-        self.check_method()
-        self.dir = Path(cfg.run_dir or "")
+        self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
+        self.planned = self.plan()
+        if note := unused.sentence(cfg, self.planned[0], ranks.count):
+            self.tell(note)
+        if self.images is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
+            self.ranks.alone(self.check_features)
         if on_paper:
             return
+        if not self.checkpoint and not self.there(self.dir / "teacher.safetensors"):
+            self.ranks.alone(lambda: build.fetch_helpers(cfg.method))
         ranks.alone(lambda: prepare(cfg))
         if self.without:
             self.tell(f"note: {self.images.name} has no images of {build.listed(self.without)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
-        if self.images is not None:
-            self.ranks.alone(self.check_features)
+
+    def plan(self) -> tuple[Denoiser, Method]:
+        """Teacher and method on paper, so that a bad setting is found now and not after hours of training the teacher."""
+        cfg = self.cfg
+        if not cfg.data.path and not self.checkpoint:
+            raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
+        if self.images is not None and len(self.images) < 2:
+            raise UserError(f"{self.images.name} has 1 image, a run wants at least 2: it ends with a distance between distributions")
+        if self.images is not None and len(self.images) < self.ranks.count:
+            raise UserError(f"{self.ranks.count} ranks want as many images, {self.images.name} has {len(self.images)}: start fewer")
+        teacher = self.planned_teacher()
+        with torch.device("meta"):
+            teacher = teacher.to("meta")
+            start = build.build_net(cfg.students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if cfg.students.net else None
+            method = build.build_method(cfg.method, teacher, start)
+        build.check_lightens(method, cfg.skipping)
+        preflight.check_optimizers(cfg, method)
+        if not cfg.data.path and method.needs_data:
+            raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
+        if not cfg.data.path and cfg.students.net:
+            raise UserError("students.net is trained on real images first: set data.path")
+        self.partition = build.build_partition(cfg, teacher.label_dim, self.images) if self.images is not None or not cfg.data.path else None
+        self.without = build.classes_without_images(self.images, teacher.label_dim)
+        if (begun := preflight.begun_in(cfg)) and checkpoints(begun):
+            build.start_from(method, begun.parent)
+        return teacher, method
+
+    def planned_teacher(self) -> Denoiser:
+        """The net of the file that is given or that was trained here before; else a new one, as large as the images."""
+        file = self.checkpoint or self.dir / "teacher.safetensors"
+        if self.there(file):
+            teacher = build.load_teacher(file, self.images)
+            build.check_own_plan(self.cfg.skipping, teacher)
+            if self.checkpoint:
+                self.teacher_sampler()
+            return teacher
+        if not self.checkpoint:
+            preflight.check_no_plan(self.cfg)
+        size = build.rehearsal_size(self.cfg) if self.images is None else (self.images.resolution, self.images.channels, self.images.label_dim)
+        with torch.device("meta"):
+            return build.build_net(self.cfg.net, *size)
 
     def check_features(self) -> None:
-        """Fetch what has to be fetched, and let the features see an image of this size, before the training and not after it."""
+        """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
         assert self.images is not None
         shape = (1, self.images.channels, self.images.resolution, self.images.resolution)
         with torch.no_grad():
             self.features.measure(torch.zeros(shape, dtype=torch.uint8, device=self.device))
-
-    def check_method(self) -> None:
-        """Build the method on paper, so that a bad setting is found now and not after hours of training the teacher."""
-        if self.cfg.teacher.checkpoint:
-            net = build.load_teacher(Path(self.cfg.teacher.checkpoint), self.images)
-            build.check_own_plan(self.cfg.skipping, net)
-        else:
-            assert self.images is not None
-            with torch.device("meta"):
-                net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
-        with torch.device("meta"):
-            method = build.build_method(self.cfg.method, net.to("meta"))
-        build.check_lightens(method, self.cfg.skipping)
-        if method.needs_data and self.images is None:
-            raise UserError(f"method {self.cfg.method.name} looks at real images: set data.path")
-        self.partition = build.build_partition(self.cfg, net.label_dim, self.images)
-        self.without = build.classes_without_images(self.images, net.label_dim)
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
@@ -124,13 +149,13 @@ class Job:
 
     def teacher(self) -> Denoiser:
         """The teacher of this run: the given file, the one trained here before, or a new one."""
-        given, here = self.cfg.teacher.checkpoint, self.dir / "teacher.safetensors"
+        given, here = self.checkpoint, self.dir / "teacher.safetensors"
         if not given and not self.there(here):
             assert self.images is not None
             net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
             method = Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
             self.save(self.stage(method, self.cfg.teacher.train, self.dir / "teacher"), here)
-        return self.prepared(build.load_teacher(Path(given) if given else here, self.images))
+        return self.prepared(build.load_teacher(given or here, self.images))
 
     def matched_start(self, teacher: Denoiser) -> Denoiser:
         """What the students start as: the teacher, or a net of another shape that has learnt its scores (TSM)."""
@@ -149,7 +174,7 @@ class Job:
         folder = student_folder(self.dir, k) if self.partition else self.dir
         method = build.build_method(self.cfg.method, teacher, start)
         if self.cfg.students.start:
-            begun = Path(self.cfg.students.start)
+            begun = Path(self.cfg.students.start).expanduser()
             build.start_from(method, student_folder(begun, k) if self.partition else begun)
         if getattr(method, "pairs", 0) is None and self.cfg.method.regression:
             method.pairs = self.pairs(teacher)  # type: ignore[attr-defined]
@@ -255,7 +280,7 @@ class Job:
 
     def summary(self, teacher: Denoiser, measured: dict[str, Any]) -> dict[str, Any]:
         students = [read_metadata(f) for f in self.student_files()]
-        meta = read_metadata(Path(self.cfg.teacher.checkpoint or self.dir / "teacher.safetensors"))
+        meta = read_metadata(self.checkpoint or self.dir / "teacher.safetensors")
         teacher_seconds = meta.get("seconds", 0.0)
         return {
             "name": self.dir.name,
@@ -309,8 +334,7 @@ class Job:
 
     def teacher_sampler(self, teacher: Denoiser | None = None) -> Sampler:
         """EDM's Heun; a teacher that is a student of an earlier stage is sampled as it was trained."""
-        checkpoint = self.cfg.teacher.checkpoint
-        own = read_metadata(Path(checkpoint)) if checkpoint else {}
+        own = read_metadata(self.checkpoint) if self.checkpoint else {}
         if own.get("method", "teacher") != "teacher" and "sampler" in own:
             return Sampler(**own["sampler"])
         return heun(teacher, self.cfg.teacher.loss.sampling_steps)
@@ -364,9 +388,8 @@ class Job:
     @cached_property
     def inherited(self) -> dict[str, Any]:
         """What a weight file of this run has from its teacher's: the licence, and which teacher it was."""
-        if not self.cfg.teacher.checkpoint:
+        if not (path := self.checkpoint):
             return {}
-        path = Path(self.cfg.teacher.checkpoint)
         own = read_metadata(path)
         teacher = {key: own[key] for key in ("source", "sha256") if key in own} or own.get("teacher") or {"source": path.name}
         return {"teacher": teacher} | ({"license": own["license"]} if "license" in own else {})

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import build
+from engine import build, preflight
 from engine.config import Config, to_yaml
 from engine.data.sampler import Stream
+from engine.job import Job
 from engine.nets.layers import set_checkpointing
 from engine.training.run import Run
 
@@ -20,20 +21,17 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def dry_run(cfg: Config) -> None:
-    """Print the settings and, as comments, sizes and what is missing."""
+    """Make every check that the run makes before it trains, then print the settings and, as comments, sizes and what is missing."""
+    net, method = Job(cfg, on_paper=True).planned
     print(to_yaml(cfg), end="")
-    for line in build.missing(cfg):
+    for line in preflight.missing(cfg):
         print(f"# missing {line}")
-    if cfg.teacher.checkpoint and Path(cfg.teacher.checkpoint).is_file():
-        net, source = build.load_teacher(Path(cfg.teacher.checkpoint), None), cfg.teacher.checkpoint
-    else:
-        resolution, channels, label_dim = (int(s) for s in f"{build.rehearsal_data(cfg)}x0".partition(":")[2].split("x")[:3])
-        with torch.device("meta"):
-            net, source = build.build_net(cfg.net, resolution, channels, label_dim), "not there yet" if cfg.teacher.checkpoint else "to be trained"
+    if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
+        print(f"# will be downloaded: {url}")
+    checkpoint = cfg.teacher.checkpoint
+    there = checkpoint and Path(checkpoint).expanduser().is_file()
     parameters = sum(p.numel() for p in net.parameters())
-    print(f"# teacher: {parameters:,} parameters ({source})")
-    with torch.device("meta"):
-        method = build.build_method(cfg.method, net)
+    print(f"# teacher: {parameters:,} parameters ({checkpoint if there else 'not there yet' if checkpoint else 'to be trained'})")
     trained = {name: sum(p.numel() for p in one.parameters() if p.requires_grad) for name, one in method.nets.items()}
     for note in method.notes:
         print(f"# {note}")
@@ -45,9 +43,9 @@ def dry_run(cfg: Config) -> None:
 
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
+    preflight.check_settings(cfg)
     device = build.device(cfg.device)
     dtype, _ = build.precision(cfg.precision, device)
-    build.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
     for note in (build.set_tf32(cfg.tf32, device), build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)):
         if note:
             print(note, file=sys.stderr)

@@ -6,16 +6,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
-    ["kernels", "engine.errors", "engine.strata", "engine.whole"],
-    ["engine.diffusion", "engine.cli"],
+    ["kernels", "engine.errors", "engine.strata", "engine.whole", "engine.written"],
+    ["engine.checks", "engine.diffusion", "engine.cli"],
     ["engine.nets"],
     ["engine.sampling", "engine.skipping"],
     ["engine.methods"],
     ["engine.training", "engine.data", "engine.formats"],
     ["engine.evaluation"],
     ["engine.config"],
-    ["engine.build", "engine.folder", "engine.student"],
-    ["engine.job", "engine.rehearsal"],
+    ["engine.build", "engine.folder", "engine.student", "engine.unused"],
+    ["engine.preflight"],
+    ["engine.job"],
+    ["engine.rehearsal"],
     ["engine.train", "engine.sample", "engine.evaluate", "engine.convert", "engine.probe", "engine.compare", "engine.export"],
 ]  # fmt: skip
 

@@ -138,11 +138,6 @@ def test_freeze_rule(name, level):
     assert [is_frozen(name, k) for k in range(4)] == [k >= level for k in range(4)]
 
 
-def test_freeze_level_out_of_range():
-    with pytest.raises(UserError, match=r"0 .* to 3, got 4"):
-        freeze(nn.Linear(1, 1), 4)
-
-
 # The discriminator
 
 
@@ -392,9 +387,9 @@ def test_schedule_is_published():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze": 4}, "method.freeze"), ({"r1_gamma": -1.0}, "method.r1_gamma"), ({"r1_every": 0}, "method.r1_every"),
-        ({"features": []}, "at least one feature net"), ({"loss": "wgan"}, "softplus or hinge"), ({"width": 0}, "above 0"),
-        ({"feature_dtype": "fp8"}, "fp32 or bf16"),
+        ({"freeze": 4}, "freeze wants one of 0, 1, 2, 3, got 4"), ({"r1_gamma": -1.0}, "r1_gamma wants at least 0, got -1.0"), ({"r1_every": 0}, "r1_every wants at least 1, got 0"),
+        ({"features": []}, "at least one feature net"), ({"loss": "wgan"}, "loss wants one of softplus, hinge, got 'wgan'"), ({"width": 0}, "width wants at least 1, got 0"),
+        ({"feature_dtype": "fp8"}, "one of fp32, bf16"),
     ],
 )  # fmt: skip
 def test_bad_settings(settings, message):

@@ -369,15 +369,15 @@ def test_instant_learns(settings, iterations, lr):
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"steps": 0}, "method.steps wants at least 1, got 0"),
-        ({"weight": "huber"}, "method.weight wants one of flat, sqrt_karras, edm, snr, sigmoid, got 'huber'"),
-        ({"levels": "linear"}, "method.levels wants one of karras, cosine, log_uniform, got 'linear'"),
-        ({"variant": "both"}, "method.variant wants one of alternating, instant, got 'both'"),
-        ({"jvp": "reverse"}, "method.jvp wants one of forward, difference, got 'reverse'"),
+        ({"steps": 0}, "steps wants at least 1, got 0"),
+        ({"weight": "huber"}, "weight wants one of flat, sqrt_karras, edm, snr, sigmoid, got 'huber'"),
+        ({"levels": "linear"}, "levels wants one of karras, cosine, log_uniform, got 'linear'"),
+        ({"variant": "both"}, "variant wants one of alternating, instant, got 'both'"),
+        ({"jvp": "reverse"}, "jvp wants one of forward, difference, got 'reverse'"),
         ({"guidance": 1.5}, "wants a class-conditional teacher"),
-        ({"sigma_min": 90.0}, "wanted 0 < method.sigma_min < method.sigma_max, got 90.0 and 80.0"),
-        ({"dropout": 1.0}, "method.dropout wants a probability in [0, 1), got 1.0"),
-        ({"measure_every": 0}, "method.measure_every wants at least 1, got 0"),
+        ({"sigma_min": 90.0}, "sigma_max wants more than sigma_min = 90.0, got 80.0"),
+        ({"dropout": 1.0}, "dropout wants a probability in [0, 1), got 1.0"),
+        ({"measure_every": 0}, "measure_every wants at least 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, wanted):

@@ -467,8 +467,8 @@ def test_lpips_that_is_not_installed(monkeypatch):
     [
         ({"num_steps": [1]}, "at least 3 noise levels"), ({"num_steps": [4, 2]}, "at least 3 noise levels"),
         ({"num_steps": [1], "afs": False}, "at least 2 noise levels"), ({"num_steps": []}, "num_steps"),
-        ({"sample_num_steps": 2}, "sample_num_steps"), ({"K": 0}, "method.K"), ({"solver": "rk4"}, "rk4"),
-        ({"metric": "lpips"}, "l1, l2 or huber"), ({"sigma_min": 0.0}, "sigma_min"), ({"huber_c": 0.0}, "huber_c"),
+        ({"sample_num_steps": 2}, "sample_num_steps"), ({"K": 0}, "K wants at least 1, got 0"), ({"solver": "rk4"}, "rk4"),
+        ({"metric": "lpips"}, "one of l1, l2, huber"), ({"sigma_min": 0.0}, "sigma_min"), ({"huber_c": 0.0}, "huber_c"),
     ],
 )  # fmt: skip
 def test_bad_settings(settings, message):

@@ -272,11 +272,11 @@ def test_learns(settings, label_dim, iterations):
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"distance": "l1"}, "method.distance wants huber or l2, got 'l1'"),
-        ({"alpha": 1.2}, "set method.distance=l2"),
-        ({"c": 0.0}, "method.c wants a positive number or null, got 0.0"),
+        ({"distance": "l1"}, "distance wants one of huber, l2, got 'l1'"),
+        ({"alpha": 1.2}, "alpha wants to be 1 with method.distance=huber"),
+        ({"c": 0.0}, "c wants more than 0, got 0.0"),
         ({"t_max": 1.5}, "in (0, 1], got 1.5"),
-        ({"sigma": 0.0}, "method.sigma wants a positive noise level, got 0.0"),
+        ({"sigma": 0.0}, "sigma wants more than 0, got 0.0"),
         ({"guidance": 2.0}, "wants a class-conditional teacher"),
     ],
 )

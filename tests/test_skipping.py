@@ -35,7 +35,6 @@ from engine.skipping.plan import (
     Plan,
     SkippingConfig,
     check_budget,
-    check_config,
     check_plan,
     kl_budget,
     load_plan,
@@ -625,8 +624,8 @@ def test_wrong_plans_are_refused_in_one_sentence(plan_file, tmp_path):
         (lambda: check_budget(0.021), "at most 0.02, got 0.021"),
         (lambda: check_budget(0.0), "above 0"),
         (lambda: load_plan(tmp_path / "none.json"), "no plan at"),
-        (lambda: check_config(SkippingConfig(anneal=1.5)), "skipping.anneal"),
-        (lambda: check_config(SkippingConfig(cache=0)), "skipping.cache"),
+        (lambda: SkippingConfig(anneal=1.5), "anneal"),
+        (lambda: SkippingConfig(cache=0), "cache"),
         (lambda: probed(net, Material(torch.zeros(16, 1, 8, 8), None), 5), "5 bins of noise levels want at least 20 images"),
         (lambda: bin_edges(net, 5) and probed(net, Material(torch.zeros(16, 1, 8, 8), None), 0), "at least 1 bin"),
     ):

@@ -84,8 +84,8 @@ def test_the_average_is_a_plain_net_and_the_code_is_kept_in_the_run_folder(tmp_p
 
 
 def test_bad_modes_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="wants one of off, blocks, net, got"):
-        check_compile("max", CPU, "train.compile")
+    with pytest.raises(UserError, match="compile wants one of off, blocks, net, got 'max'"):
+        TrainConfig(compile="max")
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match="wants a C\\+\\+ compiler"):

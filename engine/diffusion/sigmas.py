@@ -46,7 +46,10 @@ def lognormal(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     return (mean + std * normal).exp()
 
 
-def grid_level(index: Tensor, levels: int = 1000) -> Tensor:
+GRID = 1000  # levels of DMD's grid
+
+
+def grid_level(index: Tensor, levels: int = GRID) -> Tensor:
     """σ of integer indices on a `levels`-point Karras grid of 0.002 … 80, 0 being the smallest (DMD2's time steps)."""
     return karras_at(index / (levels - 1))
 

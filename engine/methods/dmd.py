@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.diffusion.sigmas import edm_weight, grid_level
+from engine.checks import Unused, above, at_least, finite, one_of, window
+from engine.diffusion.sigmas import GRID, edm_weight, grid_level
 from engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
 from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from engine.nets.denoiser import Denoiser
@@ -50,6 +51,20 @@ class DMDConfig:
     regression_metric: str = "lpips"  # lpips (the paper's; the extra of that name) | l2
     pairs: int = 25_000  # of noise and teacher sample, made once; the paper's number for ImageNet-64
     pair_steps: int = 256  # of Heun, for each
+
+    def __post_init__(self):
+        finite(self)
+        above(self, 0, "sigma")
+        at_least(self, 1, "fake_per_student", "pairs", "pair_steps")
+        at_least(self, 0, "gan_student", "gan_fake", "regression")
+        for name in ("match_index", "fake_index", "gan_index"):
+            window(self, name, GRID - 1)
+        one_of(self, "regression_metric", ("lpips", "l2"))
+
+    def unused(self) -> Unused:
+        gan = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")
+        pairs = {} if self.regression else dict.fromkeys(("regression_metric", "pairs", "pair_steps"), "method.regression=0")
+        return gan | pairs
 
 
 class Pairs(NamedTuple):

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.errors import UserError
+from engine.checks import Unused, above, at_least, finite, one_of, wants
 from engine.methods.base import Batch, Logs, Method, Turn, frozen
 from engine.methods.parts import generate, noise_like, set_dropout
 from engine.nets.denoiser import Denoiser
 from engine.nets.discriminators import ProjectedDiscriminator
 from engine.nets.features import FeatureNet
-from engine.nets.frozen import freeze, freeze_named
+from engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
 from engine.nets.ops import definitions
 from engine.sampling import one_step
 from engine.skipping.freezing import proposed
@@ -62,18 +62,21 @@ class GDDConfig:
     r1_every: int = 16
 
     def __post_init__(self):
-        if self.loss not in ("softplus", "hinge"):
-            raise UserError(f"method.loss wants softplus or hinge, got {self.loss!r}")
-        if self.feature_dtype not in ("fp32", "bf16"):
-            raise UserError(f"method.feature_dtype wants fp32 or bf16, got {self.feature_dtype!r}")
-        if not 0 <= self.r1_gamma < float("inf"):
-            raise UserError(f"method.r1_gamma wants to be at least 0 (0: no R1), got {self.r1_gamma}")
-        if self.r1_every < 1:
-            raise UserError(f"method.r1_every wants at least 1 iteration, got {self.r1_every}")
-        if self.sum_over <= 0 or self.width < 1:
-            raise UserError(f"method.sum_over and method.width want to be above 0, got {self.sum_over} and {self.width}")
-        if not self.features:
-            raise UserError("method.features wants at least one feature net, got none: teacher needs no download")
+        finite(self)
+        above(self, 0, "sigma", "sum_over")
+        wants(self, "freeze", self.freeze in FREEZE_LEVELS, f"one of {', '.join(map(str, FREEZE_LEVELS))}")
+        wants(self, "features", bool(self.features), "at least one feature net (teacher needs no download)")
+        one_of(self, "feature_dtype", ("fp32", "bf16"))
+        one_of(self, "loss", ("softplus", "hinge"))
+        at_least(self, 0, "r1_gamma")  # 0: no R1
+        at_least(self, 1, "r1_every", "width")
+
+    def unused(self) -> Unused:
+        return (
+            ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"})
+            | ({} if self.freeze else {"freeze_plan": "method.freeze=0"})
+            | ({} if any(name.startswith("teacher") for name in self.features) else {"feature_noise": "none of method.features is the teacher"})
+        )
 
 
 class GDD(Method):
@@ -83,7 +86,7 @@ class GDD(Method):
         self.cfg, self.student, self.features = cfg, student, list(features)
         set_dropout(student, 0.0)
         if cfg.freeze_plan:
-            stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan)), cfg.freeze))
+            stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan).expanduser()), cfg.freeze))
         else:
             stay, total = freeze(student.model, cfg.freeze)
         self.notes = [f"freeze level {cfg.freeze}{' by ' * bool(cfg.freeze_plan)}{cfg.freeze_plan or ''}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]

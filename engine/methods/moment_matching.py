@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.checks import Unused, above, at_least, finite, one_of, probability, wants
 from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from engine.diffusion.solvers import posterior
 from engine.errors import UserError
@@ -59,6 +60,23 @@ class MomentMatchingConfig:
     measure_decay: float = 0.99  # of v: the mean of all gradients at first, then of about the last hundred
     eps: float = 1e-8
 
+    def __post_init__(self):
+        finite(self)
+        for name, known in {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}.items():
+            one_of(self, name, known)
+        at_least(self, 1, "steps", "measure_every", "measure_batch")
+        above(self, 0, "sigma_min", "rho", "eps")
+        wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
+        probability(self, "dropout", "measure_decay")
+
+    def unused(self) -> Unused:
+        measured = ("jvp", "measure_every", "measure_batch", "measure_decay", "eps")
+        return (
+            ({} if self.variant == "instant" else dict.fromkeys(measured, "method.variant=alternating"))
+            | ({} if self.levels == "karras" else {"rho": f"method.levels={self.levels}"})
+            | ({} if self.weight == "sigmoid" else {"sigmoid_bias": f"method.weight={self.weight}"})
+        )
+
 
 @dataclass
 class Jump:
@@ -80,7 +98,6 @@ class MomentMatching(Method):
     """What both algorithms share: the jumps, the student that makes them, and how it is sampled."""
 
     def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser):
-        check(cfg)
         check_guidance(cfg.guidance, teacher)
         set_dropout(student, cfg.dropout)
         self.cfg, self.student = cfg, student
@@ -216,18 +233,3 @@ WEIGHTS: dict[str, Callable[[Tensor, MomentMatchingConfig], Tensor]] = {
     "snr": lambda S, cfg: 1 / S**2,
     "sigmoid": lambda S, cfg: 1 / (S**2 + math.exp(-cfg.sigmoid_bias)),
 }
-
-
-def check(cfg: MomentMatchingConfig) -> None:
-    """UserError for settings that make no sense."""
-    choices = {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}
-    for name, known in choices.items():
-        if (value := getattr(cfg, name)) not in known:
-            raise UserError(f"method.{name} wants one of {', '.join(known)}, got {value!r}")
-    for name in ("steps", "measure_every", "measure_batch"):
-        if (value := getattr(cfg, name)) < 1:
-            raise UserError(f"method.{name} wants at least 1, got {value}")
-    if not 0 < cfg.sigma_min < cfg.sigma_max:
-        raise UserError(f"wanted 0 < method.sigma_min < method.sigma_max, got {cfg.sigma_min} and {cfg.sigma_max}")
-    if not 0 <= cfg.dropout < 1:
-        raise UserError(f"method.dropout wants a probability in [0, 1), got {cfg.dropout}")

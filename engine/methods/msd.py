@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checks import above, finite
 from engine.diffusion.sigmas import edm_weight, grid_level, lognormal
 from engine.errors import UserError
 from engine.methods.base import Batch, Logs, Method, Turn, frozen
@@ -77,6 +78,10 @@ class TSMConfig:
     name: str = "tsm"
     P_mean: float = -1.2  # of the log-normal half
     P_std: float = 1.2
+
+    def __post_init__(self):
+        finite(self)
+        above(self, 0, "P_std")
 
 
 class TSM(Method):

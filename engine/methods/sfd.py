@@ -23,9 +23,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engine.checks import Unused, above, at_least, finite, one_of, wants
 from engine.diffusion.sigmas import karras
 from engine.diffusion.solvers import EVALUATIONS, analytic_first_step
-from engine.errors import UserError
 from engine.methods.base import Batch, Logs, Method, Turn, frozen
 from engine.methods.parts import random_labels
 from engine.nets.denoiser import Denoiser
@@ -56,21 +56,23 @@ class SFDConfig:
     zero_init: bool = False  # start the step condition at nothing, so that the student starts as the teacher; released: random
 
     def __post_init__(self):
-        if not self.num_steps or min(self.num_steps) < 2 + self.afs:
-            least = "3 noise levels with AFS, which makes the first step" if self.afs else "2 noise levels"
-            raise UserError(f"method.num_steps wants at least {least}, got {self.num_steps}")
-        if self.sample_num_steps is not None and self.sample_num_steps < 2 + self.afs:
-            raise UserError(f"method.sample_num_steps wants at least {2 + self.afs}, got {self.sample_num_steps}")
-        if self.K < 1:
-            raise UserError(f"method.K wants at least 1 teacher step per student step, got {self.K}")
-        if self.solver not in EVALUATIONS:
-            raise UserError(f"method.solver wants one of {', '.join(EVALUATIONS)}, got {self.solver!r}")
-        if self.metric not in ("l1", "l2", "huber"):
-            raise UserError(f"method.metric wants l1, l2 or huber, got {self.metric!r} (method.lpips adds LPIPS to it)")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise UserError(f"wanted 0 < method.sigma_min < method.sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if self.lpips < 0 or self.huber_c <= 0:
-            raise UserError(f"wanted method.lpips >= 0 and method.huber_c > 0, got {self.lpips} and {self.huber_c}")
+        finite(self)
+        least = 2 + self.afs
+        levels = f"at least {least} noise levels{' (AFS makes the first step)' * self.afs}"
+        wants(self, "num_steps", bool(self.num_steps) and min(self.num_steps) >= least, levels)
+        wants(self, "sample_num_steps", self.sample_num_steps is None or self.sample_num_steps >= least, levels)
+        at_least(self, 1, "K")
+        one_of(self, "solver", EVALUATIONS)
+        one_of(self, "metric", ("l1", "l2", "huber"))
+        above(self, 0, "sigma_min", "rho", "huber_c")
+        wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
+        at_least(self, 0, "lpips")
+
+    def unused(self) -> Unused:
+        return (
+            ({} if self.metric == "huber" else {"huber_c": f"method.metric={self.metric}"})
+            | ({} if self.step_condition else {"zero_init": "method.step_condition=false"})
+        )
 
 
 @dataclass

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.checks import Unused, above, finite, one_of, probability, wants
 from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from engine.errors import UserError
 from engine.methods.base import Batch, Logs, Method, Turn, frozen
 from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from engine.nets.denoiser import Denoiser
@@ -48,6 +48,17 @@ class SIMConfig:
     P_mean: float = -1.2  # of L_ψ's ln σ
     P_std: float = 1.2
 
+    def __post_init__(self):
+        finite(self)
+        one_of(self, "distance", ("huber", "l2"))
+        wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
+        above(self, 0, "c", "sigma", "scale", "P_std")
+        wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
+        probability(self, "dropout")
+
+    def unused(self) -> Unused:
+        return {"c": "method.distance=l2"} if self.distance == "l2" else {}
+
 
 class SIM(Method):
     """Two turns on images of their own: ψ learns the student's images, then the student moves."""
@@ -55,7 +66,6 @@ class SIM(Method):
     needs_data = False
 
     def __init__(self, cfg: SIMConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
-        check(cfg)
         check_guidance(cfg.guidance, teacher)
         if cfg.dropout is not None:
             set_dropout(student, cfg.dropout)
@@ -103,19 +113,3 @@ class SIM(Method):
         return score_implicit(
             x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight
         )
-
-
-def check(cfg: SIMConfig) -> None:
-    """UserError for settings that make no sense."""
-    if cfg.distance not in ("huber", "l2"):
-        raise UserError(f"method.distance wants huber or l2, got {cfg.distance!r}")
-    if cfg.distance == "huber" and cfg.alpha != 1:
-        raise UserError(f"method.alpha is of the l2 distance only, got {cfg.alpha} with huber: set method.distance=l2")
-    if cfg.c is not None and cfg.c <= 0:
-        raise UserError(f"method.c wants a positive number or null, got {cfg.c}")
-    if not 0 < cfg.t_max <= 1:
-        raise UserError(f"method.t_max wants a share of the noise levels in (0, 1], got {cfg.t_max}")
-    if cfg.dropout is not None and not 0 <= cfg.dropout < 1:
-        raise UserError(f"method.dropout wants a probability in [0, 1) or null, got {cfg.dropout}")
-    if cfg.sigma <= 0:
-        raise UserError(f"method.sigma wants a positive noise level, got {cfg.sigma}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.checks import above, at_least, finite
 from engine.diffusion.sigmas import edm_weight, lognormal
 from engine.methods.base import Batch, Logs, Method, Turn
 from engine.nets.denoiser import Denoiser
@@ -21,6 +22,11 @@ class EDMLoss:
     P_mean: float = -1.2
     P_std: float = 1.2
     sampling_steps: int = 18  # Heun, as for CIFAR-10 (35 evaluations)
+
+    def __post_init__(self):
+        finite(self)
+        above(self, 0, "P_std")
+        at_least(self, 1, "sampling_steps")
 
 
 class Teacher(Method):

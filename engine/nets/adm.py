@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.nets.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
-from engine.nets.unet import UNet
+from engine.nets.unet import UNet, resolutions_of
 
 
 class DhariwalUNet(UNet):
@@ -44,7 +44,7 @@ class DhariwalUNet(UNet):
         label_init = Init("kaiming_normal", weight=math.sqrt(label_dim))
         self.map_label = Linear(label_dim, emb_channels, bias=False, init=label_init) if label_dim else None
 
-        resolutions = [img_resolution >> level for level in range(len(channel_mult))]
+        resolutions = resolutions_of(img_resolution, len(channel_mult))
         self.enc = nn.ModuleDict()
         cout = in_channels
         for level, (res, mult) in enumerate(zip(resolutions, channel_mult, strict=True)):

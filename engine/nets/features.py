@@ -161,13 +161,14 @@ def load_features(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.fl
         case "torchscript" if rest:
             net = Scripted(Path(rest), teacher.img_resolution)
         case "timm" if rest:
-            net = _timm(rest, dtype)
+            net = load_timm(rest, dtype)
         case _:
             raise UserError(f"method.features wants teacher, teacher:SIGMA, timm:NAME or torchscript:FILE, got {name!r}")
     return net.to(next(teacher.parameters()).device).requires_grad_(False).eval()
 
 
-def _timm(name: str, dtype: torch.dtype) -> FeatureNet:
+def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
+    """timm's network of that name with its weights, which are downloaded at first. UserError where there is none."""
     if planning() and name in KNOWN:
         return Planned(KNOWN[name])
     try:

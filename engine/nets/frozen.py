@@ -15,6 +15,7 @@ from torch import nn
 from engine.errors import UserError
 
 KINDS = (("conv", "proj"), ("qkv",), ("skip",))
+FREEZE_LEVELS = range(len(KINDS) + 1)
 PLACES = ("block", "in", "up", "down")
 
 
@@ -26,8 +27,7 @@ def is_frozen(name: str, level: int) -> bool:
 
 def freeze(model: nn.Module, level: int) -> tuple[int, int]:
     """Take the parameters of freeze level 0 … 3 out of training, for good. Returns how many numbers stay, and of how many."""
-    if level not in range(len(KINDS) + 1):
-        raise UserError(f"method.freeze wants a level from 0 (train all) to {len(KINDS)}, got {level}")
+    assert level in FREEZE_LEVELS
     return freeze_named(model, [name for name, _ in model.named_parameters() if is_frozen(name, level)])
 
 

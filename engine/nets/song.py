@@ -17,7 +17,7 @@ from engine.nets.layers import (
     UNetBlock,
 )
 from engine.nets.ops import laid
-from engine.nets.unet import UNet
+from engine.nets.unet import UNet, resolutions_of
 
 
 class SongUNet(UNet):
@@ -68,7 +68,7 @@ class SongUNet(UNet):
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init=init)
 
-        resolutions = [img_resolution >> level for level in range(len(channel_mult))]
+        resolutions = resolutions_of(img_resolution, len(channel_mult))
         self.enc = nn.ModuleDict()
         cout = caux = in_channels
         for level, (res, mult) in enumerate(zip(resolutions, channel_mult, strict=True)):

@@ -11,6 +11,21 @@ from engine.nets.layers import UNetBlock
 from engine.nets.ops import laid
 
 
+def resolutions_of(img_resolution: int, levels: int) -> list[int]:
+    """The side of the images at each level of a U-Net. ValueError where a level cannot be half of the one before: the decoder
+    doubles, so 7 halved to 4 would come back as 8."""
+    if not levels:
+        raise ValueError("channel_mult wants at least one level, got none")
+    if img_resolution % 2 ** (levels - 1):
+        fitting = -(-img_resolution // 2 ** (levels - 1)) * 2 ** (levels - 1)
+        fewer = next(n for n in range(levels, 0, -1) if img_resolution % 2 ** (n - 1) == 0)
+        raise ValueError(
+            f"{img_resolution}x{img_resolution} images cannot be halved {levels - 1} times, as {levels} levels (channel_mult) want: use images of "
+            f"{fitting}x{fitting} (engine.convert images --resolution {fitting}), or {fewer} level{'s' * (fewer > 1)}"
+        )
+    return [img_resolution >> level for level in range(levels)]
+
+
 class UNet(nn.Module):
     """A U-Net over `enc` and `dec`, dictionaries of layers keyed "{H}x{W}_{name}"."""
 

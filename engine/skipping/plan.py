@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.checks import Unused, above, at_least, finite, wants
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.nets.weights import weights_hash
@@ -34,6 +35,18 @@ class SkippingConfig:
     guard_iterations: int = 500  # between comparisons with the full teacher; 0: none
     cosine: float = 0.99  # least cosine of the student's gradients with and without; below, the plan shrinks
     norm: float = 0.05  # most relative difference of their norms
+
+    def __post_init__(self):
+        finite(self)
+        at_least(self, 1, "cache")
+        wants(self, "anneal", 0 <= self.anneal <= 1, "a share of the training in [0, 1]")
+        at_least(self, 0, "guard_iterations")
+        wants(self, "cosine", -1 <= self.cosine <= 1, "a cosine in [-1, 1]")
+        above(self, 0, "norm")
+
+    def unused(self) -> Unused:
+        idle = {} if self.plan or self.cache > 1 else dict.fromkeys(("anneal", "guard_iterations", "cosine", "norm"), "neither skipping.plan nor skipping.cache")
+        return idle if self.guard_iterations else idle | dict.fromkeys(("cosine", "norm"), "skipping.guard_iterations=0")
 
 
 @dataclass
@@ -123,18 +136,6 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
 def check_budget(budget: float) -> None:
     if not 0 < budget <= HARDEST:
         raise UserError(f"the budget of excess denoising loss wants to be above 0 and at most {HARDEST}, got {budget}")
-
-
-def check_config(cfg: SkippingConfig) -> None:
-    """UserError for settings that make no sense."""
-    if not 0 <= cfg.anneal <= 1:
-        raise UserError(f"skipping.anneal wants a share of the training in [0, 1], got {cfg.anneal}")
-    if cfg.cache < 1:
-        raise UserError(f"skipping.cache wants at least 1 (always compute), got {cfg.cache}")
-    if cfg.guard_iterations < 0:
-        raise UserError(f"skipping.guard_iterations wants at least 0 (no guard), got {cfg.guard_iterations}")
-    if not (-1 <= cfg.cosine <= 1 and cfg.norm > 0):
-        raise UserError(f"wanted skipping.cosine in [-1, 1] and skipping.norm > 0, got {cfg.cosine} and {cfg.norm}")
 
 
 def prefixes(order: Sequence[int], error: np.ndarray, budget: float) -> list[int]:

@@ -25,9 +25,7 @@ VARIANTS = 8
 
 
 def check_compile(mode: str, device: torch.device, where: str) -> None:
-    """UserError for a mode that does not exist or that this machine cannot do."""
-    if mode not in MODES:
-        raise UserError(f"{where} wants one of {', '.join(MODES)}, got {mode!r}")
+    """UserError for a mode that this machine cannot do."""
     if mode != "off" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise UserError(f"{where}={mode} on a CPU wants a C++ compiler, and there is no g++ or clang++: install one, or use off")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from engine.checks import above, at_least, finite, one_of, wants
 from engine.nets.shadow import shadow_of
 from kernels import AdamEMA
 
@@ -29,6 +29,14 @@ class OptimConfig:
     warmup: int = 0  # iterations of linear warm-up
     schedule: str = "constant"  # constant | linear (to 0 at the end) | halfway (a tenth from the middle on, as SFD)
 
+    def __post_init__(self):
+        finite(self)
+        one_of(self, "name", KINDS)
+        above(self, 0, "lr", "clip")
+        wants(self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        at_least(self, 0, "eps", "weight_decay", "warmup")
+        one_of(self, "schedule", SCHEDULES)
+
 
 KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "linear", "halfway")
@@ -39,18 +47,6 @@ SCHEDULES = ("constant", "linear", "halfway")
 IMPLEMENTATIONS = ("auto", "torch", "adam_ema")
 #: What a checkpoint says of the implementation that wrote it, and must not say to the one that reads it.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
-
-
-def check_optim(cfg: OptimConfig, where: str) -> None:
-    """UserError for settings that no optimiser takes."""
-    if cfg.name not in KINDS:
-        raise UserError(f"{where}: optimiser wants one of {', '.join(KINDS)}, got {cfg.name!r}")
-    if cfg.schedule not in SCHEDULES:
-        raise UserError(f"{where}: schedule wants one of {', '.join(SCHEDULES)}, got {cfg.schedule!r}")
-    if not cfg.lr > 0 or len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
-        raise UserError(f"{where}: wanted lr > 0 and two betas in [0, 1), got lr {cfg.lr} and betas {cfg.betas}")
-    if cfg.clip is not None and not cfg.clip > 0:
-        raise UserError(f"{where}: clip wants more than 0, or null for none, got {cfg.clip}")
 
 
 def build_optimizer(

@@ -30,6 +30,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 
+from engine.checks import at_least, one_of
 from engine.errors import UserError
 from engine.methods.base import Method, modules_of
 from engine.nets.denoiser import Denoiser
@@ -50,15 +51,9 @@ class FSDPConfig:
     mixed: bool = True  # gather the blocks' weights in the precision of the run: half the traffic in bf16
     teacher: str = "replicate"  # replicate | shard
 
-
-def check_parallel(parallel: str, cfg: FSDPConfig, where: str) -> None:
-    """UserError for words that are none of ours."""
-    if parallel not in MODES:
-        raise UserError(f"{where}.parallel wants one of {', '.join(MODES)}, got {parallel!r}")
-    if cfg.teacher not in TEACHERS:
-        raise UserError(f"{where}.fsdp.teacher wants one of {', '.join(TEACHERS)}, got {cfg.teacher!r}")
-    if cfg.replicas < 1:
-        raise UserError(f"{where}.fsdp.replicas wants at least 1, got {cfg.replicas}")
+    def __post_init__(self):
+        at_least(self, 1, "replicas")
+        one_of(self, "teacher", TEACHERS)
 
 
 def check_shares(

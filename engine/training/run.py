@@ -13,16 +13,21 @@ from typing import Any
 
 import torch
 
+from engine.checks import BadSetting, above, at_least, finite, one_of, wants
 from engine.errors import UserError
 from engine.methods.base import Batch, Draws, Method, modules_of
+from engine.nets.layers import CHECKPOINTING
 from engine.nets.shadow import give_shadows, renew_stale
 from engine.skipping.apply import Guard
 from engine.training.checkpoint import fitted, restore
+from engine.training.compile import MODES as COMPILED
 from engine.training.compile import compile_nets
 from engine.training.ema import EMA, ema_decay
+from engine.training.graphs import MODES as GRAPHS
 from engine.training.graphs import build_graphs, seed_dropout
 from engine.training.log import Meter
 from engine.training.optim import (
+    IMPLEMENTATIONS,
     OptimConfig,
     build_optimizer,
     fitting,
@@ -30,6 +35,7 @@ from engine.training.optim import (
     rates_as_tensors,
     set_learning_rate,
 )
+from engine.training.parallel import MODES as PARALLEL
 from engine.training.parallel import FSDPConfig, Sharded, largest_part, wire
 from engine.training.ranks import ALONE, Ranks
 from engine.training.step import Trained, iteration
@@ -58,6 +64,26 @@ class TrainConfig:
     checkpoint_kimg: float | None = None  # null: ten over the run
     keep: int = 2  # newest checkpoints kept
     graphs: str = "auto"  # replay every turn as one CUDA graph: auto (where there is CUDA) | on (or stop) | off
+
+    def __post_init__(self):
+        finite(self)
+        if isinstance(self.micro_batch, str) and self.micro_batch.strip().isdecimal():
+            self.micro_batch = int(self.micro_batch)  # recipes are read as text, and this setting may be text
+        above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg")
+        at_least(self, 1, "batch", "log_iterations", "keep")
+        at_least(self, 0, "ema_kimg", "ema_ramp_up")
+        self._check_micro_batch()
+        one_of(self, "parallel", PARALLEL)
+        one_of(self, "optimizer", IMPLEMENTATIONS)
+        one_of(self, "compile", COMPILED)
+        one_of(self, "activation_checkpointing", CHECKPOINTING)
+        one_of(self, "graphs", GRAPHS)
+
+    def _check_micro_batch(self) -> None:
+        micro = self.micro_batch
+        wants(self, "micro_batch", not isinstance(micro, str) or micro == "auto", "a number, auto or null")
+        if isinstance(micro, int) and (micro < 1 or self.batch % micro):
+            raise BadSetting("micro_batch", f"= {micro} does not divide batch = {self.batch}")
 
 
 class Run:
