@@ -172,15 +172,21 @@ def listed(classes: list[int]) -> str:
 
 def start_from(method: Method, folder: Path) -> None:
     """Load student and fake net from another run's last checkpoint; heads that it lacks stay new, optimisers too."""
+    for name, weights in start_of(method, folder).items():
+        method.nets[name].load_state_dict(weights, strict=False)
+
+
+def start_of(method: Method, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights for each of the method's nets in another run's last checkpoint. UserError unless they fit, heads left aside."""
     state = load_newest(folder / "checkpoints", "cpu")
     if state is None:
         raise UserError(f"students.start: no checkpoint in {folder / 'checkpoints'}; wanted a finished run of the same shape")
     for name, net in method.nets.items():
-        found = net.load_state_dict(state["nets"].get(name, {}), strict=False)
-        lacking = [key for key in found.missing_keys if not key.startswith("head.")]
-        if lacking or found.unexpected_keys:
-            key = [*lacking, *found.unexpected_keys][0]
-            raise UserError(f"students.start: net {name!r} in {folder} is of another shape (first difference: {key})")
+        theirs = {key: t.shape for key, t in state["nets"].get(name, {}).items()}
+        ours = {key: t.shape for key, t in net.state_dict().items() if not key.startswith("head.") or key in theirs}
+        if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise UserError(f"students.start: net {name!r} in {folder} is of another shape (first difference: {other[0]})")
+    return {name: state["nets"][name] for name in method.nets}
 
 
 def build_images(cfg: Config) -> Images | None:

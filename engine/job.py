@@ -95,7 +95,7 @@ class Job:
         self.partition = build.build_partition(cfg, teacher.label_dim, self.images) if self.images is not None or not cfg.data.path else None
         self.without = build.classes_without_images(self.images, teacher.label_dim)
         if (begun := preflight.begun_in(cfg)) and checkpoints(begun):
-            build.start_from(method, begun.parent)
+            build.start_of(method, begun.parent)
         return teacher, method
 
     def planned_teacher(self) -> Denoiser:
