@@ -23,6 +23,7 @@ from engine.evaluation.pictures import LINE, grid, save_png, sheet, stacked
 from engine.job import Job
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import save_net
+from engine.preflight import check_complete
 from engine.sampling import one_step
 
 ROOT = Path(__file__).parent.parent
