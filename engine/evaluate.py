@@ -28,6 +28,7 @@ from engine.evaluation.score import FD, METRICS, Reference, check_fit, reference
 from engine.evaluation.shards import Shards, from_torchrun
 from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
 from engine.formats.download import digest, fetch, is_url
+from engine.nets.weights import file_hash
 
 MOST = 50_000  # images, unless --n asks for more
 
@@ -214,7 +215,7 @@ def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int,
 
 def about(model: Model) -> dict[str, Any]:
     """Of the weights: where they lie, and whether they were chosen by their distance."""
-    found: dict[str, Any] = {"weights": str(model.path), "weights_sha256": digest(model.path)}
+    found: dict[str, Any] = {"weights": str(model.path), "weights_sha256": digest(model.path) if model.path.suffix == ".json" else file_hash(model.path)}
     found |= {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
     chosen = model.metadata.get("chosen_by")
     return found | ({"weights_chosen_by": chosen} if chosen else {})

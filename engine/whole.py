@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and for whom the umask says."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -14,8 +17,18 @@ def whole(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    part.unlink(missing_ok=True)  # what a killed process has left, with permissions of its own
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions that any new file has here; safetensors' own lets nobody but its owner read it."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    permissions = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata)
+    path.chmod(permissions)

@@ -37,7 +37,7 @@ from engine.formats import download
 from engine.formats.card import _quality
 from engine.job import Job
 from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
+from engine.nets.weights import load_net, save_net, weights_hash
 from engine.sampling import ode, one_step
 from engine.training.run import Run
 
@@ -423,7 +423,7 @@ def test_evaluations_are_counted(batch, kimg, every):
 def test_every_number_says_where_it_comes_from(run_dir, capsys):
     student = evaluated(capsys, run_dir)["student"]
     assert student["tools"].keys() >= {"python", "torch", "torchmetrics", "numpy"}
-    assert student["weights_sha256"] == download.digest(run_dir / "student.safetensors")
+    assert student["weights_sha256"] == weights_hash(load_net(run_dir / "student.safetensors")[0])
     for key in ("n", "seeds", "labels", "reference_sha256", "features_sha256", "floor"):
         assert key in student
 

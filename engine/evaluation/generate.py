@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
 from engine.sampling import Sampler, SeedNoise
-from engine.whole import whole
+from engine.whole import save_tensors, whole
 
 
 class PortableNoise(SeedNoise):
@@ -112,4 +111,4 @@ def write_pairs(
     y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
     with whole(path) as part:
-        save_file(tensors, part)
+        save_tensors(tensors, part)

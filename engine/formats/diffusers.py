@@ -11,10 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
+from engine.whole import save_tensors
 
 FILES = Path(__file__).parent / "standalone"
 SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows
@@ -42,7 +41,7 @@ def write_diffusers(net: Denoiser, sampler: dict[str, Any], folder: Path, metada
     described = {"_class_name": "Denoiser", "_diffusers_version": DIFFUSERS, "precond": net.precond, "net": kwargs}
     _write(unet / "config.json", described)
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    save_file(tensors, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"} | metadata)
+    save_tensors(tensors, unet / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"} | metadata)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

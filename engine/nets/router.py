@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
-from engine.nets.weights import load_net
+from engine.nets.weights import file_hash, load_net
 from engine.whole import whole
 
 MANIFEST = "manifest.json"
@@ -79,7 +79,7 @@ def write_manifest(run: Path, partition: Partition) -> None:
     files = [student_folder(run, k) / "student.safetensors" for k in range(partition.count)]
     text = {
         "partition": {"kind": partition.kind, "student_of": partition.student_of, "hash": partition.hash},
-        "students": [{"file": str(f.relative_to(run)), "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files],
+        "students": [{"file": str(f.relative_to(run)), "sha256": file_hash(f)} for f in files],
     }
     with whole(run / MANIFEST) as part:
         part.write_text(json.dumps(text, indent=2) + "\n")
@@ -107,8 +107,13 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
                 f"{file} is student {meta.get('student')} of partition {meta.get('partition')}, "
                 f"{manifest} wants student {k} of {partition.hash}: students of different partitions do not mix"
             )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        if sha256 not in (file_hash(file), _digest(file)):  # an earlier potstill took all of the file for the tensors in it
             raise UserError(f"{file} has changed since {manifest} was written: repeat the training command to renew it")
         students.append(net)
         metas.append(meta)
     return Router(students, partition).eval(), metas[0]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

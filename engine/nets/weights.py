@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from engine.errors import UserError, what_it_is
 from engine.nets.denoiser import Denoiser
 from engine.nets.edm import from_kwargs
 from engine.nets.steps import FREQUENCIES
-from engine.whole import whole
+from engine.whole import save_tensors, whole
 
 FORMAT = "potstill-1"
 
@@ -26,7 +25,7 @@ def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     meta = {"format": FORMAT, "precond": net.precond, "kwargs": net.kwargs} | metadata
     with whole(path) as part:
-        save_file(tensors, part, metadata={k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+        save_tensors(tensors, part, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
 
 
 def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
@@ -64,11 +63,32 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def weights_hash(net: nn.Module) -> str:
-    """SHA-256 over names, shapes and float32 values of a net's weights and buffers: which net this is, whatever its file."""
+    """SHA-256 of a net's weights and buffers: that of a weight file with the same ones."""
+    return _hash(sorted(net.state_dict().items()))
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors in a weight file, whatever its metadata and their order."""
+    with _opened(path) as file:
+        return _hash((name, file.get_tensor(name)) for name in sorted(file.keys()))
+
+
+def same_weights(promised: str, net: nn.Module) -> bool:
+    """Is this net's the hash that a file promises, also one of an earlier potstill, over names, shapes and float32 values?"""
+    if promised == weights_hash(net):
+        return True
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return promised == digest.hexdigest()
+
+
+def _hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from engine.checks import Unused, above, at_least, finite, wants
 from engine.errors import UserError
 from engine.nets.denoiser import Denoiser
-from engine.nets.weights import weights_hash
+from engine.nets.weights import same_weights, weights_hash
 from engine.skipping.blocks import block_names
 from engine.whole import whole
 
@@ -127,8 +127,8 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
     """UserError if the plan was not made for this very net."""
     if plan.resolution != net.img_resolution:
         raise UserError(f"{source} is for {plan.resolution}x{plan.resolution} images, the teacher makes {net.img_resolution}x{net.img_resolution}: probe this teacher")
-    if (ours := weights_hash(net)) != plan.teacher:
-        raise UserError(f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {ours[:12]}): probe this one with engine.probe")
+    if not same_weights(plan.teacher, net):
+        raise UserError(f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with engine.probe")
     if unknown := set(plan.order) - set(block_names(net.model)):
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
 
