@@ -35,7 +35,7 @@ lint: $(STAMP)
 
 # torch comes first and only through constraints.txt; --no-build-isolation lets setup.py see it, and compile csrc/.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.c* csrc/*.h csrc/build_flags.py)
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv  # whole or made again
 	$(RUN) -m pip install -q -c constraints.txt torch "setuptools>=77" "ninja>=1.11"
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	touch $(STAMP)
