@@ -201,7 +201,8 @@ def build_images(cfg: Config) -> Images | None:
 def rehearsal_data(cfg: Config) -> str:
     """Synthetic images as large as the recipe's."""
     digits, labelled = cfg.data.path == "digits", not cfg.data.unlabelled
-    classes = 10 if digits else 1000 if cfg.net.model_type == "DhariwalUNet" and cfg.net.conditional else 0
+    guided = getattr(cfg.method, "guidance", 1) != 1  # so there are classes
+    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else 10 * guided
     size = "synthetic:8x1" if digits else f"synthetic:{cfg.data.resolution or 64}x3"
     return f"{size}x{classes}" if classes and labelled else size
 
@@ -253,6 +254,10 @@ def device(name: str) -> torch.device:
         raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name}, but torch sees no CUDA device: use device=cpu or auto")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices, of which the first is cuda:0")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}")
     return chosen
 
 

@@ -39,7 +39,7 @@ from engine.evaluation.judge import Judge, Thinned, named_features
 from engine.evaluation.pictures import save_png, sheet, stacked
 from engine.evaluation.plots import plot_comparison
 from engine.evaluation.report import write_report
-from engine.evaluation.source import STUDENT, open_models
+from engine.evaluation.source import STUDENT, open_models, own_sampler
 from engine.folder import write_atomically
 from engine.job import Job
 from engine.methods.teacher import Teacher
@@ -83,6 +83,9 @@ class Watched(Job):
         """Keep the average of the weights as it is now; the file says after how many images and seconds."""
         self.save(run, folder / "snapshots" / f"{run.images_seen:010d}.safetensors")
         return {}
+
+    def tell_unused(self, teacher: Any) -> None:
+        """Nothing: the teacher's file beside settings of its training is the comparison's doing, not the user's."""
 
     def measure(self, teacher: Any, student: Any) -> dict[str, Any]:
         """Nothing: it is done for all methods at once, from the snapshots."""
@@ -348,8 +351,10 @@ def snapshot(job: Watched, files: list[Path]) -> tuple[Any, Sampler, dict[str, A
     """The net of one moment, how it is sampled, and the images and seconds it took (of several students: the sum)."""
     nets, metas = zip(*(load_net(file) for file in files), strict=True)
     net = Router(nets, job.partition) if job.partition and len(nets) > 1 else nets[0]
+    sampler = own_sampler(metas[0], files[0])
+    assert sampler is not None
     took = {"images": round(1000 * sum(m["kimg"] for m in metas)), "seconds": round(sum(m["seconds"] for m in metas), 1)}
-    return job.prepared(net).eval(), Sampler(**metas[0]["sampler"]), took
+    return job.prepared(net).eval(), sampler, took
 
 
 def judged(judge: Judge, net: Any, sampler: Sampler, took: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from engine.evaluation.generate import generate, one_hot, write_pairs
 from engine.evaluation.pictures import grid, save_png, sheet
 from engine.evaluation.report import write_report
 from engine.evaluation.score import Reference, reference, score
+from engine.evaluation.source import own_sampler
 from engine.folder import check_folder, prepare, write_atomically
 from engine.methods.base import Method
 from engine.methods.dmd import Pairs
@@ -58,8 +59,7 @@ class Job:
                 self.tell(note)
         self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
         self.planned = self.plan()
-        if note := unused.sentence(cfg, self.planned[0], ranks.count):
-            self.tell(note)
+        self.tell_unused(self.planned[0])
         if self.images is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
             self.ranks.alone(self.check_features)
         if on_paper:
@@ -71,6 +71,10 @@ class Job:
             self.tell(f"note: {self.images.name} has no images of {build.listed(self.without)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
+
+    def tell_unused(self, teacher: Denoiser) -> None:
+        if note := unused.sentence(self.cfg, teacher, self.ranks.count):
+            self.tell(note)
 
     def plan(self) -> tuple[Denoiser, Method]:
         """Teacher and method on paper, so that a bad setting is found now and not after hours of training the teacher."""
@@ -335,8 +339,8 @@ class Job:
     def teacher_sampler(self, teacher: Denoiser | None = None) -> Sampler:
         """EDM's Heun; a teacher that is a student of an earlier stage is sampled as it was trained."""
         own = read_metadata(self.checkpoint) if self.checkpoint else {}
-        if own.get("method", "teacher") != "teacher" and "sampler" in own:
-            return Sampler(**own["sampler"])
+        if own.get("method", "teacher") != "teacher" and self.checkpoint and (sampler := own_sampler(own, self.checkpoint)):
+            return sampler
         return heun(teacher, self.cfg.teacher.loss.sampling_steps)
 
     @cached_property

@@ -1,5 +1,6 @@
 """From noise to images with any net: one step, few steps or a whole ODE, described by data that fits in a weight file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.checks import above, at_least, one_of, wants
 from engine.diffusion.sigmas import karras, with_zero
 from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
 from engine.errors import UserError
@@ -55,9 +57,14 @@ class Sampler:
     rho: float | None = 7.0
 
     def __post_init__(self):
-        choices = (ONE_STEP, ANCESTRAL, *SOLVERS)
-        if self.solver not in choices:
-            raise ValueError(f"solver wants one of {', '.join(choices)}, got {self.solver!r}")
+        one_of(self, "solver", (ONE_STEP, ANCESTRAL, *SOLVERS))
+        least = 2 if self.solver in SOLVERS else 1
+        falling = all(math.isfinite(s) and s >= 0 for s in self.sigmas) and sorted(self.sigmas, reverse=True) == list(self.sigmas)
+        fits = len(self.sigmas) == 1 if self.solver == ONE_STEP else len(self.sigmas) >= least
+        levels = "one noise level" if self.solver == ONE_STEP else f"{least} or more noise levels"
+        wants(self, "sigmas", fits and falling and self.sigmas[0] > 0, f"{levels}, the first above 0 and none above the one before")
+        at_least(self, 2, "step_condition")
+        above(self, 0, "rho")
         if self.afs and self.solver not in SOLVERS:
             raise ValueError(f"afs wants an ODE solver ({', '.join(SOLVERS)}), got {self.solver!r}")
         if self.churn is not None:

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.methods.dmd import DMDConfig
 from engine.nets.edm import from_kwargs
 from engine.nets.weights import save_net
+from engine.sampling import Sampler
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -160,6 +161,20 @@ def test_sides_that_cannot_be_halved(model_type, side, levels, fitting):
         from_kwargs("EDMPrecond", img_resolution=side, **shape)
     net = from_kwargs("EDMPrecond", img_resolution=fitting, **shape)
     assert net(torch.zeros(1, 1, fitting, fitting), torch.ones(())).shape == (1, 1, fitting, fitting)
+
+
+@pytest.mark.parametrize(
+    ("solver", "sigmas"),
+    [("one_step", []), ("one_step", [80.0, 1.0]), ("one_step", [0.0]), ("heun", [80.0]), ("euler", [math.nan, 0.0]), ("euler", [math.inf, 1.0]),
+     ("ancestral", []), ("heun", [1.0, 80.0]), ("euler", [80.0, -1.0])],
+)  # fmt: skip
+def test_samplers_refuse_levels_that_are_no_walk(tmp_path, solver, sigmas):
+    with pytest.raises(BadSetting, match=r"^sigmas wants"):
+        Sampler(solver, sigmas)
+    file = tmp_path / "student.safetensors"
+    save_net(file, from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, **TINY), method="sim", sampler={"solver": solver, "sigmas": sigmas})
+    sentence = refused(str(CONFIGS / "digits.yaml"), f"teacher.checkpoint={file}", f"run_dir={tmp_path}/r")
+    assert sentence.startswith(f"{file} names a way of sampling that this version does not know: sigmas wants")
 
 
 # text

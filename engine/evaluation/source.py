@@ -121,7 +121,7 @@ def sampler_for(
         raise UserError(f"wanted at least 1 step, got {steps}")
     if solver is not None and solver not in SOLVERS:
         raise UserError(f"solver wants one of {', '.join(SOLVERS)}, got {solver!r}")
-    own = _own_sampler(metadata, source)
+    own = own_sampler(metadata, source)
     if churn:
         walk = sampler_for(role, net, metadata, steps=steps, solver=solver, source=source)
         if walk.solver not in CHURNED or walk.afs or walk.step_condition is not None:
@@ -154,7 +154,8 @@ def sampler_for(
     return replace(walk, step_condition=own.step_condition if own else None)
 
 
-def _own_sampler(metadata: dict[str, Any], source: Path) -> Sampler | None:
+def own_sampler(metadata: dict[str, Any], source: Path) -> Sampler | None:
+    """How a weight file says that it is sampled, None where it says nothing. UserError for a way that is not known here."""
     found = metadata.get("sampler")
     if found is None:
         return None
