@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.build import missing
 from engine.config import load
 from engine.convert import main
 from engine.data import hugging_face
 from engine.data.images import open_images
 from engine.errors import UserError
+from engine.preflight import missing
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)

@@ -417,10 +417,9 @@ def test_second_stage_measures_its_teacher_as_that_was_trained(tmp_path):
     net = add_step_condition(tiny())
     save_net(tmp_path / "stage1.safetensors", net, method="sfd", sampler=few_step(7, step_condition=True).to_dict())
     save_net(tmp_path / "teacher.safetensors", tiny(), method="teacher", sampler=ode("heun", 5).to_dict())
-    cfg = load(RECIPES / "cifar10_sfd_second.yaml", [f"teacher.checkpoint={tmp_path}/stage1.safetensors"])
-    assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg)) == few_step(7, step_condition=True)
-    cfg.teacher.checkpoint = f"{tmp_path}/teacher.safetensors"
-    assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg)) == ode("heun", 18)
+    cfg = load(RECIPES / "cifar10_sfd_second.yaml", [])
+    for name, sampler in (("stage1", few_step(7, step_condition=True)), ("teacher", ode("heun", 18))):
+        assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg, checkpoint=tmp_path / f"{name}.safetensors")) == sampler
 
 
 @pytest.fixture

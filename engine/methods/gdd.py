@@ -74,7 +74,6 @@ class GDDConfig:
     def unused(self) -> Unused:
         return (
             ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"})
-            | ({} if self.freeze else {"freeze_plan": "method.freeze=0"})
             | ({} if any(name.startswith("teacher") for name in self.features) else {"feature_noise": "none of method.features is the teacher"})
         )
 
