@@ -227,11 +227,6 @@ def said(capsys, *arguments: str) -> str:
     return next((line for line in capsys.readouterr().err.splitlines() if "do nothing" in line), "")
 
 
-def test_the_recipes_set_nothing_in_vain(tmp_path, capsys):
-    for name in ("digits", "digits_sim", "digits_gdd", "digits_sfd", "digits_moment_matching", "digits_msd"):
-        assert said(capsys, str(CONFIGS / f"{name}.yaml"), f"run_dir={tmp_path}/r") == ""
-
-
 def test_settings_beside_a_teachers_file_are_listed_once(tmp_path, capsys):
     file = tmp_path / "t.safetensors"
     save_net(file, from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=10, **TINY), kimg=1.0)

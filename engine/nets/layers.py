@@ -25,6 +25,8 @@ class Init:
     bias: float = 0.0
 
     def draw(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
+        if (planned := torch.empty(shape)).is_meta:  # drawing nothing takes torch longer there than drawing numbers elsewhere
+            return planned
         uniform, normal = torch.rand(shape) * 2 - 1, torch.randn(shape)
         match self.law:
             case "xavier_uniform":
