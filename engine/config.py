@@ -3,6 +3,7 @@
 A key that does not exist is an error that names the nearest one that does.
 """
 
+import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
@@ -243,7 +244,7 @@ def _kind(key: str) -> Any:
 
 def to_yaml(config: Config) -> str:
     """The resolved settings, as they are stored in a run folder."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
 def differences(a: DictConfig, b: DictConfig) -> list[str]:
