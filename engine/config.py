@@ -6,6 +6,7 @@ A key that does not exist is an error that names the nearest one that does.
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from engine.written import Recipes, as_written, kind_of
 
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
 ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
+MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
 RECIPES = Path(__file__).parent.parent / "configs"
 
 
@@ -100,6 +102,9 @@ class TeacherConfig:
     loss: EDMLoss = field(default_factory=EDMLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self):
+        wants(self, "checkpoint", self.checkpoint != "", "a weight file, or null to train a teacher")
+
 
 @dataclass
 class EvalConfig:
@@ -112,6 +117,7 @@ class EvalConfig:
 
     def __post_init__(self):
         at_least(self, 2, "n")
+        wants(self, "n", self.n is None or self.n <= MOST_IMAGES, f"at most {MOST_IMAGES:,} images")
         at_least(self, 1, "batch")
         seed(self, "seed")
         wants(self, "features", self.features != "", "the name or file of a feature net, such as pixels")
@@ -200,9 +206,11 @@ def load(recipe: Path, overrides: list[str]) -> Config:
     with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
         try:
             written = [as_written(one, _kind) for one in overrides]
-            tree = compose(recipe.stem, overrides=[one for one in written if not ABSENT.match(one)])
+            tree = _composed(recipe, [one for one in written if not ABSENT.match(one)])
             OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
             tree = OmegaConf.merge(tree, *[_nested(one) for one in written if ABSENT.match(one)])
+            if unknown := list(_unknown(tree)):
+                raise UserError(_no_such_setting(unknown[0], recipe))
             config = OmegaConf.to_object(tree)
         except BadSetting as error:
             raise error.at(_place(tree)) from None
@@ -212,8 +220,30 @@ def load(recipe: Path, overrides: list[str]) -> Config:
             raise UserError(f"{recipe} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, Config):
         raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
+    if type(config.method) not in METHOD_CONFIGS.values():
+        raise UserError(f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}")
     config.run_dir = config.run_dir or f"runs/{recipe.stem}"
     return config
+
+
+def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of recipe and overrides. It stumbles over some input in ways of its own, which are the user's to mend too."""
+    try:
+        return compose(recipe.stem, overrides=overrides)
+    except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
+        given = f" with {' '.join(overrides)}" if overrides else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"Hydra cannot compose {recipe}{given}: {reason}; wanted a recipe as in {RECIPES}, and key=value of settings") from error
+
+
+def _unknown(tree: DictConfig, path: str = "") -> Iterator[str]:
+    """Names within dataclasses that these do not have: `+key=value` can add some."""
+    kind = OmegaConf.get_type(tree)
+    for name in tree:
+        if dataclasses.is_dataclass(kind) and name not in {f.name for f in dataclasses.fields(kind)}:
+            yield f"{path}{name}"
+        elif not OmegaConf.is_missing(tree, name) and isinstance(tree[name], DictConfig):
+            yield from _unknown(tree[name], f"{path}{name}.")
 
 
 def _place(tree: DictConfig) -> str:
@@ -274,12 +304,16 @@ def _sentence(error: Exception, recipe: Path) -> str:
     message = str(inner).splitlines()[0]
     unknown = isinstance(inner, AttributeError | KeyError) or "not in" in message
     if key and unknown:
-        near = difflib.get_close_matches(key, _known_keys(recipe), 1, 0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{recipe.name}: there is no setting {key!r}{hint}"
+        return _no_such_setting(key, recipe)
     if isinstance(error, ConfigCompositionException) and not key:
         return " ".join(str(error).split())
     return f"{recipe.name}: {key}: {message}" if key else f"{recipe.name}: {message}"
+
+
+def _no_such_setting(key: str, recipe: Path) -> str:
+    near = difflib.get_close_matches(key, _known_keys(recipe), 1, 0.3)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{recipe.name}: there is no setting {key!r}{hint}"
 
 
 def _known_keys(recipe: Path) -> list[str]:

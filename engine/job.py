@@ -105,7 +105,7 @@ class Job:
     def planned_teacher(self) -> Denoiser:
         """The net of the file that is given or that was trained here before; else a new one, as large as the images."""
         file = self.checkpoint or self.dir / "teacher.safetensors"
-        if self.there(file):
+        if self.ranks.agree(file.is_file()):
             teacher = build.load_teacher(file, self.images)
             build.check_own_plan(self.cfg.skipping, teacher)
             if self.checkpoint:

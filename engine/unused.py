@@ -46,6 +46,8 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         why = f"teacher.checkpoint={file}"
         rules |= dict.fromkeys([f"net.{name}" for name in contradicted(cfg, teacher)], f"the net in {file} is another")
         rules |= dict.fromkeys(("teacher.train", "teacher.loss.P_mean", "teacher.loss.P_std"), why)
+    if "teacher" in cfg.teacher.train.optim:
+        rules["teacher.train.optim.student"] = "teacher.train.optim.teacher is given"
     if cfg.students.net is None:
         rules["students.tsm"] = "students.net=null"
     if not cfg.data.path:

@@ -108,6 +108,34 @@ WRONG = [
 ]  # fmt: skip
 
 
+# What Hydra has words of its own for, or none: a part of the sentence.
+ODD = [
+    ("+train.foo=1", "there is no setting 'train.foo'"),
+    ("+foo=1", "there is no setting 'foo'"),
+    ("++students.foo=1", "there is no setting 'students.foo'"),
+    ("teacher.checkpoint=", "teacher.checkpoint wants a weight file, or null"),
+    ("method.name=sim", "method.name wants one of dmd, got 'sim'"),
+    ("~method=dmd", "method wants one of dmd"),
+    ("method=null", "ethod"),
+    ("net=null", "net"),
+    ("train.kimg=1e306", "train.kimg wants at most 1e12"),
+    ("eval.n=1000000000000000", "eval.n wants at most 10,000,000 images"),
+]
+
+
+@pytest.mark.parametrize(("setting", "words"), ODD)
+def test_what_hydra_would_swallow_or_trip_over_is_a_sentence(tmp_path, setting, words):
+    sentence = refused(str(CONFIGS / "digits.yaml"), f"run_dir={tmp_path}/run", setting)
+    assert words in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("text", ["defaults: schema\n", "train: {batch: \udcff}\n", "- a\n- b\n", "3\n"])
+def test_recipes_that_are_none(tmp_path, text):
+    (tmp_path / "odd.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refused(str(tmp_path / "odd.yaml"))
+
+
 def refused(*arguments: str) -> str:
     with pytest.raises(UserError) as caught:
         train.main(list(arguments))
@@ -261,6 +289,7 @@ def test_branches_that_the_recipe_leaves_out_can_be_given(tmp_path):
         ("digits_moment_matching", "method.variant=alternating method.measure_every=7", "method.measure_every (method.variant=alternating)"),
         ("digits_gdd", "method.r1_gamma=0 method.r1_every=3", "method.r1_every (method.r1_gamma=0)"),
         ("digits_sfd", "method.metric=l1 method.huber_c=0.1", "method.huber_c (method.metric=l1)"),
+        ("digits", "teacher.train.optim.student.lr=5", "teacher.train.optim.student.lr"),
         ("digits", "students.partition=random", "students.partition (students.count=1)"),
         ("digits", "students.tsm.kimg=3", "students.tsm.kimg (students.net=null)"),
         ("digits", "skipping.cosine=0.5", "skipping.cosine (neither skipping.plan nor skipping.cache)"),

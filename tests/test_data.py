@@ -411,7 +411,11 @@ def test_what_may_hold_labels_and_is_not_read_is_told(tmp_path, capsys):
     write_folder(tmp_path / "e", classes | {"labels.csv": b"x"})
     write_zip(tmp_path / "f.zip", {"1.png": image, "labels.csv": b"x", "dataset.json": '{"labels": [["1.png", 0], ["2.png", 0]]}'})
     np.savez(tmp_path / "g.npz", images=pixels(2, 4, 4), digit=np.arange(2))
+    np.savez(tmp_path / "h.npz", images=pixels(2, 4, 4), labels=np.arange(2), targets=np.arange(2))
+    write_folder(tmp_path / "i", {"train/cat/1.png": image, "val/cat/2.png": image})
     for name, said in (
+        ("h.npz", "labels are those of array 'labels'; passed over: targets"),
+        ("i", "has folders within folders; the classes are the outer ones (train, val"),
         ("a.zip", "has folders (cat/1.png) and no dataset.json: no labels"),
         ("b.zip", ""),
         ("c", "has labels.csv, which is not read"),

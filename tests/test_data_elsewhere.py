@@ -188,6 +188,11 @@ def test_what_is_passed_over_is_told(tmp_path, capsys):
     captions = samples(["a cat", "2"], "txt") + samples([{"width": 8}, {}], "json")[1::2]
     assert open_images(tar(tmp_path / "a.tar", captions)).labels is None
     assert capsys.readouterr().err == f"note: {tmp_path}/a.tar has no labels (KEY.cls); passed over: KEY.txt, KEY.json\n"
+    two = [("a.png", png(PIXELS[0])), ("a.cls", "1"), ("a.json", {"label": 2})]
+    assert open_images(tar(tmp_path / "c.tar", two)).labels.tolist() == [1]
+    assert capsys.readouterr().err == f"note: {tmp_path}/c.tar: labels are those of KEY.cls; passed over: KEY.json\n"
+    assert open_images(tar(tmp_path / "d.tar", [("cat/1.png", png(PIXELS[0])), ("dog/2.png", png(PIXELS[1]))])).labels is None
+    assert "its folders are not taken for classes" in capsys.readouterr().err
     open_images(tar(tmp_path / "b.tar", samples([0, 1])))
     open_images(tmp_path / "b.tar", labelled=False)
     assert capsys.readouterr().err == ""

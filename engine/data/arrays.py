@@ -83,6 +83,9 @@ def _npz_labels(path: Path, n: int, say: Say) -> Labels | None:
         if others := [key for key in keys if key not in ("images", "arr_0")]:
             say(f"{path} has no array 'labels'; passed over: {', '.join(others)}")
         return None
+    name, *more = usual(keys, "arr_1", "y")
+    if more:
+        say(f"{path}: labels are those of array {name!r}; passed over: {', '.join(more)}")
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
         raise UserError(f"{path} has labels {list(labels.shape)} {labels.dtype}, wanted [{n}] integers; {IGNORE}")
     return checked(labels, None, [f"image {i}" for i in range(n)], str(path))

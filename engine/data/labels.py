@@ -104,6 +104,8 @@ def from_folders(names: Sequence[str], where: str, say: Say) -> Labels | None:
             f"{where} looks like one long list of images cut into folders ({names[0]} … {names[-1]}), and its {len(classes):,} "
             f"folders are taken for classes; if they are none: {IGNORE}"
         )
+    if len({len(path) for path in paths}) > 1 or len(paths[0]) > 1:
+        say(f"{where} has folders within folders; the classes are the outer ones ({', '.join(classes[:3])} …), those within are not")
     number = {name: k for k, name in enumerate(classes)}
     return Labels(np.array([number[path[0]] for path in paths], np.int64), len(classes), classes)
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden
-from engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, usual
+from engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
 from engine.errors import UserError
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
@@ -117,9 +117,13 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
         if found:
             break
     else:
-        if columns:
+        if has_class_folders([f"{key.name}.png" for key in keys]):
+            say(f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: python -m engine.convert images on the unpacked folder does that")
+        elif columns:
             say(f"{tars.path} has no labels (KEY.cls); passed over: {', '.join(f'KEY.{kind}' for kind in columns)}")
         return None
+    if more := [other for other in (*usual(columns), *(k for k in ("txt", "json") if k in columns)) if other != kind]:
+        say(f"{tars.path}: labels are those of KEY.{kind}; passed over: {', '.join(f'KEY.{other}' for other in more)}")
     if alone := found.keys() - set(keys):
         key = min(alone)
         raise UserError(f"{tars.shards[key.shard]} has {key.name}.{kind} and no image {key.name}.png; {IGNORE}")

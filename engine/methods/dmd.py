@@ -53,6 +53,7 @@ class DMDConfig:
     pair_steps: int = 256  # of Heun, for each
 
     def __post_init__(self):
+        one_of(self, "name", ("dmd",))
         finite(self)
         above(self, 0, "sigma")
         at_least(self, 1, "fake_per_student", "pairs", "pair_steps")

@@ -62,6 +62,7 @@ class GDDConfig:
     r1_every: int = 16
 
     def __post_init__(self):
+        one_of(self, "name", ("gdd",))
         finite(self)
         above(self, 0, "sigma", "sum_over")
         wants(self, "freeze", self.freeze in FREEZE_LEVELS, f"one of {', '.join(map(str, FREEZE_LEVELS))}")

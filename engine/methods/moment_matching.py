@@ -61,6 +61,7 @@ class MomentMatchingConfig:
     eps: float = 1e-8
 
     def __post_init__(self):
+        one_of(self, "name", ("moment_matching",))
         finite(self)
         for name, known in {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}.items():
             one_of(self, name, known)

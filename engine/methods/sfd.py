@@ -56,6 +56,7 @@ class SFDConfig:
     zero_init: bool = False  # start the step condition at nothing, so that the student starts as the teacher; released: random
 
     def __post_init__(self):
+        one_of(self, "name", ("sfd",))
         finite(self)
         least = 2 + self.afs
         levels = f"at least {least} noise levels{' (AFS makes the first step)' * self.afs}"

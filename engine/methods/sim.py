@@ -49,6 +49,7 @@ class SIMConfig:
     P_std: float = 1.2
 
     def __post_init__(self):
+        one_of(self, "name", ("sim",))
         finite(self)
         one_of(self, "distance", ("huber", "l2"))
         wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")

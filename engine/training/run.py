@@ -69,6 +69,7 @@ class TrainConfig:
         finite(self)
         if isinstance(self.micro_batch, str) and self.micro_batch.strip().isdecimal():
             self.micro_batch = int(self.micro_batch)  # recipes are read as text, and this setting may be text
+        wants(self, "kimg", self.kimg <= 1e12, "at most 1e12")
         above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg")
         at_least(self, 1, "batch", "log_iterations", "keep")
         at_least(self, 0, "ema_kimg", "ema_ramp_up")
