@@ -213,12 +213,19 @@ def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     return resolution, channels, classes
 
 
+def lpips_setting(method: Any) -> str | None:
+    """The setting of a method by which it asks for LPIPS, None where it asks for none."""
+    if getattr(method, "regression", 0) and method.regression_metric == "lpips":
+        return "regression"
+    return "lpips" if getattr(method, "lpips", 0) else None
+
+
 def fetch_helpers(cfg: Any) -> None:
     """Load once, and thereby download, what the method's settings name beside its teacher, where that is yet to be trained."""
     for name in getattr(cfg, "features", []):
         if name.startswith("timm:"):
             load_timm(name.partition(":")[2], torch.float32)
-    if getattr(cfg, "lpips", 0) or (getattr(cfg, "regression", 0) and cfg.regression_metric == "lpips"):
+    if lpips_setting(cfg):
         LPIPS()
 
 
@@ -242,23 +249,6 @@ def load_teacher(path: Path, images: Images | None) -> Denoiser:
     if net.label_dim:  # of a part of the teacher's data the last classes may be missing; one-hot labels are as wide as ever
         images.label_dim = net.label_dim
     return net
-
-
-def device(name: str) -> torch.device:
-    """The device a name stands for; "auto" is the GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name}, but torch sees no CUDA device: use device=cpu or auto")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name}, but torch sees {torch.cuda.device_count()} CUDA devices, of which the first is cuda:0")
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}")
-    return chosen
 
 
 def set_tf32(tf32: bool | None, device: torch.device) -> str:

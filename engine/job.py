@@ -14,13 +14,12 @@ import torch
 from engine import build, preflight, unused
 from engine.config import Config
 from engine.data.sampler import Stream
-from engine.errors import UserError
 from engine.evaluation.features import Features, load_features
 from engine.evaluation.generate import generate, one_hot, write_pairs
 from engine.evaluation.pictures import grid, save_png, sheet
 from engine.evaluation.report import write_report
 from engine.evaluation.score import Reference, reference, score
-from engine.evaluation.source import own_sampler
+from engine.evaluation.source import device_named
 from engine.folder import check_folder, prepare, write_atomically
 from engine.methods.base import Method
 from engine.methods.dmd import Pairs
@@ -30,9 +29,9 @@ from engine.nets.denoiser import Denoiser
 from engine.nets.layers import set_checkpointing
 from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
 from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
+from engine.planned import plan, taught_sampler
 from engine.sampling import Sampler, heun
 from engine.skipping.apply import Guard
-from engine.training.checkpoint import checkpoints
 from engine.training.loop import Hook, train
 from engine.training.profile import Profile
 from engine.training.ranks import ALONE, Ranks
@@ -51,15 +50,16 @@ class Job:
         self.cfg, self.began, self.dir = cfg, time.perf_counter(), Path(cfg.run_dir or "").expanduser()
         self.checkpoint = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
-        self.ranks, self.device = ranks, ranks.connect(build.device(cfg.device))
+        self.ranks, self.device = ranks, ranks.connect(device_named(cfg.device))
         self.dtype, why = build.precision(cfg.precision, self.device)
         algorithms = build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, self.device)
         for note in (build.set_tf32(cfg.tf32, self.device), algorithms, build.uncompiled(self.device)):
             if note:
                 self.tell(note)
         self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
-        self.planned = self.plan()
-        self.tell_unused(self.planned[0])
+        self.planned = plan(cfg, self.images, self.dir, ranks)
+        self.partition, self.without = self.planned.partition, self.planned.without
+        self.tell_unused(self.planned.teacher)
         if self.images is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
             self.ranks.alone(self.check_features)
         if on_paper:
@@ -75,47 +75,6 @@ class Job:
     def tell_unused(self, teacher: Denoiser) -> None:
         if note := unused.sentence(self.cfg, teacher, self.ranks.count):
             self.tell(note)
-
-    def plan(self) -> tuple[Denoiser, Method]:
-        """Teacher and method on paper, so that a bad setting is found now and not after hours of training the teacher."""
-        cfg = self.cfg
-        if not cfg.data.path and not self.checkpoint:
-            raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
-        if self.images is not None and len(self.images) < 2:
-            raise UserError(f"{self.images.name} has 1 image, a run wants at least 2: it ends with a distance between distributions")
-        if self.images is not None and len(self.images) < self.ranks.count:
-            raise UserError(f"{self.ranks.count} ranks want as many images, {self.images.name} has {len(self.images)}: start fewer")
-        teacher = self.planned_teacher()
-        with torch.device("meta"):
-            teacher = teacher.to("meta")
-            start = build.build_net(cfg.students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if cfg.students.net else None
-            method = build.build_method(cfg.method, teacher, start)
-        build.check_lightens(method, cfg.skipping)
-        preflight.check_optimizers(cfg, method)
-        if not cfg.data.path and method.needs_data:
-            raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
-        if not cfg.data.path and cfg.students.net:
-            raise UserError("students.net is trained on real images first: set data.path")
-        self.partition = build.build_partition(cfg, teacher.label_dim, self.images) if self.images is not None or not cfg.data.path else None
-        self.without = build.classes_without_images(self.images, teacher.label_dim)
-        if (begun := preflight.begun_in(cfg)) and checkpoints(begun):
-            build.start_of(method, begun.parent)
-        return teacher, method
-
-    def planned_teacher(self) -> Denoiser:
-        """The net of the file that is given or that was trained here before; else a new one, as large as the images."""
-        file = self.checkpoint or self.dir / "teacher.safetensors"
-        if self.ranks.agree(file.is_file()):
-            teacher = build.load_teacher(file, self.images)
-            build.check_own_plan(self.cfg.skipping, teacher)
-            if self.checkpoint:
-                self.teacher_sampler()
-            return teacher
-        if not self.checkpoint:
-            preflight.check_no_plan(self.cfg)
-        size = build.rehearsal_size(self.cfg) if self.images is None else (self.images.resolution, self.images.channels, self.images.label_dim)
-        with torch.device("meta"):
-            return build.build_net(self.cfg.net, *size)
 
     def check_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
@@ -336,12 +295,10 @@ class Job:
         columns = len(of_class)
         return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.shown)])
 
-    def teacher_sampler(self, teacher: Denoiser | None = None) -> Sampler:
+    def teacher_sampler(self, teacher: Denoiser) -> Sampler:
         """EDM's Heun; a teacher that is a student of an earlier stage is sampled as it was trained."""
-        own = read_metadata(self.checkpoint) if self.checkpoint else {}
-        if own.get("method", "teacher") != "teacher" and self.checkpoint and (sampler := own_sampler(own, self.checkpoint)):
-            return sampler
-        return heun(teacher, self.cfg.teacher.loss.sampling_steps)
+        own = taught_sampler(self.checkpoint) if self.checkpoint else None
+        return own or heun(teacher, self.cfg.teacher.loss.sampling_steps)
 
     @cached_property
     def features(self) -> Features:

@@ -1,4 +1,4 @@
-"""What a run checks before it trains anything, and what it says of settings that do nothing; --dry-run does the very same.
+"""What a run checks before it trains anything; --dry-run does the very same.
 
 A value that no run can use is an error of its own dataclass (`engine.checks`). Here is what depends on something else: the device,
 the number of ranks, other settings, files, packages.
@@ -15,6 +15,7 @@ from engine.data.sources import is_there
 from engine.errors import UserError
 from engine.evaluation import inception
 from engine.evaluation.features import check_features
+from engine.evaluation.source import device_named
 from engine.formats.download import cached_path, is_url
 from engine.methods.base import Method
 from engine.nets.router import student_folder
@@ -27,7 +28,7 @@ from engine.training.run import TrainConfig
 
 def check_settings(cfg: Config, ranks: int = 1) -> None:
     """UserError for settings that do not go with one another, with this device or with so many ranks."""
-    device = build.device(cfg.device)
+    device = device_named(cfg.device)
     for name, stage in stages(cfg):
         if ranks > 1:
             statistics = name == "train" and has_batch_statistics(cfg)
@@ -134,10 +135,9 @@ def missing_packages(cfg: Config) -> list[str]:
     timm = [name for name in getattr(method, "features", []) if name.startswith("timm:")]
     if timm and not installed("timm"):
         wants.append(f"package timm, for {', '.join(timm)}: pip install 'potstill[timm]', or use method.features=[teacher]")
-    if getattr(method, "lpips", 0) and not installed("lpips"):
-        wants.append("package lpips, for method.lpips: pip install 'potstill[lpips]', or set method.lpips=0")
-    if getattr(method, "regression", 0) and method.regression_metric == "lpips" and not installed("lpips"):
-        wants.append("package lpips, for method.regression: pip install 'potstill[lpips]', or set method.regression_metric=l2")
+    if (name := build.lpips_setting(method)) and not installed("lpips"):
+        without = {"lpips": "method.lpips=0", "regression": "method.regression_metric=l2"}[name]
+        wants.append(f"package lpips, for method.{name}: pip install 'potstill[lpips]', or set {without}")
     if cfg.log.wandb and not installed("wandb"):
         wants.append("package wandb, for log.wandb: pip install 'potstill[wandb]', or set log.wandb=null")
     return wants

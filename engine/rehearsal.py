@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine import build, preflight
 from engine.config import Config, to_yaml
 from engine.data.sampler import Stream
+from engine.evaluation.source import device_named
 from engine.job import Job
 from engine.nets.layers import set_checkpointing
 from engine.training.run import Run
@@ -22,7 +23,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 def dry_run(cfg: Config) -> None:
     """Make every check that the run makes before it trains, then print the settings and, as comments, sizes and what is missing."""
-    net, method = Job(cfg, on_paper=True).planned
+    net, method, *_ = Job(cfg, on_paper=True).planned
     print(to_yaml(cfg), end="")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
@@ -44,7 +45,7 @@ def dry_run(cfg: Config) -> None:
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     preflight.check_settings(cfg)
-    device = build.device(cfg.device)
+    device = device_named(cfg.device)
     dtype, _ = build.precision(cfg.precision, device)
     for note in (build.set_tf32(cfg.tf32, device), build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)):
         if note:

@@ -30,7 +30,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(recipe, tmp_path
     assert not (tmp_path / "run").exists()
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
     assert all(any(c in line for c in ("engine.convert", "engine.train", "pip install")) for line in missing), missing
-    _, method = jobs[0].planned
+    method = jobs[0].planned.method
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)

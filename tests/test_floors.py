@@ -16,6 +16,7 @@ FLOORS = [
     ["engine.config"],
     ["engine.build", "engine.folder", "engine.student", "engine.unused"],
     ["engine.preflight"],
+    ["engine.planned"],
     ["engine.job"],
     ["engine.rehearsal"],
     ["engine.train", "engine.sample", "engine.evaluate", "engine.convert", "engine.probe", "engine.compare", "engine.export"],

@@ -419,7 +419,7 @@ def test_second_stage_measures_its_teacher_as_that_was_trained(tmp_path):
     save_net(tmp_path / "teacher.safetensors", tiny(), method="teacher", sampler=ode("heun", 5).to_dict())
     cfg = load(RECIPES / "cifar10_sfd_second.yaml", [])
     for name, sampler in (("stage1", few_step(7, step_condition=True)), ("teacher", ode("heun", 18))):
-        assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg, checkpoint=tmp_path / f"{name}.safetensors")) == sampler
+        assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg, checkpoint=tmp_path / f"{name}.safetensors"), net) == sampler
 
 
 @pytest.fixture
