@@ -75,7 +75,7 @@ def archs() -> list[int]:
 
 def go_without(name: str, why: str, advice: str = "") -> None:
     """Says so in one sentence: an error where POTSTILL_CUDA=1 insists on the CUDA part."""
-    if name == "kernels._cuda" and os.environ.get("POTSTILL_CUDA") == "1":
+    if name == "potstill.kernels._cuda" and os.environ.get("POTSTILL_CUDA") == "1":
         raise SystemExit(f"potstill: POTSTILL_CUDA=1 wants {name} compiled, but {why}: nothing is installed.")
     print(f"potstill: {name} is not compiled, {why}; {wanted[name].instead}{advice}.", file=sys.stderr)
 
@@ -130,7 +130,7 @@ class Build(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / name
         folder.mkdir(parents=True, exist_ok=True)
-        if name == "kernels._cpu":
+        if name == "potstill.kernels._cpu":
             text = build_flags.cpu_ninja_file(output, build_flags.cpu_compiler())
         else:
             text = build_flags.cuda_ninja_file(output, archs=archs())
@@ -157,13 +157,13 @@ class Source(sdist):
 
 
 wanted = {
-    "kernels._cpu": Part(
+    "potstill.kernels._cpu": Part(
         why_no_cpu(),
         "norm_silu on CPUs runs as PyTorch's own operations",
         "POTSTILL_NO_CPU=1 leaves it out",
         sorted(Path("csrc").glob("*.cpp")),
     ),
-    "kernels._cuda": Part(
+    "potstill.kernels._cuda": Part(
         why_no_cuda(),
         "the kernels run as Triton",
         "POTSTILL_CUDA=1 makes this an error, POTSTILL_NO_CUDA=1 leaves it out",

@@ -23,29 +23,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import build
-from engine.methods.base import frozen, modules_of
-from engine.methods.dmd import DMDConfig
-from engine.methods.gdd import GDDConfig
-from engine.methods.moment_matching import MomentMatchingConfig
-from engine.methods.sfd import SFDConfig
-from engine.methods.sim import SIMConfig
-from engine.nets.denoiser import Denoiser
-from engine.nets.edm import from_kwargs
-from engine.nets.shadow import give_shadows, shadow_of
-from engine.rehearsal import mfu
-from engine.training.compile import compile_nets
-from engine.training.optim import OptimConfig
-from engine.training.run import Run, TrainConfig
-from kernels import reference
-from kernels.norm_silu import plain
+from potstill.engine import build
+from potstill.engine.methods.base import frozen, modules_of
+from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.methods.gdd import GDDConfig
+from potstill.engine.methods.moment_matching import MomentMatchingConfig
+from potstill.engine.methods.sfd import SFDConfig
+from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.shadow import give_shadows, shadow_of
+from potstill.engine.rehearsal import mfu
+from potstill.engine.training.compile import compile_nets
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels import reference
+from potstill.kernels.norm_silu import plain
 
 try:
-    from engine.nets import ops
+    from potstill.engine.nets import ops
 except ImportError:
     ops = None
 try:
-    from engine.training import graphs
+    from potstill.engine.training import graphs
 except ImportError:
     graphs = None
 
@@ -129,6 +129,7 @@ def _graph_switch() -> bool:
 def applied(stack: Stack, device: torch.device) -> Iterator[None]:
     """What is off, replaced by the published style, while a step runs."""
     with contextlib.ExitStack() as patches:
+
         def patch(where: Any, name: str, value: Any) -> None:
             patches.enter_context(mock.patch.object(where, name, value))
 
@@ -143,7 +144,7 @@ def applied(stack: Stack, device: torch.device) -> Iterator[None]:
             patch(ops, "_keeps_nothing", lambda x, fixed: False)
         if not stack.losses:
             for module in ("dmd", "gdd", "moment_matching", "sfd", "sim"):
-                where = importlib.import_module(f"engine.methods.{module}")
+                where = importlib.import_module(f"potstill.engine.methods.{module}")
                 for name in LOSSES:
                     if hasattr(where, name):
                         patch(where, name, getattr(reference, name))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import (
+from potstill.kernels import (
     Estimate,
     add_noise,
     denoise,
@@ -124,9 +124,7 @@ class Bench(NamedTuple):
 
 
 BENCHES = {
-    "score_match": Bench(
-        lambda i: score_match(i.x, *i.pair()), eager_score_match, "x", "x x_t real fake | x_t real fake x"
-    ),
+    "score_match": Bench(lambda i: score_match(i.x, *i.pair()), eager_score_match, "x", "x x_t real fake | x_t real fake x"),
     "score_implicit l2 (SiD)": Bench(
         lambda i: score_implicit(i.x, *i.pair(), distance="l2", alpha=1.2),
         eager_sid,
@@ -145,18 +143,14 @@ BENCHES = {
         "fake",
         "x_t fake target | x_t fake target fake",
     ),
-    "moments": Bench(
-        lambda i: moments(i.x, *i.pair(), i.weight), eager_moments, "x", "x x_t real fake | x_t real fake x"
-    ),
+    "moments": Bench(lambda i: moments(i.x, *i.pair(), i.weight), eager_moments, "x", "x x_t real fake | x_t real fake x"),
     "trajectory": Bench(
         lambda i: trajectory(i.x_t, i.pair()[1], i.sigma, i.sigma_next, i.target)[0],
         eager_trajectory,
         "fake",
         "x_t fake target x | x target fake",
     ),
-    "generator_adversarial": Bench(
-        lambda i: generator_adversarial(i.logits), eager_generator, "logits", "logits | logits logits"
-    ),
+    "generator_adversarial": Bench(lambda i: generator_adversarial(i.logits), eager_generator, "logits", "logits | logits logits"),
     "discriminator_adversarial": Bench(
         lambda i: discriminator_adversarial(i.logits, i.real_logits),
         eager_discriminator,
@@ -210,9 +204,7 @@ def stepping(function: Callable[[Inputs], Any], bench: Bench, copies: list[Input
 def agree(ours: harness.Run, eager: harness.Run) -> None:
     """No time is reported of wrong numbers."""
     for a, b in zip(ours(0), eager(0), strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=2e-2 if b.dtype is torch.bfloat16 else 1e-3, atol=1e-3 * float(b.abs().max())
-        )
+        torch.testing.assert_close(a, b, rtol=2e-2 if b.dtype is torch.bfloat16 else 1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def cases():

@@ -12,8 +12,8 @@ import harness
 import pytest
 import torch
 
-from kernels import cuda, norm_silu
-from kernels.norm_silu import plain
+from potstill.kernels import cuda, norm_silu
+from potstill.kernels.norm_silu import plain
 
 
 class Shape(NamedTuple):

@@ -14,7 +14,7 @@ import rehearse
 import torch
 from torch import Tensor
 
-from kernels import AdamEMA, cuda
+from potstill.kernels import AdamEMA, cuda
 
 BYTES = 28 + 8 + 2 + 4
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.diffusion.sigmas import karras_at
-from engine.methods.sfd import SFD, SFDConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import weights_hash
-from engine.skipping.apply import Skipping
-from engine.skipping.blocks import block_names
-from engine.skipping.plan import Plan
-from engine.strata import spread
+from potstill.engine.diffusion.sigmas import karras_at
+from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import weights_hash
+from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.plan import Plan
+from potstill.engine.strata import spread
 
 
 class Net(NamedTuple):
@@ -49,7 +49,9 @@ def made_up(net) -> Plan:
     names = block_names(net.model)
     order = sorted(names, key=lambda name: abs(names.index(name) - len(names) / 2))
     third = len(names) // 3
-    return Plan(weights_hash(net), net.img_resolution, np.geomspace(0.002, 80, 5).tolist(), order, [third // 2, third // 2, third, third], 0.02)
+    return Plan(
+        weights_hash(net), net.img_resolution, np.geomspace(0.002, 80, 5).tolist(), order, [third // 2, third // 2, third, third], 0.02
+    )
 
 
 @pytest.mark.parametrize(("kind", "variant", "place"), list(cases()))

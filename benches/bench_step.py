@@ -13,12 +13,12 @@ import pytest
 import rehearse
 import torch
 
-from engine.build import build_method, build_net
-from engine.config import METHOD_CONFIGS, NetConfig
-from engine.data.images import open_images
-from engine.data.sampler import Stream
-from engine.training.graphs import CUDA, Graphs
-from engine.training.run import Run, TrainConfig
+from potstill.engine.build import build_method, build_net
+from potstill.engine.config import METHOD_CONFIGS, NetConfig
+from potstill.engine.data.images import open_images
+from potstill.engine.data.sampler import Stream
+from potstill.engine.training.graphs import CUDA, Graphs
+from potstill.engine.training.run import Run, TrainConfig
 
 STEPS = 5 if rehearse.REHEARSING else 10  # a multiple of the period of the methods that are run
 BATCHES = harness.smallest([8, 64], [2])

@@ -78,7 +78,9 @@ def record(request, benchmark):
         on_disk.keep(request.config.option.results, ROWS[-1])
         benchmark.group = f"{row['group']} {row['kind']}"
         benchmark.extra_info.update(row)
-        benchmark.pedantic(_synchronised(ours, row["kind"]), rounds=1 if rehearse.REHEARSING else 10, warmup_rounds=0 if rehearse.REHEARSING else 1)
+        benchmark.pedantic(
+            _synchronised(ours, row["kind"]), rounds=1 if rehearse.REHEARSING else 10, warmup_rounds=0 if rehearse.REHEARSING else 1
+        )
         floor = request.config.option.at_least
         assert row["eager/ours"] >= floor, f"{row['case']}: eager/ours is {row['eager/ours']:.2f}, wanted {floor}"
 
@@ -128,9 +130,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def _table(rows: list[dict[str, Any]], kind: str, line) -> None:
     line("")
     line(", ".join(f"{k} {v}" for k, v in harness.machine(PLACES[kind]).items()))
-    line(
-        "us per forward + backward, medians of interleaved rounds; eager: the same outputs in plain PyTorch; formula: the"
-    )
+    line("us per forward + backward, medians of interleaved rounds; eager: the same outputs in plain PyTorch; formula: the")
     line("same without leaving out non-finite samples; copy: a copy moving as many bytes as ours, GB/s counts those")
     _columns(rows, COLUMNS, line)
 
@@ -153,18 +153,10 @@ def _columns(rows: list[dict[str, Any]], columns: tuple[str, ...], line) -> None
     shown = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(r[i]) for r in [list(columns), *shown]) for i in range(len(columns))]
     for cells in [list(columns), *shown]:
-        line(
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        )
+        line("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))))
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.1f}"
-        if isinstance(value, float) and value >= 10
-        else f"{value:.2f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    return f"{value:.1f}" if isinstance(value, float) and value >= 10 else f"{value:.2f}" if isinstance(value, float) else str(value)

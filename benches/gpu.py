@@ -45,7 +45,9 @@ CUPTI = {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
 def main() -> None:
     name, folder = os.environ.get("PLAN") or "evidence", results_folder()
     if not (rehearse.THERE or os.environ.get("GPU_LIST")):
-        sys.exit("make gpu wants a CUDA device; this machine has none (make gpu REHEARSE=1 tries the plan without one, make bench runs what a CPU can)")
+        sys.exit(
+            "make gpu wants a CUDA device; this machine has none (make gpu REHEARSE=1 tries the plan without one, make bench runs what a CPU can)"
+        )
     if rehearse.REHEARSING:
         prepare_rehearsal(name, folder)
     try:
@@ -114,7 +116,9 @@ def run(plan: list[Step], folder: Path, deadline: float) -> bool:
             print(f"{step.name}: done before, in {known[step.name]['seconds']} s")
         elif (left := deadline - time.monotonic()) < step.seconds and not rehearse.REHEARSING:
             bad = True
-            print(f"{step.name}: not started: expected to take {step.seconds:.0f} s, {max(left, 0):.0f} s are left; the same command goes on")
+            print(
+                f"{step.name}: not started: expected to take {step.seconds:.0f} s, {max(left, 0):.0f} s are left; the same command goes on"
+            )
         else:
             record = take(step, folder, left)
             known[step.name] = record
@@ -204,7 +208,9 @@ def write_readme(folder: Path) -> None:
     about = ", ".join(f"{key} {value}" for key, value in harness.machine(harness.CUDA).items() if key not in ("date", "commit"))
     table = ["| step | exit code | seconds | expected | commit | last line |", "|---|---|---|---|---|---|"]
     for name, r in read_steps(folder).items():
-        table.append(f"| {name} | {r['code']} | {r['seconds']} | {r['expected']:.0f} | {r['commit']} | {r['last_line'].replace('|', '/')[:200]} |")
+        table.append(
+            f"| {name} | {r['code']} | {r['seconds']} | {r['expected']:.0f} | {r['commit']} | {r['last_line'].replace('|', '/')[:200]} |"
+        )
     (folder / "README.md").write_text(f"# {folder.name}\n\n{about}\n\n" + "\n".join(table) + "\n")
 
 

@@ -38,7 +38,13 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
         [("", "case", ""), ("ns", "ns", ",.0f"), ("% of memory's peak", "% of memory peak", ".0f"), ("% of arithmetic's", "% of arithmetic peak", ".0f"), ("% occupancy", "% occupancy", ".0f"), ("registers", "registers", ".0f")],
     ),
 }  # fmt: skip
-OTHERS = {"profile": "where the time of a step goes", "compare": "methods on images", "ladder": "the ladder", "time_to_quality": "time to quality", "scaling": "scaling"}
+OTHERS = {
+    "profile": "where the time of a step goes",
+    "compare": "methods on images",
+    "ladder": "the ladder",
+    "time_to_quality": "time to quality",
+    "scaling": "scaling",
+}
 
 
 def section(results: Path, table: Callable[[list[list[str]]], str], more: dict[str, Callable[[Any], str]]) -> tuple[str, list[Any]]:
@@ -106,7 +112,10 @@ def cell(value: Any, form: str) -> str:
 def shares(rows: Rows, table: Callable[[list[list[str]]], str]) -> str:
     """Kinds of kernels as shares of a step's time; `no kernel` is what launches cost."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
-    body = [[row["case"], f"{row['seconds_per_iteration']:.4f}", f"{row['busy']:.2f}", *(cell(row["kinds"].get(kind), ".3f") for kind in kinds)] for row in rows]
+    body = [
+        [row["case"], f"{row['seconds_per_iteration']:.4f}", f"{row['busy']:.2f}", *(cell(row["kinds"].get(kind), ".3f") for kind in kinds)]
+        for row in rows
+    ]
     return f"Where the time of an iteration goes, as shares of it:\n\n{table([['', 'seconds', 'GPU busy', *kinds], *body])}"
 
 

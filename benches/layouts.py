@@ -19,7 +19,7 @@ import rehearse
 import rows
 import torch
 
-from engine.nets.shadow import give_shadows
+from potstill.engine.nets.shadow import give_shadows
 
 ROUNDS = 1 if rehearse.REHEARSING else 15
 
@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> None:
     results = Path(arguments[0])
     if len(arguments) > 1:
         return measure(results, benchmark=arguments[1] == "on")
-    codes = [subprocess.run([sys.executable, __file__, str(results), value], env=os.environ, check=False).returncode for value in ("off", "on")]
+    codes = [
+        subprocess.run([sys.executable, __file__, str(results), value], env=os.environ, check=False).returncode for value in ("off", "on")
+    ]
     sys.exit(max(codes))
 
 

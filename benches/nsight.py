@@ -44,7 +44,18 @@ def main(arguments: list[str]) -> None:
         return print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if shutil.which("ncu") is None:
         sys.exit("nsight wants ncu (Nsight Compute) on PATH, got none")
-    ncu = ["ncu", "--profile-from-start", "off", "--clock-control", "none", "--print-units", "base", "--csv", "--metrics", ",".join(METRICS)]
+    ncu = [
+        "ncu",
+        "--profile-from-start",
+        "off",
+        "--clock-control",
+        "none",
+        "--print-units",
+        "base",
+        "--csv",
+        "--metrics",
+        ",".join(METRICS),
+    ]
     done = subprocess.run([*ncu, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"ncu failed: {(done.stdout + done.stderr).strip()[-2000:]}")

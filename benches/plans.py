@@ -70,9 +70,24 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     workers = str(2 if rehearse.REHEARSING else min(14, os.cpu_count() or 1))  # most of a test is Triton compiling
     # -W: what libraries warn of while files are collected fails nothing either.
     tests = ["-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
-    benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}"]
+    benches = [
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        "--benchmark",
+        f"--results={folder}",
+    ]
     # What has no test for a GPU is not imported either: it takes seconds a worker, and a package that is missing ends them all.
-    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|on_gpu\(|everywhere\(", path.read_text())]
+    marked = [
+        path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|on_gpu\(|everywhere\(", path.read_text())
+    ]
     kernels = [str(path.relative_to(ROOT)) for path in marked if path.name.startswith("test_kernels_")]
     rest = [str(path.relative_to(ROOT)) for path in marked if not path.name.startswith("test_kernels_")]
     strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(STRONG)
@@ -91,7 +106,12 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 
 #: Rows that torch.compile is given as well: it is the strongest thing to compare with, and slow to build.
-STRONG = ("(score_implicit and huber and 2048x3)", "(score_match and 2048x3)", "(forward and 64x256x32x32-triton)", "(backward and 64x256x32x32-triton)")
+STRONG = (
+    "(score_implicit and huber and 2048x3)",
+    "(score_match and 2048x3)",
+    "(forward and 64x256x32x32-triton)",
+    "(backward and 64x256x32x32-triton)",
+)
 
 
 def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
@@ -108,7 +128,21 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 
 def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
-    benches = ["-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "--benchmark", f"--results={folder}", "--resume"]
+    benches = [
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=short",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        "--benchmark",
+        f"--results={folder}",
+        "--resume",
+    ]
     found = [Step(f"ladder {shape}", 900, [*benches, "benches/bench_ladder.py", "-k", shape]) for shape in SHAPES]
     found += [
         Step("all steps", 400, [*benches, "benches/bench_step.py"]),
@@ -136,7 +170,11 @@ def scaling(folder: Path) -> list[Step]:
     found = [Step("scaling fast32", 400, [*measure, f"{folder}/scaling-fast.json", "configs/fast32.yaml", *grid])]
     for stem in LARGE:
         features = ["method.features=[teacher]"] if "gdd" in stem else []
-        found.append(Step(f"scaling {stem}", 300, [*measure, f"{folder}/scaling-{stem}.json", f"configs/{stem}.yaml", *features, "--batch", "4,16,64"]))
+        found.append(
+            Step(
+                f"scaling {stem}", 300, [*measure, f"{folder}/scaling-{stem}.json", f"configs/{stem}.yaml", *features, "--batch", "4,16,64"]
+            )
+        )
     known = [f"{folder}/scaling-{stem}.json" for stem in LARGE]
     return [*found, Step("scaling projected", 30, ["benches/scaling.py", "project", f"{folder}/scaling.json", "--measured", *known])]
 

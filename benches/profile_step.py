@@ -15,7 +15,7 @@ import harness
 import rehearse
 import rows
 
-from engine.training.profile import STEP, Profile, span
+from potstill.engine.training.profile import STEP, Profile, span
 
 METHOD = "sim"
 

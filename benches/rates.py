@@ -27,7 +27,7 @@ import rows
 import torch
 from torch.nn.functional import conv2d
 
-from kernels import cuda
+from potstill.kernels import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 

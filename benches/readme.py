@@ -135,7 +135,9 @@ def compare(run: dict[str, Any]) -> str:
     n = run["teacher"]["n"] if one_kind else run["n"]
     full = [("images/s", "images_per_second", ",.0f"), ("peak GiB", "peak_memory_gib", ".2f")]
     more = [] if one_kind else full
-    rows = [["method", "evaluations", *(f"{t}, n = {n:,}" for t in titles), "seconds of training", "images", *(head for head, _, _ in more)]]
+    rows = [
+        ["method", "evaluations", *(f"{t}, n = {n:,}" for t in titles), "seconds of training", "images", *(head for head, _, _ in more)]
+    ]
     for name, one in [("floor", run["floor"]), ("teacher", run["teacher"]), *run["methods"].items()]:
         scores = [one["fd"]] if one_kind else [one["scores"][t] for t in titles]
         rows.append([
@@ -174,12 +176,28 @@ def scaling(run: dict[str, Any]) -> str:
 def skipping(run: dict[str, Any]) -> str:
     """What a lighter teacher costs and saves, by budget and by cache, and what becomes of its samples and students."""
     fd, walk = run.get("sampling", {}), run["trajectory"]
-    rows = [["teacher", "excess denoising loss, worst noise level", "one evaluation faster, at DMD's and SIM's levels", "SFD's walk faster", "FD-pixels of its samples"]]
+    rows = [
+        [
+            "teacher",
+            "excess denoising loss, worst noise level",
+            "one evaluation faster, at DMD's and SIM's levels",
+            "SFD's walk faster",
+            "FD-pixels of its samples",
+        ]
+    ]
     rows.append(["full", "", "1", "1", cell(fd.get("full"), ".2f")])
     for budget, plan in run["budgets"].items():
         worst, speed, name = max(b["excess"] for b in plan["bins"]), run["teacher"][budget], f"plan {budget}"
         along = walk.get(name, {}).get("speed_up")
-        rows.append([f"plan, budget {budget}", f"{worst:.4f}", f"{speed['dmd']:.2f}, {speed['sim']:.2f}", cell(along, ".2f"), cell(fd.get(name), ".2f")])
+        rows.append(
+            [
+                f"plan, budget {budget}",
+                f"{worst:.4f}",
+                f"{speed['dmd']:.2f}, {speed['sim']:.2f}",
+                cell(along, ".2f"),
+                cell(fd.get(name), ".2f"),
+            ]
+        )
     rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", cell(fd.get(name), ".2f")] for name in walk if name.startswith("cache")]
     rows = rows if fd else [row[:-1] for row in rows]
     about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"

@@ -17,22 +17,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rehearse
 import rows
 
-from engine.rehearsal import PEAKS
+from potstill.engine.rehearsal import PEAKS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
     "cifar10_sim": ("cifar10_sim", [], "500 M images; no hours published"),
     "cifar10_sim bf16": ("cifar10_sim", ["precision=bf16"], "500 M images; no hours published"),
-    "ffhq64_gdd_i": ("ffhq64_gdd_i", ["method.features=[teacher]", *(["method.width=8"] if rehearse.REHEARSING else [])], "48 A100-hours for 5 M images, with other features"),
+    "ffhq64_gdd_i": (
+        "ffhq64_gdd_i",
+        ["method.features=[teacher]", *(["method.width=8"] if rehearse.REHEARSING else [])],
+        "48 A100-hours for 5 M images, with other features",
+    ),
     "imagenet64_dmd2": ("imagenet64_dmd2", [], "371 A100-hours for 56 M images"),
     "ffhq64 sid": ("ffhq64", ["train.micro_batch=32"], "500 M images; no hours published"),
     "ffhq64 sim": ("ffhq64", ["method=sim", "train.micro_batch=32"], "no hours published"),
     "ffhq64 moment_matching": ("ffhq64", ["method=moment_matching", "train.micro_batch=32"], "no hours published"),
-    "ffhq64 sfd": ("ffhq64", ["method=sfd", "train.kimg=200", "train.micro_batch=32"], "0.64 A100-hours, of CIFAR-10 (200,000 trajectories)"),
+    "ffhq64 sfd": (
+        "ffhq64",
+        ["method=sfd", "train.kimg=200", "train.micro_batch=32"],
+        "0.64 A100-hours, of CIFAR-10 (200,000 trajectories)",
+    ),
 }
 FIRST = ("ffhq64_gdd_i", "imagenet64_dmd2", "cifar10_sim bf16", "cifar10_sim")
-TINY = ["data.resolution=32", "net.model_channels=8", "net.num_blocks=1", "net.attn_resolutions=[]", "train.micro_batch=null", "train.batch=2"]
+TINY = [
+    "data.resolution=32",
+    "net.model_channels=8",
+    "net.num_blocks=1",
+    "net.attn_resolutions=[]",
+    "train.micro_batch=null",
+    "train.batch=2",
+]
 LIMIT = 240  # seconds of one recipe; what a step may take is the plan's business
 
 

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engine.whole import whole  # noqa: E402
+from potstill.engine.whole import whole  # noqa: E402
 
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind
@@ -92,7 +92,9 @@ def compute(batch: float, measured: dict[float, float]) -> float:
     return measured[low] + (measured[high] - measured[low]) * (batch - low) / (high - low)
 
 
-def hours(images: float, batch: int, gpus: int, measured: dict[float, float], parameters: float, cluster: Cluster, way: str = "ddp") -> float:
+def hours(
+    images: float, batch: int, gpus: int, measured: dict[float, float], parameters: float, cluster: Cluster, way: str = "ddp"
+) -> float:
     busy = compute(batch / gpus, measured)
     exposed = max(0.0, communication(parameters, gpus, cluster, way) - OVERLAP * BACKWARD * busy) if gpus > 1 else 0.0
     return images / batch * (busy + exposed) / 3600
@@ -156,7 +158,15 @@ def project(args: argparse.Namespace) -> None:
         images = millions * 1e6 if millions else job["images"]
         for way in ("ddp", "fsdp"):
             found = [hours(images, job["batch"], gpus, seconds, job["parameters"], cluster, way) for gpus in GPUS]
-            jobs.append(job | {"name": f"{name}, {way.upper()}", "source": source, "million_images": images / 1e6, "hours": [float(f"{h:.4g}") for h in found]})
+            jobs.append(
+                job
+                | {
+                    "name": f"{name}, {way.upper()}",
+                    "source": source,
+                    "million_images": images / 1e6,
+                    "hours": [float(f"{h:.4g}") for h in found],
+                }
+            )
     devices = sorted({row["device"] for row in rows})
     text = {
         "projection": True, "device": ", ".join(devices) or "no measurement", "measured_by": "; ".join(sorted({j["source"] for j in jobs})),
@@ -165,7 +175,9 @@ def project(args: argparse.Namespace) -> None:
     }  # fmt: skip
     write(args.out, text)
     for job in jobs:
-        print(f"projected, {job['source']}: {job['name']}: " + ", ".join(f"{g} GPUs {h:g} h" for g, h in zip(GPUS, job["hours"], strict=True)))
+        print(
+            f"projected, {job['source']}: {job['name']}: " + ", ".join(f"{g} GPUs {h:g} h" for g, h in zip(GPUS, job["hours"], strict=True))
+        )
 
 
 def described(stem: str) -> dict[str, Any]:
@@ -173,8 +185,8 @@ def described(stem: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from engine import build
-    from engine.config import load
+    from potstill.engine import build
+    from potstill.engine.config import load
 
     cfg = load(ROOT / f"configs/{stem}.yaml", ["method.features=[teacher]"] if "gdd" in stem else [])
     resolution, classes = cfg.data.resolution or 64, 1000 if stem.startswith("imagenet") else 0
@@ -188,7 +200,14 @@ def described(stem: str) -> dict[str, Any]:
     name = "gdd_i" if getattr(cfg.method, "freeze", 0) else "dmd2" if getattr(cfg.method, "gan", False) else name
     size = {net: sum(p.numel() for p in one.parameters() if p.requires_grad) for net, one in method.nets.items()}
     trained = sum(size[turn.trains] / turn.every for turn in method.turns)  # updated in a mean iteration
-    return {"recipe": stem, "method": name, "batch": cfg.train.batch, "images": cfg.train.kimg * 1000, "parameters": trained, "gflop": counter.get_total_flops() / 1e9}
+    return {
+        "recipe": stem,
+        "method": name,
+        "batch": cfg.train.batch,
+        "images": cfg.train.kimg * 1000,
+        "parameters": trained,
+        "gflop": counter.get_total_flops() / 1e9,
+    }
 
 
 if __name__ == "__main__":

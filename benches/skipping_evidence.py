@@ -23,22 +23,22 @@ import harness
 import torch
 from torch import Tensor
 
-from engine.config import load
-from engine.data.images import open_images
-from engine.diffusion.sigmas import grid_level, karras_at
-from engine.evaluation.features import load_features
-from engine.evaluation.score import reference, score
-from engine.job import Job
-from engine.methods.base import integer_at
-from engine.methods.sfd import SFD, SFDConfig
-from engine.nets.denoiser import Denoiser
-from engine.nets.weights import load_net
-from engine.probe import material
-from engine.sampling import ode
-from engine.skipping.apply import Skipping
-from engine.skipping.plan import Plan, save_plan
-from engine.skipping.probe import make_plan, probe, spearman
-from engine.strata import spread
+from potstill.engine.config import load
+from potstill.engine.data.images import open_images
+from potstill.engine.diffusion.sigmas import grid_level, karras_at
+from potstill.engine.evaluation.features import load_features
+from potstill.engine.evaluation.score import reference, score
+from potstill.engine.job import Job
+from potstill.engine.methods.base import integer_at
+from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weights import load_net
+from potstill.engine.probe import material
+from potstill.engine.sampling import ode
+from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.plan import Plan, save_plan
+from potstill.engine.skipping.probe import make_plan, probe, spearman
+from potstill.engine.strata import spread
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/digits.yaml"
@@ -167,7 +167,13 @@ def distillation(work: Path, teacher: Path, plan: Path, args: argparse.Namespace
         one: dict[str, Any] = {"seed": seed}
         for name, more in (("without", []), ("with", [f"skipping.plan={plan}", "skipping.guard_iterations=25"])):
             folder = work / f"{name}-{seed}"
-            common = [f"run_dir={folder}", f"teacher.checkpoint={teacher}", f"seed={seed}", f"train.kimg={args.kimg}", "log.tensorboard=false"]
+            common = [
+                f"run_dir={folder}",
+                f"teacher.checkpoint={teacher}",
+                f"seed={seed}",
+                f"train.kimg={args.kimg}",
+                "log.tensorboard=false",
+            ]
             common += ["train.log_iterations=25", "train.grid_kimg=1000", "train.checkpoint_kimg=1000", f"eval.n={args.n}"]
             common += ["teacher.loss.sampling_steps=2"]  # the teacher is measured above
             result = Job(load(RECIPE, [*common, *more])).run()

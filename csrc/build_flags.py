@@ -97,9 +97,7 @@ def cpu_compiler() -> str:
     return os.environ.get("CXX") or "c++"
 
 
-def _ninja_file(
-    compile_: str, link: str, objects: dict[str, tuple[Path, str]], output: Path, libraries: Iterable[str]
-) -> str:
+def _ninja_file(compile_: str, link: str, objects: dict[str, tuple[Path, str]], output: Path, libraries: Iterable[str]) -> str:
     search = " ".join([f"-L{torch_folder() / 'lib'}", *(f"-l{name}" for name in libraries)])
     lines = [
         "rule compile",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
 import build_flags  # noqa: E402
 
-from kernels import aot  # noqa: E402
+from potstill.kernels import aot  # noqa: E402
 
 KEPT = ROOT / "build" / "torch-headers"
 PLATFORM = "macosx_26_0_arm64"  # and every earlier one
@@ -167,7 +167,9 @@ def check(versions: list[str], processes: int) -> int:
         of_version = [u for u in usages if u.name.split()[1] == version]
         failed = sum(problem.split()[1] == version for problem in problems)
         most = f"at most {max(u.registers for u in of_version)} registers, {max(u.spilled for u in of_version)} bytes spilled"
-        print(f"torch {version}: {len(of_version) // len(aot.ARCHITECTURES)} kernels, {most}; {len(build_flags.cpu_objects())} objects for CPUs; {failed} failed")
+        print(
+            f"torch {version}: {len(of_version) // len(aot.ARCHITECTURES)} kernels, {most}; {len(build_flags.cpu_objects())} objects for CPUs; {failed} failed"
+        )
     for problem in problems:
         print(f"FAILED {problem}")
     return len(problems)

@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.config import Config, NetConfig
-from engine.data.images import Images, open_images
-from engine.errors import UserError
-from engine.methods import moment_matching
-from engine.methods.base import Method, frozen
-from engine.methods.dmd import DMD
-from engine.methods.gdd import GDD
-from engine.methods.msd import make_partition
-from engine.methods.sfd import SFD
-from engine.methods.sim import SIM
-from engine.nets.denoiser import Denoiser
-from engine.nets.edm import from_kwargs, without_augmentation
-from engine.nets.features import load_features, load_timm
-from engine.nets.perceptual import LPIPS
-from engine.nets.router import Partition
-from engine.nets.weights import load_net
-from engine.skipping.apply import Guard, Skipping
-from engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
-from engine.training.checkpoint import load_newest
-from kernels import native
+from potstill.engine.config import Config, NetConfig
+from potstill.engine.data.images import Images, open_images
+from potstill.engine.errors import UserError
+from potstill.engine.methods import moment_matching
+from potstill.engine.methods.base import Method, frozen
+from potstill.engine.methods.dmd import DMD
+from potstill.engine.methods.gdd import GDD
+from potstill.engine.methods.msd import make_partition
+from potstill.engine.methods.sfd import SFD
+from potstill.engine.methods.sim import SIM
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm import from_kwargs, without_augmentation
+from potstill.engine.nets.features import load_features, load_timm
+from potstill.engine.nets.perceptual import LPIPS
+from potstill.engine.nets.router import Partition
+from potstill.engine.nets.weights import load_net
+from potstill.engine.skipping.apply import Guard, Skipping
+from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
+from potstill.engine.training.checkpoint import load_newest
+from potstill.kernels import native
 
 Builder = Callable[[Any, Denoiser, Denoiser], Method]  # settings, teacher, what the student starts as
 
@@ -95,7 +95,9 @@ def check_lightens(method: Method, cfg: SkippingConfig) -> bool:
     """Does this method let its teacher walk? UserError if `cfg` asks for what its teacher cannot do."""
     name = type(method).__name__
     if (cfg.plan or cfg.cache > 1) and not isinstance(getattr(method, "teacher", None), Denoiser):
-        raise UserError(f"skipping is for methods that ask a teacher for denoised images, and {name} does not: unset skipping.plan and skipping.cache")
+        raise UserError(
+            f"skipping is for methods that ask a teacher for denoised images, and {name} does not: unset skipping.plan and skipping.cache"
+        )
     walks = method.teacher_level(torch.zeros(1)) is None
     if cfg.cache > 1 and not walks:
         raise UserError(f"skipping.cache is for teachers that walk (method sfd), and {name} asks for single noise levels: set it to 1")
@@ -273,7 +275,9 @@ WORKSPACES = (":4096:8", ":16:8")
 def check_algorithms(benchmark: bool | None, deterministic: bool, device: torch.device) -> None:
     """UserError for a search of what it must not find, and for a cuBLAS that cannot be what it must."""
     if deterministic and benchmark:
-        raise UserError("cudnn_benchmark=true takes convolutions by their speed on the day, and deterministic=true wants the same ones every time: unset one of the two")
+        raise UserError(
+            "cudnn_benchmark=true takes convolutions by their speed on the day, and deterministic=true wants the same ones every time: unset one of the two"
+        )
     if deterministic and device.type == "cuda" and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in WORKSPACES:
         raise UserError(
             f"deterministic=true on a GPU wants CUBLAS_WORKSPACE_CONFIG={WORKSPACES[0]} in the environment, without which cuBLAS adds up in "

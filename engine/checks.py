@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 #: Settings that do nothing beside others of theirs, and why: {"gan_index": "method.gan=false"}.
 Unused = dict[str, str]
@@ -39,7 +39,12 @@ def finite(cfg: Any) -> None:
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         numbers = value if isinstance(value, list | tuple) else [value]
-        wants(cfg, field.name, all(math.isfinite(n) for n in numbers if isinstance(n, float)), "finite numbers" if numbers is value else "a finite number")
+        wants(
+            cfg,
+            field.name,
+            all(math.isfinite(n) for n in numbers if isinstance(n, float)),
+            "finite numbers" if numbers is value else "a finite number",
+        )
 
 
 def at_least(cfg: Any, least: float, *names: str) -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -31,24 +31,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine import build
-from engine.cli import run
-from engine.config import Config, load
-from engine.errors import UserError
-from engine.evaluation.judge import Judge, Thinned, named_features
-from engine.evaluation.pictures import save_png, sheet, stacked
-from engine.evaluation.plots import plot_comparison
-from engine.evaluation.report import write_report
-from engine.evaluation.source import STUDENT, open_models, own_sampler
-from engine.folder import write_atomically
-from engine.job import Job
-from engine.methods.teacher import Teacher
-from engine.nets.router import Router, student_folder
-from engine.nets.weights import load_net, read_metadata
-from engine.rehearsal import peak_memory, synchronize
-from engine.sampling import Sampler
-from engine.training.loop import Interrupted, signals
-from engine.training.run import Run, TrainConfig
+from potstill.engine import build
+from potstill.engine.cli import run
+from potstill.engine.config import Config, load
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.judge import Judge, Thinned, named_features
+from potstill.engine.evaluation.pictures import save_png, sheet, stacked
+from potstill.engine.evaluation.plots import plot_comparison
+from potstill.engine.evaluation.report import write_report
+from potstill.engine.evaluation.source import STUDENT, open_models, own_sampler
+from potstill.engine.folder import write_atomically
+from potstill.engine.job import Job
+from potstill.engine.methods.teacher import Teacher
+from potstill.engine.nets.router import Router, student_folder
+from potstill.engine.nets.weights import load_net, read_metadata
+from potstill.engine.rehearsal import peak_memory, synchronize
+from potstill.engine.sampling import Sampler
+from potstill.engine.training.loop import Interrupted, signals
+from potstill.engine.training.run import Run, TrainConfig
 
 SHOWN = 30  # pictures of each method in samples.png
 
@@ -380,7 +380,10 @@ def finish_run(job: Watched, summary: dict[str, Any], name: str, folder: Path) -
     path = folder / "summary.json"
     title = next(iter(summary["floor"]["scores"]))
     about = {"n": summary["n"], "features": title, "data": summary["data"]}
-    found = {who: {k: one[k] for k in ("fd", "nfe", "scores")} | about for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))}
+    found = {
+        who: {k: one[k] for k in ("fd", "nfe", "scores")} | about
+        for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))
+    }
     own = json.loads(path.read_text()) | {"floor": summary["floor"], **found}
     write_atomically(path, json.dumps(own, indent=2) + "\n")
     write_report(folder)

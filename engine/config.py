@@ -23,19 +23,19 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from engine.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
-from engine.errors import UserError
-from engine.methods.dmd import DMDConfig
-from engine.methods.gdd import GDDConfig
-from engine.methods.moment_matching import MomentMatchingConfig
-from engine.methods.msd import KINDS as PARTITIONS
-from engine.methods.sfd import SFDConfig
-from engine.methods.sim import SIMConfig
-from engine.methods.teacher import EDMLoss
-from engine.skipping.plan import SkippingConfig
-from engine.training.loop import LogConfig
-from engine.training.run import TrainConfig
-from engine.written import Recipes, as_written, kind_of
+from potstill.engine.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
+from potstill.engine.errors import UserError
+from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.methods.gdd import GDDConfig
+from potstill.engine.methods.moment_matching import MomentMatchingConfig
+from potstill.engine.methods.msd import KINDS as PARTITIONS
+from potstill.engine.methods.sfd import SFDConfig
+from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.methods.teacher import EDMLoss
+from potstill.engine.skipping.plan import SkippingConfig
+from potstill.engine.training.loop import LogConfig
+from potstill.engine.training.run import TrainConfig
+from potstill.engine.written import Recipes, as_written, kind_of
 
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
 ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
@@ -89,8 +89,15 @@ class NetConfig:
         at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
         at_least(self, 0, "augment_dim")
         probability(self, "dropout", "label_dropout")
-        wants(self, "channel_mult", self.channel_mult is None or (self.channel_mult and min(self.channel_mult) >= 1), "a list of numbers from 1, one a resolution")
-        wants(self, "resample_filter", self.resample_filter is None or sum(self.resample_filter) > 0, "a list of numbers whose sum is above 0")
+        wants(
+            self,
+            "channel_mult",
+            self.channel_mult is None or (self.channel_mult and min(self.channel_mult) >= 1),
+            "a list of numbers from 1, one a resolution",
+        )
+        wants(
+            self, "resample_filter", self.resample_filter is None or sum(self.resample_filter) > 0, "a list of numbers whose sum is above 0"
+        )
 
 
 @dataclass
@@ -148,7 +155,9 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:1
     precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
     tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
-    cudnn_benchmark: bool | None = None  # time cuDNN's convolutions on every new shape and take the fastest; null: on GPUs, unless deterministic
+    cudnn_benchmark: bool | None = (
+        None  # time cuDNN's convolutions on every new shape and take the fastest; null: on GPUs, unless deterministic
+    )
     deterministic: bool = False  # only algorithms that give the same bits every time; slower on GPUs
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
     profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
@@ -168,7 +177,13 @@ class Config:
         wants(self, "student", self.student is None or 0 <= self.student < self.students.count, f"0 … {self.students.count - 1}")
 
 
-METHOD_CONFIGS: dict[str, type] = {"dmd": DMDConfig, "sim": SIMConfig, "moment_matching": MomentMatchingConfig, "gdd": GDDConfig, "sfd": SFDConfig}
+METHOD_CONFIGS: dict[str, type] = {
+    "dmd": DMDConfig,
+    "sim": SIMConfig,
+    "moment_matching": MomentMatchingConfig,
+    "gdd": GDDConfig,
+    "sfd": SFDConfig,
+}
 
 
 class _Groups(SearchPathPlugin):
@@ -221,7 +236,9 @@ def load(recipe: Path, overrides: list[str]) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
     if type(config.method) not in METHOD_CONFIGS.values():
-        raise UserError(f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}")
+        raise UserError(
+            f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}"
+        )
     config.run_dir = config.run_dir or f"runs/{recipe.stem}"
     return config
 
@@ -233,7 +250,9 @@ def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
     except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
         given = f" with {' '.join(overrides)}" if overrides else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Hydra cannot compose {recipe}{given}: {reason}; wanted a recipe as in {RECIPES}, and key=value of settings") from error
+        raise UserError(
+            f"Hydra cannot compose {recipe}{given}: {reason}; wanted a recipe as in {RECIPES}, and key=value of settings"
+        ) from error
 
 
 def _unknown(tree: DictConfig, path: str = "") -> Iterator[str]:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from engine.cli import run
-from engine.data.progress import in_order
-from engine.data.sources import Source, open_source
-from engine.errors import UserError
-from engine.formats.download import digest, fetch, is_url
-from engine.formats.edm_pickle import Found, read_net
-from engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
-from engine.nets.weights import save_net
-from engine.sampling import Sampler, one_step
+from potstill.engine.cli import run
+from potstill.engine.data.progress import in_order
+from potstill.engine.data.sources import Source, open_source
+from potstill.engine.errors import UserError
+from potstill.engine.formats.download import digest, fetch, is_url
+from potstill.engine.formats.edm_pickle import Found, read_net
+from potstill.engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import Sampler, one_step
 
 IMAGES = """\
 SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),
@@ -128,12 +128,8 @@ def _add_edm(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("source", metavar="IN.pkl|URL")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
     parser.add_argument("--net", metavar="NAME", help="which of the nets in the file [ema, or the only one]")
-    parser.add_argument(
-        "--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture"
-    )
-    parser.add_argument(
-        "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80"
-    )
+    parser.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
+    parser.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
 
@@ -165,14 +161,20 @@ def _sampler(found: Found, sigma: float | None, path: Path) -> Sampler | None:
     """How a generator is sampled; None for a teacher. UserError where --one-step contradicts the file."""
     net, known = found.net, ONE_STEP.get(found.net.precond)
     if found.sampler and sigma is not None:
-        raise UserError(f"{path} says itself how it is sampled ({found.sampler.solver}, NFE {found.sampler.nfe}), and --one-step says {sigma:g}: leave it out")
+        raise UserError(
+            f"{path} says itself how it is sampled ({found.sampler.solver}, NFE {found.sampler.nfe}), and --one-step says {sigma:g}: leave it out"
+        )
     if sigma is None:
         return found.sampler if found.sampler or known is None else one_step(known)
     if net.precond == "GDDPrecond" and sigma != known:
-        raise UserError(f"{path} holds a net of {net.precond}, which knows only the noise level {known:g}, and --one-step says {sigma:g}: leave it out")
+        raise UserError(
+            f"{path} holds a net of {net.precond}, which knows only the noise level {known:g}, and --one-step says {sigma:g}: leave it out"
+        )
     if not net.sigma_min <= sigma <= net.sigma_max:
         levels = f"{net.sigma_min:g} … {net.sigma_max:g}"
-        raise UserError(f"{path} holds a net for the noise levels {levels}, and --one-step says {sigma:g}: name the level it was trained at")
+        raise UserError(
+            f"{path} holds a net for the noise levels {levels}, and --one-step says {sigma:g}: name the level it was trained at"
+        )
     return one_step(sigma)
 
 

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from engine.cli import run
-from engine.data.images import Images, open_images
-from engine.errors import UserError
-from engine.evaluation import presets
-from engine.evaluation.classes import RANDOM, parse_classes
-from engine.evaluation.features import Features, check_features, load_features
-from engine.evaluation.places import check_writable
-from engine.evaluation.provenance import tools
-from engine.evaluation.references import read_reference, write_reference
-from engine.evaluation.score import FD, METRICS, Reference, check_fit, reference, score
-from engine.evaluation.shards import Shards, from_torchrun
-from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
-from engine.formats.download import digest, fetch, is_url
-from engine.nets.weights import file_hash
+from potstill.engine.cli import run
+from potstill.engine.data.images import Images, open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation import presets
+from potstill.engine.evaluation.classes import RANDOM, parse_classes
+from potstill.engine.evaluation.features import Features, check_features, load_features
+from potstill.engine.evaluation.places import check_writable
+from potstill.engine.evaluation.provenance import tools
+from potstill.engine.evaluation.references import read_reference, write_reference
+from potstill.engine.evaluation.score import FD, METRICS, Reference, check_fit, reference, score
+from potstill.engine.evaluation.shards import Shards, from_torchrun
+from potstill.engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
+from potstill.engine.formats.download import digest, fetch, is_url
+from potstill.engine.nets.weights import file_hash
 
 MOST = 50_000  # images, unless --n asks for more
 
@@ -43,9 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m engine.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m engine.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "source", type=Path, nargs="?", metavar="RUN_OR_FILE",
         help="a run folder or a .safetensors file; may be left out with --data and --save-reference",
@@ -63,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--n", "--images", type=int, dest="n",
         help="images to generate (default: as the run, else as many as the data, <= 50,000); torchrun takes --n for its own: --images",
     )  # fmt: skip
-    p.add_argument(
-        "--seed", type=int, help="of the first image; the next one has the next (default: the run's, else 0)"
-    )
+    p.add_argument("--seed", type=int, help="of the first image; the next one has the next (default: the run's, else 0)")
     p.add_argument(
         "--labels", help="data, balanced, random (EDM's, from the seeds) or classes such as 0,1 (default data; random with --reference)"
     )
@@ -103,9 +99,7 @@ def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> 
         against = in_turn(shards, lambda: given_reference(args.reference, features, models, device, n, args.command))
     else:
         assert images is not None
-        against = reference(
-            images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=metrics != [FD]
-        )
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=metrics != [FD])
     if args.save_reference:
         save_reference(args.save_reference, against, shards)
     floor = {"fd": against.floor, "kind": against.floor_kind, "n": n}
@@ -165,9 +159,7 @@ def in_turn(shards: Shards, work: Callable[[], Any]) -> Any:
     return found if shards.rank == 0 else work()
 
 
-def given_reference(
-    where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str
-) -> Reference:
+def given_reference(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
     """The Gaussian of a file or address, if it is one of these features."""
     path = fetch(where, command=command) if is_url(where) else Path(where)
     gaussian = read_reference(path, features.edm2)
@@ -192,9 +184,7 @@ def open_data(args: argparse.Namespace, recipe: dict[str, Any]) -> Images:
     if args.data is not None:
         return open_images(args.data, labelled=not args.unlabelled)
     if not recipe.get("path"):
-        raise UserError(
-            f"{args.source} does not say which data it belongs to: wanted --data (digits, a zip, a folder, an .npz)"
-        )
+        raise UserError(f"{args.source} does not say which data it belongs to: wanted --data (digits, a zip, a folder, an .npz)")
     labelled = not (args.unlabelled or recipe.get("unlabelled"))
     return open_images(recipe["path"], resolution=recipe.get("resolution"), labelled=labelled)
 
@@ -215,7 +205,10 @@ def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int,
 
 def about(model: Model) -> dict[str, Any]:
     """Of the weights: where they lie, and whether they were chosen by their distance."""
-    found: dict[str, Any] = {"weights": str(model.path), "weights_sha256": digest(model.path) if model.path.suffix == ".json" else file_hash(model.path)}
+    found: dict[str, Any] = {
+        "weights": str(model.path),
+        "weights_sha256": digest(model.path) if model.path.suffix == ".json" else file_hash(model.path),
+    }
     found |= {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
     chosen = model.metadata.get("chosen_by")
     return found | ({"weights_chosen_by": chosen} if chosen else {})

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.cli import run
-from engine.errors import UserError
-from engine.evaluation.source import STUDENT, open_models, settings
-from engine.formats.card import About, card
-from engine.formats.diffusers import write_diffusers
-from engine.formats.hub import write_hub, write_safetensors
-from engine.formats.onnx import largest_difference, write_onnx
-from engine.nets.router import Router
-from engine.student import Student
+from potstill.engine.cli import run
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.source import STUDENT, open_models, settings
+from potstill.engine.formats.card import About, card
+from potstill.engine.formats.diffusers import write_diffusers
+from potstill.engine.formats.hub import write_hub, write_safetensors
+from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.nets.router import Router
+from potstill.engine.student import Student
 
 ONNX = "student.onnx"
 MOST_UNLIKE = 1e-3  # between onnxruntime and PyTorch, of images in [-1, 1]: more is another net, not another rounding
@@ -61,9 +61,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a finished run, or a student's .safetensors file")
     p.add_argument("--to", choices=list(FORMATS), required=True, help="what shall read it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -200,7 +198,7 @@ def _use_hub(subject: Subject) -> tuple[str, str]:
 def _python(where: str, comment: str = "") -> str:
     return f"""\
 ```python
-from engine.student import Student  # potstill
+from potstill.engine.student import Student  # potstill
 
 student = Student.from_pretrained({where}){f"  # {comment}" if comment else ""}
 images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
@@ -209,7 +207,9 @@ images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses c
 
 def _use_diffusers(subject: Subject) -> tuple[str, str]:
     classes = ", class_labels=[0, 1, 2, 3]" if subject.student.label_dim else ""
-    return "diffusers", f"""\
+    return (
+        "diffusers",
+        f"""\
 ```python
 from diffusers import DiffusionPipeline
 
@@ -217,20 +217,24 @@ pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_
 images = pipe(seeds=[0, 1, 2, 3]{classes}).images
 ```
 
-`trust_remote_code` runs pipeline.py and unet/denoiser.py of this folder: read them, they are short."""
+`trust_remote_code` runs pipeline.py and unet/denoiser.py of this folder: read them, they are short.""",
+    )
 
 
 def _use_onnx(subject: Subject) -> tuple[str, str]:
     student = subject.student
     shape = ", ".join(map(str, student.shape if student.draws == 1 else (student.draws, *student.shape)))
     labels = ', "labels": np.arange(16)' + (f" % {student.label_dim}" if student.label_dim < 16 else "") if student.label_dim else ""
-    return "onnx", f"""\
+    return (
+        "onnx",
+        f"""\
 ```python
 import numpy as np, onnxruntime
 
 z = np.random.default_rng(0).standard_normal((16, {shape}), np.float32)
 (images,) = onnxruntime.InferenceSession("{ONNX}").run(None, {{"z": z{labels}}})  # about in [-1, 1]
-```"""
+```""",
+    )
 
 
 FORMATS: dict[str, Callable[[Subject, Path], str]] = {

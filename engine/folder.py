@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from engine.config import Config, differences, to_yaml
-from engine.errors import UserError
-from engine.whole import whole
+from potstill.engine.config import Config, differences, to_yaml
+from potstill.engine.errors import UserError
+from potstill.engine.whole import whole
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")

@@ -11,31 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import build, preflight, unused
-from engine.config import Config
-from engine.data.sampler import Stream
-from engine.evaluation.features import Features, load_features
-from engine.evaluation.generate import generate, one_hot, write_pairs
-from engine.evaluation.pictures import grid, save_png, sheet
-from engine.evaluation.report import write_report
-from engine.evaluation.score import Reference, reference, score
-from engine.evaluation.source import device_named
-from engine.folder import check_folder, prepare, write_atomically
-from engine.methods.base import Method
-from engine.methods.dmd import Pairs
-from engine.methods.msd import TSM, TSMConfig
-from engine.methods.teacher import Teacher
-from engine.nets.denoiser import Denoiser
-from engine.nets.layers import set_checkpointing
-from engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
-from engine.nets.weights import load_net, read_metadata, read_tensors, save_net
-from engine.planned import plan, taught_sampler
-from engine.sampling import Sampler, heun
-from engine.skipping.apply import Guard
-from engine.training.loop import Hook, train
-from engine.training.profile import Profile
-from engine.training.ranks import ALONE, Ranks
-from engine.training.run import Run, TrainConfig
+from potstill.engine import build, preflight, unused
+from potstill.engine.config import Config
+from potstill.engine.data.sampler import Stream
+from potstill.engine.evaluation.features import Features, load_features
+from potstill.engine.evaluation.generate import generate, one_hot, write_pairs
+from potstill.engine.evaluation.pictures import grid, save_png, sheet
+from potstill.engine.evaluation.report import write_report
+from potstill.engine.evaluation.score import Reference, reference, score
+from potstill.engine.evaluation.source import device_named
+from potstill.engine.folder import check_folder, prepare, write_atomically
+from potstill.engine.methods.base import Method
+from potstill.engine.methods.dmd import Pairs
+from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.teacher import Teacher
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.nets.router import MANIFEST, load_router, student_folder, write_manifest
+from potstill.engine.nets.weights import load_net, read_metadata, read_tensors, save_net
+from potstill.engine.planned import plan, taught_sampler
+from potstill.engine.sampling import Sampler, heun
+from potstill.engine.skipping.apply import Guard
+from potstill.engine.training.loop import Hook, train
+from potstill.engine.training.profile import Profile
+from potstill.engine.training.ranks import ALONE, Ranks
+from potstill.engine.training.run import Run, TrainConfig
 
 
 class Job:

@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import torch
 
-from engine import build, preflight
-from engine.config import Config
-from engine.data.images import Images
-from engine.errors import UserError
-from engine.evaluation.source import own_sampler
-from engine.methods.base import Method
-from engine.nets.denoiser import Denoiser
-from engine.nets.router import Partition
-from engine.nets.weights import read_metadata
-from engine.sampling import Sampler
-from engine.training.checkpoint import checkpoints
-from engine.training.ranks import Ranks
+from potstill.engine import build, preflight
+from potstill.engine.config import Config
+from potstill.engine.data.images import Images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.source import own_sampler
+from potstill.engine.methods.base import Method
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.router import Partition
+from potstill.engine.nets.weights import read_metadata
+from potstill.engine.sampling import Sampler
+from potstill.engine.training.checkpoint import checkpoints
+from potstill.engine.training.ranks import Ranks
 
 
 class Planned(NamedTuple):

@@ -9,21 +9,21 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine import build
-from engine.config import Config
-from engine.data.sources import is_there
-from engine.errors import UserError
-from engine.evaluation import inception
-from engine.evaluation.features import check_features
-from engine.evaluation.source import device_named
-from engine.formats.download import cached_path, is_url
-from engine.methods.base import Method
-from engine.nets.router import student_folder
-from engine.training.checkpoint import checkpoints
-from engine.training.compile import check_compile
-from engine.training.graphs import check_graphs
-from engine.training.parallel import check_shares
-from engine.training.run import TrainConfig
+from potstill.engine import build
+from potstill.engine.config import Config
+from potstill.engine.data.sources import is_there
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation import inception
+from potstill.engine.evaluation.features import check_features
+from potstill.engine.evaluation.source import device_named
+from potstill.engine.formats.download import cached_path, is_url
+from potstill.engine.methods.base import Method
+from potstill.engine.nets.router import student_folder
+from potstill.engine.training.checkpoint import checkpoints
+from potstill.engine.training.compile import check_compile
+from potstill.engine.training.graphs import check_graphs
+from potstill.engine.training.parallel import check_shares
+from potstill.engine.training.run import TrainConfig
 
 
 def check_settings(cfg: Config, ranks: int = 1) -> None:

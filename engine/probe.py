@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.cli import run
-from engine.data.images import Images, open_images
-from engine.errors import UserError
-from engine.evaluation.generate import one_hot
-from engine.evaluation.score import check_fit
-from engine.evaluation.source import device_named
-from engine.nets.denoiser import Denoiser
-from engine.nets.weights import load_net
-from engine.skipping.freezing import propose
-from engine.skipping.picture import heat_map, table
-from engine.skipping.plan import BUDGET, HARDEST, check_budget, save_plan
-from engine.skipping.probe import Material, make_plan, probe, spearman
+from potstill.engine.cli import run
+from potstill.engine.data.images import Images, open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import one_hot
+from potstill.engine.evaluation.score import check_fit
+from potstill.engine.evaluation.source import device_named
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weights import load_net
+from potstill.engine.skipping.freezing import propose
+from potstill.engine.skipping.picture import heat_map, table
+from potstill.engine.skipping.plan import BUDGET, HARDEST, check_budget, save_plan
+from potstill.engine.skipping.probe import Material, make_plan, probe, spearman
 
 
 def main(argv: list[str]) -> None:
@@ -61,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--unlabelled", action="store_true", help="ignore the data's labels and class folders")
     p.add_argument("--out", type=Path, required=True, help="plan.json; the heat map goes beside it")
     p.add_argument("--bins", type=int, default=8, help="of noise levels, equal in log σ (default 8)")
-    p.add_argument(
-        "--budget", type=float, default=BUDGET, help=f"excess denoising loss per bin (default {BUDGET}, at most {HARDEST})"
-    )
+    p.add_argument("--budget", type=float, default=BUDGET, help=f"excess denoising loss per bin (default {BUDGET}, at most {HARDEST})")
     p.add_argument("--images", type=int, default=1024, help="looked at, at most (default 1024)")
     p.add_argument("--batch", type=int, default=128, help="images at a time, and for the latencies (default 128)")
     p.add_argument("--seed", type=int, default=0)
@@ -73,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
 
 def check_numbers(args: argparse.Namespace) -> None:
     if args.batch < 1 or args.images < 1 or args.seed < 0:
-        raise UserError(f"wanted --batch and --images of at least 1 and --seed of at least 0, got {args.batch}, {args.images} and {args.seed}")
+        raise UserError(
+            f"wanted --batch and --images of at least 1 and --seed of at least 0, got {args.batch}, {args.images} and {args.seed}"
+        )
     if args.out.suffix != ".json" or not args.out.resolve().parent.is_dir():
         raise UserError(f"--out wants a name ending in .json in a folder that exists, got {args.out}")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import build, preflight
-from engine.config import Config, to_yaml
-from engine.data.sampler import Stream
-from engine.evaluation.source import device_named
-from engine.job import Job
-from engine.nets.layers import set_checkpointing
-from engine.training.run import Run
+from potstill.engine import build, preflight
+from potstill.engine.config import Config, to_yaml
+from potstill.engine.data.sampler import Stream
+from potstill.engine.evaluation.source import device_named
+from potstill.engine.job import Job
+from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.training.run import Run
 
 #: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -66,7 +66,9 @@ def rehearse(cfg: Config) -> None:
     warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
-    print(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
+    print(
+        f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr
+    )
     flops = counted(run, stream, period)
     for step in range(period, period + warmup):
         run.take(*stream.at(step))

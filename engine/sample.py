@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.cli import run
-from engine.errors import UserError
-from engine.evaluation import presets
-from engine.evaluation.classes import parse_classes
-from engine.evaluation.generate import Between, generate
-from engine.evaluation.outputs import columns_for, open_output, out_kind
-from engine.evaluation.pictures import save_png, sheet
-from engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
-from engine.nets.denoiser import Denoiser
-from engine.skipping.apply import Skipping
-from engine.skipping.plan import check_plan, load_plan
+from potstill.engine.cli import run
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation import presets
+from potstill.engine.evaluation.classes import parse_classes
+from potstill.engine.evaluation.generate import Between, generate
+from potstill.engine.evaluation.outputs import columns_for, open_output, out_kind
+from potstill.engine.evaluation.pictures import save_png, sheet
+from potstill.engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.plan import check_plan, load_plan
 
 FRAMES = 8  # of a strip
 Seeds = Sequence[int] | Sequence[Between]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checks import above, at_least, one_of, wants
-from engine.diffusion.sigmas import karras, with_zero
-from engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
+from potstill.engine.checks import above, at_least, one_of, wants
+from potstill.engine.diffusion.sigmas import karras, with_zero
+from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
 
 ONE_STEP, ANCESTRAL = "one_step", "ancestral"
 CHURNED = ("euler", "heun")  # they remember nothing, so noise may come between their steps
@@ -113,9 +113,7 @@ class Sampler:
         if self.afs:
             passed = [x.double()]
             x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]
-        walk = trajectory(
-            SOLVERS[self.solver], lambda x, s: net(x, s, labels, **told), x, sigmas, lower_final=self.lower_order_final
-        )
+        walk = trajectory(SOLVERS[self.solver], lambda x, s: net(x, s, labels, **told), x, sigmas, lower_final=self.lower_order_final)
         return passed + walk
 
     def with_nfe(self, nfe: int) -> "Sampler":

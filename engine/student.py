@@ -1,8 +1,8 @@
 """A student as one object: images from seeds, or from noise of your own.
 
-    student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
-    images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that engine.sample makes
-    x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
+student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
+images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that engine.sample makes
+x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
 """
 
 import re
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.evaluation.generate import PortableNoise, generate
-from engine.evaluation.source import STUDENT, open_models
-from engine.formats.hub import WEIGHTS, write_config
-from engine.nets.denoiser import Denoiser
-from engine.nets.router import Router
-from engine.nets.weights import save_net
-from engine.sampling import ANCESTRAL, Sampler
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import PortableNoise, generate
+from potstill.engine.evaluation.source import STUDENT, open_models
+from potstill.engine.formats.hub import WEIGHTS, write_config
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.router import Router
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import ANCESTRAL, Sampler
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json"]  # what Student reads; pickles and code are not even downloaded
@@ -48,9 +48,7 @@ class Student(nn.Module):
         self.draws = sampler.nfe if sampler.solver == ANCESTRAL else 1  # arrays of noise that an image takes
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu"
-    ) -> "Student":
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
         """The student of a run folder, of a folder made by engine.export, in a weight file, or USER/NAME on the hub.
 
         Only safetensors and JSON are read. `revision` is a branch, tag or commit of the hub. Raises UserError.
@@ -142,9 +140,7 @@ class Student(nn.Module):
 def _downloaded(name: str, revision: str | None) -> Path:
     """The folder of a hub repository in Hugging Face's cache."""
     if find_spec("huggingface_hub") is None:
-        raise UserError(
-            f"no folder or file at {name}; if it is a name on the Hugging Face hub: pip install 'potstill[hub]' and try again"
-        )
+        raise UserError(f"no folder or file at {name}; if it is a name on the Hugging Face hub: pip install 'potstill[hub]' and try again")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from engine.cli import run
-from engine.config import load
-from engine.errors import UserError
-from engine.job import Job
-from engine.rehearsal import dry_run, rehearse
-from engine.training.loop import Interrupted
-from engine.training.ranks import Ranks, meet, one_voice
+from potstill.engine.cli import run
+from potstill.engine.config import load
+from potstill.engine.errors import UserError
+from potstill.engine.job import Job
+from potstill.engine.rehearsal import dry_run, rehearse
+from potstill.engine.training.loop import Interrupted
+from potstill.engine.training.ranks import Ranks, meet, one_voice
 
 
 def main(arguments: list[str]) -> None:

@@ -8,9 +8,9 @@ import dataclasses
 import inspect
 from typing import Any
 
-from engine.checks import Unused
-from engine.config import Config, flat
-from engine.nets.denoiser import Denoiser
+from potstill.engine.checks import Unused
+from potstill.engine.config import Config, flat
+from potstill.engine.nets.denoiser import Denoiser
 
 
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:

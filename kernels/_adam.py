@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import cuda
-from kernels._groups import Group
-from kernels._lib import AotCase, aot_case
-from kernels.tables import CHUNK, COEFS, Flags, Part
+from potstill.kernels import cuda
+from potstill.kernels._groups import Group
+from potstill.kernels._lib import AotCase, aot_case
+from potstill.kernels.tables import CHUNK, COEFS, Flags, Part
 
 BLOCK, WARPS = 512, 4  # four elements a thread: one 16-byte access, and the same split for 32- and 16-bit tensors
 

@@ -6,15 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.estimate import Estimate
+from potstill.kernels.estimate import Estimate
 
 
 def check_image(op: str, name: str, t: Tensor, ref_name: str, ref: Tensor) -> None:
     """t is floating and has the reference's shape and device."""
     if t.shape != ref.shape or t.device != ref.device:
         raise ValueError(
-            f"{op}: wanted {name} shaped and placed like {ref_name}, {tuple(ref.shape)} on {ref.device}, "
-            f"got {tuple(t.shape)} on {t.device}"
+            f"{op}: wanted {name} shaped and placed like {ref_name}, {tuple(ref.shape)} on {ref.device}, got {tuple(t.shape)} on {t.device}"
         )
     if not t.is_floating_point():
         raise ValueError(f"{op}: wanted {name} of a floating dtype like {ref_name} ({ref.dtype}), got {t.dtype}")

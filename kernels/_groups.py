@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.tables import Part
+from potstill.kernels.tables import Part
 
 RATES = ("lr", "ema_decay")
 _NUMBERS = ("eps", "weight_decay")

@@ -9,13 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels.estimate import Estimate
+from potstill.kernels.estimate import Estimate
 
 NAMESPACE = "potstill"
 
 #: True when Triton interprets kernels on the CPU (TRITON_INTERPRET=1): CPU tensors then take the Triton path too.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-
 
 
 def check_interpreter(triton_version: str, numpy_version: str) -> None:
@@ -38,9 +37,7 @@ def _version(text: str) -> tuple[int, ...]:
 if INTERPRET:
     check_interpreter(version("triton"), version("numpy"))
 
-_ESTIMATE = (
-    "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
-)
+_ESTIMATE = "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
 
 
 class AotCase(NamedTuple):
@@ -77,7 +74,9 @@ def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> 
     return aot_estimate(dtype, guided=guided, own_x_t=own_x_t)._replace(c_skip=None, c_out=None)
 
 
-def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, maxnreg: int | None = None, **constexprs: Any) -> AotCase:
+def aot_case(
+    name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, maxnreg: int | None = None, **constexprs: Any
+) -> AotCase:
     """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer, 1 the number 1."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = dict(constexprs)
@@ -95,9 +94,7 @@ def aot_case(name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: in
     return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps, maxnreg)
 
 
-def define(
-    schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def define(schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register `potstill::<schema>`: Triton on CUDA, plain PyTorch on CPU, shapes only under tracing.
 
     Args:

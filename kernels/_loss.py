@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from kernels import cuda
-from kernels._args import layout
-from kernels._lib import INTERPRET, define, parse
-from kernels.estimate import Estimate, accum
+from potstill.kernels import cuda
+from potstill.kernels._args import layout
+from potstill.kernels._lib import INTERPRET, define, parse
+from potstill.kernels.estimate import Estimate, accum
 
 #: Images of up to this many numbers: there PyTorch's own backward is quicker on a CPU than one written in Python.
 FEW = 1 << 15
@@ -78,9 +78,7 @@ def define_loss(
     def reference_backward(saved: Any, g: Any, *given: Any) -> Any:
         *args, needs = given
         wanted = [a for a, needed in zip(_images(args, kinds), needs, strict=True) if needed]
-        return [
-            torch.mul(s, g[:, None]).to(a.dtype) for s, a in zip(saved, wanted, strict=False)
-        ]  # what forward made comes last
+        return [torch.mul(s, g[:, None]).to(a.dtype) for s, a in zip(saved, wanted, strict=False)]  # what forward made comes last
 
     forward_op = define(
         f"{name}({arguments}, bool[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
@@ -183,9 +181,7 @@ def on_reference(op: str, t: Tensor) -> bool:
 def plain_on_cpu(first: Any) -> bool:
     """Whether this argument is an ordinary CPU tensor that nobody is watching: no subclass, no dispatch mode."""
     t = first.raw if isinstance(first, Estimate) else first
-    return (
-        not INTERPRET and type(t) in (Tensor, Parameter) and t.device.type == "cpu" and not _len_torch_dispatch_stack()
-    )
+    return not INTERPRET and type(t) in (Tensor, Parameter) and t.device.type == "cpu" and not _len_torch_dispatch_stack()
 
 
 def _image_slots(kinds: list[str]) -> list[int]:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._lib import INTERPRET, AotCase, aot_case, tl_dtype
-from kernels.estimate import accum
+from potstill.kernels._lib import INTERPRET, AotCase, aot_case, tl_dtype
+from potstill.kernels.estimate import accum
 
 
 @triton.jit

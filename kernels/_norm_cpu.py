@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels.estimate import accum
+from potstill.kernels.estimate import accum
 
 _BLOCK = 1 << 17  # numbers at a time: 512 KB in float32
 _PYTORCH_IS_FAST = 1024  # pixels: from here on its channels-last forward takes another way

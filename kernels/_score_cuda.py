@@ -6,9 +6,9 @@ They take float32 x and x_t, and raw outputs of one dtype; what comes otherwise 
 import torch
 from torch import Tensor
 
-from kernels import cuda
-from kernels._lib import Outputs, empty_gradients, results, splits
-from kernels.estimate import Estimate, accum
+from potstill.kernels import cuda
+from potstill.kernels._lib import Outputs, empty_gradients, results, splits
+from potstill.kernels.estimate import Estimate, accum
 
 
 def _cast(x: Tensor, real: Estimate, fake: Estimate) -> tuple[Tensor, Estimate, Estimate]:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cuda
-from kernels._adam import LAUNCHERS
-from kernels._groups import ABSENT, RATES, Group, check_absent, number
-from kernels._lib import INTERPRET
-from kernels.tables import Flags, Part, dense, local, same_layout
+from potstill.kernels import cuda
+from potstill.kernels._adam import LAUNCHERS
+from potstill.kernels._groups import ABSENT, RATES, Group, check_absent, number
+from potstill.kernels._lib import INTERPRET
+from potstill.kernels.tables import Flags, Part, dense, local, same_layout
 
 
 class AdamEMA(torch.optim.Optimizer):
@@ -137,9 +137,7 @@ class AdamEMA(torch.optim.Optimizer):
                 self.param_groups[i] = ours
         return self.param_groups
 
-    def _part(
-        self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device
-    ) -> Part:
+    def _part(self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device) -> Part:
         """State of every parameter, made now: a captured step must not allocate it. What a copy brought is kept."""
         steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         for p, step in zip(params, steps.unbind(), strict=True):
@@ -270,9 +268,7 @@ class AdamEMA(torch.optim.Optimizer):
         mesh = getattr(self.param_groups[0]["params"][0], "device_mesh", None)
         if mesh is not None:
             for axis in range(mesh.ndim):
-                torch.distributed.all_reduce(
-                    self._all_flags.flag, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis)
-                )
+                torch.distributed.all_reduce(self._all_flags.flag, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state_dict, with lr and ema_decay as numbers; reading them waits for the device."""

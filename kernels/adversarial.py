@@ -24,13 +24,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from kernels import cpu, reference
-from kernels._args import check_choice
-from kernels._inference import takes_inference_tensors
-from kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
-from kernels._loss import few, kept, on_reference, plain_on_cpu
-from kernels._tl import is_finite, load, total
-from kernels.estimate import Losses, accum
+from potstill.kernels import cpu, reference
+from potstill.kernels._args import check_choice
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
+from potstill.kernels._loss import few, kept, on_reference, plain_on_cpu
+from potstill.kernels._tl import is_finite, load, total
+from potstill.kernels.estimate import Losses, accum
 
 _BLOCK = 512
 
@@ -43,9 +43,7 @@ def _log1p(v):
 
 
 @triton.jit
-def _forward_kernel(
-    logits, sizes, signs, sums_ptr, SOFTPLUS: tl.constexpr, HINGE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):
+def _forward_kernel(logits, sizes, signs, sums_ptr, SOFTPLUS: tl.constexpr, HINGE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     value = tl.zeros((BLOCK,), ACC)
     for net in tl.static_range(len(logits)):
@@ -104,9 +102,7 @@ def _typed(signs: Sequence[int]) -> tuple[float, ...]:
     return tuple(float(s) for s in signs)
 
 
-def _forward(
-    logits: list[Tensor], signs: list[int], form: str, needs: list[bool]
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+def _forward(logits: list[Tensor], signs: list[int], form: str, needs: list[bool]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     like, n, acc = logits[0], logits[0].shape[0], accum(*logits)
     value, sums, keep = like.new_empty(n, dtype=acc), like.new_empty(n, dtype=acc), like.new_empty(n, dtype=torch.int8)
     nonfinite = like.new_empty((), dtype=torch.int32) if n else like.new_zeros((), dtype=torch.int32)
@@ -119,9 +115,7 @@ def _forward(
     return value, nonfinite, [keep], []
 
 
-def _backward(
-    saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[int], form: str, needs: list[bool]
-) -> list[Tensor]:
+def _backward(saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[int], form: str, needs: list[bool]) -> list[Tensor]:
     n, room = (
         logits[0].shape[0],
         [logit.new_empty(logit.shape) if needed else None for logit, needed in zip(logits, needs, strict=True)],
@@ -160,9 +154,7 @@ _backward_op = define(
     "adversarial_backward(Tensor[] saved, Tensor g, Tensor[] logits, int[] signs, str form, bool[] needs) -> Tensor[]",
     triton=_backward,
     reference=_reference_backward,
-    fake=lambda saved, g, logits, signs, form, needs: [
-        logit.new_empty(logit.shape) for logit, k in zip(logits, needs, strict=True) if k
-    ],
+    fake=lambda saved, g, logits, signs, form, needs: [logit.new_empty(logit.shape) for logit, k in zip(logits, needs, strict=True) if k],
 )
 
 

@@ -25,11 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import kernels
-from kernels._lib import AotCase
+from potstill import kernels
+from potstill.kernels._lib import AotCase
 
 ARCHITECTURES = (80, 90)  # A100, and H100/H200
-CSRC = Path(kernels.__file__).parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 class Usage(NamedTuple):
@@ -47,7 +47,7 @@ def cases() -> list[AotCase]:
     """The cases of every module of this package, names unique."""
     found: list[AotCase] = []
     for module in sorted(file.stem for file in Path(kernels.__path__[0]).glob("*.py") if file.stem != "__init__"):
-        found += getattr(importlib.import_module(f"kernels.{module}"), "aot_cases", list)()
+        found += getattr(importlib.import_module(f"potstill.kernels.{module}"), "aot_cases", list)()
     names = [case.name for case in found]
     assert len(set(names)) == len(names), "two AOT cases of one name"
     return found

@@ -1,8 +1,8 @@
 """Other trainers' loss functions by their own names and signatures, on the fused kernels: replace one import line.
 
-    from kernels.compat import variational_score_distillation_loss     # FastGen: fastgen/methods/common_loss.py
-    from kernels.compat import distribution_matching_loss              # DMD2: main/edm/edm_guidance.py
-    from kernels.compat import SiDLoss                                 # SiD: training/sid_loss.py, SID_EDMLoss
+    from potstill.kernels.compat import variational_score_distillation_loss     # FastGen: fastgen/methods/common_loss.py
+    from potstill.kernels.compat import distribution_matching_loss              # DMD2: main/edm/edm_guidance.py
+    from potstill.kernels.compat import SiDLoss                                 # SiD: training/sid_loss.py, SID_EDMLoss
 
 The formulas are the originals'; what differs is said beside each: sums in float32 whatever comes in, float32 out, no
 host synchronisation, and samples that are not finite count as zero in place of being cut out of the batch.
@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._args import check_constant, check_image, check_per_sample, check_root
-from kernels.adversarial import discriminator_adversarial, generator_adversarial
-from kernels.denoise import denoise
-from kernels.estimate import Estimate, per_sample
-from kernels.noising import add_noise
-from kernels.score_implicit import score_implicit
-from kernels.score_match import weighted
+from potstill.kernels._args import check_constant, check_image, check_per_sample, check_root
+from potstill.kernels.adversarial import discriminator_adversarial, generator_adversarial
+from potstill.kernels.denoise import denoise
+from potstill.kernels.estimate import Estimate, per_sample
+from potstill.kernels.noising import add_noise
+from potstill.kernels.score_implicit import score_implicit
+from potstill.kernels.score_match import weighted
 
 
-def _match(
-    op: str, x: Tensor, real: tuple[str, Tensor], fake: tuple[str, Tensor], scale: Tensor | None, eps: float
-) -> Tensor:
+def _match(op: str, x: Tensor, real: tuple[str, Tensor], fake: tuple[str, Tensor], scale: Tensor | None, eps: float) -> Tensor:
     check_root(op, "the generated images", x)
     for name, t in (real, fake):
         check_image(op, name, t, "the generated images", x)
@@ -70,9 +68,7 @@ def denoising_score_matching_loss(
     if pred_type not in wanted:
         raise NotImplementedError(f"Unknown prediction type {pred_type}")
     if any(given is None for given in wanted[pred_type]):
-        raise ValueError(
-            f"denoising_score_matching_loss: wanted all that {pred_type!r} is made of, got None among them"
-        )
+        raise ValueError(f"denoising_score_matching_loss: wanted all that {pred_type!r} is made of, got None among them")
     if pred_type == "x0":
         target = x0
     elif pred_type == "eps":

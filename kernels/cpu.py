@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.estimate import Estimate, accum
+from potstill.kernels.estimate import Estimate, accum
 
 Kept = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
 
@@ -141,9 +141,7 @@ def denoise(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool, need
     return value, _count_out(value, gradients), gradients, []
 
 
-def moments(
-    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: Sequence[bool]
-) -> Kept:
+def moments(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: Sequence[bool]) -> Kept:
     dtype = accum(x, *real.images, *fake.images)
     g = _clean_difference(real, fake, dtype)
     if weight is not None:
@@ -190,9 +188,7 @@ def score_implicit(
     return value, _count_out(value, gradients, square), gradients, []
 
 
-def _implicit_gradients(
-    real: Estimate, fake: Estimate, delta: Tensor, u: Tensor, factor: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
+def _implicit_gradients(real: Estimate, fake: Estimate, delta: Tensor, u: Tensor, factor: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients of x and of the images of both estimates, as far as needed; overwrites delta and u."""
     rows = _rows(delta)
     shares = needs[2] and fake.x_t is None and fake.c_skip is not None

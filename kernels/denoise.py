@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import cpu, reference
-from kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
-from kernels._inference import takes_inference_tensors
-from kernels._lib import (
+from potstill.kernels import cpu, reference
+from potstill.kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import (
     BLOCK,
     SIZES,
     AotCase,
@@ -31,9 +31,9 @@ from kernels._lib import (
     splits,
     tl_dtype,
 )
-from kernels._loss import define_loss, on_reference
-from kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
-from kernels.estimate import Estimate, Losses, accum
+from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
+from potstill.kernels.estimate import Estimate, Losses, accum
 
 
 @triton.jit
@@ -98,9 +98,7 @@ def _backward(
     de, made = empty_gradients(e, needs[:3])
     if n > 0:
         chunks = triton.cdiv(d, BLOCK)
-        _gradient_kernel[(n * chunks,)](
-            e, de, target, coef, g, g.stride(0), d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4
-        )
+        _gradient_kernel[(n * chunks,)](e, de, target, coef, g, g.stride(0), d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
     return made
 
 
@@ -114,9 +112,7 @@ _denoise = define_loss(
 
 
 @takes_inference_tensors
-def denoise(
-    estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
-) -> Losses:
+def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean") -> Losses:
     """Denoising loss w·|D - target|² per sample, differentiable in the estimate's raw outputs and x_t.
 
     Args:

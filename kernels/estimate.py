@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._inference import takes_inference_tensors
+from potstill.kernels._inference import takes_inference_tensors
 
 
 def accum(*tensors: Tensor | None) -> torch.dtype:

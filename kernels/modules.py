@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kernels._args import check_choice
-from kernels.adversarial import discriminator_adversarial, generator_adversarial
-from kernels.denoise import denoise
-from kernels.estimate import Estimate, Losses
-from kernels.moments import moments
-from kernels.score_implicit import score_implicit
-from kernels.score_match import score_match
-from kernels.trajectory import trajectory
+from potstill.kernels._args import check_choice
+from potstill.kernels.adversarial import discriminator_adversarial, generator_adversarial
+from potstill.kernels.denoise import denoise
+from potstill.kernels.estimate import Estimate, Losses
+from potstill.kernels.moments import moments
+from potstill.kernels.score_implicit import score_implicit
+from potstill.kernels.score_match import score_match
+from potstill.kernels.trajectory import trajectory
 
 
 class _Loss(nn.Module):
@@ -57,9 +57,7 @@ class ScoreImplicitLoss(_Loss):
         super().__init__(reduction)
         self.distance, self.alpha, self.c = distance, alpha, c
 
-    def forward(
-        self, x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight: Tensor | None = None) -> Tensor:
         losses = score_implicit(x, real, fake, distance=self.distance, alpha=self.alpha, c=self.c, weight=weight)
         return self._reduced(losses)
 
@@ -82,9 +80,7 @@ class MomentsLoss(_Loss):
         super().__init__(reduction)
         self.per_sample = per_sample
 
-    def forward(
-        self, x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight: Tensor | None = None) -> Tensor:
         return self._reduced(moments(x, real, fake, weight, reduction=self.per_sample))
 
 
@@ -95,12 +91,8 @@ class TrajectoryLoss(_Loss):
         super().__init__(reduction)
         self.metric, self.c, self.per_sample = metric, c, per_sample
 
-    def forward(
-        self, x: Tensor, estimate: Estimate | Tensor, sigma: Tensor, sigma_next: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        losses, x_next = trajectory(
-            x, estimate, sigma, sigma_next, target, metric=self.metric, c=self.c, reduction=self.per_sample
-        )
+    def forward(self, x: Tensor, estimate: Estimate | Tensor, sigma: Tensor, sigma_next: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        losses, x_next = trajectory(x, estimate, sigma, sigma_next, target, metric=self.metric, c=self.c, reduction=self.per_sample)
         return self._reduced(losses), x_next
 
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import cpu, reference
-from kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
-from kernels._inference import takes_inference_tensors
-from kernels._lib import (
+from potstill.kernels import cpu, reference
+from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import (
     BLOCK,
     REGISTERS,
     SIZES,
@@ -30,10 +30,10 @@ from kernels._lib import (
     splits,
     tl_dtype,
 )
-from kernels._loss import define_loss, on_reference
-from kernels._tl import clean_pair, is_finite, load, part, total, weights
-from kernels.estimate import Estimate, Losses, accum, shared
-from kernels.score_match import difference
+from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
+from potstill.kernels.estimate import Estimate, Losses, accum, shared
+from potstill.kernels.score_match import difference
 
 
 @triton.jit
@@ -67,9 +67,7 @@ def _finish_kernel(
     tl.store(nonfinite_ptr, tl.sum(bad, 0))
 
 
-def _forward(
-    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: list[bool]
-) -> Outputs:
+def _forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: list[bool]) -> Outputs:
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:

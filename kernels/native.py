@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cuda
+from potstill.kernels import cuda
 
 #: Where setup.py puts it.
 LIBRARY = Path(__file__).parent / "_cpu.so"

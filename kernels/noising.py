@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
-from kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
-from kernels._inference import takes_inference_tensors
-from kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
-from kernels.estimate import accum, per_sample
+from potstill.kernels import reference
+from potstill.kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
+from potstill.kernels.estimate import accum, per_sample
 
 
 class Normals(NamedTuple):
@@ -310,9 +310,7 @@ class _AddNoise(Function):
     def forward(ctx, x, sigma, noise, seed, offset):
         lay = layout(x)
         ctx.dtype = x.dtype
-        return lay.image(
-            _add_noise_op(lay.flat(x), sigma, lay.flat(noise), seed, offset, _channels(x), lay.channels_last)
-        )
+        return lay.image(_add_noise_op(lay.flat(x), sigma, lay.flat(noise), seed, offset, _channels(x), lay.channels_last))
 
     @staticmethod
     @once_differentiable
@@ -361,9 +359,7 @@ def _checked(op: str, x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tens
         return check_per_sample(op, "sigma", sigma, "x", x, scalar=True)
     for name, t in (("seed", noise.seed), ("offset", noise.offset)):
         if t.dtype is not torch.int64 or t.ndim or t.device != x.device:
-            raise ValueError(
-                f"{op}: wanted {name} [] int64 on {x.device} like x, got {t.dtype} {tuple(t.shape)} on {t.device}"
-            )
+            raise ValueError(f"{op}: wanted {name} [] int64 on {x.device} like x, got {t.dtype} {tuple(t.shape)} on {t.device}")
     return check_per_sample(op, "sigma", sigma, "x", x, scalar=True)
 
 
@@ -456,9 +452,7 @@ def aot_cases() -> list[AotCase]:
         given |= {"scaled_ptr": f"*{scaled}" if scaled else None, "P": "i32:16", "blocks_p": "i32"}
         for nhwc in (False, True) if scaled else (False,):
             given["blocks_c"] = 1 if nhwc or not (drawn or scaled) else "i32"
-            name = (
-                f"noising[{'drawn' if drawn else 'given'}{f', {scaled}' if scaled else ''}{', nhwc' if nhwc else ''}]"
-            )
+            name = f"noising[{'drawn' if drawn else 'given'}{f', {scaled}' if scaled else ''}{', nhwc' if nhwc else ''}]"
             block = {"BLOCK_Q": 32, "BLOCK_C": 8} if nhwc else {"BLOCK_Q": BLOCK // 4, "BLOCK_C": 1}
             cases.append(aot_case(name, _noising_kernel, given, maxnreg=REGISTERS, ACC=tl.float32, **_planes(nhwc), **block))
     for dtype, nhwc in itertools.product(("fp32", "bf16", "fp16"), (False, True)):

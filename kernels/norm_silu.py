@@ -16,12 +16,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels import _norm, _norm_cpu, cuda, native
-from kernels._inference import takes_inference_tensors
-from kernels._lib import INTERPRET, define
-from kernels._norm import gradients
-from kernels._norm_cpu import Norm
-from kernels.estimate import accum
+from potstill.kernels import _norm, _norm_cpu, cuda, native
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import INTERPRET, define
+from potstill.kernels._norm import gradients
+from potstill.kernels._norm_cpu import Norm
+from potstill.kernels.estimate import accum
 
 
 def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
@@ -58,9 +58,7 @@ def _cuda_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, s
     if x.numel() == 0:
         return dx, *(t.zero_() for t in out)
     sums = mean.new_empty(2, *x.shape[:2])
-    cuda.library().norm_silu_grad(
-        dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, sums, out[4] if wanted[3] else None
-    )
+    cuda.library().norm_silu_grad(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, sums, out[4] if wanted[3] else None)
     if any(wanted[:3]):
         cuda.library().norm_silu_parameters(sums, weight, bias, scale, *(t if t.numel() else None for t in out[:4]))
     return dx, *out

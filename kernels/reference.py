@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels._inference import takes_inference_tensors
-from kernels.estimate import Estimate, Losses, accum, per_sample
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels.estimate import Estimate, Losses, accum, per_sample
 
 
 def denoised(estimate: Estimate | Tensor) -> Tensor:
@@ -38,10 +38,7 @@ def _losses(formula: Callable[..., Tensor], *tensors: Tensor) -> Losses:
     with torch.no_grad():
         finite_n = formula(*tensors).isfinite()
     dtype = accum(*tensors)
-    clean = [
-        torch.where(per_sample(finite_n, t), t.to(dtype), torch.zeros((), dtype=dtype, device=t.device))
-        for t in tensors
-    ]
+    clean = [torch.where(per_sample(finite_n, t), t.to(dtype), torch.zeros((), dtype=dtype, device=t.device)) for t in tensors]
     value_n = torch.where(finite_n, formula(*clean), 0)
     return Losses(value_n, (~finite_n).sum(dtype=torch.int32))
 
@@ -92,9 +89,7 @@ def score_implicit(
 
 
 @takes_inference_tensors
-def denoise(
-    estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean"
-) -> Losses:
+def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean") -> Losses:
     """w · |D - target|², the mean or the sum over C, H, W."""
 
     def formula(d: Tensor, target: Tensor, weight_n: Tensor | float = 1.0) -> Tensor:
@@ -174,9 +169,7 @@ def generator_adversarial(logits: Sequence[Tensor], *, kind: str = "softplus") -
 
 
 @takes_inference_tensors
-def discriminator_adversarial(
-    fake_logits: Sequence[Tensor], real_logits: Sequence[Tensor], *, kind: str = "softplus"
-) -> Losses:
+def discriminator_adversarial(fake_logits: Sequence[Tensor], real_logits: Sequence[Tensor], *, kind: str = "softplus") -> Losses:
     """Per sample, sum over nets of mean(softplus(fake)) + mean(softplus(-real)); hinge: relu(1 ± l) instead."""
     fakes = len(fake_logits)
 
@@ -220,9 +213,7 @@ def normals(seed: Tensor, offset: Tensor, shape: Sequence[int]) -> Tensor:
     zero = torch.zeros((n, c, len(quads)), dtype=torch.int64, device=seed.device)
     channel = torch.arange(c, device=seed.device)[:, None]
     sample = torch.arange(n, device=seed.device)[:, None, None]
-    words = philox(
-        (zero + quads, zero + channel, zero + sample, zero + (offset & _MASK)), (seed & _MASK, (seed >> 32) & _MASK)
-    )
+    words = philox((zero + quads, zero + channel, zero + sample, zero + (offset & _MASK)), (seed & _MASK, (seed >> 32) & _MASK))
     u = [w.to(torch.float32) * 2.0**-32 + 2.0**-33 for w in words]  # in (0, 1]: 6.6 sigma at most
     drawn = []
     for u1, u2 in (u[:2], u[2:]):

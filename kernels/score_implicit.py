@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import _score_cuda, cpu, cuda, reference
-from kernels._args import check_choice, check_estimate, check_per_sample, check_root
-from kernels._inference import takes_inference_tensors
-from kernels._lib import (
+from potstill.kernels import _score_cuda, cpu, cuda, reference
+from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import (
     BLOCK,
     SIZES,
     AotCase,
@@ -37,9 +37,9 @@ from kernels._lib import (
     splits,
     tl_dtype,
 )
-from kernels._loss import define_loss, on_reference
-from kernels._tl import clean_pair, is_finite, load, part, store_raw, through_x_t, total
-from kernels.estimate import Estimate, Losses, accum, shared
+from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._tl import clean_pair, is_finite, load, part, store_raw, through_x_t, total
+from potstill.kernels.estimate import Estimate, Losses, accum, shared
 
 
 @triton.jit
@@ -147,9 +147,7 @@ def _forward(
     value, nonfinite, coefs = results(x, acc, (3, n))
     if n > 0:
         past, partials = _past(distance, alpha), x.new_empty((3, n, s), dtype=acc)
-        _partials_kernel[(n * s,)](
-            x, real, fake, partials, n, d, past, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4
-        )
+        _partials_kernel[(n * s,)](x, real, fake, partials, n, d, past, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
         _finish_kernel[(1,)](
             partials, weight, value, coefs, nonfinite, n, d, past, c,
             HUBER=distance == "huber", FACTOR=detach == "factor", NORMALISER=detach == "normaliser",
@@ -176,8 +174,7 @@ def _backward(
 
 
 _score_implicit = define_loss(
-    "score_implicit(Image x, Estimate real, Estimate fake, Tensor? weight, str distance, float alpha, float c, "
-    "str detach)",
+    "score_implicit(Image x, Estimate real, Estimate fake, Tensor? weight, str distance, float alpha, float c, str detach)",
     forward=cuda.choose("score_implicit", triton=_forward, cuda=_score_cuda.implicit_forward),
     backward=cuda.choose("score_implicit", triton=_backward, cuda=_score_cuda.implicit_backward),
     reference=cpu.score_implicit,
@@ -234,9 +231,7 @@ def score_implicit(
     if weight is not None:
         weight = check_per_sample("score_implicit", "weight", weight, "x", x)
     if on_reference("score_implicit", x):
-        return reference.score_implicit(
-            x, real, fake, distance=distance, alpha=alpha, c=c, weight=weight, detach=detach
-        )
+        return reference.score_implicit(x, real, fake, distance=distance, alpha=alpha, c=c, weight=weight, detach=detach)
     return Losses(*_score_implicit(x, real, shared(fake, real), weight, distance, alpha, c, detach or ""))
 
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import _score_cuda, cpu, cuda, reference
-from kernels._args import check_constant_estimate, check_estimate, check_root
-from kernels._inference import takes_inference_tensors
-from kernels._lib import (
+from potstill.kernels import _score_cuda, cpu, cuda, reference
+from potstill.kernels._args import check_constant_estimate, check_estimate, check_root
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import (
     BLOCK,
     REGISTERS,
     SIZES,
@@ -32,9 +32,9 @@ from kernels._lib import (
     splits,
     tl_dtype,
 )
-from kernels._loss import define_loss, on_reference
-from kernels._tl import clean_difference, clean_pair, is_finite, part, total
-from kernels.estimate import Estimate, Losses, accum, shared
+from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._tl import clean_difference, clean_pair, is_finite, part, total
+from potstill.kernels.estimate import Estimate, Losses, accum, shared
 
 
 @triton.jit
@@ -55,9 +55,7 @@ def _partials_kernel(x_ptr, real, fake, partials_ptr, N, D, S: tl.constexpr, BLO
 
 
 @triton.jit
-def _finish_kernel(
-    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D, eps, plus, S: tl.constexpr, ROWS: tl.constexpr
-):
+def _finish_kernel(partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D, eps, plus, S: tl.constexpr, ROWS: tl.constexpr):
     bad = tl.zeros((ROWS,), tl.int32)
     for start in range(0, N, ROWS):
         n = start + tl.arange(0, ROWS)
@@ -75,9 +73,7 @@ def _finish_kernel(
 
 
 @triton.jit
-def _difference_kernel(
-    real, fake, coef_ptr, g_ptr, g_stride, dx_ptr, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr
-):
+def _difference_kernel(real, fake, coef_ptr, g_ptr, g_stride, dx_ptr, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr):
     n = (tl.program_id(0) // chunks).to(tl.int64)
     offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     mask = offset < D
@@ -112,14 +108,10 @@ def difference(coef: Tensor, g: Tensor, real: Estimate, fake: Estimate, dx: Tens
     if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
         real, fake = real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)  # c_skip·x_t cancels
     chunks = triton.cdiv(d, BLOCK)
-    _difference_kernel[(n * chunks,)](
-        real, fake, coef, g, g.stride(0), dx, d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4
-    )
+    _difference_kernel[(n * chunks,)](real, fake, coef, g, g.stride(0), dx, d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
 
 
-def _backward(
-    saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]
-) -> list[Tensor]:
+def _backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]) -> list[Tensor]:
     dx = x.new_empty(x.shape)
     difference(saved[0], g, real, fake, dx)
     return [dx]

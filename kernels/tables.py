@@ -26,9 +26,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
     return (
-        a.stride() == b.stride()
-        or a.numel() == 0
-        or all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n != 1)
+        a.stride() == b.stride() or a.numel() == 0 or all(s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True) if n != 1)
     )
 
 

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import cpu, reference
-from kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
-from kernels._inference import takes_inference_tensors
-from kernels._lib import (
+from potstill.kernels import cpu, reference
+from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
+from potstill.kernels._inference import takes_inference_tensors
+from potstill.kernels._lib import (
     BLOCK,
     SIZES,
     AotCase,
@@ -34,9 +34,9 @@ from kernels._lib import (
     splits,
     tl_dtype,
 )
-from kernels._loss import define_loss, on_reference
-from kernels._tl import clean, is_finite, load, noisy, part, store_raw, total, weights
-from kernels.estimate import Estimate, Losses, accum
+from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, total, weights
+from potstill.kernels.estimate import Estimate, Losses, accum
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rehearse import GPU, REHEARSING, THERE
 
-from kernels._lib import INTERPRET
+from potstill.kernels._lib import INTERPRET
 
 if REHEARSING:
     from test_csrc import BUILT, compiled  # noqa: F401  a fixture
@@ -85,12 +85,12 @@ def place(request, monkeypatch):
         return torch.device("cpu")
     if REHEARSING and not INTERPRET:
         pytest.fail("a rehearsal of kernels wants TRITON_INTERPRET=1")
-    monkeypatch.setattr("kernels.cuda._backend", request.param)
+    monkeypatch.setattr("potstill.kernels.cuda._backend", request.param)
     if REHEARSING and request.param == "cuda":
         if not CSRC:  # once a process: another process may put a new file there, and its ops cannot be defined twice
             BUILT.mkdir(parents=True, exist_ok=True)
             with (BUILT / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds it compiled
                 CSRC.append(request.getfixturevalue("compiled"))
-        monkeypatch.setattr("kernels.cuda.library", lambda: CSRC[0])
+        monkeypatch.setattr("potstill.kernels.cuda.library", lambda: CSRC[0])
     return GPU

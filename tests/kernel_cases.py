@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import Estimate, Losses
-from kernels._lib import INTERPRET
+from potstill.kernels import Estimate, Losses
+from potstill.kernels._lib import INTERPRET
 
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
 #: Triton's interpreter rounds float32 to bfloat16 toward zero, so there float16 stands in.
@@ -145,9 +145,7 @@ def assert_no_worse(ours: Tensor, plain: Tensor, exact: Tensor, name: str) -> No
         return
     scale = exact.abs().max().item()
     error, allowed = ((t.to(F64) - exact).abs().max().item() for t in (ours, plain))
-    assert error <= 2 * allowed + 1e-6 * scale, (
-        f"{name}: error {error:.2e}, plain PyTorch's {allowed:.2e} of {scale:.2e}"
-    )
+    assert error <= 2 * allowed + 1e-6 * scale, f"{name}: error {error:.2e}, plain PyTorch's {allowed:.2e} of {scale:.2e}"
 
 
 class poisoned_memory:
@@ -172,9 +170,7 @@ def summed_like_one_by_one(loss: Callable[[Drawn], Losses], case: Case, wrt: str
     assert torch.equal(by_sum, by_ones) and by_sum.abs().sum() > 0
 
 
-def compiles_in_one_graph(
-    loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], place: torch.device = CPU
-) -> None:
+def compiles_in_one_graph(loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], place: torch.device = CPU) -> None:
     """The same value and gradients under torch.compile(fullgraph=True)."""
     drawn = Drawn(case, place)
     loss(drawn)

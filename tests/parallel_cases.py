@@ -11,27 +11,27 @@ from unittest import mock
 import torch
 from torch import nn
 
-from engine.errors import UserError
-from engine.methods.base import Method, frozen
-from engine.methods.dmd import DMD, DMDConfig
-from engine.methods.gdd import GDD, GDDConfig
-from engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
-from engine.methods.msd import TSM, TSMConfig
-from engine.methods.sfd import SFD, SFDConfig
-from engine.methods.sim import SIM, SIMConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.features import load_features
-from engine.skipping.apply import Guard, Skipping
-from engine.skipping.blocks import block_names
-from engine.skipping.plan import Plan, SkippingConfig
-from engine.training import ranks as speech
-from engine.training import run as stage
-from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
-from engine.training.compile import compile_nets
-from engine.training.loop import Interrupted, LogConfig, train
-from engine.training.optim import OptimConfig
-from engine.training.ranks import Ranks, meet, one_voice
-from engine.training.run import Run, TrainConfig
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Method, frozen
+from potstill.engine.methods.dmd import DMD, DMDConfig
+from potstill.engine.methods.gdd import GDD, GDDConfig
+from potstill.engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
+from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.features import load_features
+from potstill.engine.skipping.apply import Guard, Skipping
+from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.plan import Plan, SkippingConfig
+from potstill.engine.training import ranks as speech
+from potstill.engine.training import run as stage
+from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from potstill.engine.training.compile import compile_nets
+from potstill.engine.training.loop import Interrupted, LogConfig, train
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.ranks import Ranks, meet, one_voice
+from potstill.engine.training.run import Run, TrainConfig
 
 BATCH, STEPS = 8, 20
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def process(rank: int, count: int, port: int, out: str, work: str, arguments: tu
 
 def command(ranks: Ranks, *arguments: str) -> None:
     """engine.train as every rank of torchrun calls it; `ranks` is not there yet."""
-    from engine import train
+    from potstill.engine import train
 
     train.main(list(arguments))
 

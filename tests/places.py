@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from kernels import Estimate
+from potstill import kernels
+from potstill.kernels import Estimate
 
 CPU = torch.device("cpu")
 #: Modules of kernels/ that csrc/ has a CUDA C++ version of; the others have no other kernels than Triton's.

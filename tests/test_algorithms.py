@@ -6,11 +6,11 @@ import parallel_cases as cases
 import pytest
 import torch
 
-from engine import build, train
-from engine.errors import UserError
-from engine.nets.weights import read_tensors
-from engine.training import memory
-from engine.training.ranks import ALONE
+from potstill.engine import build, train
+from potstill.engine.errors import UserError
+from potstill.engine.nets.weights import read_tensors
+from potstill.engine.training import memory
+from potstill.engine.training.ranks import ALONE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DIGITS = str(Path(__file__).parent.parent / "configs/digits.yaml")
@@ -33,7 +33,13 @@ def switches():
 
 @pytest.mark.parametrize(
     ("wanted", "deterministic", "device", "searches"),
-    [(None, False, CUDA, True), (True, False, CUDA, True), (False, False, CUDA, False), (None, True, CUDA, False), (None, False, CPU, False)],
+    [
+        (None, False, CUDA, True),
+        (True, False, CUDA, True),
+        (False, False, CUDA, False),
+        (None, True, CUDA, False),
+        (None, False, CPU, False),
+    ],
 )
 def test_cudnn_searches_on_gpus_unless_told_not_to(switches, wanted, deterministic, device, searches):
     switches.benchmark = not searches
@@ -43,7 +49,9 @@ def test_cudnn_searches_on_gpus_unless_told_not_to(switches, wanted, determinist
 
 
 def test_cudnn_benchmark_says_that_it_does_nothing_on_a_cpu():
-    assert build.set_algorithms(False, False, CPU) == "cudnn_benchmark=false does nothing here: it is of NVIDIA GPUs, and this run is on cpu"
+    assert (
+        build.set_algorithms(False, False, CPU) == "cudnn_benchmark=false does nothing here: it is of NVIDIA GPUs, and this run is on cpu"
+    )
 
 
 def test_what_excludes_and_what_is_missing_is_one_sentence(monkeypatch):

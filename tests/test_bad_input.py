@@ -17,18 +17,18 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine import evaluate, job, probe, train
-from engine.build import rehearsal_data
-from engine.config import load, to_yaml
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation.features import load_features
-from engine.evaluation.references import read_reference
-from engine.folder import prepare
-from engine.formats.edm_pickle import read_net
-from engine.nets.edm import from_kwargs
-from engine.nets.router import load_router
-from engine.nets.weights import load_net, read_tensors, save_net
+from potstill.engine import evaluate, job, probe, train
+from potstill.engine.build import rehearsal_data
+from potstill.engine.config import load, to_yaml
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.features import load_features
+from potstill.engine.evaluation.references import read_reference
+from potstill.engine.folder import prepare
+from potstill.engine.formats.edm_pickle import read_net
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.router import load_router
+from potstill.engine.nets.weights import load_net, read_tensors, save_net
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -251,7 +251,12 @@ def test_too_few_images_are_refused_before_anything_is_trained(tmp_path):
         (DIGITS, [0], "seed=0", "a has 1 image, a run wants at least 2"),
         (msd, [0, 0, 1, 9], "students.count=5", "student 1 of 5 has no images: a has none of classes 2, 3; take fewer"),
         (msd, [5, 6, 7, 8, 9], "students.count=2", "student 0 of 2 has no images: a has none of classes 0, 1, 2, 3, 4; take"),
-        (msd, [0, 3, 1, 1], "students.partition=kmeans", "kmeans wants images of every class, a has none of class 2: take blocks or random"),
+        (
+            msd,
+            [0, 3, 1, 1],
+            "students.partition=kmeans",
+            "kmeans wants images of every class, a has none of class 2: take blocks or random",
+        ),
     ):
         arguments = [recipe, *QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r", more]
         assert words in refused(*arguments)

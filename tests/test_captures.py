@@ -13,11 +13,11 @@ import pytest
 import torch
 from rehearse import Event, Stream, Tape
 
-from engine.methods.base import Draws
-from engine.training import graphs as module
-from engine.training.graphs import CUDA, Graphs
-from kernels import AdamEMA, tables
-from kernels.tables import SPARE, Addresses, owned_by_graph
+from potstill.engine.methods.base import Draws
+from potstill.engine.training import graphs as module
+from potstill.engine.training.graphs import CUDA, Graphs
+from potstill.kernels import AdamEMA, tables
+from potstill.kernels.tables import SPARE, Addresses, owned_by_graph
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import train
-from engine.checks import BadSetting
-from engine.config import METHOD_CONFIGS, Config, load
-from engine.errors import UserError
-from engine.methods.dmd import DMDConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
-from engine.sampling import Sampler
+from potstill.engine import train
+from potstill.engine.checks import BadSetting
+from potstill.engine.config import METHOD_CONFIGS, Config, load
+from potstill.engine.errors import UserError
+from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import Sampler
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -163,7 +163,10 @@ def test_the_dry_run_asks_the_run_folder_too(tmp_path):
         assert refused(digits, f"run_dir={tmp_path}/{folder}") == sentence
 
 
-@pytest.mark.parametrize("kind", [*METHOD_CONFIGS.values(), *(f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)])
+@pytest.mark.parametrize(
+    "kind",
+    [*METHOD_CONFIGS.values(), *(f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)],
+)
 def test_no_number_of_any_config_may_be_nan_or_infinite(kind):
     """Every dataclass of the tree checks its own floats, whoever makes it."""
     for field in dataclasses.fields(kind):
@@ -200,7 +203,12 @@ def test_samplers_refuse_levels_that_are_no_walk(tmp_path, solver, sigmas):
     with pytest.raises(BadSetting, match=r"^sigmas wants"):
         Sampler(solver, sigmas)
     file = tmp_path / "student.safetensors"
-    save_net(file, from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, **TINY), method="sim", sampler={"solver": solver, "sigmas": sigmas})
+    save_net(
+        file,
+        from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, **TINY),
+        method="sim",
+        sampler={"solver": solver, "sigmas": sigmas},
+    )
     sentence = refused(str(CONFIGS / "digits.yaml"), f"teacher.checkpoint={file}", f"run_dir={tmp_path}/r")
     assert sentence.startswith(f"{file} names a way of sampling that this version does not know: sigmas wants")
 
@@ -210,7 +218,27 @@ def test_samplers_refuse_levels_that_are_no_walk(tmp_path, solver, sigmas):
 
 @pytest.mark.parametrize(
     "text",
-    ["2024_10_01", "1e3", "+5", "010", "12:30", "off", "true", "~/x", "Größe/模型", "a b", "it's", "end\\", "a,b", "[x]", "{a: 1}", "#7", "a=b", "$5", "?"],
+    [
+        "2024_10_01",
+        "1e3",
+        "+5",
+        "010",
+        "12:30",
+        "off",
+        "true",
+        "~/x",
+        "Größe/模型",
+        "a b",
+        "it's",
+        "end\\",
+        "a,b",
+        "[x]",
+        "{a: 1}",
+        "#7",
+        "a=b",
+        "$5",
+        "?",
+    ],
 )
 def test_text_is_kept_as_written(tmp_path, text):
     keys = ("run_dir", "data.path", "teacher.checkpoint", "log.wandb", "skipping.plan", "students.start", "method.freeze_plan")
@@ -218,7 +246,9 @@ def test_text_is_kept_as_written(tmp_path, text):
     assert [operator.attrgetter(key)(cfg) for key in keys] == [text] * len(keys)
     if text.isprintable() and not set(text) & set("[]{},#:'\\?"):
         recipe = tmp_path / "mine.yaml"
-        recipe.write_text(f"defaults: [schema, {{data: digits}}, {{net: digits}}, {{method: dmd}}, _self_]\nrun_dir: {text}\nlog: {{wandb: {text}}}\n")
+        recipe.write_text(
+            f"defaults: [schema, {{data: digits}}, {{net: digits}}, {{method: dmd}}, _self_]\nrun_dir: {text}\nlog: {{wandb: {text}}}\n"
+        )
         cfg = load(recipe, [])
         assert (cfg.run_dir, cfg.log.wandb) == (text, text)
 
@@ -235,7 +265,11 @@ def test_what_yaml_takes_for_something_else_is_what_the_schema_says(tmp_path):
     assert (cfg.train.graphs, cfg.train.compile, cfg.train.kimg, cfg.train.batch, cfg.train.micro_batch) == ("off", "off", 1000.0, 10, 5)
     assert (cfg.train.optim["student"].lr, cfg.train.optim["student"].betas) == (1e-3, [0.0, 0.9])
     assert load(recipe, ["train.micro_batch=auto", "log.wandb=null", "run_dir='2024_10'"]).run_dir == "2024_10"
-    assert load(recipe, ["method.features=[1e3, 'timm:a,b', torchscript:~/ä.pt]"]).method.features == ["1e3", "timm:a,b", "torchscript:~/ä.pt"]
+    assert load(recipe, ["method.features=[1e3, 'timm:a,b', torchscript:~/ä.pt]"]).method.features == [
+        "1e3",
+        "timm:a,b",
+        "torchscript:~/ä.pt",
+    ]
 
 
 def test_a_tilde_is_the_home_folder_where_it_is_used(tmp_path, monkeypatch):
@@ -262,7 +296,17 @@ def test_settings_beside_a_teachers_file_are_listed_once(tmp_path, capsys):
     recipe.write_text("defaults: [schema, {method: dmd}, _self_]\nnet: {model_channels: 8, channel_mult: [1]}\n")
     common = [str(recipe), f"run_dir={tmp_path}/r", f"teacher.checkpoint={file}"]
     assert said(capsys, *common) == ""  # what the file says too is no contradiction
-    line = said(capsys, *common, "net.model_channels=64", "net.dropout=0.5", "net.conditional=false", "teacher.train.kimg=3", "teacher.train.optim.teacher.lr=1", "teacher.loss.P_mean=0", "teacher.loss.sampling_steps=9")
+    line = said(
+        capsys,
+        *common,
+        "net.model_channels=64",
+        "net.dropout=0.5",
+        "net.conditional=false",
+        "teacher.train.kimg=3",
+        "teacher.train.optim.teacher.lr=1",
+        "teacher.loss.P_mean=0",
+        "teacher.loss.sampling_steps=9",
+    )
     assert line.startswith("these settings do nothing here: ")
     net, _, training = line.removeprefix("these settings do nothing here: ").partition("; ")
     assert net == f"net.conditional, net.model_channels, net.dropout (the net in {file} is another)"
@@ -272,7 +316,12 @@ def test_settings_beside_a_teachers_file_are_listed_once(tmp_path, capsys):
 
 
 def test_branches_that_the_recipe_leaves_out_can_be_given(tmp_path):
-    given = ["train.optim.fake.lr=1e-2", "train.optim.other={lr: 3, name: adamw}", "students.net.num_blocks=2", "students.net.precond=EDMPrecond"]
+    given = [
+        "train.optim.fake.lr=1e-2",
+        "train.optim.other={lr: 3, name: adamw}",
+        "students.net.num_blocks=2",
+        "students.net.precond=EDMPrecond",
+    ]
     cfg = load(CONFIGS / "digits_sim.yaml", given)
     assert (cfg.train.optim["fake"].lr, cfg.train.optim["other"].lr, cfg.train.optim["other"].name) == (1e-2, 3.0, "adamw")
     assert (cfg.students.net.num_blocks, cfg.students.net.model_channels) == (2, None)
@@ -286,7 +335,11 @@ def test_branches_that_the_recipe_leaves_out_can_be_given(tmp_path):
         ("digits", "method.gan_student=1", "method.gan_student (method.gan=false)"),
         ("digits", "method.pairs=5 method.pair_steps=3", "method.pairs, method.pair_steps (method.regression=0)"),
         ("digits_sim", "method.distance=l2 method.c=0.1", "method.c (method.distance=l2)"),
-        ("digits_moment_matching", "method.variant=alternating method.measure_every=7", "method.measure_every (method.variant=alternating)"),
+        (
+            "digits_moment_matching",
+            "method.variant=alternating method.measure_every=7",
+            "method.measure_every (method.variant=alternating)",
+        ),
         ("digits_gdd", "method.r1_gamma=0 method.r1_every=3", "method.r1_every (method.r1_gamma=0)"),
         ("digits_sfd", "method.metric=l1 method.huber_c=0.1", "method.huber_c (method.metric=l1)"),
         ("digits", "teacher.train.optim.student.lr=5", "teacher.train.optim.student.lr"),

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine import compare, evaluate, train
-from engine.config import load
-from engine.errors import UserError
+from potstill.engine import compare, evaluate, train
+from potstill.engine.config import load
+from potstill.engine.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -32,7 +32,7 @@ def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys)
     for name, one in summary["methods"].items():
         assert set(one) >= {"fd", "nfe", "seconds", "images", "images_per_second", "peak_memory_gib"}
         assert one["fd"] > summary["floor"]["fd"]
-        assert [point["images"] for point in one["curve"]][::len(one["curve"]) - 1] == [0, one["images"]]
+        assert [point["images"] for point in one["curve"]][:: len(one["curve"]) - 1] == [0, one["images"]]
         assert one["curve"][-1]["scores"] == {"FD-pixels": one["fd"]}
         seconds = [point["seconds"] for point in one["curve"]]
         assert seconds == sorted(seconds)
@@ -85,9 +85,14 @@ def test_the_length_is_remembered_and_only_for_the_same_seconds(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-     (["methods=dmd,ddm"], "got 'ddm'"), (["seconds=-3"], "seconds wants a number above 0"), (["seconds=soon"], "'soon'"),
-     (["points=0"], "points wants at least 1"), (["apart=perhaps"], "apart wants true or false"), (["features=pixels,pixels"], "different names"),
-     (["features=A:nothing.pt"], "nothing.pt")],
+        (["methods=dmd,ddm"], "got 'ddm'"),
+        (["seconds=-3"], "seconds wants a number above 0"),
+        (["seconds=soon"], "'soon'"),
+        (["points=0"], "points wants at least 1"),
+        (["apart=perhaps"], "apart wants true or false"),
+        (["features=pixels,pixels"], "different names"),
+        (["features=A:nothing.pt"], "nothing.pt"),
+    ],
 )
 def test_refusals(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
@@ -105,7 +110,7 @@ def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):
     train.main([recipe, f"run_dir={tmp_path}/together", *small, teacher])
     for k in range(2):
         files = [tmp_path / run / f"student-{k}/student.safetensors" for run in ("apart", "together")]
-        from engine.nets.weights import read_tensors
+        from potstill.engine.nets.weights import read_tensors
 
         a, b = (read_tensors(file)[0] for file in files)
         assert all((a[key] == b[key]).all() for key in a)
@@ -125,7 +130,7 @@ def test_adm_goes_on_from_dm(tmp_path):
     train.main([recipe, f"run_dir={tmp_path}/adm", *small, teacher, f"students.start={tmp_path}/dm", "method.gan=true", *lr])
     import torch
 
-    from engine.training.checkpoint import load_newest
+    from potstill.engine.training.checkpoint import load_newest
 
     for k in range(2):
         dm, adm = (load_newest(tmp_path / run / f"student-{k}/checkpoints", "cpu") for run in ("dm", "adm"))

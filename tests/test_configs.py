@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import rehearsal, train
-from engine.job import Job
+from potstill.engine import rehearsal, train
+from potstill.engine.job import Job
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 IDS = [path.stem for path in RECIPES]

@@ -30,13 +30,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from engine.convert import main
-from engine.errors import UserError
-from engine.formats import pickles
-from engine.formats.edm_pickle import read_net
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import load_net, save_net
-from engine.sampling import one_step
+from potstill.engine.convert import main
+from potstill.engine.errors import UserError
+from potstill.engine.formats import pickles
+from potstill.engine.formats.edm_pickle import read_net
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import load_net, save_net
+from potstill.engine.sampling import one_step
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 TINY = {
@@ -166,9 +166,7 @@ def test_golden_nets_come_back_to_the_bit(golden, tmp_path, capsys):
     got, metadata = converted(dumped(tmp_path / "teacher.pkl", snapshot(net)))
     assert_same(got, net)
     with torch.no_grad():
-        assert torch.equal(
-            got(t["in.x"], t["in.sigma"], t.get("in.labels")), net(t["in.x"], t["in.sigma"], t.get("in.labels"))
-        )
+        assert torch.equal(got(t["in.x"], t["in.sigma"], t.get("in.labels")), net(t["in.x"], t["in.sigma"], t.get("in.labels")))
         torch.testing.assert_close(got(t["in.x"], t["in.sigma"], t.get("in.labels")), t["out.D"], rtol=1e-4, atol=1e-5)
     assert metadata["source"] == "teacher.pkl"
     assert len(metadata["sha256"]) == 64
@@ -327,9 +325,7 @@ def teacher(tmp_path, net):
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "_forward_module.", "model.", "net._orig_mod.", "feedforward_model.module."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "_forward_module.", "model.", "net._orig_mod.", "feedforward_model.module."])
 def test_checkpoints_differ_in_what_stands_before_a_name(prefix, new, tmp_path):
     net = tiny()
     content = collections.OrderedDict((prefix + name, t) for name, t in net.state_dict().items())

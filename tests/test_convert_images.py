@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.convert import main
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.formats.images import DatasetZip, fitted, png
+from potstill.engine.convert import main
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.formats.images import DatasetZip, fitted, png
 
 
 def pixels(*shape, seed=0):
@@ -58,9 +58,7 @@ def test_what_fits_keeps_its_pixels(folder, tmp_path, capsys):
     assert "2 classes" in printed.out
     assert printed.err == ""
     again = convert(tmp_path / "sub/out.zip", tmp_path / "again.zip")
-    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "sub/out.zip").read_bytes(), (
-        "the same images, the same file"
-    )
+    assert (tmp_path / "again.zip").read_bytes() == (tmp_path / "sub/out.zip").read_bytes(), "the same images, the same file"
     assert again.classes == images.classes
     assert os.listdir(tmp_path / "sub") == ["out.zip"]
 
@@ -143,9 +141,7 @@ def test_every_mode_becomes_rgb_or_grey(tmp_path):
     np.testing.assert_array_equal(images.read(0), np.stack([grey] * 3))
     np.testing.assert_array_equal(images.read(2), colour.transpose(2, 0, 1))
     assert (images.read(3) == 255).all(), "the transparent lies on white"
-    np.testing.assert_array_equal(
-        images.read(4), np.asarray(Image.open(src / "e.png").convert("RGB")).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(images.read(4), np.asarray(Image.open(src / "e.png").convert("RGB")).transpose(2, 0, 1))
     red, green, blue = images.read(5).astype(int)
     assert red.min() > 200
     assert green.max() < 60
@@ -158,9 +154,7 @@ def test_sixteen_bits_are_refused(tmp_path):
     assert "a.png is of mode I;16" in refused(tmp_path, tmp_path / "out.zip")
 
 
-@pytest.mark.parametrize(
-    ("mark", "turned"), [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))]
-)
+@pytest.mark.parametrize(("mark", "turned"), [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))])
 def test_pictures_are_turned_as_the_camera_was_held(tmp_path, mark, turned):
     image = np.repeat(np.repeat(pixels(2, 2, 3), 8, 0), 8, 1)
     exif = Image.Exif()

@@ -17,15 +17,15 @@ import torch
 from test_convert_edm import mutated
 from torch import nn
 
-from engine import sample
-from engine.convert import main
-from engine.errors import UserError
-from engine.evaluation.source import open_models
-from engine.formats.edm_pickle import read_net
-from engine.nets.edm import from_kwargs
-from engine.nets.layers import FourierEmbedding
-from engine.nets.weights import load_net, save_net
-from engine.sampling import Sampler, SeedNoise, few_step
+from potstill.engine import sample
+from potstill.engine.convert import main
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.source import open_models
+from potstill.engine.formats.edm_pickle import read_net
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.layers import FourierEmbedding
+from potstill.engine.nets.weights import load_net, save_net
+from potstill.engine.sampling import Sampler, SeedNoise, few_step
 
 SONG = {
     "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2],
@@ -94,7 +94,12 @@ def layer(module):
     if title == "StepAffine":
         return plain("Linear", types.SimpleNamespace(_parameters=dict(module._parameters), _buffers={}))
     if title == "UNetBlock":
-        said = {"in_channels": module.in_channels, "num_heads": module.heads, "dropout": module.dropout, "adaptive_scale": module.adaptive_scale}
+        said = {
+            "in_channels": module.in_channels,
+            "num_heads": module.heads,
+            "dropout": module.dropout,
+            "adaptive_scale": module.adaptive_scale,
+        }
         said |= {"skip_scale": np.sqrt(0.5) if module.skip_scale != 1 else 1}
     made = plain(title, module, **said)
     for name, child in module.named_children():
@@ -115,7 +120,10 @@ def released(net, **told):
         plain("FourierEmbedding", net.model.map_steps.waves) if fourier
         else plain("PositionalEmbedding", num_channels=noise, max_positions=10000, endpoint=net.kwargs["model_type"] == "SongUNet")
     )  # fmt: skip
-    unet._modules["map_step_layer0"], unet._modules["map_step_layer1"] = layer(net.model.map_steps.layer0), layer(net.model.map_steps.layer1)
+    unet._modules["map_step_layer0"], unet._modules["map_step_layer1"] = (
+        layer(net.model.map_steps.layer0),
+        layer(net.model.map_steps.layer1),
+    )
     state = RANGE | {key: net.kwargs[key] for key in ("img_resolution", "img_channels", "label_dim")}
     made = plain("EDMPrecond", **state, training_kwargs=sys.modules["dnnlib.util"].EasyDict(TOLD | told))
     made._modules["model"] = unet

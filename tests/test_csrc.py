@@ -22,7 +22,7 @@ import test_kernels_norm_silu as norm
 import torch
 from rehearse import Tape
 
-from kernels import Estimate, _score_cuda, adam_ema, aot, cuda, norm_silu, reference
+from potstill.kernels import Estimate, _score_cuda, adam_ema, aot, cuda, norm_silu, reference
 
 ROOT = Path(__file__).parent.parent
 CPU_HEADER = ROOT / "tests" / "cuda_on_cpu.h"
@@ -350,8 +350,8 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
         command, cwd=checkout, capture_output=True, text=True, check=True,
         env=os.environ | {"POTSTILL_NO_CUDA": "1", "POTSTILL_NO_CPU": "1"},
     )  # fmt: skip
-    assert done.stderr.count("kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
-    assert done.stderr.count("kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norm_silu on CPUs runs as PyTorch's own") == 1
+    assert done.stderr.count("potstill.kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
+    assert done.stderr.count("potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norm_silu on CPUs runs as PyTorch's own") == 1
     assert (checkout / "built/lib/kernels/norm_silu.py").exists()
     assert not list(checkout.rglob("*.so"))
 

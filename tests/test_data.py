@@ -22,12 +22,12 @@ from PIL import Image
 from rehearse import GPU
 from sklearn.datasets import load_digits
 
-from engine.data.files import Zip
-from engine.data.images import open_images
-from engine.data.progress import in_order
-from engine.data.sampler import Stream
-from engine.data.sources import decode
-from engine.errors import UserError
+from potstill.engine.data.files import Zip
+from potstill.engine.data.images import open_images
+from potstill.engine.data.progress import in_order
+from potstill.engine.data.sampler import Stream
+from potstill.engine.data.sources import decode
+from potstill.engine.errors import UserError
 
 
 def pixels(n, *shape, seed=0):
@@ -119,9 +119,7 @@ def test_jpeg_zip_equals_pillow(tmp_path):
 
 def test_a_jpeg_with_a_long_header_is_read(tmp_path):
     data = io.BytesIO()
-    Image.fromarray(pixels(1, 8, 8, 3)[0]).save(
-        data, "jpeg", exif=b"Exif\0\0" + bytes(60_000), icc_profile=bytes(60_000)
-    )
+    Image.fromarray(pixels(1, 8, 8, 3)[0]).save(data, "jpeg", exif=b"Exif\0\0" + bytes(60_000), icc_profile=bytes(60_000))
     assert open_images(write_folder(tmp_path, {"a.jpg": data.getvalue()})).resolution == 8
 
 
@@ -308,13 +306,9 @@ def test_labels_beyond_the_class_names(tmp_path):
     assert '"classes"' in error_of(edm_zip(tmp_path / "b.zip", pixels(2, 4, 4), [0, 1], classes=7))
 
 
-@pytest.mark.parametrize(
-    "text", ["not json", "[]", "{}", '{"labels": 3}', '{"labels": [["a"]]}', "[" * 100_000, b"\xff\xfe"]
-)
+@pytest.mark.parametrize("text", ["not json", "[]", "{}", '{"labels": 3}', '{"labels": [["a"]]}', "[" * 100_000, b"\xff\xfe"])
 def test_unreadable_dataset_json(tmp_path, text):
-    assert "dataset.json" in error_of(
-        write_zip(tmp_path / "a.zip", {"a.png": encoded(pixels(1, 4, 4)[0]), "dataset.json": text})
-    )
+    assert "dataset.json" in error_of(write_zip(tmp_path / "a.zip", {"a.png": encoded(pixels(1, 4, 4)[0]), "dataset.json": text}))
 
 
 def test_labels_missing_for_some(tmp_path):
@@ -499,9 +493,7 @@ def test_bombs_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         assert "a.jpg" in error_of(write_folder(tmp_path / "jpeg", {"a.jpg": jpeg}))
-    packed = write_zip(
-        tmp_path / "a.zip", {"a.png": encoded(np.zeros((64, 64), np.uint8)) + bytes(10**6)}, zipfile.ZIP_DEFLATED
-    )
+    packed = write_zip(tmp_path / "a.zip", {"a.png": encoded(np.zeros((64, 64), np.uint8)) + bytes(10**6)}, zipfile.ZIP_DEFLATED)
     files = Zip(packed)
     files._entries[0, 2] = 5000  # a directory that lies about the size: no more than that is unpacked
     tracemalloc.start()
@@ -599,9 +591,7 @@ def test_a_batch_larger_than_the_set():
     x, labels = Stream(images, batch=10, seed=1).at(4)
     assert x.shape == (10, 1, 4, 4)
     assert labels is None
-    counts = [
-        (x == torch.from_numpy(images.read(i)).float().div(127.5).sub(1)).flatten(1).all(1).sum() for i in range(3)
-    ]
+    counts = [(x == torch.from_numpy(images.read(i)).float().div(127.5).sub(1)).flatten(1).all(1).sum() for i in range(3)]
     assert sorted(map(int, counts)) == [3, 3, 4]
 
 
@@ -676,8 +666,8 @@ def test_ctrl_c_spares_the_workers_and_an_open_stream_does_not_hold_up_the_exit(
     path = edm_zip(tmp_path / "a.zip", pixels(9, 4, 4, 3))
     script = f"""
 import os, signal
-from engine.data.images import open_images
-from engine.data.sampler import Stream
+from potstill.engine.data.images import open_images
+from potstill.engine.data.sampler import Stream
 
 stream = Stream(open_images({str(path)!r}), batch=4, memory=0, workers=1)
 stream.at(0)
@@ -755,7 +745,7 @@ class NoStream:
 def test_images_are_copied_a_step_ahead_into_two_buffers(monkeypatch):
     from contextlib import nullcontext
 
-    from engine.data.sampler import _Ahead
+    from potstill.engine.data.sampler import _Ahead
 
     main, read = NoStream(), []
     monkeypatch.setattr(torch.cuda, "Stream", NoStream)

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.config import load
-from engine.convert import main
-from engine.data import hugging_face
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.preflight import missing
+from potstill.engine.config import load
+from potstill.engine.convert import main
+from potstill.engine.data import hugging_face
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.preflight import missing
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
@@ -230,7 +230,7 @@ def test_hugging_face_data_sets_are_read_from_disk(tmp_path):
         import datasets, numpy as np
         sys.path.insert(0, "tests")
         from PIL import Image
-        from engine.data.images import open_images
+        from potstill.engine.data.images import open_images
         from test_data_elsewhere import LABELS, PIXELS, refused, same
         root = sys.argv[1]
         kinds = datasets.Features({"n": datasets.Value("int32"), "img": datasets.Image(),
@@ -294,7 +294,10 @@ def hub(monkeypatch):
     monkeypatch.setattr(hugging_face, "find_spec", lambda name: library)
 
     def made(**columns):
-        kinds = {name: library.ClassLabel() if isinstance(kind, list) else types.SimpleNamespace(dtype=kind) for name, (kind, _) in columns.items()}
+        kinds = {
+            name: library.ClassLabel() if isinstance(kind, list) else types.SimpleNamespace(dtype=kind)
+            for name, (kind, _) in columns.items()
+        }
         for name, (kind, _) in columns.items():
             if isinstance(kind, list):
                 kinds[name].names = kind

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.convert import main
-from engine.errors import UserError
-from engine.formats import download
-from engine.formats.download import cached_path, fetch
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import load_net, save_net
+from potstill.engine.convert import main
+from potstill.engine.errors import UserError
+from potstill.engine.formats import download
+from potstill.engine.formats.download import cached_path, fetch
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import load_net, save_net
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 AGAIN = "python -m engine.convert edm URL OUT"
@@ -65,9 +65,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "PAUSE", 0.0)
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.does = types.SimpleNamespace(
-        data=DATA, etag='"1"', ranges=True, announces=0, stops=[], statuses=[], requests=[]
-    )
+    web.does = types.SimpleNamespace(data=DATA, etag='"1"', ranges=True, announces=0, stops=[], statuses=[], requests=[])
     web.does.url = f"http://127.0.0.1:{web.server_port}/nets/file.pkl"
     thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -161,9 +159,7 @@ def test_the_last_byte_may_have_been_the_last_thing_done(server):
     path = cached_path(server.url)
     path.parent.mkdir(parents=True)
     path.with_name("file.pkl.part").write_bytes(DATA)
-    path.with_name("file.pkl.part.json").write_text(
-        json.dumps({"url": server.url, "version": None, "length": len(DATA)})
-    )
+    path.with_name("file.pkl.part.json").write_text(json.dumps({"url": server.url, "version": None, "length": len(DATA)}))
     assert fetch(server.url, command=AGAIN).read_bytes() == DATA
     assert server.requests == []
 
@@ -200,9 +196,7 @@ def test_offline_says_where_to_put_the_file(server, tmp_path):
     assert fetch(url, command=AGAIN).read_bytes() == b"by hand"
 
 
-@pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://host/a.pkl", "http://host/", "https:///a.pkl", "http://host/.."]
-)
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a.pkl", "http://host/", "https:///a.pkl", "http://host/.."])
 def test_only_files_on_the_web_are_fetched(url):
     assert f"wanted the http or https address of a file, got {url}" in failure(url)
 
@@ -221,10 +215,7 @@ def test_redirections_stay_on_https(server):
     handler, request = download._SafeRedirects(), urllib.request.Request("https://host/a.pkl")
     with pytest.raises(UserError, match=r"redirects to http://host/a\.pkl, which is not https: refused"):
         handler.redirect_request(request, None, 302, "Found", {}, "http://host/a.pkl")
-    assert (
-        handler.redirect_request(request, None, 302, "Found", {}, "https://other/a.pkl").full_url
-        == "https://other/a.pkl"
-    )
+    assert handler.redirect_request(request, None, 302, "Found", {}, "https://other/a.pkl").full_url == "https://other/a.pkl"
 
 
 def test_a_known_hash_is_checked(server):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import convert
-from engine.data.images import open_images
+from potstill.engine import convert
+from potstill.engine.data.images import open_images
 
 N = 1003  # more than one bucket of a thousand
 

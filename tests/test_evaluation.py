@@ -21,19 +21,19 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from engine import evaluate
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation.curves import chart, read_curves, short
-from engine.evaluation.features import Features, Pixels, load_features
-from engine.evaluation.frechet import distance, fitted, frechet
-from engine.evaluation.generate import generate, one_hot, to_uint8
-from engine.evaluation.pictures import grid, save_png, sheet
-from engine.evaluation.report import write_report
-from engine.evaluation.score import labels_for, reference, score
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
-from engine.sampling import Sampler, ode, one_step
+from potstill.engine import evaluate
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.curves import chart, read_curves, short
+from potstill.engine.evaluation.features import Features, Pixels, load_features
+from potstill.engine.evaluation.frechet import distance, fitted, frechet
+from potstill.engine.evaluation.generate import generate, one_hot, to_uint8
+from potstill.engine.evaluation.pictures import grid, save_png, sheet
+from potstill.engine.evaluation.report import write_report
+from potstill.engine.evaluation.score import labels_for, reference, score
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import Sampler, ode, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -69,9 +69,7 @@ def run_dir(tmp_path_factory):
     folder.mkdir()
     save_net(folder / "teacher.safetensors", tiny_net(), method="teacher", sampler=ode("heun", 2).to_dict())
     save_net(folder / "student.safetensors", tiny_net(), method="dmd", sampler=one_step(80).to_dict())
-    (folder / "config.yaml").write_text(
-        "data: {path: digits, resolution: 8}\neval: {n: 64, batch: 100, features: pixels}\n"
-    )
+    (folder / "config.yaml").write_text("data: {path: digits, resolution: 8}\neval: {n: 64, batch: 100, features: pixels}\n")
     return folder
 
 
@@ -328,10 +326,7 @@ def test_labels_are_balanced_or_none(digits):
 
 
 def test_too_few_images_for_the_features_are_said(digits):
-    assert (
-        "64 images give a singular covariance of 64 features"
-        in score(tiny_net(), one_step(80), digits, Pixels(), n=64)["warning"]
-    )
+    assert "64 images give a singular covariance of 64 features" in score(tiny_net(), one_step(80), digits, Pixels(), n=64)["warning"]
     assert "warning" not in score(tiny_net(), one_step(80), digits, Pixels(), n=65)
 
 
@@ -443,10 +438,7 @@ def test_a_report_holds_all_there_is(tmp_path):
     save_png(Image.new("RGB", (9, 5), "red"), folder / "samples.png")
     html = write_report(folder).read_text()
     page = Page(html)
-    assert (
-        "The student reaches FD-pixels 0.421 with 1 network evaluation per image, its teacher 0.21 with 35."
-        in page.text
-    )
+    assert "The student reaches FD-pixels 0.421 with 1 network evaluation per image, its teacher 0.21 with 35." in page.text
     for text in (
         "0.21",
         "0.085",
@@ -461,9 +453,7 @@ def test_a_report_holds_all_there_is(tmp_path):
     assert (page.count("svg"), page.count("img"), page.count("script")) == (3, 1 + 8, 0)
     captions = re.findall(r"<figcaption>(\d+)</figcaption>", html)
     assert (captions[0], captions[-1], captions) == ("0", "2432", sorted(captions, key=int))
-    assert not re.search(r"(src|href)=\"(?!data:)|https?://|url\(|@import", html), (
-        "the page asks for something outside itself"
-    )
+    assert not re.search(r"(src|href)=\"(?!data:)|https?://|url\(|@import", html), "the page asks for something outside itself"
     first = next(attrs["src"] for tag, attrs in page.tags if tag == "img")
     assert Image.open(io.BytesIO(base64.b64decode(first.partition(",")[2]))).size == (9, 5)
     assert "teacher 0.21" in page.text  # the level in the chart of fd@64
@@ -503,9 +493,7 @@ def test_a_chart_draws_its_numbers():
     assert {"0.01", "1", "100"} <= set(texts)
 
 
-@pytest.mark.parametrize(
-    "curve", [[(5.0, 0.0)], [(5.0, 3.0), (5.0, 3.0)], [(0.0, -1e-9), (1.0, 1e12)], [(0.0, 1e-30), (1.0, 1e30)]]
-)
+@pytest.mark.parametrize("curve", [[(5.0, 0.0)], [(5.0, 3.0), (5.0, 3.0)], [(0.0, -1e-9), (1.0, 1e12)], [(0.0, 1e-30), (1.0, 1e30)]])
 def test_a_chart_of_odd_numbers_stays_on_its_paper(curve):
     points, _ = drawn(chart(curve))
     assert all(0 <= x <= 360 and 0 <= y <= 200 for x, y in points)

@@ -19,27 +19,27 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from engine import evaluate
-from engine.config import load
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation import features as features_module
-from engine.evaluation import inception, quality, vision
-from engine.evaluation.classes import labels_for
-from engine.evaluation.features import Pixels, load_features
-from engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
-from engine.evaluation.judge import named_features
-from engine.evaluation.quality import kid, precision_recall
-from engine.evaluation.references import read_reference, write_reference
-from engine.evaluation.score import reference, score
-from engine.evaluation.shards import Shards
-from engine.formats import download
-from engine.formats.card import _quality
-from engine.job import Job
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import load_net, save_net, weights_hash
-from engine.sampling import ode, one_step
-from engine.training.run import Run
+from potstill.engine import evaluate
+from potstill.engine.config import load
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation import features as features_module
+from potstill.engine.evaluation import inception, quality, vision
+from potstill.engine.evaluation.classes import labels_for
+from potstill.engine.evaluation.features import Pixels, load_features
+from potstill.engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
+from potstill.engine.evaluation.judge import named_features
+from potstill.engine.evaluation.quality import kid, precision_recall
+from potstill.engine.evaluation.references import read_reference, write_reference
+from potstill.engine.evaluation.score import reference, score
+from potstill.engine.evaluation.shards import Shards
+from potstill.engine.formats import download
+from potstill.engine.formats.card import _quality
+from potstill.engine.job import Job
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import load_net, save_net, weights_hash
+from potstill.engine.sampling import ode, one_step
+from potstill.engine.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16}
@@ -379,7 +379,7 @@ def test_random_labels_are_drawn_after_the_noise_of_their_seed():
 
 def test_labels_by_name(digits):
     net = tiny_net()
-    assert labels_for(net, digits, 4, "3,7") [0].tolist() == [3, 7, 3, 7]
+    assert labels_for(net, digits, 4, "3,7")[0].tolist() == [3, 7, 3, 7]
     assert labels_for(net, digits, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
     with pytest.raises(UserError, match="among 0 … 9"):
         labels_for(net, digits, 4, "10")

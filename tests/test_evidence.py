@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import compare
-from engine.config import load
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation.features import Pixels
-from engine.evaluation.frechet import frechet
-from engine.evaluation.generate import generate
-from engine.evaluation.judge import Judge, Thinned, named_features
-from engine.evaluation.pictures import LINE, grid, save_png, sheet, stacked
-from engine.job import Job
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
-from engine.preflight import check_complete
-from engine.sampling import one_step
+from potstill.engine import compare
+from potstill.engine.config import load
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.features import Pixels
+from potstill.engine.evaluation.frechet import frechet
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.judge import Judge, Thinned, named_features
+from potstill.engine.evaluation.pictures import LINE, grid, save_png, sheet, stacked
+from potstill.engine.job import Job
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import save_net
+from potstill.engine.preflight import check_complete
+from potstill.engine.sampling import one_step
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
@@ -67,8 +67,15 @@ def traced(net: torch.nn.Module, example: torch.Tensor, path: Path) -> None:
 def test_pictures_are_right_side_up_in_their_colours_and_under_their_labels(tmp_path):
     """Data -> the real images of a sheet -> PNG -> pixels: those of the source files, classes in columns."""
     path, side = write_zip(tmp_path / "some.zip", 32), 32
-    save_net(tmp_path / "teacher.safetensors", from_kwargs("EDMPrecond", img_resolution=side, img_channels=3, label_dim=CLASSES, **TINY), kimg=0.0, seconds=0.0)
-    job = Job(load(ROOT / "configs/fast32.yaml", [f"data.path={path}", f"teacher.checkpoint={tmp_path}/teacher.safetensors"]), on_paper=True)
+    save_net(
+        tmp_path / "teacher.safetensors",
+        from_kwargs("EDMPrecond", img_resolution=side, img_channels=3, label_dim=CLASSES, **TINY),
+        kimg=0.0,
+        seconds=0.0,
+    )
+    job = Job(
+        load(ROOT / "configs/fast32.yaml", [f"data.path={path}", f"teacher.checkpoint={tmp_path}/teacher.safetensors"]), on_paper=True
+    )
     images = job.images
     shown = [int(i) for i in job.shown_images()]
     save_png(grid(torch.from_numpy(np.stack([images.read(i) for i in shown])), CLASSES, scale=1), tmp_path / "grid.png")
@@ -126,7 +133,14 @@ def test_every_method_of_the_fast_recipe_runs_on_a_zip(tmp_path, capsys):
 
     for power in (1, 2):
         traced(Moment(power), torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tmp_path / f"m{power}.pt")
-    settings = [f"data.path={path}", "data=fast32_cpu", f"features=Means:{tmp_path}/m1.pt,{tmp_path}/m2.pt", "seconds=1", "points=1", "apart=false"]
+    settings = [
+        f"data.path={path}",
+        "data=fast32_cpu",
+        f"features=Means:{tmp_path}/m1.pt,{tmp_path}/m2.pt",
+        "seconds=1",
+        "points=1",
+        "apart=false",
+    ]
     compare.main([str(ROOT / "configs/fast32.yaml"), *settings, f"run_dir={tmp_path}/c", *FEW])
     found = json.loads((tmp_path / "c/summary.json").read_text())
     assert list(found["methods"]) == methods
@@ -143,7 +157,7 @@ def test_the_size_for_a_cpu_fits_and_the_error_without_data_names_the_zip(side):
     assert (full.net.model_channels, small.net.model_channels) == (64, 16)
     assert small.teacher.train.kimg < full.teacher.train.kimg / 10
     for cfg, low, high in ((full, 10e6, 20e6), (small, 1e6, 2e6)):
-        from engine import build
+        from potstill.engine import build
 
         with torch.device("meta"):
             size = sum(p.numel() for p in build.build_net(cfg.net, side, 3, 10).parameters())
@@ -201,7 +215,10 @@ def test_a_distance_is_named_after_its_features_and_never_fid(tmp_path):
 
 
 def test_time_to_quality_is_the_first_moment_at_or_below_the_bar():
-    curve = [{"images": i, "seconds": s, "scores": {"FD-A": fd}} for i, s, fd in ((0, 0.0, 2.0), (8, 1.0, 9.0), (16, 2.0, 3.0), (24, 3.5, 2.4), (32, 5.0, 2.2))]
+    curve = [
+        {"images": i, "seconds": s, "scores": {"FD-A": fd}}
+        for i, s, fd in ((0, 0.0, 2.0), (8, 1.0, 9.0), (16, 2.0, 3.0), (24, 3.5, 2.4), (32, 5.0, 2.2))
+    ]
     found = {"curve": curve, "images_per_second": 8.0, "peak_memory_gib": None}
     row = time_to_quality.row("s", "sim", found, "FD-A", bar=2.5)
     assert (row["seconds"], row["images"], row["best"], row["start"]) == (3.5, 24, 2.2, 2.0)

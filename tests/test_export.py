@@ -17,20 +17,20 @@ import pytest
 import torch
 from torch import nn
 
-import engine.student
-from engine.config import load
-from engine.errors import UserError
-from engine.evaluation.generate import generate
-from engine.evaluation.source import open_models
-from engine.export import Graph, main
-from engine.formats.onnx import program
-from engine.job import Job
-from engine.nets.edm import from_kwargs
-from engine.nets.router import Partition, student_folder, write_manifest
-from engine.nets.steps import add_step_condition
-from engine.nets.weights import read_metadata, save_net
-from engine.sampling import Sampler, few_step, ode, one_step
-from engine.student import Student
+from potstill.engine import student as student_file
+from potstill.engine.config import load
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.source import open_models
+from potstill.engine.export import Graph, main
+from potstill.engine.formats.onnx import program
+from potstill.engine.job import Job
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.router import Partition, student_folder, write_manifest
+from potstill.engine.nets.steps import add_step_condition
+from potstill.engine.nets.weights import read_metadata, save_net
+from potstill.engine.sampling import Sampler, few_step, ode, one_step
+from potstill.engine.student import Student
 
 ROOT = Path(__file__).parent.parent
 SONG = {
@@ -113,7 +113,7 @@ def test_a_clean_process_gets_the_same_images_from_file_and_hub_folder(tmp_path)
     torch.save(torch.cat(list(generate(net, sampler, np.arange(7) % 3, range(7)))), tmp_path / "pixels.pt")
     code = """if True:
         import sys, torch
-        from engine.student import Student
+        from potstill.engine.student import Student
         wanted, pixels = torch.load("wanted.pt"), torch.load("pixels.pt")
         for place in ("safetensors", "safetensors/student.safetensors", "hub", "hub/model.safetensors", "run"):
             student = Student.from_pretrained(place)
@@ -179,7 +179,7 @@ def test_a_net_without_classes_takes_no_labels():
 def test_what_is_no_student_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no run folder or weight file"):
         Student.from_pretrained(tmp_path / "nothing")
-    monkeypatch.setattr(engine.student, "find_spec", lambda name: None)
+    monkeypatch.setattr(student_file, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no folder or file at some/name; .* pip install 'potstill\[hub\]'"):
         Student.from_pretrained("some/name")
     save_net(tmp_path / "teacher.safetensors", net_of(**SONG), method="teacher", sampler=ode("heun", 4).to_dict())
@@ -312,9 +312,7 @@ def test_the_pipeline_walks_over_an_iddpm_nets_own_levels(walk, tmp_path, stubbe
     assert set(known) <= set(net.u.tolist())
 
 
-@pytest.mark.parametrize(
-    ("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u"), ("sfd-v", "model.map_steps.waves.freqs")]
-)
+@pytest.mark.parametrize(("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u"), ("sfd-v", "model.map_steps.waves.freqs")])
 def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tmp_path, stubbed):
     precond, kwargs = KINDS[kind]
     net = net_of(precond, **kwargs)
@@ -373,7 +371,7 @@ def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
         unet = DiffusionPipeline.from_pretrained("waves", **given).unet
         assert unet.dtype == torch.bfloat16
         assert torch.equal(unet.model.map_noise.freqs, torch.load("freqs.pt"))  # not rounded
-        assert not {"engine", "kernels"} & set(sys.modules)
+        assert not {"engine", "kernels", "potstill"} & set(sys.modules)
     """
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -383,10 +381,10 @@ def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed: pip install transformers")
 def test_diffusers_and_transformers_import_beside_our_kernels():
-    code = "import kernels, diffusers, transformers; from diffusers import UNet2DModel; print(kernels.__file__)"
+    code = "import potstill.kernels, diffusers, transformers; from diffusers import UNet2DModel; print(potstill.kernels.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).parent == ROOT / "kernels"
+    assert Path(done.stdout.strip()).parent == ROOT / "potstill" / "kernels"
 
 
 # Graphs
@@ -414,7 +412,7 @@ def test_the_exported_program_is_the_generator_for_any_batch(walk, kwargs):
 
 def test_a_graph_for_other_programs_has_no_op_of_ours():
     """The nets may run on kernels.norm_silu, which no other program knows."""
-    from kernels import norm_silu
+    from potstill.kernels import norm_silu
 
     class Norm(nn.Module):
         def forward(self, x, w):

@@ -6,20 +6,20 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
-    ["kernels", "engine.errors", "engine.strata", "engine.whole", "engine.written"],
-    ["engine.checks", "engine.diffusion", "engine.cli"],
-    ["engine.nets"],
-    ["engine.sampling", "engine.skipping"],
-    ["engine.methods"],
-    ["engine.training", "engine.data", "engine.formats"],
-    ["engine.evaluation"],
-    ["engine.config"],
-    ["engine.build", "engine.folder", "engine.student", "engine.unused"],
-    ["engine.preflight"],
-    ["engine.planned"],
-    ["engine.job"],
-    ["engine.rehearsal"],
-    ["engine.train", "engine.sample", "engine.evaluate", "engine.convert", "engine.probe", "engine.compare", "engine.export"],
+    ["potstill.kernels", "potstill.engine.errors", "potstill.engine.strata", "potstill.engine.whole", "potstill.engine.written"],
+    ["potstill.engine.checks", "potstill.engine.diffusion", "potstill.engine.cli"],
+    ["potstill.engine.nets"],
+    ["potstill.engine.sampling", "potstill.engine.skipping"],
+    ["potstill.engine.methods"],
+    ["potstill.engine.training", "potstill.engine.data", "potstill.engine.formats"],
+    ["potstill.engine.evaluation"],
+    ["potstill.engine.config"],
+    ["potstill.engine.build", "potstill.engine.folder", "potstill.engine.student", "potstill.engine.unused"],
+    ["potstill.engine.preflight"],
+    ["potstill.engine.planned"],
+    ["potstill.engine.job"],
+    ["potstill.engine.rehearsal"],
+    ["potstill.engine.train", "potstill.engine.sample", "potstill.engine.evaluate", "potstill.engine.convert", "potstill.engine.probe", "potstill.engine.compare", "potstill.engine.export"],
 ]  # fmt: skip
 
 
@@ -29,13 +29,13 @@ def room(module: str) -> tuple[int, str] | None:
         for name in names:
             if module == name or module.startswith(name + "."):
                 return floor, name
-    assert not module.startswith("engine."), f"{module} has no room in FLOORS"
+    assert not module.startswith("potstill.engine."), f"{module} has no room in FLOORS"
     return None
 
 
 def imports(path: Path) -> set[str]:
     """Absolute names of what a file imports; `from a import b` counts as a.b so that submodules are seen."""
-    package = path.relative_to(ROOT).parent.parts
+    package = ("potstill", *path.relative_to(ROOT).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -48,15 +48,15 @@ def imports(path: Path) -> set[str]:
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return "potstill." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def violations() -> list[str]:
     found = []
     for path in sorted([*ROOT.glob("kernels/**/*.py"), *ROOT.glob("engine/**/*.py")]):
-        here = room(module_name(path)) if module_name(path) != "engine" else None
+        here = room(module_name(path)) if module_name(path) != "potstill.engine" else None
         for name in imports(path):
-            there = room(name) if name.startswith(("engine.", "kernels")) else None
+            there = room(name) if name.startswith(("potstill.engine.", "potstill.kernels")) else None
             if here and there and there != here and there[0] >= here[0]:
                 found.append(f"{path.relative_to(ROOT)} imports {name}")
     return found
@@ -67,16 +67,17 @@ def test_imports_go_down():
 
 
 def test_kernels_need_only_torch_and_triton():
-    allowed = {"torch", "triton", "kernels"}
+    allowed = {"torch", "triton"}
     import sys
 
     for path in (ROOT / "kernels").glob("*.py"):
-        foreign = {n.split(".")[0] for n in imports(path)} - allowed - set(sys.stdlib_module_names)
+        ours = {n for n in imports(path) if n.startswith(("potstill.kernels", "potstill._short_names"))}
+        foreign = {n.split(".")[0] for n in imports(path) - ours} - allowed - set(sys.stdlib_module_names)
         assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_methods_do_not_see_each_other():
     papers = {p.stem for p in (ROOT / "engine/methods").glob("*.py")} - {"__init__", "base", "parts"}
     for path in (ROOT / "engine/methods").glob("*.py"):
-        seen = {n.split(".")[2] for n in imports(path) if n.startswith("engine.methods.")}
+        seen = {n.split(".")[3] for n in imports(path) if n.startswith("potstill.engine.methods.")}
         assert not seen & (papers - {path.stem}), f"{path.name} imports {seen & papers}"

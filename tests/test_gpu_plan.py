@@ -67,7 +67,9 @@ for i in range(1000):
 
 def test_a_killed_process_loses_no_row_that_it_told_of_and_leaves_whole_files(tmp_path):
     environment = os.environ | {"PACK": str(tmp_path / "pack")}
-    with subprocess.Popen([sys.executable, "-c", KEEPS, str(tmp_path / "f")], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", KEEPS, str(tmp_path / "f")], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         told = [process.stdout.readline() for _ in range(20)]
         process.send_signal(signal.SIGKILL)
         told += process.stdout.read().splitlines()
@@ -132,7 +134,9 @@ def test_what_failed_is_tried_again_after_what_was_never_tried(tmp_path):
 
 
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path):
-    child = f"import subprocess, sys; p = subprocess.Popen(['sleep', '300']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
+    child = (
+        f"import subprocess, sys; p = subprocess.Popen(['sleep', '300']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
+    )
     start = time.monotonic()
     record = gpu.take(step("hangs", 300, child), tmp_path, left=3)
     assert record["code"] == 124
@@ -184,13 +188,21 @@ def test_a_plan_fits_into_its_minutes_and_names_files_that_are_there(plan, tmp_p
 
 def test_without_images_a_comparison_says_what_it_wants(tmp_path):
     assert {one.why_not for one in plans.steps("quality", {}, tmp_path)} == {"wants DATA=FILE, images of the recipe's size"}
-    known = {one.name: one for one in plans.steps("quality", {"DATA": "a.zip", "RECIPE": "configs/fast64.yaml", "SECONDS": "7"}, tmp_path, tmp_path)}
+    known = {
+        one.name: one
+        for one in plans.steps("quality", {"DATA": "a.zip", "RECIPE": "configs/fast64.yaml", "SECONDS": "7"}, tmp_path, tmp_path)
+    }
     assert {"configs/fast64.yaml", "data.path=a.zip", "seconds=7", "methods=sfd"} <= set(known["method sfd"].command)
     assert known["method sfd"].seconds == 17
 
 
 def test_the_last_real_run_corrects_what_is_expected(tmp_path):
-    for name, seconds, code, rehearsal in (("a-2026-01-01", 11, 0, False), ("a-2026-02-01", 22, 0, False), ("b-2026-03-01", 33, 124, False), ("c-2026-04-01", 44, 0, True)):
+    for name, seconds, code, rehearsal in (
+        ("a-2026-01-01", 11, 0, False),
+        ("a-2026-02-01", 22, 0, False),
+        ("b-2026-03-01", 33, 124, False),
+        ("c-2026-04-01", 44, 0, True),
+    ):
         rows.write(tmp_path / name / "steps.json", {"steps": {"kernels": {"code": code, "seconds": seconds, "rehearsal": rehearsal}}})
     assert {one.name: one.seconds for one in plans.steps("evidence", {}, tmp_path, tmp_path)}["kernels"] == 22
 
@@ -208,7 +220,9 @@ def test_what_is_given_wrongly_is_one_sentence(given, words, tmp_path, monkeypat
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
-    done = subprocess.run(["make", "gpu", f"RESULTS={tmp_path}/r"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        ["make", "gpu", f"RESULTS={tmp_path}/r"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 2
     assert "wants a CUDA device; this machine has none (make gpu REHEARSE=1" in done.stderr
     assert not (tmp_path / "r").exists()
@@ -237,7 +251,13 @@ def test_nsights_table_becomes_a_row_a_launch_of_ours():
 def test_the_readmes_section_holds_what_there_is_and_names_what_there_is_not(tmp_path):
     folder = tmp_path / "some-gpu-2026-01-02"
     rows.keep(folder, row("sim", **{"eager/ours": 1.234, "of copy": 0.876, "launches": "3 / 40"}))
-    rows.write(folder / "steps.json", {"machine": MACHINE, "steps": {"kernels are right": {"code": 0, "last_line": "== 70 passed in 60.12s =="}, "nsight": {"code": 1, "last_line": ""}}})
+    rows.write(
+        folder / "steps.json",
+        {
+            "machine": MACHINE,
+            "steps": {"kernels are right": {"code": 0, "last_line": "== 70 passed in 60.12s =="}, "nsight": {"code": 1, "last_line": ""}},
+        },
+    )
     rows.write(tmp_path / "some-gpu-2026-01-01/steps.json", {"machine": {"device": "before"}, "steps": {}})
     rows.write(tmp_path / "cpu-kernels/losses.json", {"machine": {"device": "a CPU"}, "rows": [row("no")]})
     text, sources = readme.gpu(tmp_path)

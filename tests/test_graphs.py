@@ -14,20 +14,20 @@ from rehearse import GPU, REHEARSING, Tape, on_host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.build import build_method
-from engine.config import METHOD_CONFIGS
-from engine.errors import UserError
-from engine.methods.base import Draws, Method
-from engine.methods.msd import TSM, TSMConfig
-from engine.methods.teacher import EDMLoss, Teacher
-from engine.nets.edm import from_kwargs
-from engine.skipping.apply import Guard, Skipping
-from engine.skipping.blocks import block_names
-from engine.skipping.plan import Plan, SkippingConfig
-from engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
-from engine.training.optim import OptimConfig, rates_as_tensors
-from engine.training.run import Run, TrainConfig
-from kernels._lib import INTERPRET
+from potstill.engine.build import build_method
+from potstill.engine.config import METHOD_CONFIGS
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Draws, Method
+from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.skipping.apply import Guard, Skipping
+from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.plan import Plan, SkippingConfig
+from potstill.engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
+from potstill.engine.training.optim import OptimConfig, rates_as_tensors
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels._lib import INTERPRET
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -39,7 +39,12 @@ SETTINGS = {
     "moment_matching": {"steps": 2},
     "instant": {"name": "moment_matching", "variant": "instant", "steps": 2, "measure_every": 2, "measure_batch": 4},
     "instant_difference": {
-        "name": "moment_matching", "variant": "instant", "jvp": "difference", "steps": 2, "measure_every": 2, "measure_batch": 4,
+        "name": "moment_matching",
+        "variant": "instant",
+        "jvp": "difference",
+        "steps": 2,
+        "measure_every": 2,
+        "measure_batch": 4,
     },
     "sfd": {"num_steps": [4], "K": 2},
     "sfd_v": {"name": "sfd", "num_steps": [4, 5], "K": 2, "step_condition": True},

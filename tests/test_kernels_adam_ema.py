@@ -11,9 +11,9 @@ from places import on_gpu
 from rehearse import REHEARSING
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from kernels import AdamEMA
-from kernels._lib import INTERPRET
-from kernels.tables import CHUNK
+from potstill.kernels import AdamEMA
+from potstill.kernels._lib import INTERPRET
+from potstill.kernels.tables import CHUNK
 
 # A bias; a weight of any length; exactly one chunk; one more; a convolution over several chunks; nothing at all.
 SHAPES = [(5,), (3, 7), (CHUNK,), (CHUNK + 1,), (24, 12, 3, 3), (0, 4)]

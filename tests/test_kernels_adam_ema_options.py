@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler as schedules
 
-from kernels import AdamEMA
-from kernels._lib import INTERPRET
+from potstill.kernels import AdamEMA
+from potstill.kernels._lib import INTERPRET
 
 LR = 1e-2
 

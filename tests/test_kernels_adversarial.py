@@ -9,8 +9,8 @@ from kernel_cases import BF16, CPU, F16, F32, F64, assert_no_worse, poisoned_mem
 from places import everywhere
 from torch.nn import functional as F
 
-from kernels import discriminator_adversarial, generator_adversarial, reference
-from kernels.modules import AdversarialLoss
+from potstill.kernels import discriminator_adversarial, generator_adversarial, reference
+from potstill.kernels.modules import AdversarialLoss
 
 
 class Nets(NamedTuple):
@@ -27,9 +27,7 @@ SIDES = [
     (lambda nets, kind: generator_adversarial(nets, kind=kind), reference.generator_adversarial),
     (
         lambda nets, kind: discriminator_adversarial(nets, [logit.flip(0) * 0.7 for logit in nets], kind=kind),
-        lambda nets, kind: reference.discriminator_adversarial(
-            nets, [logit.flip(0) * 0.7 for logit in nets], kind=kind
-        ),
+        lambda nets, kind: reference.discriminator_adversarial(nets, [logit.flip(0) * 0.7 for logit in nets], kind=kind),
     ),
 ]
 

@@ -6,8 +6,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from kernels import _norm, aot
-from kernels._lib import INTERPRET, REGISTERS, SIZES, aot_case
+from potstill.kernels import _norm, aot
+from potstill.kernels._lib import INTERPRET, REGISTERS, SIZES, aot_case
 
 needs_compiler = pytest.mark.skipif(INTERPRET, reason="the interpreter stands in for the compiler")
 
@@ -92,9 +92,7 @@ def test_every_kernel_of_the_package_is_compiled_in_some_case():
     cases = aot.cases()
     listed = {id(c.kernel) for c in cases}
     for module in {c.kernel.fn.__module__ for c in cases}:
-        kernels = {
-            n: k for n, k in vars(sys.modules[module]).items() if n.endswith("_kernel") and hasattr(k, "arg_names")
-        }
+        kernels = {n: k for n, k in vars(sys.modules[module]).items() if n.endswith("_kernel") and hasattr(k, "arg_names")}
         assert [n for n, kernel in kernels.items() if id(kernel) not in listed] == [], module
 
 

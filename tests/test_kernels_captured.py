@@ -13,8 +13,8 @@ from kernel_cases import BF16, Case, Drawn
 from places import backends, on_gpu, public_ops
 from rehearse import REHEARSING
 
-import kernels
-from kernels import Normals
+from potstill import kernels
+from potstill.kernels import Normals
 
 CASE = Case((2, 3, 4, 4) if REHEARSING else (3, 3, 8, 8), BF16)
 #: Inputs that are counters rather than numbers to draw.
@@ -71,15 +71,11 @@ OPS = {
         lambda d: kernels.score_implicit(d.image("x"), d.estimate("real"), d.estimate("fake"))
     ),
     "denoise": losses("net", "x_t")(lambda d: kernels.denoise(d.estimate("net"), d.image("target"), d.positive("w"))),
-    "moments": losses("x")(
-        lambda d: kernels.moments(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"))
-    ),
+    "moments": losses("x")(lambda d: kernels.moments(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"))),
     "trajectory": losses("net")(
         lambda d: kernels.trajectory(d.image("x"), d.estimate("net", "x"), d.positive("s"), d.positive("t"), d.image("y"))
     ),
-    "generator_adversarial": losses("a", "b")(
-        lambda d: kernels.generator_adversarial([d.image("a", raw=True), d.image("b", raw=True)])
-    ),
+    "generator_adversarial": losses("a", "b")(lambda d: kernels.generator_adversarial([d.image("a", raw=True), d.image("b", raw=True)])),
     "discriminator_adversarial": losses("a", "b")(
         lambda d: kernels.discriminator_adversarial([d.image("a", raw=True)], [d.image("b", raw=True)])
     ),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.compat import (
+from potstill.kernels.compat import (
     SiDLoss,
     denoising_score_matching_loss,
     distribution_matching_loss,
@@ -151,9 +151,7 @@ def test_sid_class():
     w = (x - y_real).abs().mean((1, 2, 3), keepdim=True).detach().clip(min=1e-5)
     expected = (y_real - y_fake) * ((y_real - x) - 1.2 * (y_real - y_fake)) / w
     torch.testing.assert_close(value.sum(), expected.sum(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(v.sum(), t)[0] for v, t in ((value, ours_x), (expected, x))), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(*(torch.autograd.grad(v.sum(), t)[0] for v, t in ((value, ours_x), (expected, x))), rtol=1e-4, atol=1e-4)
 
     torch.manual_seed(4)
     value = loss(fake, images_)

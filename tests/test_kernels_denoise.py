@@ -18,17 +18,15 @@ from kernel_cases import (
 )
 from places import everywhere
 
-from kernels import Estimate, denoise, reference
-from kernels.modules import DenoiseLoss
+from potstill.kernels import Estimate, denoise, reference
+from potstill.kernels.modules import DenoiseLoss
 
 SMALL = Case((3, 3, 5, 7), F32)
 ALL = ("net", "x_t", "net_x_t", "net_uncond")
 
 
 def with_(f, *, weight=True, reduction="mean"):
-    return lambda d: f(
-        d.estimate("net"), d.image("target"), d.positive("weight") if weight else None, reduction=reduction
-    )
+    return lambda d: f(d.estimate("net"), d.image("target"), d.positive("weight") if weight else None, reduction=reduction)
 
 
 @everywhere("denoise", CASES, ON_GPU)
@@ -82,14 +80,9 @@ def test_inputs_in_any_memory(layout, place):
     d = Drawn(Case((3, 3, 6, 6), F32, layout), place)
     x_t, target = d.image("x_t")[:1].expand(3, 3, 6, 6), d.image("target")[:1].expand(3, 3, 6, 6)
     raw = torch.cat([d.image("raw"), d.image("other")], 1)[:, 1:4].requires_grad_()
-    ours, plain = (
-        f(Estimate(raw, x_t.mT, d.positive("c_skip"), d.positive("c_out")), target)
-        for f in (denoise, reference.denoise)
-    )
+    ours, plain = (f(Estimate(raw, x_t.mT, d.positive("c_skip"), d.positive("c_out")), target) for f in (denoise, reference.denoise))
     torch.testing.assert_close(ours.value, plain.value)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(losses.value.sum(), raw)[0] for losses in (ours, plain)), rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(*(torch.autograd.grad(losses.value.sum(), raw)[0] for losses in (ours, plain)), rtol=1e-5, atol=1e-7)
 
 
 @everywhere("denoise")

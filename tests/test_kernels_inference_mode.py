@@ -10,9 +10,9 @@ from kernel_cases import F32, Case, Drawn
 from places import public_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kernels
-from kernels import Losses, Normals, compat, modules, reference
-from kernels._lib import INTERPRET
+from potstill import kernels
+from potstill.kernels import Losses, Normals, compat, modules, reference
+from potstill.kernels._lib import INTERPRET
 
 CASE = Case((2, 4, 4, 4), F32, guided=True)
 NHWC = CASE._replace(layout="nhwc")
@@ -31,8 +31,6 @@ def normals(d):
 def norm(d, op=kernels.norm_silu):
     weight, bias, scale, add = (d.image(name).flatten(1)[:, :4] for name in ("weight", "bias", "scale", "add"))
     return op(d.image("x"), weight[0], bias[0], 2, 1e-5, scale=scale, shift=bias, add=add)
-
-
 
 
 def score(d, op, **options):
@@ -122,7 +120,9 @@ def test_constants_made_under_it_are_constants(call, case):
     if INTERPRET:
         return
     for name in ordinary.keys() - {leaf}:  # each alone
-        d.tensors = ordinary | {name: d.tensors[name] if d.tensors[name].is_inference() else under_inference_mode({name: ordinary[name]}, "")[name]}
+        d.tensors = ordinary | {
+            name: d.tensors[name] if d.tensors[name].is_inference() else under_inference_mode({name: ordinary[name]}, "")[name]
+        }
         assert d.tensors[name].is_inference()
         assert torch.equal(values_and_gradient(f, d, leaf)[-1], wanted[-1]), name
 

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from kernels._lib import check_interpreter
+from potstill.kernels._lib import check_interpreter
 
 HERE = Path(__file__).parent
 #: Finite differences through an interpreter take minutes, and the float64 cases hold the kernels to the reference.
 LEFT_OUT = "not gradcheck and not divergence and not compiles and not bad_input and not module"
 
 
-@pytest.mark.parametrize(
-    "op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising"]
-)
+@pytest.mark.parametrize("op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising"])
 def test_under_the_interpreter(op):
     command = [
         sys.executable,

@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels import _norm, aot
-from kernels.estimate import Estimate
+from potstill.kernels import _norm, aot
+from potstill.kernels.estimate import Estimate
 
 N, D = 4, 3 * 32 * 32
 LAUNCHED = []  # kernel, and how Triton specialised it
@@ -70,7 +70,7 @@ def estimates():
 
 
 def launch(op, x, g):
-    module, (real, fake) = importlib.import_module(f"kernels.{op}"), estimates()
+    module, (real, fake) = importlib.import_module(f"potstill.kernels.{op}"), estimates()
     w, logits = torch.rand(N), [torch.randn(N, 64), torch.randn(N, 1)]
     args = {
         "score_match": (x, real, fake, 1e-6, [True]),
@@ -95,9 +95,7 @@ def test_losses(op, compiled):
     for name in compiled.keys() - {"finish_kernel"}:
         wide = [a for a in accesses(compiled[name]) if "v4.b32" in a or "v2.b64" in a]
         assert any(a.startswith("ld") for a in wide), f"{name} reads nothing 128 bits wide"
-        assert any(a.startswith("st") for a in wide) or name == "partials_kernel", (
-            f"{name} writes nothing 128 bits wide"
-        )
+        assert any(a.startswith("st") for a in wide) or name == "partials_kernel", f"{name} writes nothing 128 bits wide"
 
 
 def test_adversarial(compiled):
@@ -106,7 +104,7 @@ def test_adversarial(compiled):
 
 
 def test_noising(compiled):
-    noising = importlib.import_module("kernels.noising")
+    noising = importlib.import_module("potstill.kernels.noising")
     seed, sigma = torch.tensor(3), torch.rand(N)
     noising._noised_input_launch(image(), sigma, None, seed, seed, sigma, 3, False, torch.bfloat16, True, 8)
     noising._backward_launch(image(), image(torch.bfloat16, 8 * 32 * 32), sigma, 3, False, True, 8, torch.float32)

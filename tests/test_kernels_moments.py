@@ -18,8 +18,8 @@ from kernel_cases import (
 )
 from places import everywhere
 
-from kernels import moments, reference
-from kernels.modules import MomentsLoss
+from potstill.kernels import moments, reference
+from potstill.kernels.modules import MomentsLoss
 
 SMALL = Case((3, 3, 5, 7), F32)
 
@@ -47,9 +47,7 @@ def test_options_as_exact_as_plain(options, place):
 def test_formula_and_gradcheck(f):
     d = Drawn(Case((2, 2, 3, 3), F64))
     x, real, fake, w = d.image("x"), d.image("real"), d.image("fake"), torch.tensor([0.5, 3.0], dtype=F64)
-    expected = [
-        w[i] * sum(a * b for a, b in zip(x[i].flatten(), (fake - real)[i].flatten(), strict=True)) for i in range(2)
-    ]
+    expected = [w[i] * sum(a * b for a, b in zip(x[i].flatten(), (fake - real)[i].flatten(), strict=True)) for i in range(2)]
     torch.testing.assert_close(f(x, real, fake, w, reduction="sum").value, torch.stack(expected))
     torch.autograd.gradcheck(lambda x: f(x, real, fake, w).value, x.requires_grad_())
 

@@ -8,8 +8,8 @@ from kernel_cases import CPU, F16, F32, F64, assert_no_worse, poisoned_memory
 from places import everywhere, on_gpu
 from rehearse import REHEARSING
 
-from kernels import Normals, add_noise, noised_input, reference
-from kernels._lib import INTERPRET
+from potstill.kernels import Normals, add_noise, noised_input, reference
+from potstill.kernels._lib import INTERPRET
 
 SHAPES = [(3, 3, 5, 7), (4, 1, 8, 8), (2, 3, 32, 32), (2, 40, 2, 2), (5, 2), (3, 1025), (0, 3, 8, 8), (1, 4, 64, 64)]
 if INTERPRET:  # which takes milliseconds a program
@@ -67,9 +67,7 @@ def test_normals_are_box_muller_of_philox():
 def test_the_kernel_draws_what_the_reference_draws(shape):
     """Only under TRITON_INTERPRET=1 are these two implementations."""
     normals = Normals(torch.tensor(-3), torch.tensor(2**40 + 5))
-    torch.testing.assert_close(
-        normals.draw(shape), reference.normals(normals.seed, normals.offset, shape), rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(normals.draw(shape), reference.normals(normals.seed, normals.offset, shape), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

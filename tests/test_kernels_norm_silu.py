@@ -11,11 +11,11 @@ import torch
 from kernel_cases import off_the_grid
 from places import everywhere, on_gpu
 
-from kernels import _norm, native, norm_silu
-from kernels._lib import INTERPRET
-from kernels.norm_silu import plain
+from potstill.kernels import _norm, native, norm_silu
+from potstill.kernels._lib import INTERPRET
+from potstill.kernels.norm_silu import plain
 
-module = sys.modules["kernels.norm_silu"]  # the package's attribute of that name is the function
+module = sys.modules["potstill.kernels.norm_silu"]  # the package's attribute of that name is the function
 
 # The interpreter rounds float32 to bfloat16 towards zero, and it meets exp(100) where the GPU says infinity.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRET)
@@ -301,7 +301,18 @@ def test_every_shipped_width_has_a_plan_whose_channels_fit():
 
 
 #: Every width of the EDM and ADM networks as they run, and what is odd in float32; float16 takes bfloat16's ways.
-ODD = ("digits", "digits NCHW", "18 a group", "42 a group", "two passes masked", "two passes NCHW", "one group, odd", "no SiLU", "far from zero", "one sample, one row")
+ODD = (
+    "digits",
+    "digits NCHW",
+    "18 a group",
+    "42 a group",
+    "two passes masked",
+    "two passes NCHW",
+    "one group, odd",
+    "no SiLU",
+    "far from zero",
+    "one sample, one row",
+)
 SHIPPED = [Case(2, c, r, r, 32, extras=MODULATED) for c, r in _norm.ADM]
 SHIPPED += [Case(2, c, r, r, 32, extras=("add",)) for c, r in _norm.SONG]
 GPU_CHECKS = [(CASES[name], torch.float32) for name in ODD]

@@ -21,8 +21,8 @@ from kernel_cases import (
 )
 from places import everywhere
 
-from kernels import Estimate, reference, score_implicit
-from kernels.modules import ScoreImplicitLoss
+from potstill.kernels import Estimate, reference, score_implicit
+from potstill.kernels.modules import ScoreImplicitLoss
 
 SMALL = Case((3, 3, 5, 7), F32)
 ESTIMATES = ("raw", "x_t", "raw_uncond")
@@ -80,9 +80,7 @@ def test_formulas():
         assert l2[i].item() == pytest.approx(sid, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"c": 1.0, "weight": True}, {"distance": "l2", "alpha": 1.2, "weight": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"c": 1.0, "weight": True}, {"distance": "l2", "alpha": 1.2, "weight": True}], ids=str)
 @pytest.mark.parametrize("f", [score_implicit, reference.score_implicit])
 def test_gradcheck(f, options):
     d = Drawn(Case((2, 1, 2, 3), F64, guided=True))

@@ -18,9 +18,9 @@ from kernel_cases import (
 )
 from places import everywhere
 
-from kernels import Estimate, moments, reference, score_match
-from kernels._lib import INTERPRET
-from kernels.modules import ScoreMatchLoss
+from potstill.kernels import Estimate, moments, reference, score_match
+from potstill.kernels._lib import INTERPRET
+from potstill.kernels.modules import ScoreMatchLoss
 
 
 def with_(f, **options):

@@ -18,8 +18,8 @@ from kernel_cases import (
 )
 from places import everywhere
 
-from kernels import Estimate, reference, trajectory
-from kernels.modules import TrajectoryLoss
+from potstill.kernels import Estimate, reference, trajectory
+from potstill.kernels.modules import TrajectoryLoss
 
 SMALL = Case((3, 3, 5, 7), F32)
 ALL = ("net", "net_uncond")
@@ -135,9 +135,7 @@ def test_opcheck():
     e = d.estimate("net", "x")
     assert isinstance(e, Estimate)
     needs = [False, True, False, True, False]
-    args = flat(
-        d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True, needs
-    )
+    args = flat(d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True, needs)
     torch.library.opcheck(ops.trajectory.default, args)
     _, _, saved, made = ops.trajectory.default(*args)
     torch.library.opcheck(ops.trajectory_backward.default, [[*saved, *made], torch.ones(()).expand(3), *args])

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine.build import build_method
-from engine.config import METHOD_CONFIGS
-from engine.methods.base import modules_of
-from engine.nets.edm import from_kwargs
+from potstill.engine.build import build_method
+from potstill.engine.config import METHOD_CONFIGS
+from potstill.engine.methods.base import modules_of
+from potstill.engine.nets.edm import from_kwargs
 
 SETTINGS = {
     "dmd": {}, "dmd2": {"name": "dmd", "gan": True}, "sim": {}, "moment_matching": {}, "instant": {"name": "moment_matching", "variant": "instant"},

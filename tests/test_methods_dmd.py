@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn.functional import softplus
 from toy import Mixture, apart, batch_of, default_dtype, draws, gradients, image, largest, learn, pretrained, reached
 
-from engine.diffusion import precond
-from engine.diffusion.sigmas import edm_weight, grid_level
-from engine.methods.dmd import DMD, DMDConfig
-from engine.nets.discriminators import Critic, feature_shape
-from engine.nets.edm import from_kwargs
-from engine.training.run import Run, TrainConfig
-from kernels import add_noise, score_match
+from potstill.engine.diffusion import precond
+from potstill.engine.diffusion.sigmas import edm_weight, grid_level
+from potstill.engine.methods.dmd import DMD, DMDConfig
+from potstill.engine.nets.discriminators import Critic, feature_shape
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels import add_noise, score_match
 
 
 def dmd(data: Mixture, **settings) -> DMD:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 from toy import Mixture, apart, batch_of, default_dtype, draws, gradients, largest, learn, pretrained, reached
 
-from engine.config import RECIPES, load
-from engine.diffusion import precond
-from engine.errors import UserError
-from engine.methods.base import Batch, frozen
-from engine.methods.gdd import GDD, GDDConfig
-from engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d
-from engine.nets.edm import from_kwargs, without_augmentation
-from engine.nets.features import KNOWN, FeatureNet, Planned, Tap, load_features
-from engine.nets.frozen import freeze, is_frozen
-from engine.training.ema import ema_decay
-from engine.training.optim import OptimConfig
-from engine.training.run import Run, TrainConfig
+from potstill.engine.config import RECIPES, load
+from potstill.engine.diffusion import precond
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch, frozen
+from potstill.engine.methods.gdd import GDD, GDDConfig
+from potstill.engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d
+from potstill.engine.nets.edm import from_kwargs, without_augmentation
+from potstill.engine.nets.features import KNOWN, FeatureNet, Planned, Tap, load_features
+from potstill.engine.nets.frozen import freeze, is_frozen
+from potstill.engine.training.ema import ema_decay
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.run import Run, TrainConfig
 
 NCSNPP = {
     "model_type": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard",
@@ -141,7 +141,9 @@ def test_freeze_rule(name, level):
 # The discriminator
 
 
-@pytest.mark.parametrize(("taps", "logits", "sides"), [(VGG, 484, (224, 112, 56, 28)), (LITE0, 64, (112, 56, 28, 14)), (DEIT, 64, (112, 56, 28, 14))])
+@pytest.mark.parametrize(
+    ("taps", "logits", "sides"), [(VGG, 484, (224, 112, 56, 28)), (LITE0, 64, (112, 56, 28, 14)), (DEIT, 64, (112, 56, 28, 14))]
+)
 def test_published_shapes_of_the_discriminator(taps, logits, sides):
     with torch.device("meta"):
         d, maps = ProjectedDiscriminator([taps]), [torch.zeros(2, t.channels, t.side, t.side) for t in taps]
@@ -190,7 +192,9 @@ def test_spectral_norm():
     assert torch.equal(conv.u, before)  # however many forwards an update has
     for _ in range(20):
         conv.renew()
-    assert (conv.u @ conv.weight.flatten(1) @ conv.v).item() == pytest.approx(torch.linalg.svdvals(conv.weight.flatten(1))[0].item(), rel=1e-3)
+    assert (conv.u @ conv.weight.flatten(1) @ conv.v).item() == pytest.approx(
+        torch.linalg.svdvals(conv.weight.flatten(1))[0].item(), rel=1e-3
+    )
 
 
 def test_spectral_norms_follow_every_update_of_the_discriminator():
@@ -365,7 +369,9 @@ def test_r1_and_what_stays():
     assert method.notes == [f"freeze level 1: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
 
 
-@pytest.mark.parametrize(("recipe", "lr"), [("cifar10_gdd_i", 1e-4), ("ffhq64_gdd_i", 4e-5), ("afhqv2_64_gdd", 4e-5), ("imagenet64_gdd_i", 4e-5)])
+@pytest.mark.parametrize(
+    ("recipe", "lr"), [("cifar10_gdd_i", 1e-4), ("ffhq64_gdd_i", 4e-5), ("afhqv2_64_gdd", 4e-5), ("imagenet64_gdd_i", 4e-5)]
+)
 def test_discriminator_optimiser_makes_up_for_lazy_r1(recipe, lr):
     """lr·16/17 and beta2^(16/17); the losses are summed over the published batch per GPU, as large as the micro-batch."""
     cfg = load(RECIPES / f"{recipe}.yaml", [])

@@ -20,12 +20,12 @@ from toy import (
     reached,
 )
 
-from engine.errors import UserError
-from engine.methods.base import Method
-from engine.methods.moment_matching import WEIGHTS, Alternating, Instant, Jump, MomentMatchingConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.weight_space import WeightSpace
-from engine.training.run import Run, TrainConfig
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Method
+from potstill.engine.methods.moment_matching import WEIGHTS, Alternating, Instant, Jump, MomentMatchingConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weight_space import WeightSpace
+from potstill.engine.training.run import Run, TrainConfig
 
 
 def alternating(data: Mixture, **settings) -> Alternating:

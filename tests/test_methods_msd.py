@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from toy import Mixture, apart, batch_of, default_dtype, gradients, learn, pretrained, reached
 
-from engine import train
-from engine.data.images import open_images
-from engine.data.sampler import Stream
-from engine.errors import UserError
-from engine.methods.dmd import DMD, DMDConfig, Pairs
-from engine.methods.msd import TSM, TSMConfig, make_partition
-from engine.nets.edm import from_kwargs
-from engine.nets.router import Partition, Router, load_router, student_folder, write_manifest
-from engine.nets.weights import save_net
-from engine.sampling import SeedNoise, one_step
+from potstill.engine import train
+from potstill.engine.data.images import open_images
+from potstill.engine.data.sampler import Stream
+from potstill.engine.errors import UserError
+from potstill.engine.methods.dmd import DMD, DMDConfig, Pairs
+from potstill.engine.methods.msd import TSM, TSMConfig, make_partition
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.router import Partition, Router, load_router, student_folder, write_manifest
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import SeedNoise, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 8}
@@ -67,7 +67,7 @@ def test_a_student_never_sees_labels_outside_its_share():
     """Neither those it draws itself nor those of real images; the one-hot width stays the whole one."""
     import random
 
-    from engine.methods.base import Draws
+    from potstill.engine.methods.base import Draws
 
     share = [3, 4, 7]
     drawn = Draws(torch.Generator().manual_seed(0), 3000, slice(0, 3000), random.Random(0), torch.tensor(share)).labels(10)
@@ -215,8 +215,8 @@ def test_regression_is_the_distance_on_the_pairs():
 @pytest.mark.parametrize(("recipe", "millions"), [("imagenet64_msd_s", 172.8), ("imagenet64_msd_xs", 85.9)])
 def test_smaller_students_have_the_reconstructed_sizes(recipe, millions):
     """The shapes whose parameter shares (58 % and 29 % of 295.9 M) and depths agree with the published ones."""
-    from engine import build
-    from engine.config import load
+    from potstill.engine import build
+    from potstill.engine.config import load
 
     cfg = load(ROOT / f"configs/{recipe}.yaml", [])
     assert cfg.students.net is not None

@@ -25,18 +25,18 @@ from toy import (
     reached,
 )
 
-from engine.config import RECIPES, load
-from engine.errors import UserError
-from engine.evaluation.source import sampler_for
-from engine.job import Job
-from engine.methods.sfd import SFD, SFDConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.layers import UNetBlock
-from engine.nets.steps import StepAffine, add_step_condition
-from engine.nets.weights import load_net, read_tensors, save_net
-from engine.sampling import Sampler, few_step, ode, one_step
-from engine.training.optim import OptimConfig
-from engine.training.run import Run, TrainConfig
+from potstill.engine.config import RECIPES, load
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.source import sampler_for
+from potstill.engine.job import Job
+from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.steps import StepAffine, add_step_condition
+from potstill.engine.nets.weights import load_net, read_tensors, save_net
+from potstill.engine.sampling import Sampler, few_step, ode, one_step
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.run import Run, TrainConfig
 
 PUBLISHED = {  # num_steps: NFE, levels, teacher timestamps and evaluations per trajectory (mm_sfd B2)
     4: (2, (80, 10.929, 0.6699, 0.006), 13, 12),

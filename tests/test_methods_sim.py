@@ -18,11 +18,11 @@ from toy import (
     reached,
 )
 
-from engine.diffusion import precond
-from engine.errors import UserError
-from engine.methods.base import Batch
-from engine.methods.sim import SIM, SIMConfig
-from kernels import Estimate, score_implicit
+from potstill.engine.diffusion import precond
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.kernels import Estimate, score_implicit
 
 HUBER, L2, SID = {"distance": "huber"}, {"distance": "l2", "alpha": 1.0}, {"distance": "l2", "alpha": 1.2}
 

@@ -13,15 +13,13 @@ import test_kernels_norm_silu as norm
 import torch
 from places import CPU
 
-from engine import build
-from kernels import aot, native, norm_silu
-from kernels._lib import INTERPRET
+from potstill.engine import build
+from potstill.kernels import aot, native, norm_silu
+from potstill.kernels._lib import INTERPRET
 
 FLAGS = aot._build_flags()
 ROOT = Path(__file__).parent.parent
-needs_build = pytest.mark.skipif(
-    not native.LIBRARY.exists() or INTERPRET, reason="kernels/_cpu.so is not built, or Triton interprets"
-)
+needs_build = pytest.mark.skipif(not native.LIBRARY.exists() or INTERPRET, reason="kernels/_cpu.so is not built, or Triton interprets")
 DTYPES = [torch.float32, torch.bfloat16]
 NHWC = {name: case._replace(last=True) for name, case in norm.CASES.items()}
 WIDE = [norm.Case(1, c, r, r, 32, extras=norm.MODULATED) for c, r in ((128, 64), (192, 64), (576, 32), (1536, 8))]
@@ -59,7 +57,7 @@ import json, sys
 import torch
 sys.path[:0] = ["tests"]
 import test_kernels_norm_silu as norm
-from kernels import norm_silu
+from potstill.kernels import norm_silu
 torch.set_num_threads(int(sys.argv[1]))
 found = {}
 for name, case in norm.CASES.items():
@@ -172,7 +170,7 @@ def test_silu_over_the_whole_range_of_its_exponential():
 def test_the_backend_reference_does_without(monkeypatch):
     x, _, given = norm.inputs(NHWC["digits"])
     assert native.takes(x)
-    monkeypatch.setattr("kernels.cuda._backend", "reference")
+    monkeypatch.setattr("potstill.kernels.cuda._backend", "reference")
     assert not native.takes(x)
     monkeypatch.setattr(native, "library", lambda: pytest.fail("loaded"))
     norm_silu(x, given["weight"], given["bias"], 8, 1e-5)

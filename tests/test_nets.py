@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from engine.diffusion.sigmas import edm_weight, karras, with_zero
-from engine.diffusion.solvers import heun, solve
-from engine.methods.base import Batch, Draws
-from engine.methods.sim import SIM, SIMConfig
-from engine.nets import ops
-from engine.nets.edm import from_kwargs
-from engine.nets.frozen import freeze
-from engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
+from potstill.engine.diffusion.sigmas import edm_weight, karras, with_zero
+from potstill.engine.diffusion.solvers import heun, solve
+from potstill.engine.methods.base import Batch, Draws
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.nets import ops
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.frozen import freeze
+from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 
@@ -247,7 +247,7 @@ def bytes_kept(loss, nets):
 @pytest.mark.parametrize("name", NETS)
 def test_the_students_turn_keeps_at_most_six_tenths_of_the_naive_bytes(name, layout, monkeypatch):
     """Naive: weight gradients everywhere, PyTorch's own GroupNorm and SiLU."""
-    monkeypatch.setattr(sys.modules["kernels.norm_silu"], "_definition_is_fast", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(sys.modules["potstill.kernels.norm_silu"], "_definition_is_fast", lambda x: False)  # as on a GPU
     net = from_kwargs("EDMPrecond", **NETS[name])
     sim = SIM(SIMConfig(), net, copy.deepcopy(net), copy.deepcopy(net))
     nets = [sim.teacher, sim.student, sim.frozen_fake]

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from rehearse import GPU
 
-from engine.training.parallel import FSDPConfig, Sharded
-from engine.training.ranks import ALONE, Ranks
+from potstill.engine.training.parallel import FSDPConfig, Sharded
+from potstill.engine.training.ranks import ALONE, Ranks
 
 STEPS = 2
 JOBS = [

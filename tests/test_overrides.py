@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import engine
-import kernels
+from potstill import engine, kernels
 
 #: Of torch's own classes: what a subclass is to write, with arguments of its own.
 OPEN = {"__init__", "__new__", "__class_getitem__", "forward", "backward", "setup_context", "__torch_dispatch__"}
@@ -55,7 +54,12 @@ def takes_all_of(base, ours, by_name=True):
         if p.kind is kinds.KEYWORD_ONLY:
             fits = p.name in ours.parameters or kinds.VAR_KEYWORD in starred
         else:
-            named = not by_name or place == 0 or p.kind is kinds.POSITIONAL_ONLY or (place < len(positional) and positional[place].name == p.name)
+            named = (
+                not by_name
+                or place == 0
+                or p.kind is kinds.POSITIONAL_ONLY
+                or (place < len(positional) and positional[place].name == p.name)
+            )
             fits = (place < len(positional) and named) or kinds.VAR_POSITIONAL in starred
         if not fits:
             return False
@@ -84,7 +88,11 @@ def accidents(cls):
     found = []
     for name, thing in vars(cls).items():
         base = inherited(cls, name)
-        if base is None or name in OPEN or name in ("__doc__", "__module__", "__slots__", "__hash__", "__annotations__", "__match_args__", "__dict__", "__weakref__"):
+        if (
+            base is None
+            or name in OPEN
+            or name in ("__doc__", "__module__", "__slots__", "__hash__", "__annotations__", "__match_args__", "__dict__", "__weakref__")
+        ):
             continue
         if kind(thing) != kind(base[1]) and base[1] is not None:
             found.append(f"{cls.__qualname__}.{name} is a {kind(thing)}, {base[0].__name__}'s a {kind(base[1])}")

@@ -21,13 +21,13 @@ import torch
 from patience import Patience, outlasted, until
 from rehearse import GPU, REHEARSING
 
-from engine.errors import UserError
-from engine.training import ranks as speech
-from engine.training.checkpoint import checkpoints, load_newest
-from engine.training.memory import fitting_micro_batch, peak_memory, sizes
-from engine.training.parallel import FSDPConfig, check_shares, largest_part
-from engine.training.ranks import ALONE
-from engine.training.run import Run, TrainConfig
+from potstill.engine.errors import UserError
+from potstill.engine.training import ranks as speech
+from potstill.engine.training.checkpoint import checkpoints, load_newest
+from potstill.engine.training.memory import fitting_micro_batch, peak_memory, sizes
+from potstill.engine.training.parallel import FSDPConfig, check_shares, largest_part
+from potstill.engine.training.ranks import ALONE
+from potstill.engine.training.run import Run, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -35,7 +35,13 @@ pytestmark = pytest.mark.parallel
 
 # (method, parallel, settings): what several ranks do, compared with one process of these settings.
 JOBS = [(method, parallel, {}) for method in cases.METHODS for parallel in ("ddp", "fsdp")]
-MICRO = [("gdd", "ddp", {"micro_batch": 2}), ("instant", "ddp", {"micro_batch": 2}), ("dmd", "fsdp", {"micro_batch": 1, "optimizer": "adam_ema"}), ("light", "ddp", {"micro_batch": 4}), ("sim", "ddp", {"micro_batch": 8})]
+MICRO = [
+    ("gdd", "ddp", {"micro_batch": 2}),
+    ("instant", "ddp", {"micro_batch": 2}),
+    ("dmd", "fsdp", {"micro_batch": 1, "optimizer": "adam_ema"}),
+    ("light", "ddp", {"micro_batch": 4}),
+    ("sim", "ddp", {"micro_batch": 8}),
+]
 COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"})]
 OPTIONS = [
     ("sim", "fsdp", {"fsdp": FSDPConfig(reshard_after_forward=False, teacher="shard")}),
@@ -56,7 +62,7 @@ def world(tmp: Path, count: int, work: str, *arguments, quiet: float = 60, beats
     """Run work(ranks, *arguments) in `count` processes. When all stand still for `quiet` seconds those that are left are killed;
     unless `ends`, a test fails."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parallel_cases", "engine.train"])
+    context.set_forkserver_preload(["parallel_cases", "potstill.engine.train"])
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -106,7 +112,9 @@ def jobs(count: int) -> list[tuple[str, str, dict]]:
 
 
 @pytest.mark.parametrize(
-    ("count", "job"), [(n, job) for n in (2, 4) for job in jobs(n)], ids=lambda v: "-".join(map(str, cases.key(*v))) if isinstance(v, tuple) else f"{v}"
+    ("count", "job"),
+    [(n, job) for n in (2, 4) for job in jobs(n)],
+    ids=lambda v: "-".join(map(str, cases.key(*v))) if isinstance(v, tuple) else f"{v}",
 )
 def test_parallel_runs_match_the_run_of_one_process(alone, several, count, job):
     """Every logged number of 20 iterations, gradient norms included, and the weights and their average after them."""
@@ -174,15 +182,24 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
     ("arguments", "words"),
     [
         (["train.batch=33"], "train.batch = 33 does not divide among 2 ranks: use 32 or 34"),
-        ([str(ROOT / "configs/digits_gdd.yaml"), "train.micro_batch=64"], "train.micro_batch = 64, over which this method takes batch statistics, does not divide the 32 images of each of 2 ranks (train.batch = 64): use 32, or null"),
+        (
+            [str(ROOT / "configs/digits_gdd.yaml"), "train.micro_batch=64"],
+            "train.micro_batch = 64, over which this method takes batch statistics, does not divide the 32 images of each of 2 ranks (train.batch = 64): use 32, or null",
+        ),
         (["train.batch=1"], "2 ranks want at least as many images per iteration, got train.batch = 1"),
         (["train.parallel=zero"], "train.parallel wants one of ddp, fsdp, got 'zero'"),
         (["train.micro_batch=all"], "train.micro_batch wants a number, auto or null, got 'all'"),
         (["train.parallel=fsdp", "train.fsdp.teacher=half"], "train.fsdp.teacher wants one of replicate, shard, got 'half'"),
         (["train.parallel=fsdp", "train.fsdp.replicas=3"], "train.fsdp.replicas = 3 does not divide the 2 ranks"),
         (["train.parallel=fsdp", "train.micro_batch=auto"], "train.micro_batch=auto cannot try sizes with sharded nets"),
-        ([str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.micro_batch=null", "train.parallel=fsdp", "train.fsdp.teacher=shard"], "train.fsdp.teacher=shard cannot be had with method gdd"),
-        (["train.parallel=fsdp", "train.compile=net"], "train.compile=net wants whole nets, and train.parallel=fsdp cuts them at every block"),
+        (
+            [str(ROOT / "configs/cifar10_gdd_i.yaml"), "train.micro_batch=null", "train.parallel=fsdp", "train.fsdp.teacher=shard"],
+            "train.fsdp.teacher=shard cannot be had with method gdd",
+        ),
+        (
+            ["train.parallel=fsdp", "train.compile=net"],
+            "train.compile=net wants whole nets, and train.parallel=fsdp cuts them at every block",
+        ),
         (["train.parallel=fsdp", "skipping.cache=2"], "skipping compares gradients of whole nets, which train.parallel=fsdp does not have"),
         (["data.path={one}"], "one has 1 image, a run wants at least 2"),
         (["run_dir={file}/run"], "cannot write to run folder"),
@@ -252,7 +269,10 @@ def test_parallel_shares_that_fit_are_let_through():
 
 def test_parallel_buckets_keep_the_order(monkeypatch):
     monkeypatch.setattr(speech, "BUCKET", 40)
-    tensors = [torch.zeros(n, dtype=d) for n, d in ((5, torch.float32), (5, torch.float32), (1, torch.float32), (1, torch.float64), (99, torch.float64))]
+    tensors = [
+        torch.zeros(n, dtype=d)
+        for n, d in ((5, torch.float32), (5, torch.float32), (1, torch.float32), (1, torch.float64), (99, torch.float64))
+    ]
     groups = list(speech.buckets(tensors))
     assert [len(group) for group in groups] == [2, 1, 1, 1]
     assert all(a is b for a, b in zip((t for group in groups for t in group), tensors, strict=True))

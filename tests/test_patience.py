@@ -16,7 +16,11 @@ def test_process_that_works_is_waited_for(code):
     assert outlasted(process.wait, Patience([process.pid], quiet=1.0)) == 0
 
 
-@pytest.mark.parametrize(("code", "quiet", "most", "why"), [("import time; time.sleep(60)", 0.5, 900, "stood still for 0 s"), (BUSY.format(60), 60, 0.5, "not done after 0 s of processor time")], ids=["still", "endless"])
+@pytest.mark.parametrize(
+    ("code", "quiet", "most", "why"),
+    [("import time; time.sleep(60)", 0.5, 900, "stood still for 0 s"), (BUSY.format(60), 60, 0.5, "not done after 0 s of processor time")],
+    ids=["still", "endless"],
+)
 def test_process_that_hangs_is_given_up(code, quiet, most, why):
     process = subprocess.Popen([sys.executable, "-c", code])
     try:

@@ -8,19 +8,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from engine.methods.teacher import EDMLoss, Teacher
-from engine.nets.edm import from_kwargs
-from engine.training.loop import LogConfig, train
-from engine.training.profile import STEP, WAITING, Profile, covered, kind, shares
-from engine.training.run import Run, TrainConfig
+from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training.loop import LogConfig, train
+from potstill.engine.training.profile import STEP, WAITING, Profile, covered, kind, shares
+from potstill.engine.training.run import Run, TrainConfig
 
 CPU = torch.device("cpu")
 
 
 def event(name, start, end, device=DeviceType.CPU):
-    return SimpleNamespace(
-        name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=end - start
-    )
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), self_cpu_time_total=end - start)
 
 
 def test_shares_of_a_gpu_that_waits_for_data():

@@ -25,12 +25,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import build
-from engine.config import Config, load
-from engine.job import Job
-from engine.nets.weights import load_net, read_tensors, save_net
-from engine.training.loop import Interrupted
-from engine.training.run import Run, TrainConfig
+from potstill.engine import build
+from potstill.engine.config import Config, load
+from potstill.engine.job import Job
+from potstill.engine.nets.weights import load_net, read_tensors, save_net
+from potstill.engine.training.loop import Interrupted
+from potstill.engine.training.run import Run, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # Those that want what another recipe leaves behind come last.

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import sample
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation.generate import generate
-from engine.evaluation.source import open_models
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
-from engine.sampling import ode, one_step
+from potstill.engine import sample
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.source import open_models
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import ode, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -103,9 +103,7 @@ def test_the_batch_size_changes_no_image(run_dir, tmp_path):
     """Up to one level: see generate."""
     found = []
     for batch in ("1", "5", "64"):
-        sample.main(
-            [str(run_dir), "--seeds", "0-11", "--which", "teacher", "--batch", batch, "--out", str(tmp_path / "x.npz")]
-        )
+        sample.main([str(run_dir), "--seeds", "0-11", "--which", "teacher", "--batch", batch, "--out", str(tmp_path / "x.npz")])
         with np.load(tmp_path / "x.npz") as file:
             found.append(file["images"].astype(int))
     assert abs(found[1] - found[0]).max() <= 1
@@ -136,9 +134,7 @@ def test_steps_and_solvers(run_dir, colour):
 
 
 def test_a_student_that_walks_keeps_its_solver(tmp_path):
-    save_net(
-        tmp_path / "student.safetensors", tiny_net(), method="sfd", sampler=ode("dpmpp_2m", 4, sigma_max=40.0).to_dict()
-    )
+    save_net(tmp_path / "student.safetensors", tiny_net(), method="sfd", sampler=ode("dpmpp_2m", 4, sigma_max=40.0).to_dict())
     assert open_models(tmp_path, steps=6)[0].sampler == ode("dpmpp_2m", 6, sigma_max=40.0)
 
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import sample
-from engine.data.images import open_images
-from engine.errors import UserError
-from engine.evaluation import outputs
-from engine.evaluation.generate import Between, generate, slerp
-from engine.evaluation.pictures import sheet
-from engine.evaluation.presets import PRESETS
-from engine.evaluation.source import open_models
-from engine.nets.edm import from_kwargs
-from engine.nets.weights import save_net
-from engine.sampling import SeedNoise, ode, one_step
+from potstill.engine import sample
+from potstill.engine.data.images import open_images
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation import outputs
+from potstill.engine.evaluation.generate import Between, generate, slerp
+from potstill.engine.evaluation.pictures import sheet
+from potstill.engine.evaluation.presets import PRESETS
+from potstill.engine.evaluation.source import open_models
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.weights import save_net
+from potstill.engine.sampling import SeedNoise, ode, one_step
 
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16}
 TINY |= {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -170,9 +170,7 @@ def test_student_and_teacher_from_the_same_noise(run_dir, tmp_path, capsys):
     rows["teacher, 5 evaluations"] = made(run_dir, "teacher", labels, range(4, 8))
     assert (np.asarray(Image.open(out)) == np.asarray(sheet(rows, 4))).all()
     assert "by the student" in (err := capsys.readouterr().err) and "by the teacher" in err
-    again = sampled(
-        run_dir / "student.safetensors", tmp_path / "y.png", "--seeds", "4-7", "--beside", str(run_dir / "teacher.safetensors")
-    )
+    again = sampled(run_dir / "student.safetensors", tmp_path / "y.png", "--seeds", "4-7", "--beside", str(run_dir / "teacher.safetensors"))
     assert again.read_bytes() == out.read_bytes()
 
 

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 
-from engine.methods.base import frozen
-from engine.methods.moment_matching import Instant, MomentMatchingConfig
-from engine.methods.sim import SIM, SIMConfig
-from engine.nets import shadow
-from engine.nets.edm import from_kwargs
-from engine.nets.shadow import give_shadows, renew_stale, shadow_of
-from engine.training.run import Run, TrainConfig
-from kernels import AdamEMA
+from potstill.engine.methods.base import frozen
+from potstill.engine.methods.moment_matching import Instant, MomentMatchingConfig
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.nets import shadow
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.shadow import give_shadows, renew_stale, shadow_of
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels import AdamEMA
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
 CPU = torch.device("cpu")

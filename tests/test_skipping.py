@@ -12,26 +12,26 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from engine import build, sample, train
-from engine import probe as command
-from engine.diffusion.sigmas import karras_at
-from engine.errors import UserError
-from engine.evaluation.generate import generate
-from engine.methods.base import Draws, frozen
-from engine.methods.dmd import DMD, DMDConfig
-from engine.methods.gdd import GDDConfig
-from engine.methods.moment_matching import Alternating, MomentMatchingConfig
-from engine.methods.sfd import SFD, SFDConfig
-from engine.methods.sim import SIM, SIMConfig
-from engine.methods.teacher import EDMLoss, Teacher
-from engine.nets.edm import from_kwargs
-from engine.nets.frozen import is_frozen
-from engine.nets.weights import save_net, weights_hash
-from engine.sampling import ode, one_step
-from engine.skipping import freezing, picture
-from engine.skipping.apply import Skipping
-from engine.skipping.blocks import block_names
-from engine.skipping.plan import (
+from potstill.engine import build, sample, train
+from potstill.engine import probe as command
+from potstill.engine.diffusion.sigmas import karras_at
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.methods.base import Draws, frozen
+from potstill.engine.methods.dmd import DMD, DMDConfig
+from potstill.engine.methods.gdd import GDDConfig
+from potstill.engine.methods.moment_matching import Alternating, MomentMatchingConfig
+from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.frozen import is_frozen
+from potstill.engine.nets.weights import save_net, weights_hash
+from potstill.engine.sampling import ode, one_step
+from potstill.engine.skipping import freezing, picture
+from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.plan import (
     Plan,
     SkippingConfig,
     check_budget,
@@ -43,11 +43,11 @@ from engine.skipping.plan import (
     save_plan,
     saved,
 )  # fmt: skip
-from engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
-from engine.skipping.probe import probe as probed
-from engine.strata import spread, strata
-from engine.training.optim import OptimConfig
-from engine.training.run import Run, TrainConfig
+from potstill.engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
+from potstill.engine.skipping.probe import probe as probed
+from potstill.engine.strata import spread, strata
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.run import Run, TrainConfig
 
 CPU = torch.device("cpu")
 SONG = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
@@ -532,9 +532,12 @@ def test_guard_anneals_measures_and_shrinks(plan_file):
 
 def test_the_guards_cosine_is_that_of_two_runs(plan_file):
     """Against the gradients of two separate methods, one with the plan, one without, on the same iteration."""
+
     def run_of(light):
         method = method_of("sim", net_of())
-        guard = build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=1, cosine=-1, norm=9.0), print) if light else None
+        guard = (
+            build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=1, cosine=-1, norm=9.0), print) if light else None
+        )
         method.stratified = True
         run = Run(method, TrainConfig(kimg=1, batch=8, optim={"student": OptimConfig(lr=1e-3)}), 0, CPU)
         return run, guard

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
-from engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
-from engine.evaluation.source import sampler_for
-from engine.methods.teacher import EDMLoss, Teacher
-from engine.nets.edm import from_kwargs
-from engine.nets.router import Partition, Router
-from engine.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
-from engine.skipping.apply import Skipping
+from potstill.engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
+from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
+from potstill.engine.evaluation.source import sampler_for
+from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.router import Partition, Router
+from potstill.engine.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
+from potstill.engine.skipping.apply import Skipping
 
 SD = 0.7  # the data: N(0, SD²), whose denoiser is D(x; σ) = x·SD²/(SD² + σ²)
 
@@ -55,9 +55,7 @@ def local_error(solver, h, order):
     return (reached - x).abs().item()
 
 
-@pytest.mark.parametrize(
-    ("solver", "order", "steps"), [("dpmpp_2m", 2, 2), ("dpmpp_3m", 2, 3), ("dpmpp_3m_taylor", 3, 3)]
-)
+@pytest.mark.parametrize(("solver", "order", "steps"), [("dpmpp_2m", 2, 2), ("dpmpp_3m", 2, 3), ("dpmpp_3m_taylor", 3, 3)])
 def test_order_of_a_single_multistep_step(solver, order, steps):
     """Its error falls by 2^(order + 1) when the step is halved, and by no more. DPM-Solver++ (3M) is published with half the
     weight on its second difference: it is of order two."""
@@ -138,7 +136,7 @@ def test_noise_levels_are_the_published_ones():
 
 def test_edm_weight_makes_the_raw_output_unit_weighted():
     """λ(σ)·c_out² = 1 at every level."""
-    from engine.diffusion.precond import edm
+    from potstill.engine.diffusion.precond import edm
 
     sigma = torch.logspace(-3, 2, 50)
     torch.testing.assert_close(edm_weight(sigma) * edm(sigma).c_out ** 2, torch.ones(50))
@@ -215,8 +213,6 @@ def test_churn_in_a_weight_file():
     for bad in ({"solver": "dpmpp_2m"}, {"churn": (1, 2, 1, 1)}, {"churn": (1, 2)}, {"churn": (-1, 0, 1, 1)}, {"afs": True}):
         with pytest.raises(ValueError, match="churn wants"):
             Sampler(**(churn.to_dict() | bad))
-
-
 
 
 # Nets that know only their own noise levels: iDDPM's

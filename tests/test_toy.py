@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import Mixture, default_dtype, distance, energy_distance, image, pretrained
 
-from engine.sampling import ode
+from potstill.engine.sampling import ode
 
 
 @pytest.mark.parametrize("label_dim", [0, 4])

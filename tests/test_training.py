@@ -13,16 +13,16 @@ import torch
 from patience import Patience, outlasted, until
 from torch import nn
 
-from engine.errors import UserError
-from engine.methods.base import Batch, Method, Turn, frozen
-from engine.methods.dmd import DMD, DMDConfig
-from engine.methods.teacher import EDMLoss, Teacher
-from engine.nets.edm import from_kwargs
-from engine.training.ema import EMA, ema_decay
-from engine.training.log import Meter, MetricsFile
-from engine.training.optim import OptimConfig, learning_rate
-from engine.training.run import Run, TrainConfig
-from engine.whole import whole
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch, Method, Turn, frozen
+from potstill.engine.methods.dmd import DMD, DMDConfig
+from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training.ema import EMA, ema_decay
+from potstill.engine.training.log import Meter, MetricsFile
+from potstill.engine.training.optim import OptimConfig, learning_rate
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.whole import whole
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -152,7 +152,7 @@ class Cliff(Method):
 
 
 def test_divergence_stops_the_run_and_says_where(tmp_path):
-    from engine.training.loop import LogConfig, train
+    from potstill.engine.training.loop import LogConfig, train
 
     run = Run(Cliff(), TrainConfig(kimg=1, batch=10, log_iterations=2, checkpoint_kimg=0.02), 0, CPU)
     with pytest.raises(UserError, match="student/loss is not finite at iteration 4"):

@@ -5,14 +5,14 @@ import os
 import pytest
 import torch
 
-from engine.errors import UserError
-from engine.methods.base import modules_of
-from engine.methods.sim import SIM, SIMConfig
-from engine.nets.edm import from_kwargs
-from engine.training import compile as switch
-from engine.training import run as stage
-from engine.training.compile import check_compile, compile_nets, graphs_compiled
-from engine.training.run import Run, TrainConfig
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import modules_of
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training import compile as switch
+from potstill.engine.training import run as stage
+from potstill.engine.training.compile import check_compile, compile_nets, graphs_compiled
+from potstill.engine.training.run import Run, TrainConfig
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CPU = torch.device("cpu")

@@ -4,14 +4,14 @@ import pytest
 import torch
 from rehearse import GPU, REHEARSING
 
-from engine import build
-from engine.methods.dmd import DMD, DMDConfig
-from engine.methods.sim import SIM, SIMConfig
-from engine.nets.edm import from_kwargs
-from engine.nets.shadow import shadow_of
-from engine.training.optim import OptimConfig, build_optimizer, chosen, fitting
-from engine.training.run import Run, TrainConfig
-from kernels import AdamEMA
+from potstill.engine import build
+from potstill.engine.methods.dmd import DMD, DMDConfig
+from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.shadow import shadow_of
+from potstill.engine.training.optim import OptimConfig, build_optimizer, chosen, fitting
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels import AdamEMA
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CPU = torch.device("cpu")

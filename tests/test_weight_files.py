@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.errors import UserError
-from engine.evaluation.generate import write_pairs
-from engine.folder import write_atomically
-from engine.formats.diffusers import write_diffusers
-from engine.formats.hub import write_hub
-from engine.nets.edm import from_kwargs
-from engine.nets.router import Partition, load_router, student_folder, write_manifest
-from engine.nets.weights import file_hash, load_net, save_net, weights_hash
-from engine.sampling import one_step
-from engine.skipping.plan import Plan, check_plan, save_plan
-from engine.training.checkpoint import save_checkpoint
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.generate import write_pairs
+from potstill.engine.folder import write_atomically
+from potstill.engine.formats.diffusers import write_diffusers
+from potstill.engine.formats.hub import write_hub
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.router import Partition, load_router, student_folder, write_manifest
+from potstill.engine.nets.weights import file_hash, load_net, save_net, weights_hash
+from potstill.engine.sampling import one_step
+from potstill.engine.skipping.plan import Plan, check_plan, save_plan
+from potstill.engine.training.checkpoint import save_checkpoint
 
 KWARGS = {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet", "model_channels": 8, "num_blocks": 1, "channel_mult": [1, 1]}
 TENSORS = {"b": torch.arange(4.0), "a": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(3), "d": torch.zeros(0, 2)}
@@ -52,7 +52,9 @@ def test_equal_weights_have_one_hash(tmp_path):
     for k, file in enumerate(files):
         save_net(file, net, source="x", license="y", sha256="z", method="dmd", **({"note": "more"} if k > 6 else {}))
     assert len({file.read_bytes() for file in files}) > 1
-    assert {file_hash(file) for file in files} == {weights_hash(net)} == {weights_hash(load_net(files[0])[0])} == {by_hand(net.state_dict())}
+    assert (
+        {file_hash(file) for file in files} == {weights_hash(net)} == {weights_hash(load_net(files[0])[0])} == {by_hand(net.state_dict())}
+    )
     iddpm = net_of(precond="iDDPMPrecond")
     save_net(files[0], iddpm)
     assert file_hash(files[0]) == weights_hash(iddpm)
@@ -92,7 +94,9 @@ def manifest(tmp_path):
     partition = Partition("block", (0, 1))
     for k in range(2):
         student_folder(tmp_path, k).mkdir()
-        save_net(student_folder(tmp_path, k) / "student.safetensors", net_of(k), partition=partition.hash, student=k, sampler={}, method="dmd")
+        save_net(
+            student_folder(tmp_path, k) / "student.safetensors", net_of(k), partition=partition.hash, student=k, sampler={}, method="dmd"
+        )
     write_manifest(tmp_path, partition)
     return tmp_path / "manifest.json"
 

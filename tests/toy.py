@@ -14,13 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from engine.diffusion import precond
-from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from engine.methods.base import Batch, Draws, Method, Turn
-from engine.sampling import Sampler
-from engine.training.optim import OptimConfig
-from engine.training.run import Run, TrainConfig
-from kernels import Estimate
+from potstill.engine.diffusion import precond
+from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from potstill.engine.methods.base import Batch, Draws, Method, Turn
+from potstill.engine.sampling import Sampler
+from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.run import Run, TrainConfig
+from potstill.kernels import Estimate
 
 
 class Toy(nn.Module):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
-from engine.data.pictures import NO_IMAGE, Header, one_line
-from engine.errors import UserError
+from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
+from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
+from potstill.engine.errors import UserError
 
 SYNTHETIC = re.compile(r"synthetic:(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 MAX_SYNTHETIC_BYTES = 2**32
@@ -59,8 +59,7 @@ def synthetic(text: str) -> tuple[ArraySource, Reader]:
     size = n * channels * resolution**2
     if channels not in (1, 3) or not 0 < size <= MAX_SYNTHETIC_BYTES or classes > MAX_CLASSES:
         raise UserError(
-            f"{text} has {size:,} bytes, wanted at most {MAX_SYNTHETIC_BYTES:,}, 1 or 3 channels, at most "
-            f"{MAX_CLASSES} classes"
+            f"{text} has {size:,} bytes, wanted at most {MAX_SYNTHETIC_BYTES:,}, 1 or 3 channels, at most {MAX_CLASSES} classes"
         )
     noise = np.random.Generator(np.random.Philox(0)).integers(0, 256, (n, channels, resolution, resolution), np.uint8)
     labels = Labels(np.arange(n) % classes, classes) if classes else None
@@ -99,9 +98,7 @@ def _arrays(path: Path, choose: Callable[[list[str]], str | None]) -> tuple[list
             name = choose(keys)
             return keys, None if name is None else file[name]
     except (*NO_IMAGE, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is no complete .npz of plain arrays ({one_line(error)}): write it with numpy.savez"
-        ) from error
+        raise UserError(f"{path} is no complete .npz of plain arrays ({one_line(error)}): write it with numpy.savez") from error
 
 
 def _channels_first(pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -114,6 +111,5 @@ def _channels_first(pixels: np.ndarray, path: Path) -> np.ndarray:
         if pixels.ndim == 4 and pixels.shape[1] in (1, 3):
             return pixels
     raise UserError(
-        f"{path} has images {list(pixels.shape)} {pixels.dtype}, wanted [N, H, W, C] or [N, C, H, W] uint8 "
-        "with 1 or 3 channels"
+        f"{path} has images {list(pixels.shape)} {pixels.dtype}, wanted [N, H, W, C] or [N, C, H, W] uint8 with 1 or 3 channels"
     )

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.errors import UserError, what_it_is
+from potstill.engine.errors import UserError, what_it_is
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 METADATA = "dataset.json"
-TABLE = re.compile(r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I)
+TABLE = re.compile(
+    r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I
+)
 MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
 
 
@@ -90,7 +92,9 @@ class Zip:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
                 self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise UserError(f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}") from error
+            raise UserError(
+                f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         self.names = sorted(filter(is_image, entries))

@@ -16,19 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.arrays import ArraySource
-from engine.data.pictures import Header
-from engine.data.progress import in_order
-from engine.data.sources import Source, open_source
-from engine.errors import UserError
+from potstill.engine.data.arrays import ArraySource
+from potstill.engine.data.pictures import Header
+from potstill.engine.data.progress import in_order
+from potstill.engine.data.sources import Source, open_source
+from potstill.engine.errors import UserError
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
-def open_images(
-    path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True
-) -> "Images":
+def open_images(path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True) -> "Images":
     """The images of `path`: "digits", an EDM zip or folder, a folder of images, .npz, "synthetic:RxC[xCLASSES[xN]]".
 
     resolution: what they must have. label_dim: how many classes a net knows, where these images may show fewer.
@@ -37,9 +35,7 @@ def open_images(
     source = open_source(path, labelled=labelled)
     header = _common_header(source, resolution)
     if resolution not in (None, header.width):
-        raise UserError(
-            f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}"
-        )
+        raise UserError(f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}")
     labels, dim, classes = source.labels or (None, 0, None)
     if label_dim:
         if not 0 < dim <= label_dim:
@@ -135,9 +131,7 @@ class Images:
             raise UserError(f"{self.name} has no labels, wanted its classes {list(classes)}")
         keep = np.flatnonzero(np.isin(self.labels, classes))
         if not len(keep):
-            raise UserError(
-                f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}"
-            )
+            raise UserError(f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}")
         part = Images(
             self.source,
             self.header,
@@ -157,8 +151,7 @@ def _common_header(source: Source, resolution: int | None) -> Header:
     for i, header in enumerate(in_order(source.header, n, f"looking at {source.path}", chunk=256)):
         if header.mode not in ("L", "RGB"):
             raise UserError(
-                f"{source.title(i)} is of mode {header.mode}, wanted 8-bit grey (L) or RGB: "
-                f"{_advice(source, resolution or header)}"
+                f"{source.title(i)} is of mode {header.mode}, wanted 8-bit grey (L) or RGB: {_advice(source, resolution or header)}"
             )
         if header != first:
             raise UserError(

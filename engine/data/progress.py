@@ -19,9 +19,7 @@ def cores() -> int:
     return max(1, all_of_them // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def in_order(
-    work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, threads: int | None = None
-) -> Iterator[T]:
+def in_order(work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, threads: int | None = None) -> Iterator[T]:
     """work(0), work(1), … work(n - 1). Threads take `chunk` of them at a time; the first error ends it and is raised.
 
     Pillow and zlib let go of the interpreter lock while they decode, resize and read, so threads are enough here.

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden
-from engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
-from engine.errors import UserError
+from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden
+from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
+from potstill.engine.errors import UserError
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's: key and column meet at the file name's first dot
@@ -110,7 +110,9 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
     """KEY.cls, or a number in KEY.txt, or a usual name of labels in KEY.json."""
     found: dict[Key, Any] = {}
     for kind in [*usual(columns), *(kind for kind in ("txt", "json") if kind in columns)]:
-        values = {key: _value(tars.text(key, place), kind, f"{tars.shards[key.shard]}: {place.name}") for key, place in columns[kind].items()}
+        values = {
+            key: _value(tars.text(key, place), kind, f"{tars.shards[key.shard]}: {place.name}") for key, place in columns[kind].items()
+        }
         found = _of_json(values) if kind == "json" else values
         if kind == "txt" and not all(type(value) is int for value in values.values()):
             found = {}  # captions
@@ -118,7 +120,9 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
             break
     else:
         if has_class_folders([f"{key.name}.png" for key in keys]):
-            say(f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: python -m engine.convert images on the unpacked folder does that")
+            say(
+                f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: python -m engine.convert images on the unpacked folder does that"
+            )
         elif columns:
             say(f"{tars.path} has no labels (KEY.cls); passed over: {', '.join(f'KEY.{kind}' for kind in columns)}")
         return None

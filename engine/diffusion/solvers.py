@@ -25,9 +25,7 @@ def solve(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
     return trajectory(step, denoise, x, sigmas)[-1]
 
 
-def trajectory(
-    step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor, *, lower_final: bool = False
-) -> list[Tensor]:
+def trajectory(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor, *, lower_final: bool = False) -> list[Tensor]:
     """The states at every level of `sigmas` ([T]), the first being x itself: T tensors of x's shape, float64.
 
     `lower_final` ends a multistep DPM-Solver++ with lower orders.

@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
 
 DATA, BALANCED, RANDOM, NONE = "data", "balanced", "random", "none"
 
@@ -18,9 +18,7 @@ class Labelled(Protocol):
     def __len__(self) -> int: ...
 
 
-def labels_for(
-    net: Denoiser, images: Labelled | None, n: int, how: str | None = None, *, seed: int = 0
-) -> tuple[np.ndarray | None, str]:
+def labels_for(net: Denoiser, images: Labelled | None, n: int, how: str | None = None, *, seed: int = 0) -> tuple[np.ndarray | None, str]:
     """The class of each of n images with the seeds from `seed` on, and where it comes from.
 
     how: data (theirs in their order, thinned out or repeated evenly), balanced (all in turn), random (EDM's), or classes

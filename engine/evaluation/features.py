@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.errors import UserError, what_it_is
-from engine.formats.download import digest, is_url
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.formats.download import digest, is_url
 
 
 class Features(nn.Module):
@@ -36,9 +36,7 @@ class Features(nn.Module):
         """Learn num_features from the first of some images; UserError where the features do not fit them."""
         found = self(images[:1])
         if found.ndim != 2 or len(found) != 1:
-            raise UserError(
-                f"{self.title} wants to be a map [N, C, H, W] -> [N, D], got {list(found.shape)} for one image"
-            )
+            raise UserError(f"{self.title} wants to be a map [N, C, H, W] -> [N, D], got {list(found.shape)} for one image")
         self.num_features, self.device = found.shape[1], images.device
 
 
@@ -88,9 +86,7 @@ class Scripted(Features):
             super().measure(images)
             self._check(images)
         except (RuntimeError, torch.jit.Error) as error:
-            raise UserError(
-                f"{self.title} does not take images {list(images.shape[1:])}: {_first_line(error)}"
-            ) from error
+            raise UserError(f"{self.title} does not take images {list(images.shape[1:])}: {_first_line(error)}") from error
 
     def _check(self, like: Tensor) -> None:
         """UserError if what comes out for two pictures of noise is plainly no features."""
@@ -149,16 +145,15 @@ def check_features(name: str) -> None:
             raise UserError(f"no file {where}: features {kind} want the file or the address of their weights")
     elif not Path(name).is_file():
         raise UserError(
-            f"no features {name!r}: wanted pixels, inception, {', '.join(f'{k}:FILE' for k in KINDS)}, or the path of a "
-            "TorchScript file"
+            f"no features {name!r}: wanted pixels, inception, {', '.join(f'{k}:FILE' for k in KINDS)}, or the path of a TorchScript file"
         )
 
 
 def load_features(name: str, *, command: str = "the same command") -> Features:
     """The features of a name as above. UserError for anything else; `command` is what to type again after a download."""
     # They are Features, so they import this file.
-    from engine.evaluation.inception import is_inception, load_inception
-    from engine.evaluation.vision import load_vision
+    from potstill.engine.evaluation.inception import is_inception, load_inception
+    from potstill.engine.evaluation.vision import load_vision
 
     check_features(name)
     kind, _, where = name.partition(":")

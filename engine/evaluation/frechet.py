@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.evaluation.features import Features
-from engine.evaluation.shards import ALONE, Shards
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.features import Features
+from potstill.engine.evaluation.shards import ALONE, Shards
 
 
 class Gaussian(NamedTuple):
@@ -91,9 +91,7 @@ def distance(side: Fitted, fake_batches: Iterable[Tensor]) -> float:
 
 
 @torch.no_grad()
-def moments(
-    batches: Iterable[Tensor], features: Features, *, kept: list[Tensor] | None = None, shards: Shards = ALONE
-) -> Moments:
+def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor] | None = None, shards: Shards = ALONE) -> Moments:
     """The sums over a stream of uint8 images, all processes' together; `kept` collects this one's features, [n, D] each.
 
     A process that may be left without images has measured the features before.

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.sampling import Sampler, SeedNoise
-from engine.whole import save_tensors, whole
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.sampling import Sampler, SeedNoise
+from potstill.engine.whole import save_tensors, whole
 
 
 class PortableNoise(SeedNoise):
@@ -80,9 +80,7 @@ def generate(
         images = _sample(net, sampler, classes, noise)
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
-            raise UserError(
-                f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken"
-            )
+            raise UserError(f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken")
         yield to_uint8(images)
 
 

@@ -14,15 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from engine.errors import UserError, what_it_is
-from engine.evaluation.features import Features, Scripted, rgb
-from engine.formats.download import cached_path, digest, fetch, is_url
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.evaluation.features import Features, Scripted, rgb
+from potstill.engine.formats.download import cached_path, digest, fetch, is_url
 
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # of 95,607,719 bytes
-STATE_DICT_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
+STATE_DICT_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 STATE_DICT_SHA256 = "6726825d"  # its beginning, as the file's name says
 NUM_FEATURES = 2048
 

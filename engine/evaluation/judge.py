@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.evaluation.features import KINDS, Features, load_features
-from engine.evaluation.frechet import moments, squared_distance
-from engine.evaluation.generate import generate
-from engine.evaluation.score import Device, Images, check_fit, labels_for, reference
-from engine.sampling import Sampler
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.features import KINDS, Features, load_features
+from potstill.engine.evaluation.frechet import moments, squared_distance
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.score import Device, Images, check_fit, labels_for, reference
+from potstill.engine.sampling import Sampler
 
 
 class Judge:
     """Fréchet distances in several features from the same real images, at the same n and seeds."""
 
-    def __init__(
-        self, images: Images, features: Sequence[Features], *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu"
-    ):
+    def __init__(self, images: Images, features: Sequence[Features], *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu"):
         """Reads all images once per features. UserError where features do not take them."""
         self.images, self.n, self.seed, self.batch, self.device = images, n, seed, batch, device
         settings = {"n": n, "seed": seed, "batch": batch, "device": device}

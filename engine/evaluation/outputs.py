@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from engine.errors import UserError
-from engine.evaluation.pictures import default_columns, grid, save_png
-from engine.evaluation.places import check_writable
-from engine.formats.images import DatasetZip, png
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.pictures import default_columns, grid, save_png
+from potstill.engine.evaluation.places import check_writable
+from potstill.engine.formats.images import DatasetZip, png
 
 MOST_COLUMNS = 40  # with more classes than this a grid is square
 KINDS = (".png", ".npz", ".zip")
@@ -44,9 +44,7 @@ def out_kind(out: Path) -> str:
 
 
 @contextmanager
-def open_output(
-    out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None
-) -> Iterator[Output]:
+def open_output(out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None) -> Iterator[Output]:
     """For len(seeds) images; what is there is replaced. UserError where the place cannot be written after all."""
     output = None
     try:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.whole import whole
+from potstill.engine.errors import UserError
+from potstill.engine.whole import whole
 
 CELL = 48  # smallest side of a picture in a grid, in screen pixels
 LINE = 2  # between the pictures of a grid

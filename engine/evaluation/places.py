@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 
 def check_writable(out: Path, *, folder: bool = False) -> None:

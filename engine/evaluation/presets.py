@@ -6,8 +6,8 @@ Sources: the commands beside the published nets, and 2206.00364, Tables 2 and 5.
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from engine.diffusion.solvers import SOLVERS
-from engine.errors import UserError
+from potstill.engine.diffusion.solvers import SOLVERS
+from potstill.engine.errors import UserError
 
 Churn = tuple[float, float, float, float]
 IMAGENET_CHURN: Churn = (40, 0.05, 50, 1.003)

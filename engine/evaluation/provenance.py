@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
-from engine.evaluation.shards import Shards
+from potstill.engine.evaluation.shards import Shards
 
 PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 SUBSETS, SUBSET = 100, 1000
 NEIGHBOURS = 3

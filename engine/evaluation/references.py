@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.errors import UserError, what_it_is
-from engine.evaluation.frechet import Gaussian
-from engine.formats.numpy_pickles import read_arrays
-from engine.formats.pickles import shown
-from engine.whole import whole
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.evaluation.frechet import Gaussian
+from potstill.engine.formats.numpy_pickles import read_arrays
+from potstill.engine.formats.pickles import shown
+from potstill.engine.whole import whole
 
 MOST_FEATURES = 16_384  # a covariance of 2 GiB
 BROKEN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, NotImplementedError)
@@ -73,8 +73,7 @@ def _archived(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in ("mu", "sigma") if name in file.files}
     except (*BROKEN, AttributeError) as error:  # AttributeError: one plain .npy, which has no names
         raise UserError(
-            f"{path} is no complete .npz of plain arrays ({type(error).__name__}): wanted EDM's reference, mu and sigma; "
-            f"{what_it_is(path)}"
+            f"{path} is no complete .npz of plain arrays ({type(error).__name__}): wanted EDM's reference, mu and sigma; {what_it_is(path)}"
         ) from error
 
 
@@ -86,9 +85,7 @@ def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
     if entry not in entries:
         held = " and ".join(map(shown, entries))
         wanted = f"no {entry}" if entry else "nothing for these features"
-        raise UserError(
-            f"{path} holds {held:.60}, and {wanted}: fid goes with --features inception, fd_dinov2 with --features dinov2:FILE"
-        )
+        raise UserError(f"{path} holds {held:.60}, and {wanted}: fid goes with --features inception, fd_dinov2 with --features dinov2:FILE")
     return entries[entry]
 
 

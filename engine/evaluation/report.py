@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from engine.evaluation.curves import Curve, chart, read_curves, short
-from engine.whole import whole
+from potstill.engine.evaluation.curves import Curve, chart, read_curves, short
+from potstill.engine.whole import whole
 
 NOT_YET = '<p class="missing">not there yet</p>'
 MOST_GRIDS = 8  # of the sample grids over time
@@ -96,9 +96,7 @@ def _tiles(summary: dict[str, Any]) -> str:
     if (images := _number(summary.get("images_seen"))) is not None:
         tiles.append((short(images), "images seen"))
     if isinstance(seconds := summary.get("seconds"), Mapping):
-        tiles += [
-            (_duration(s), f"time: {name}") for name, value in seconds.items() if (s := _number(value)) is not None
-        ]
+        tiles += [(_duration(s), f"time: {name}") for name, value in seconds.items() if (s := _number(value)) is not None]
     return '<div class="tiles">' + "".join(_tile(value, what) for value, what in tiles) + "</div>" if tiles else NOT_YET
 
 
@@ -121,9 +119,7 @@ def _charts(curves: dict[str, Curve], levels: dict[str, float]) -> str:
 
 def _grids(folder: Path) -> str:
     """Some of a folder's pictures, first and last among them, in the order of the numbers in their names."""
-    found = sorted(
-        folder.glob("*.png"), key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.stem)]
-    )
+    found = sorted(folder.glob("*.png"), key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.stem)])
     if not found:
         return NOT_YET
     last, most = len(found) - 1, min(MOST_GRIDS, len(found))
@@ -181,9 +177,7 @@ def _get(summary: Mapping[str, Any], group: str, key: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    return (
-        value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
-    )
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
 
 
 def _name(summary: Mapping[str, Any], who: str) -> str:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import UserError
-from engine.evaluation.classes import labels_for
-from engine.evaluation.features import Features
-from engine.evaluation.frechet import Gaussian, moments, squared_distance
-from engine.evaluation.generate import generate
-from engine.evaluation.provenance import Fingerprint, tools
-from engine.evaluation.quality import check_neighbours, kid, precision_recall
-from engine.evaluation.shards import ALONE, Shards
-from engine.nets.denoiser import Denoiser
-from engine.sampling import Sampler
+from potstill.engine.errors import UserError
+from potstill.engine.evaluation.classes import labels_for
+from potstill.engine.evaluation.features import Features
+from potstill.engine.evaluation.frechet import Gaussian, moments, squared_distance
+from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.provenance import Fingerprint, tools
+from potstill.engine.evaluation.quality import check_neighbours, kid, precision_recall
+from potstill.engine.evaluation.shards import ALONE, Shards
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.sampling import Sampler
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
@@ -141,8 +141,7 @@ def score(
     fewest = min(n, against.images or n)
     if fewest <= features.num_features:
         found["warning"] = (
-            f"{fewest} images give a singular covariance of {features.num_features} features: "
-            "compare only with distances at the same n"
+            f"{fewest} images give a singular covariance of {features.num_features} features: compare only with distances at the same n"
         )
     return found
 
@@ -178,9 +177,7 @@ def _joined(kept: list[Tensor], features: Features) -> Tensor:
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
 
 
-def _read(
-    images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None
-) -> Iterator[Tensor]:
+def _read(images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None) -> Iterator[Tensor]:
     """Real images [<= batch, C, H, W] uint8 on the device."""
     for start in range(0, len(indices), batch):
         chosen = [images.read(int(i)) for i in indices[start : start + batch]]

@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from engine.diffusion.solvers import SOLVERS
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.nets.router import MANIFEST, Router, load_router
-from engine.nets.weights import load_net
-from engine.sampling import CHURNED, Sampler, ode
+from potstill.engine.diffusion.solvers import SOLVERS
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.router import MANIFEST, Router, load_router
+from potstill.engine.nets.weights import load_net
+from potstill.engine.sampling import CHURNED, Sampler, ode
 
 STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
@@ -129,9 +129,7 @@ def sampler_for(
         lift, low, high, noise = churn
         return replace(walk, churn=(lift, low, min(high, walk.levels(net)[0].item()), noise))
     if role == STUDENT and own is None and solver is None:
-        raise UserError(
-            f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver"
-        )
+        raise UserError(f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver")
     if own and steps is None and solver is None:
         return own
     if role == STUDENT and solver is None and own and own.sigmas[-1] > 0 and own.solver in SOLVERS:

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import UserError, what_it_is
-from engine.evaluation.features import Features, rgb
-from engine.formats.download import digest, fetch, is_url
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.evaluation.features import Features, rgb
+from potstill.engine.formats.download import digest, fetch, is_url
 
 SIDE = 224
 

@@ -57,10 +57,7 @@ def _sentence(about: About) -> str:
     several = f"{about.students} students, each for its own classes, that together are " if about.students > 1 else ""
     steps = "one network evaluation" if about.nfe == 1 else f"{about.nfe} network evaluations"
     teacher = f" from {about.teacher}" if about.teacher else ""
-    return (
-        f"An image generator ({about.size}): {several}distilled by {TITLES.get(method, method)}{teacher}. "
-        f"An image takes {steps}."
-    )
+    return f"An image generator ({about.size}): {several}distilled by {TITLES.get(method, method)}{teacher}. An image takes {steps}."
 
 
 def _quality(about: About) -> str:

@@ -1,8 +1,8 @@
 """A folder that Hugging Face's diffusers loads as a pipeline, with nothing of ours installed.
 
-    model_index.json    which classes in which files, and how the student is sampled
-    pipeline.py         noise to images; unet/denoiser.py: the net (both from `engine/formats/standalone`)
-    unet/               config.json with EDM's keyword arguments, diffusion_pytorch_model.safetensors
+model_index.json    which classes in which files, and how the student is sampled
+pipeline.py         noise to images; unet/denoiser.py: the net (both from `engine/formats/standalone`)
+unet/               config.json with EDM's keyword arguments, diffusion_pytorch_model.safetensors
 """
 
 import json
@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.whole import save_tensors
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.whole import save_tensors
 
 FILES = Path(__file__).parent / "standalone"
 SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows

@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 try:
     import fcntl
@@ -89,9 +89,7 @@ def fetch(url: str, *, command: str, sha256: str | None = None) -> Path:
             part.unlink(missing_ok=True)
             _about(part).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror or error}; POTSTILL_CACHE names another folder"
-            ) from error
+            raise UserError(f"cannot write {path}: {error.strerror or error}; POTSTILL_CACHE names another folder") from error
     if sha256 and (found := digest(path)) != sha256:
         raise UserError(f"{path} has the sha256 {found}, wanted {sha256}: remove it and run this again: {command}")
     return path
@@ -124,9 +122,7 @@ def _download(url: str, part: Path, file: BinaryIO, path: Path, command: str) ->
         size = file.seek(0, os.SEEK_END)
         failures, most = 0 if size > most else failures + 1, max(size, most)
         if failures >= ATTEMPTS:
-            raise UserError(
-                f"cannot download {url} ({reason}): get it in another way, put it at {path} and run this again: {command}"
-            )
+            raise UserError(f"cannot download {url} ({reason}): get it in another way, put it at {path} and run this again: {command}")
         time.sleep(PAUSE * 2**failures if failures else 0)
 
 

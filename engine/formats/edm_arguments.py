@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from engine.formats.numpy_pickles import NumpyArray
-from engine.formats.pickles import Unreadable, shown
-from engine.nets.edm import all_kwargs
+from potstill.engine.formats.numpy_pickles import NumpyArray
+from potstill.engine.formats.pickles import Unreadable, shown
+from potstill.engine.nets.edm import all_kwargs
 
 # What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
 COUNTS = {

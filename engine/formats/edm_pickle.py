@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.diffusion.precond import iddpm_levels
-from engine.errors import UserError
-from engine.formats.edm_arguments import argument, check_arguments, check_class
-from engine.formats.pickles import Inert, Unreadable, checked, shown
-from engine.formats.sfd_pickle import check_layers, is_student, student
-from engine.formats.torch_pickles import Persistent, StoredTensor, read_file
-from engine.nets.denoiser import Denoiser
-from engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
-from engine.nets.weights import load_strictly, read_metadata, read_tensors
-from engine.sampling import Sampler
+from potstill.engine.diffusion.precond import iddpm_levels
+from potstill.engine.errors import UserError
+from potstill.engine.formats.edm_arguments import argument, check_arguments, check_class
+from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
+from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
+from potstill.engine.formats.torch_pickles import Persistent, StoredTensor, read_file
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
+from potstill.engine.nets.weights import load_strictly, read_metadata, read_tensors
+from potstill.engine.sampling import Sampler
 
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike
@@ -113,7 +113,9 @@ def networks(content: Any) -> dict[str, Any]:
     if isinstance(content, Persistent) or is_student(content):
         return {"": content}
     named = content.items() if type(content) is dict else ()
-    named = [(str(name), value) for name, value in named if is_student(value) or (isinstance(value, Persistent) and "_modules" in value.state)]
+    named = [
+        (str(name), value) for name, value in named if is_student(value) or (isinstance(value, Persistent) and "_modules" in value.state)
+    ]
     return {name: value for name, value in named if NET_NAME.fullmatch(name)}
 
 
@@ -185,9 +187,7 @@ def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weig
     matching = [title for title in titled if title == wanted or (wanted or EMA) in title.split(".")]
     title = matching[0] if len(matching) == 1 else _chosen(path, titled, wanted)
     start = titled[title]
-    weights = {
-        f"model.{name.removeprefix(start)}": tensor for name, tensor in tensors.items() if name.startswith(start)
-    }
+    weights = {f"model.{name.removeprefix(start)}": tensor for name, tensor in tensors.items() if name.startswith(start)}
     levels = start.removesuffix("model.") + "u"  # the noise levels of iDDPM, beside the U-Net
     return title, weights | ({"u": tensors[levels]} if levels in tensors else {})
 
@@ -225,9 +225,7 @@ def _flat(content: Any) -> Weights:
 def _description_in(like: Path) -> Description:
     metadata = read_metadata(like)
     if "precond" not in metadata or "kwargs" not in metadata:
-        raise UserError(
-            f"{like} does not say which net it holds: wanted a file written by engine.convert or engine.train"
-        )
+        raise UserError(f"{like} does not say which net it holds: wanted a file written by engine.convert or engine.train")
     return metadata["precond"], metadata["kwargs"]
 
 

@@ -7,8 +7,8 @@ import json
 import shutil
 from pathlib import Path
 
-from engine.nets.router import MANIFEST
-from engine.nets.weights import read_metadata
+from potstill.engine.nets.router import MANIFEST
+from potstill.engine.nets.weights import read_metadata
 
 WEIGHTS = "model.safetensors"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UserError
-from engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
+from potstill.engine.errors import UserError
+from potstill.engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8
 NUMPY_TYPE = re.compile(r"b1|[iu][1248]|f[248]")

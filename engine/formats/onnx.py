@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 Example = tuple[Tensor, ...]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from engine.errors import UserError, what_it_is
-from engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
-from engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
+from potstill.engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 
 PERSISTENCE_VERSION = 6
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a file of torch.save begins that is no zip archive
@@ -153,9 +153,7 @@ SFD_MODULE = "models.networks_edm."  # EDM's classes without its persistence, as
 SFD_CLASSES = (
     "EDMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm", "PositionalEmbedding", "FourierEmbedding"
 )  # fmt: skip
-LAYER = re.compile(
-    r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*"
-)  # ModuleDict and the like: their attributes are read, no more
+LAYER = re.compile(r"torch\.nn\.modules\.[a-z]+\.[A-Z]\w*")  # ModuleDict and the like: their attributes are read, no more
 
 
 def read_file(path: Path) -> Any:
@@ -270,9 +268,7 @@ def _archive(data: memoryview, path: Path) -> Any:
     def member(name: str) -> memoryview:
         entry = entries.get(roots[0] + name)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise Unreadable(
-                f"is a zip archive without {shown(name)}, or has it compressed or encrypted, as torch.save never does"
-            )
+            raise Unreadable(f"is a zip archive without {shown(name)}, or has it compressed or encrypted, as torch.save never does")
         at = entry.header_offset
         if not 0 <= at <= len(data) - 30 or data[at : at + 4] != b"PK\x03\x04":
             raise Unreadable("is a damaged zip archive")

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.sampling import Sampler
-from engine.strata import strata
+from potstill.engine.sampling import Sampler
+from potstill.engine.strata import strata
 
 Logs = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)

@@ -22,15 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.checks import Unused, above, at_least, finite, one_of, window
-from engine.diffusion.sigmas import GRID, edm_weight, grid_level
-from engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
-from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
-from engine.nets.denoiser import Denoiser
-from engine.nets.discriminators import Critic
-from engine.nets.perceptual import LPIPS
-from engine.sampling import one_step
-from kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
+from potstill.engine.checks import Unused, above, at_least, finite, one_of, window
+from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
+from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.discriminators import Critic
+from potstill.engine.nets.perceptual import LPIPS
+from potstill.engine.sampling import one_step
+from potstill.kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
 
 
 @dataclass

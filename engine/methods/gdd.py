@@ -29,19 +29,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.checks import Unused, above, at_least, finite, one_of, wants
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
-from engine.methods.parts import generate, noise_like, set_dropout
-from engine.nets.denoiser import Denoiser
-from engine.nets.discriminators import ProjectedDiscriminator
-from engine.nets.features import FeatureNet
-from engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
-from engine.nets.ops import definitions
-from engine.sampling import one_step
-from engine.skipping.freezing import proposed
-from engine.skipping.plan import load_plan
-from kernels import discriminator_adversarial, generator_adversarial
-from kernels.estimate import accum
+from potstill.engine.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.parts import generate, noise_like, set_dropout
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.discriminators import ProjectedDiscriminator
+from potstill.engine.nets.features import FeatureNet
+from potstill.engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
+from potstill.engine.nets.ops import definitions
+from potstill.engine.sampling import one_step
+from potstill.engine.skipping.freezing import proposed
+from potstill.engine.skipping.plan import load_plan
+from potstill.kernels import discriminator_adversarial, generator_adversarial
+from potstill.kernels.estimate import accum
 
 
 @dataclass
@@ -73,9 +73,8 @@ class GDDConfig:
         at_least(self, 1, "r1_every", "width")
 
     def unused(self) -> Unused:
-        return (
-            ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"})
-            | ({} if any(name.startswith("teacher") for name in self.features) else {"feature_noise": "none of method.features is the teacher"})
+        return ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"}) | (
+            {} if any(name.startswith("teacher") for name in self.features) else {"feature_noise": "none of method.features is the teacher"}
         )
 
 
@@ -89,10 +88,12 @@ class GDD(Method):
             stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan).expanduser()), cfg.freeze))
         else:
             stay, total = freeze(student.model, cfg.freeze)
-        self.notes = [f"freeze level {cfg.freeze}{' by ' * bool(cfg.freeze_plan)}{cfg.freeze_plan or ''}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"]
-        self.discriminator = ProjectedDiscriminator(
-            [net.taps for net in features], width=cfg.width, label_dim=student.label_dim
-        ).to(next(student.parameters()).device)  # before frozen() takes the weights, which would not follow them
+        self.notes = [
+            f"freeze level {cfg.freeze}{' by ' * bool(cfg.freeze_plan)}{cfg.freeze_plan or ''}: {stay:,} of {total:,} parameters stay, {total - stay:,} train"
+        ]
+        self.discriminator = ProjectedDiscriminator([net.taps for net in features], width=cfg.width, label_dim=student.label_dim).to(
+            next(student.parameters()).device
+        )  # before frozen() takes the weights, which would not follow them
         self.frozen_discriminator = frozen(self.discriminator)
         self.nets = {"student": student, "discriminator": self.discriminator}
         self.state = torch.nn.ModuleList([net.drawn for net in features])

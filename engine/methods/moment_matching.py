@@ -27,16 +27,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.checks import Unused, above, at_least, finite, one_of, probability, wants
-from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from engine.diffusion.solvers import posterior
-from engine.errors import UserError
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
-from engine.methods.parts import check_guidance, noise_like, set_dropout
-from engine.nets.denoiser import Denoiser
-from engine.nets.weight_space import MODES, SecondMoment, WeightSpace
-from engine.sampling import ANCESTRAL, Sampler
-from kernels import add_noise, denoise, moments
+from potstill.engine.checks import Unused, above, at_least, finite, one_of, probability, wants
+from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from potstill.engine.diffusion.solvers import posterior
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.parts import check_guidance, noise_like, set_dropout
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weight_space import MODES, SecondMoment, WeightSpace
+from potstill.engine.sampling import ANCESTRAL, Sampler
+from potstill.kernels import add_noise, denoise, moments
 
 
 @dataclass

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checks import above, finite
-from engine.diffusion.sigmas import edm_weight, grid_level, lognormal
-from engine.errors import UserError
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
-from engine.methods.parts import noise_like
-from engine.nets.denoiser import Denoiser
-from engine.nets.router import Partition
-from engine.sampling import heun
-from kernels import add_noise, denoise
+from potstill.engine.checks import above, finite
+from potstill.engine.diffusion.sigmas import edm_weight, grid_level, lognormal
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.parts import noise_like
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.router import Partition
+from potstill.engine.sampling import heun
+from potstill.kernels import add_noise, denoise
 
 KINDS = ("blocks", "random", "kmeans")
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.methods.base import Draws
-from engine.nets.denoiser import Denoiser
-from engine.nets.layers import UNetBlock
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Draws
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.layers import UNetBlock
 
 
 def generate(net: Denoiser, draws: Draws, sigma: float, labels: Tensor | None) -> Tensor:

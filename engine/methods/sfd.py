@@ -23,16 +23,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.checks import Unused, above, at_least, finite, one_of, wants
-from engine.diffusion.sigmas import karras
-from engine.diffusion.solvers import EVALUATIONS, analytic_first_step
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
-from engine.methods.parts import random_labels
-from engine.nets.denoiser import Denoiser
-from engine.nets.perceptual import LPIPS
-from engine.nets.steps import add_step_condition
-from engine.sampling import Sampler, few_step
-from kernels import trajectory
+from potstill.engine.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.diffusion.sigmas import karras
+from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.parts import random_labels
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.perceptual import LPIPS
+from potstill.engine.nets.steps import add_step_condition
+from potstill.engine.sampling import Sampler, few_step
+from potstill.kernels import trajectory
 
 
 @dataclass
@@ -70,9 +70,8 @@ class SFDConfig:
         at_least(self, 0, "lpips")
 
     def unused(self) -> Unused:
-        return (
-            ({} if self.metric == "huber" else {"huber_c": f"method.metric={self.metric}"})
-            | ({} if self.step_condition else {"zero_init": "method.step_condition=false"})
+        return ({} if self.metric == "huber" else {"huber_c": f"method.metric={self.metric}"}) | (
+            {} if self.step_condition else {"zero_init": "method.step_condition=false"}
         )
 
 
@@ -157,4 +156,3 @@ class SFD(Method):
             loss, logs["lpips"] = loss + self.cfg.lpips * it.x[0].numel() * distance, distance.detach().mean()
         it.x = x_next
         return loss.mean(), logs
-

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.checks import Unused, above, finite, one_of, probability, wants
-from engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from engine.methods.base import Batch, Logs, Method, Turn, frozen
-from engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
-from engine.nets.denoiser import Denoiser
-from engine.sampling import one_step
-from kernels import Losses, add_noise, denoise, score_implicit
+from potstill.engine.checks import Unused, above, finite, one_of, probability, wants
+from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.sampling import one_step
+from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
 
 @dataclass
@@ -101,9 +101,7 @@ class SIM(Method):
     def teacher_level(self, u: Tensor) -> Tensor:
         return karras_at(self.cfg.t_max * u)
 
-    def implicit_distance(
-        self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None
-    ) -> Losses:
+    def implicit_distance(self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None) -> Losses:
         """Per sample, what has the gradient of w·d(score of x's law - score of the data) at x_t, averaged.
 
         weight [N]: w; None is 1 for huber, and for l2 SiD's 1 / mean|x - D_q|.
@@ -111,6 +109,4 @@ class SIM(Method):
         x_t = add_noise(x, sigma, noise)
         real = self.teacher.estimate(x_t, sigma, labels, guidance=self.cfg.guidance)
         fake = self.frozen_fake.estimate(x_t, sigma, labels)
-        return score_implicit(
-            x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight
-        )
+        return score_implicit(x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight)

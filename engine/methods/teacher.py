@@ -1,18 +1,18 @@
 """Training a teacher: EDM's weighted denoising loss (2206.00364, Eq. 5 and 8).
 
-    L = E λ(σ) ||D(y + σ n; σ) - y||²,   ln σ ~ N(P_mean, P_std²),   λ = (σ² + σ_d²) / (σ σ_d)²
+L = E λ(σ) ||D(y + σ n; σ) - y||²,   ln σ ~ N(P_mean, P_std²),   λ = (σ² + σ_d²) / (σ σ_d)²
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.checks import above, at_least, finite
-from engine.diffusion.sigmas import edm_weight, lognormal
-from engine.methods.base import Batch, Logs, Method, Turn
-from engine.nets.denoiser import Denoiser
-from engine.sampling import heun
-from kernels import add_noise, denoise
+from potstill.engine.checks import above, at_least, finite
+from potstill.engine.diffusion.sigmas import edm_weight, lognormal
+from potstill.engine.methods.base import Batch, Logs, Method, Turn
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.sampling import heun
+from potstill.kernels import add_noise, denoise
 
 
 @dataclass

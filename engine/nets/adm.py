@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nets.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
-from engine.nets.unet import UNet, resolutions_of
+from potstill.engine.nets.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
+from potstill.engine.nets.unet import UNet, resolutions_of
 
 
 class DhariwalUNet(UNet):

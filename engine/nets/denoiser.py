@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.diffusion import precond as schemes
-from engine.diffusion.precond import Coefficients
-from engine.nets.unet import UNet
-from kernels import Estimate
+from potstill.engine.diffusion import precond as schemes
+from potstill.engine.diffusion.precond import Coefficients
+from potstill.engine.nets.unet import UNet
+from potstill.kernels import Estimate
 
 
 class Denoiser(nn.Module):
@@ -118,9 +118,7 @@ class Denoiser(nn.Module):
         if self.precond == "iDDPMPrecond":
             self.u = net.u
 
-    def _raw(
-        self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None
-    ):
+    def _raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None):
         x = x.float()
         c = self.coefficients(self._sigmas(sigma, x))
         raw = self.model(self._input(x, c), c.c_noise, self._labels(labels, x), augment_labels, steps)

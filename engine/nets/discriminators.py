@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.nets import ops
-from engine.nets.denoiser import Denoiser
-from engine.nets.features import Tap
-from engine.nets.layers import in_dtype
-from kernels import Estimate
-from kernels.estimate import accum
+from potstill.engine.errors import UserError
+from potstill.engine.nets import ops
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.features import Tap
+from potstill.engine.nets.layers import in_dtype
+from potstill.kernels import Estimate
+from potstill.kernels.estimate import accum
 
 
 class BottleneckHead(nn.Module):

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from engine.diffusion.precond import iddpm_levels, vp_sigma
-from engine.nets.adm import DhariwalUNet
-from engine.nets.denoiser import Denoiser
-from engine.nets.song import SongUNet
-from engine.nets.steps import add_step_condition
-from engine.nets.unet import UNet
+from potstill.engine.diffusion.precond import iddpm_levels, vp_sigma
+from potstill.engine.nets.adm import DhariwalUNet
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.song import SongUNet
+from potstill.engine.nets.steps import add_step_condition
+from potstill.engine.nets.unet import UNet
 
 UNETS: dict[str, type[UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError, what_it_is
-from engine.nets.denoiser import Denoiser
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.nets.denoiser import Denoiser
 
 TEACHER_SIGMA = 0.2  # a choice: noise a tenth of the images' power, so the encoder still sees everything but the finest detail
 # What GDD's nets look like inside, so that a run can be planned where they are not installed: (channels, side).
@@ -175,8 +175,7 @@ def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
         import timm
     except ImportError as error:
         raise UserError(
-            f"feature net timm:{name} wants the package timm ({error}): "
-            "pip install 'potstill[timm]', or use method.features=[teacher]"
+            f"feature net timm:{name} wants the package timm ({error}): pip install 'potstill[timm]', or use method.features=[teacher]"
         ) from error
     transformer = name.startswith(("deit", "vit"))
     kwargs = {} if transformer else {"features_only": True, "out_indices": (1, 2, 3, 4)}

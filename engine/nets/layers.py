@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from engine.nets import ops
-from engine.nets.shadow import in_dtype
+from potstill.engine.nets import ops
+from potstill.engine.nets.shadow import in_dtype
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-import kernels
-from kernels import native
-from kernels.norm_silu import plain
+from potstill import kernels
+from potstill.kernels import native
+from potstill.kernels.norm_silu import plain
 
 _by_definition = False  # a plain global: the compiler guards on it, and knows no ContextVar
 

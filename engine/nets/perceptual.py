@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.nets.features import planning, rgb
+from potstill.engine.errors import UserError
+from potstill.engine.nets.features import planning, rgb
 
 
 class LPIPS(nn.Module):
@@ -17,9 +17,7 @@ class LPIPS(nn.Module):
         try:
             import lpips
         except ImportError as error:
-            raise UserError(
-                f"LPIPS wants the package lpips ({error}): pip install 'potstill[lpips]', or set method.lpips=0"
-            ) from error
+            raise UserError(f"LPIPS wants the package lpips ({error}): pip install 'potstill[lpips]', or set method.lpips=0") from error
         try:
             self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
         except OSError as error:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.nets.weights import file_hash, load_net
-from engine.whole import whole
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weights import file_hash, load_net
+from potstill.engine.whole import whole
 
 MANIFEST = "manifest.json"
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nets.layers import (
+from potstill.engine.nets.layers import (
     BlockStyle,
     Conv2d,
     FourierEmbedding,
@@ -16,8 +16,8 @@ from engine.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
 )
-from engine.nets.ops import laid
-from engine.nets.unet import UNet, resolutions_of
+from potstill.engine.nets.ops import laid
+from potstill.engine.nets.unet import UNet, resolutions_of
 
 
 class SongUNet(UNet):
@@ -60,9 +60,7 @@ class SongUNet(UNet):
         )  # fmt: skip
 
         positional = embedding_type == "positional"
-        self.map_noise = (
-            PositionalEmbedding(noise_channels, endpoint=True) if positional else FourierEmbedding(noise_channels)
-        )
+        self.map_noise = PositionalEmbedding(noise_channels, endpoint=True) if positional else FourierEmbedding(noise_channels)
         self.map_label = Linear(label_dim, noise_channels, init=init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, init=init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, init=init)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.nets.denoiser import Denoiser
-from engine.nets.layers import FourierEmbedding, Init, Linear, UNetBlock
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.layers import FourierEmbedding, Init, Linear, UNetBlock
 
 FREQUENCIES = "model.map_steps.waves.freqs"  # in a weight file: one without is of a potstill that embedded otherwise
 

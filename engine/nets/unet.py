@@ -7,8 +7,8 @@ where GAN heads listen.
 import torch
 from torch import Tensor, nn
 
-from engine.nets.layers import UNetBlock
-from engine.nets.ops import laid
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.ops import laid
 
 
 def resolutions_of(img_resolution: int, levels: int) -> list[int]:

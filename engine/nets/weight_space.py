@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 
-from engine.nets.denoiser import Denoiser
-from engine.nets.ops import definitions
-from kernels import Estimate
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.ops import definitions
+from potstill.kernels import Estimate
 
 MODES = ("forward", "difference")
 

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from engine.errors import UserError, what_it_is
-from engine.nets.denoiser import Denoiser
-from engine.nets.edm import from_kwargs
-from engine.nets.steps import FREQUENCIES
-from engine.whole import save_tensors, whole
+from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.steps import FREQUENCIES
+from potstill.engine.whole import save_tensors, whole
 
 FORMAT = "potstill-1"
 

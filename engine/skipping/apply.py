@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.nets.layers import UNetBlock
-from engine.nets.unet import UNet
-from engine.skipping.blocks import blocks_of, skippable
-from engine.skipping.plan import Plan, SkippingConfig
-from engine.strata import spread
-from kernels import Estimate
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.unet import UNet
+from potstill.engine.skipping.blocks import blocks_of, skippable
+from potstill.engine.skipping.plan import Plan, SkippingConfig
+from potstill.engine.strata import spread
+from potstill.kernels import Estimate
 
 Levels = Callable[[Tensor], Tensor]  # u in [0, 1] -> σ: the quantiles of the law that a method asks its teacher at
 
@@ -215,7 +215,9 @@ def remember(model: UNet, resolution: int, memory: Memory) -> None:
             kind = RememberedBlock if isinstance(layer, UNetBlock) else Remembered
             part[name] = kind(layer, memory, needed)
     if f"{top}up" not in model.dec:
-        raise UserError("skipping.cache wants a teacher of several resolutions: in one of a single resolution there is nothing deep to remember")
+        raise UserError(
+            "skipping.cache wants a teacher of several resolutions: in one of a single resolution there is nothing deep to remember"
+        )
 
 
 class Guard:

@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from engine.nets.layers import UNetBlock
-from engine.nets.unet import UNet
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.unet import UNet
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from engine.errors import UserError
-from engine.nets.frozen import KINDS, is_frozen
-from engine.skipping.plan import Plan
-from engine.skipping.probe import Profile
+from potstill.engine.errors import UserError
+from potstill.engine.nets.frozen import KINDS, is_frozen
+from potstill.engine.skipping.plan import Plan
+from potstill.engine.skipping.probe import Profile
 
 MOST = len(KINDS)  # the level whose parameters are up for choice: all that any level freezes
 

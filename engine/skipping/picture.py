@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from engine.skipping.plan import Plan
-from engine.skipping.probe import Profile
+from potstill.engine.skipping.plan import Plan
+from potstill.engine.skipping.probe import Profile
 
 
 def heat_map(path: Path, profile: Profile, plan: Plan) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.checks import Unused, above, at_least, finite, wants
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.nets.weights import same_weights, weights_hash
-from engine.skipping.blocks import block_names
-from engine.whole import whole
+from potstill.engine.checks import Unused, above, at_least, finite, wants
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weights import same_weights, weights_hash
+from potstill.engine.skipping.blocks import block_names
+from potstill.engine.whole import whole
 
 FORMAT = "potstill-plan-1"
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
@@ -45,7 +45,11 @@ class SkippingConfig:
         above(self, 0, "norm")
 
     def unused(self) -> Unused:
-        idle = {} if self.plan or self.cache > 1 else dict.fromkeys(("anneal", "guard_iterations", "cosine", "norm"), "neither skipping.plan nor skipping.cache")
+        idle = (
+            {}
+            if self.plan or self.cache > 1
+            else dict.fromkeys(("anneal", "guard_iterations", "cosine", "norm"), "neither skipping.plan nor skipping.cache")
+        )
         return idle if self.guard_iterations else idle | dict.fromkeys(("cosine", "norm"), "skipping.guard_iterations=0")
 
 
@@ -126,9 +130,13 @@ def load_plan(path: Path) -> Plan:
 def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
     """UserError if the plan was not made for this very net."""
     if plan.resolution != net.img_resolution:
-        raise UserError(f"{source} is for {plan.resolution}x{plan.resolution} images, the teacher makes {net.img_resolution}x{net.img_resolution}: probe this teacher")
+        raise UserError(
+            f"{source} is for {plan.resolution}x{plan.resolution} images, the teacher makes {net.img_resolution}x{net.img_resolution}: probe this teacher"
+        )
     if not same_weights(plan.teacher, net):
-        raise UserError(f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with engine.probe")
+        raise UserError(
+            f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with engine.probe"
+        )
     if unknown := set(plan.order) - set(block_names(net.model)):
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
 

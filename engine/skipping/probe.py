@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.nets.denoiser import Denoiser
-from engine.nets.weights import weights_hash
-from engine.skipping.blocks import Skippable, blocks_of, skippable
-from engine.skipping.plan import Plan, free_choice, kl_budget, nested_order, prefixes, saved, settled
+from potstill.engine.errors import UserError
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.weights import weights_hash
+from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
+from potstill.engine.skipping.plan import Plan, free_choice, kl_budget, nested_order, prefixes, saved, settled
 
 LOWEST, HIGHEST = 0.002, 80.0  # noise levels, where the scheme does not say
 PROBES = 4  # random directions v per image
@@ -108,7 +108,9 @@ def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] =
     if bins < 1:
         raise UserError(f"wanted at least 1 bin of noise levels, got {bins}")
     if len(data.images) < 4 * bins:
-        raise UserError(f"{bins} bins of noise levels want at least {4 * bins} images, four for each, got {len(data.images)}: use fewer --bins")
+        raise UserError(
+            f"{bins} bins of noise levels want at least {4 * bins} images, four for each, got {len(data.images)}: use fewer --bins"
+        )
     edges = bin_edges(net, bins)
     probed = Probed(net)
     fit, choose = data.part(0, 0.5), data.part(0.5, 0.75)
@@ -216,9 +218,7 @@ def taylor(probed: Probed, data: Material, low: float, high: float, affine: Any,
 
 def calibrate(block: Skippable, affine: dict[str, list[list[float]]], k: int, dtype: torch.dtype) -> None:
     device = next(block.parameters()).device
-    block.scale, block.shift = (
-        torch.tensor(affine[part][k], device=device, dtype=dtype)[None, :, None, None] for part in ("a", "b")
-    )
+    block.scale, block.shift = (torch.tensor(affine[part][k], device=device, dtype=dtype)[None, :, None, None] for part in ("a", "b"))
 
 
 def uncalibrate(probed: Probed) -> None:
@@ -278,8 +278,7 @@ def latencies(probed: Probed, data: Material, rounds: int = 15) -> tuple[np.ndar
     x_t, sigma, _, labels = next(data.noised(0.5, 1.0))
     inputs: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = [
-        block.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args))
-        for name, block in probed.parts.items()
+        block.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args)) for name, block in probed.parts.items()
     ]
     probed(x_t, sigma, labels)
     for hook in hooks:
@@ -343,7 +342,9 @@ def make_plan(net: Denoiser, data: Material, profile: Profile, budget: float) ->
         "kl_nats": kl_budget(profile.edges, [one["kl_slope"] for one in measured]),
         "held_out_images": len(held.images),
     }
-    rounded = {name: {part: [[float(f"{v:.7g}") for v in row] for row in rows] for part, rows in one.items()} for name, one in affine.items()}
+    rounded = {
+        name: {part: [[float(f"{v:.7g}") for v in row] for row in rows] for part, rows in one.items()} for name, one in affine.items()
+    }
     return Plan(weights_hash(net), net.img_resolution, profile.edges, named, prefix, budget, rounded, report)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.errors import UserError
-from engine.nets.layers import UNetBlock
-from engine.nets.unet import UNet
+from potstill.engine.errors import UserError
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.unet import UNet
 
 MODES: dict[str, type[nn.Module] | None] = {"off": None, "blocks": UNetBlock, "net": UNet}
 

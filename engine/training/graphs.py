@@ -28,9 +28,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from engine.methods.base import Draws, Logs
-from kernels.tables import owned_by_graph
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Draws, Logs
+from potstill.kernels.tables import owned_by_graph
 
 MODES = ("auto", "on", "off")
 Work = Callable[[Any], tuple[Any, Logs]]  # what the pieces share -> the same afterwards, and what to log
@@ -260,7 +260,9 @@ class Graphs:
     def _begin_again(self, name: str) -> None:
         """Other graphs were lost, through no fault of theirs: they may be captured again, after eager runs as before."""
         if self.captured:
-            self.say(f"CUDA graphs: the failed capture of {name} broke the generators of those from before ({len(self.captured)}), which are captured again")
+            self.say(
+                f"CUDA graphs: the failed capture of {name} broke the generators of those from before ({len(self.captured)}), which are captured again"
+            )
         self.captured.clear()
         self.seen.clear()
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.errors import UserError
-from engine.methods.base import Logs
-from engine.training.ranks import ALONE, Ranks
-from engine.whole import whole
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Logs
+from potstill.engine.training.ranks import ALONE, Ranks
+from potstill.engine.whole import whole
 
 
 @dataclass
@@ -129,7 +129,9 @@ class WandB:
                 name=f"{group} {stage}", group=group, job_type=stage,
             )  # fmt: skip
         except wandb.Error as error:
-            raise UserError(f"W&B starts no run ({error}): wandb login, or WANDB_MODE=offline in the environment, or log.wandb=null") from error
+            raise UserError(
+                f"W&B starts no run ({error}): wandb login, or WANDB_MODE=offline in the environment, or log.wandb=null"
+            ) from error
 
     def write(self, metrics: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])

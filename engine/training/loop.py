@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from engine.errors import UserError
-from engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
-from engine.training.compile import cache_in
-from engine.training.log import LogConfig, Progress, Silent, writers
-from engine.training.memory import fitting_micro_batch
-from engine.training.profile import STEP, WAITING, Profile, span
-from engine.training.run import Run
+from potstill.engine.errors import UserError
+from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from potstill.engine.training.compile import cache_in
+from potstill.engine.training.log import LogConfig, Progress, Silent, writers
+from potstill.engine.training.memory import fitting_micro_batch
+from potstill.engine.training.profile import STEP, WAITING, Profile, span
+from potstill.engine.training.run import Run
 
 
 @dataclass
@@ -146,9 +146,7 @@ class Clock:
         self.now = time.perf_counter()
 
 
-def write(
-    told: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0
-) -> None:
+def write(told: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0) -> None:
     line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
     if seconds_per_step:
         line["images_per_second"] = round(run.cfg.batch / seconds_per_step, 1)
@@ -163,8 +161,7 @@ def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
     bad = [name for name, value in metrics.items() if value != value or value in (float("inf"), float("-inf"))]
     if bad:
         raise UserError(
-            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; "
-            f"checkpoints from before are in {kept}"
+            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; checkpoints from before are in {kept}"
         )
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.errors import UserError
-from engine.methods.base import Alone, modules_of
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Alone, modules_of
 
 if TYPE_CHECKING:
-    from engine.training.run import Run
+    from potstill.engine.training.run import Run
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
 
@@ -33,7 +33,9 @@ def fitting_micro_batch(run: "Run", images_and_labels: tuple[Tensor, Tensor | No
         if peak and -peak <= room:
             say(f"train.micro_batch=auto: {size} of {len(images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)")
             return size
-    raise UserError("train.micro_batch=auto: not even one image fits into the GPU's memory: use train.parallel=fsdp, more GPUs or a smaller net")
+    raise UserError(
+        "train.micro_batch=auto: not even one image fits into the GPU's memory: use train.parallel=fsdp, more GPUs or a smaller net"
+    )
 
 
 def sizes(share: int) -> Iterator[int]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checks import above, at_least, finite, one_of, wants
-from engine.nets.shadow import shadow_of
-from kernels import AdamEMA
+from potstill.engine.checks import above, at_least, finite, one_of, wants
+from potstill.engine.nets.shadow import shadow_of
+from potstill.kernels import AdamEMA
 
 
 @dataclass
@@ -71,7 +71,7 @@ def build_optimizer(
 
 
 def chosen(implementation: str, parameters: Iterable[Tensor]) -> str:
-    """"torch" or "adam_ema"."""
+    """ "torch" or "adam_ema"."""
     if implementation != "auto":
         return implementation
     on_gpu = all(p.is_cuda and p.dtype is torch.float32 and not hasattr(p, "device_mesh") for p in parameters)

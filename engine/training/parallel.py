@@ -30,13 +30,13 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 
-from engine.checks import at_least, one_of
-from engine.errors import UserError
-from engine.methods.base import Method, modules_of
-from engine.nets.denoiser import Denoiser
-from engine.nets.discriminators import Critic
-from engine.nets.layers import UNetBlock
-from engine.training.ranks import Ranks
+from potstill.engine.checks import at_least, one_of
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Method, modules_of
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.discriminators import Critic
+from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.training.ranks import Ranks
 
 MODES = ("ddp", "fsdp")
 TEACHERS = ("replicate", "shard")
@@ -63,7 +63,9 @@ def check_shares(
     if ranks > batch:
         raise UserError(f"{ranks} ranks want at least as many images per iteration, got {where}.batch = {batch}: start fewer, or raise it")
     if batch % ranks:
-        raise UserError(f"{where}.batch = {batch} does not divide among {ranks} ranks: use {batch - batch % ranks} or {batch + -batch % ranks}")
+        raise UserError(
+            f"{where}.batch = {batch} does not divide among {ranks} ranks: use {batch - batch % ranks} or {batch + -batch % ranks}"
+        )
     share = batch // ranks
     if statistics and isinstance(micro, int) and share % micro:
         raise UserError(
@@ -241,10 +243,7 @@ def wire(method: Method, parallel: str, cfg: FSDPConfig, ranks: Ranks, device: t
         frozen = {id(m): m for one in held for m in one.modules() if isinstance(m, Denoiser) and id(m) not in known}
         for one in frozen.values():
             shard(one, mesh, cfg)
-    return {
-        name: Sharded(net, views[name], mesh, cfg, ranks) if has_unet(net) else Wired(net, ranks)
-        for name, net in nets.items()
-    }
+    return {name: Sharded(net, views[name], mesh, cfg, ranks) if has_unet(net) else Wired(net, ranks) for name, net in nets.items()}
 
 
 def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
@@ -342,6 +341,4 @@ def _dtensor(local: Tensor, like: Any) -> Any:
     """This rank's part of a tensor that is cut as `like` is."""
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())

@@ -88,7 +88,11 @@ def shares(events: Iterable[Any], device: torch.device) -> dict[str, Any]:
     start, end = min(e.time_range.start for e in spans), max(e.time_range.end for e in spans)
     if device.type == "cuda":
         # PyTorch repeats named stretches of the host, such as optimisers' steps, among the kernels.
-        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False) and e.name not in (WAITING, STEP)]
+        kernels = [
+            e
+            for e in events
+            if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False) and e.name not in (WAITING, STEP)
+        ]
         rows = [(e.name, e.time_range.end - e.time_range.start) for e in kernels]
         end = max([end, *(e.time_range.end for e in kernels)])
         busy = covered((e.time_range.start, e.time_range.end) for e in kernels)

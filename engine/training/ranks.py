@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import UserError
+from potstill.engine.errors import UserError
 
 T = TypeVar("T")
 

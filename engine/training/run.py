@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from engine.checks import BadSetting, above, at_least, finite, one_of, wants
-from engine.errors import UserError
-from engine.methods.base import Batch, Draws, Method, modules_of
-from engine.nets.layers import CHECKPOINTING
-from engine.nets.shadow import give_shadows, renew_stale
-from engine.skipping.apply import Guard
-from engine.training.checkpoint import fitted, restore
-from engine.training.compile import MODES as COMPILED
-from engine.training.compile import compile_nets
-from engine.training.ema import EMA, ema_decay
-from engine.training.graphs import MODES as GRAPHS
-from engine.training.graphs import build_graphs, seed_dropout
-from engine.training.log import Meter
-from engine.training.optim import (
+from potstill.engine.checks import BadSetting, above, at_least, finite, one_of, wants
+from potstill.engine.errors import UserError
+from potstill.engine.methods.base import Batch, Draws, Method, modules_of
+from potstill.engine.nets.layers import CHECKPOINTING
+from potstill.engine.nets.shadow import give_shadows, renew_stale
+from potstill.engine.skipping.apply import Guard
+from potstill.engine.training.checkpoint import fitted, restore
+from potstill.engine.training.compile import MODES as COMPILED
+from potstill.engine.training.compile import compile_nets
+from potstill.engine.training.ema import EMA, ema_decay
+from potstill.engine.training.graphs import MODES as GRAPHS
+from potstill.engine.training.graphs import build_graphs, seed_dropout
+from potstill.engine.training.log import Meter
+from potstill.engine.training.optim import (
     IMPLEMENTATIONS,
     OptimConfig,
     build_optimizer,
@@ -35,11 +35,11 @@ from engine.training.optim import (
     rates_as_tensors,
     set_learning_rate,
 )
-from engine.training.parallel import MODES as PARALLEL
-from engine.training.parallel import FSDPConfig, Sharded, largest_part, wire
-from engine.training.ranks import ALONE, Ranks
-from engine.training.step import Trained, iteration
-from kernels import AdamEMA
+from potstill.engine.training.parallel import MODES as PARALLEL
+from potstill.engine.training.parallel import FSDPConfig, Sharded, largest_part, wire
+from potstill.engine.training.ranks import ALONE, Ranks
+from potstill.engine.training.step import Trained, iteration
+from potstill.kernels import AdamEMA
 
 
 @dataclass

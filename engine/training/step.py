@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.methods.base import Batch, Logs, Method, Turn
-from engine.training.graphs import Graphs
+from potstill.engine.methods.base import Batch, Logs, Method, Turn
+from potstill.engine.training.graphs import Graphs
 
 
 @dataclass

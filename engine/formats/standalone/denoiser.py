@@ -116,8 +116,9 @@ class Conv(nn.Module):
         pad = (taps.shape[-1] - 1) // 2
         if self.fused:  # only ever with down: one padding for both, and the bias last
             x = F.conv2d(x, self.weight, padding=kernel // 2 + pad)
-            return F.conv2d(x, self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1), groups=x.shape[1], stride=2) + (
-                self.bias[:, None, None]
+            return (
+                F.conv2d(x, self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1), groups=x.shape[1], stride=2)
+                + (self.bias[:, None, None])
             )
         if self.up:
             x = F.conv_transpose2d(x, taps * 4, groups=x.shape[1], stride=2, padding=pad)

@@ -1,0 +1,69 @@
+"""Distil diffusion models into one-step generators: fused losses, an engine, and students for other programs.
+
+    from potstill import Estimate, Student, score_match
+
+Everything public is here; docs/api.md lists it. A name is loaded when it is first asked for, so that `import potstill` costs
+nothing and somebody who only wants a loss never loads the engine.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potstill.engine.errors import UserError
+    from potstill.engine.student import Student
+    from potstill.kernels import (
+        AdamEMA,
+        Estimate,
+        Losses,
+        NoisedInput,
+        Normals,
+        add_noise,
+        denoise,
+        discriminator_adversarial,
+        generator_adversarial,
+        moments,
+        noised_input,
+        norm_silu,
+        score_implicit,
+        score_match,
+        trajectory,
+    )
+    from potstill.kernels.cuda import set_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamEMA",
+    "Estimate",
+    "Losses",
+    "NoisedInput",
+    "Normals",
+    "Student",
+    "UserError",
+    "add_noise",
+    "denoise",
+    "discriminator_adversarial",
+    "generator_adversarial",
+    "moments",
+    "noised_input",
+    "norm_silu",
+    "score_implicit",
+    "score_match",
+    "set_backend",
+    "trajectory",
+]
+
+_HOMES = {"Student": "engine.student", "UserError": "engine.errors", "set_backend": "kernels.cuda"}  # the others': kernels
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'potstill' has no attribute {name!r}")
+    value = getattr(import_module(f"potstill.{_HOMES.get(name, 'kernels')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
