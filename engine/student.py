@@ -1,7 +1,7 @@
 """A student as one object: images from seeds, or from noise of your own.
 
 student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
-images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that engine.sample makes
+images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that `potstill sample` makes
 x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
 """
 
@@ -49,9 +49,17 @@ class Student(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
-        """The student of a run folder, of a folder made by engine.export, in a weight file, or USER/NAME on the hub.
+        """The student of a run folder, of a folder that `potstill export` made, in a weight file, or USER/NAME on the hub.
 
-        Only safetensors and JSON are read. `revision` is a branch, tag or commit of the hub. Raises UserError.
+        Only safetensors and JSON are read; nothing of it is executed.
+
+        Args:
+            source: a folder, a file, or a name on the hub, which wants the extra `hub`.
+            revision: a branch, tag or commit of the hub.
+            device: where the net shall be.
+
+        Raises:
+            UserError: nothing of that name, no student in it, or one of a format that is not known.
         """
         place = Path(source).expanduser()
         if not place.exists() and HUB_ID.fullmatch(str(source)):
@@ -62,7 +70,11 @@ class Student(nn.Module):
         return cls(model.net, model.sampler, model.metadata).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Weights and config.json as `from_pretrained` reads them. `engine.export --to hub` adds the model card."""
+        """Weights and config.json as `from_pretrained` reads them. `potstill export --to hub` adds the model card.
+
+        Raises:
+            UserError: the student is several nets (MSD), which are saved from their run.
+        """
         if isinstance(self.net, Router):
             raise UserError("a student of several nets is saved from its run: python -m engine.export RUN --to hub --out DIR")
         folder = Path(folder)
@@ -72,9 +84,14 @@ class Student(nn.Module):
         write_config(folder, folder / WEIGHTS)
 
     def generate(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images [N, C, H, W] float32 from standard normals z [N, C, H, W], or [N, draws, C, H, W] where draws > 1.
+        """Images [N, C, H, W] float32 about in [-1, 1], differentiable in z and in the net's parameters.
 
-        labels: classes [N] of an integer dtype or rows [N, label_dim]; None is "no class", which a net must have learnt.
+        Args:
+            z: standard normals [N, C, H, W], or [N, draws, C, H, W] for a student that draws at every step (`self.draws` > 1).
+            labels: classes [N] of an integer dtype or rows [N, label_dim]; None is "no class", which a net must have learnt.
+
+        Raises:
+            UserError: noise or labels of another shape.
         """
         wanted = self.shape if self.draws == 1 else (self.draws, *self.shape)
         if tuple(z.shape[1:]) != wanted:
@@ -91,9 +108,16 @@ class Student(nn.Module):
         dtype: torch.dtype = torch.uint8,
         batch: int = 256,
     ) -> Tensor:
-        """One image per seed, [N, C, H, W]: uint8, or with dtype=torch.float32 as the net gives them, about in [-1, 1].
+        """One image per seed, [N, C, H, W]; a seed is the same image on every device, up to rounding.
 
-        labels: one class for each seed; by default seed s has class s mod classes, as in engine.sample.
+        Args:
+            seeds: whole numbers; noise is drawn on the CPU.
+            labels: one class for each seed; by default seed s has class s mod classes, as in `potstill sample`.
+            dtype: uint8, EDM's rounding to 0 … 255; or float32, as the net gives them, about in [-1, 1].
+            batch: images at a time.
+
+        Raises:
+            UserError: classes for a net without, too few of them, or one that there is not.
         """
         classes = self._classes(seeds, labels)
         if dtype == torch.uint8:
@@ -108,6 +132,7 @@ class Student(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the net is; `student.to(device)` moves it."""
         return next(self.net.parameters()).device
 
     def _classes(self, seeds: Sequence[int], labels: Any) -> np.ndarray | None:

@@ -129,6 +129,16 @@ class SiDLoss:
         alpha: float = 1.2,
         tmax: float = 800,
     ) -> Tensor:
+        """The generator's loss [N] at noise levels drawn as SiD's code draws them; differentiable in `images`.
+
+        Args:
+            true_score, fake_score: denoisers D(x_t, sigma, labels, augment_labels=) -> [N, C, H, W].
+            images: the generator's, [N, C, H, W].
+            labels: passed on as they are.
+            augment_pipe: images -> (images, augment_labels), as EDM's; None: no augmentation, and labels of zeros.
+            alpha: SiD's, 1.2 by default.
+            tmax: the largest index of noise levels of 1000.
+        """
         low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
         r = torch.rand([images.shape[0], 1, 1, 1], device=images.device) * tmax / 1000
         sigma = (high + (1 - r) * (low - high)) ** 7
@@ -145,6 +155,7 @@ class SiDLoss:
         labels: Tensor | None = None,
         augment_pipe: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
+        """The fake score's denoising loss [N], EDM's, on the generator's `images` [N, C, H, W], which are a constant."""
         sigma = (torch.randn([images.shape[0], 1, 1, 1], device=images.device) * self.P_std + self.P_mean).exp()
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         y, augment_labels = (images, None) if augment_pipe is None else augment_pipe(images)

@@ -1,6 +1,6 @@
 """Which implementation of an op runs: Triton, the CUDA C++ of csrc/, or the plain PyTorch definition.
 
-    kernels.cuda.set_backend("cuda")            # for the process; or POTSTILL_BACKEND=cuda in the environment
+    potstill.set_backend("cuda")                  # for the process; or POTSTILL_BACKEND=cuda in the environment
 
 `auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA). CPU tensors take the
 definition, and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is optional: setup.py

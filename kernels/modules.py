@@ -40,7 +40,7 @@ class _Loss(nn.Module):
 
 
 class ScoreMatchLoss(_Loss):
-    """`kernels.score_match`: DMD's and DMD2's generator loss."""
+    """`score_match`: DMD's and DMD2's generator loss."""
 
     def __init__(self, *, eps: float = 1e-6, reduction: str = "mean"):
         super().__init__(reduction)
@@ -51,7 +51,7 @@ class ScoreMatchLoss(_Loss):
 
 
 class ScoreImplicitLoss(_Loss):
-    """`kernels.score_implicit`: SIM's and SiD's generator loss."""
+    """`score_implicit`: SIM's and SiD's generator loss."""
 
     def __init__(self, distance: str = "huber", *, alpha: float = 1.0, c: float = 0.03, reduction: str = "mean"):
         super().__init__(reduction)
@@ -63,7 +63,7 @@ class ScoreImplicitLoss(_Loss):
 
 
 class DenoiseLoss(_Loss):
-    """`kernels.denoise`: the fake score's and the auxiliary network's loss."""
+    """`denoise`: the fake score's and the auxiliary network's loss."""
 
     def __init__(self, *, per_sample: str = "mean", reduction: str = "mean"):
         super().__init__(reduction)
@@ -74,7 +74,7 @@ class DenoiseLoss(_Loss):
 
 
 class MomentsLoss(_Loss):
-    """`kernels.moments`: moment matching's student loss."""
+    """`moments`: moment matching's student loss."""
 
     def __init__(self, *, per_sample: str = "mean", reduction: str = "mean"):
         super().__init__(reduction)
@@ -85,7 +85,7 @@ class MomentsLoss(_Loss):
 
 
 class TrajectoryLoss(_Loss):
-    """`kernels.trajectory`: SFD's step and compare. Returns (loss, x_next)."""
+    """`trajectory`: SFD's step and compare. Returns (loss, x_next)."""
 
     def __init__(self, metric: str = "l1", *, c: float = 0.03, per_sample: str = "mean", reduction: str = "mean"):
         super().__init__(reduction)
@@ -97,7 +97,7 @@ class TrajectoryLoss(_Loss):
 
 
 class AdversarialLoss(_Loss):
-    """`kernels.generator_adversarial` of the generated images' logits; with real logits, the discriminator's side."""
+    """`generator_adversarial` of the generated images' logits; with real logits, the discriminator's side."""
 
     def __init__(self, kind: str = "softplus", *, reduction: str = "mean"):
         super().__init__(reduction)

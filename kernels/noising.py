@@ -40,6 +40,7 @@ class Normals(NamedTuple):
 
     @classmethod
     def from_seed(cls, seed: int, device: torch.device | str = "cpu") -> "Normals":
+        """The first draw of a key, on a device; seed is any integer of 64 bits."""
         return cls(torch.tensor(seed, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
     def advance(self) -> None:
@@ -52,6 +53,8 @@ class Normals(NamedTuple):
 
 
 class NoisedInput(NamedTuple):
+    """What `noised_input` makes: the noisy images, and what the network is fed of them."""
+
     x_t: Tensor  # [N, C, H, W] float32: goes into Estimate.x_t
     net_input: Tensor  # [N, C', H, W], c_in·x_t in the dtype and layout the network wants
 

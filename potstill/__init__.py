@@ -30,16 +30,23 @@ if TYPE_CHECKING:
         trajectory,
     )
     from potstill.kernels.cuda import set_backend
+    from potstill.kernels.modules import AdversarialLoss, DenoiseLoss, MomentsLoss, ScoreImplicitLoss, ScoreMatchLoss, TrajectoryLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamEMA",
+    "AdversarialLoss",
+    "DenoiseLoss",
     "Estimate",
     "Losses",
+    "MomentsLoss",
     "NoisedInput",
     "Normals",
+    "ScoreImplicitLoss",
+    "ScoreMatchLoss",
     "Student",
+    "TrajectoryLoss",
     "UserError",
     "add_noise",
     "denoise",
@@ -54,7 +61,11 @@ __all__ = [
     "trajectory",
 ]
 
-_HOMES = {"Student": "engine.student", "UserError": "engine.errors", "set_backend": "kernels.cuda"}  # the others': kernels
+_MODULES = ["AdversarialLoss", "DenoiseLoss", "MomentsLoss", "ScoreImplicitLoss", "ScoreMatchLoss", "TrajectoryLoss"]
+#: Where a name is; the others are in kernels.
+_HOMES = {"Student": "engine.student", "UserError": "engine.errors", "set_backend": "kernels.cuda"} | dict.fromkeys(
+    _MODULES, "kernels.modules"
+)
 
 
 def __getattr__(name: str) -> Any:
