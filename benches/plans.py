@@ -30,7 +30,7 @@ SHAPES = ("cifar10", "ffhq64", "imagenet64")
 FEW = [
     "data=fast32_cpu", "teacher.loss.sampling_steps=2", "teacher.train.kimg=0.008", "teacher.train.batch=4", "train.batch=4", "eval.n=12",
     "eval.batch=12", "log.tensorboard=false", "precision=fp32", "net.model_channels=8", "net.channel_mult=[1,1]", "train.grid_kimg=1",
-    "teacher.train.grid_kimg=1", "apart=false",
+    "teacher.train.grid_kimg=1", "--no-apart",
 ]  # fmt: skip
 
 
@@ -115,16 +115,16 @@ STRONG = (
 
 
 def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
-    """engine.compare once for the teacher and once a method; each call measures what it trained and adds it to the table."""
+    """potstill compare once for the teacher and once a method; each call measures what it trained and adds it to the table."""
     data, recipe, work = environment.get("DATA"), recipe_of(environment), work_folder(environment, folder)
     why_not = "" if data else "wants DATA=FILE, images of the recipe's size"
     teacher, each = environment.get("TEACHER_SECONDS") or "300", environment.get("SECONDS") or "70"
-    one = ["-m", "engine.compare", recipe, f"run_dir={work}", f"features={features_of(environment)}", f"data.path={data}"]
-    one += [f"teacher_seconds={teacher}", f"seconds={each}"]
-    one += ["points=1", "teacher_points=1", *FEW] if rehearse.REHEARSING else ["points=3", "teacher_points=2", "eval.n=5000"]
+    one = ["-m", "potstill", "compare", recipe, f"run_dir={work}", f"data.path={data}", "--features", features_of(environment)]
+    one += ["--teacher-seconds", teacher, "--seconds", each, "--points", "1" if rehearse.REHEARSING else "3"]
+    one += ["--teacher-points", "1", *FEW] if rehearse.REHEARSING else ["--teacher-points", "2", "eval.n=5000"]
     # Beside the training a call starts, loads, times a few iterations and measures: ten seconds are a guess.
-    found = [Step("teacher", float(teacher) + 10, [*one, "methods=teacher"], why_not)]
-    return found + [Step(f"method {name}", float(each) + 10, [*one, f"methods={name}"], why_not) for name in METHODS]
+    found = [Step("teacher", float(teacher) + 10, [*one, "--methods", "teacher"], why_not)]
+    return found + [Step(f"method {name}", float(each) + 10, [*one, "--methods", name], why_not) for name in METHODS]
 
 
 def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:

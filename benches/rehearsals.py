@@ -67,7 +67,7 @@ def main(results: Path, names: list[str]) -> None:
 
 def rehearsed(recipe: str, overrides: list[str]) -> dict[str, Any]:
     """What rehearse=true says of a recipe, with the hours it projects; or why it failed."""
-    command = [sys.executable, "-m", "engine.train", f"configs/{recipe}.yaml", "rehearse=true", "teacher.checkpoint=null", *overrides]
+    command = [sys.executable, "-m", "potstill", "train", recipe, "rehearse=true", "teacher.checkpoint=null", *overrides]
     command += TINY if rehearse.REHEARSING else []
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, env=os.environ, check=False)

@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace) -> None:
         settings = [*args.settings, f"train.batch={batch}", "train.micro_batch=null"]
         settings += [f"data.resolution={resolution}"] if resolution else []
         settings += [f"net.model_channels={channels}"] if channels else []
-        command = [sys.executable, "-m", "engine.train", str(args.recipe), "rehearse=true", "teacher.checkpoint=null", *settings]
+        command = [sys.executable, "-m", "potstill", "train", str(args.recipe), "rehearse=true", "teacher.checkpoint=null", *settings]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         row = {"recipe": args.recipe.stem, "asked_batch": batch, "resolution": resolution, "channels": channels}
         last = (done.stdout.strip() or done.stderr.strip() or "nothing was said").splitlines()[-1]

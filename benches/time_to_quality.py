@@ -3,7 +3,7 @@
     python benches/time_to_quality.py configs/fast32.yaml --teacher runs/compare-fast32/teacher.safetensors --seconds 180 \
         --features ResNet20:FILE --out benches/results/DEVICE-DATE -- data.path=FILE.zip
 
-Each switch is a comparison of its own (engine.compare) with the same teacher, seeds and seconds; one that is done is not
+Each switch is a comparison of its own (potstill compare) with the same teacher, seeds and seconds; one that is done is not
 repeated. The time told is that of the first snapshot at or below the bar, so it is at most one interval (seconds/points)
 too long; "not reached" where there is none. A switch that this version does not have is said to be unavailable.
 --switch NAME=KEY=VALUE[;KEY=VALUE…] adds one (ENV:NAME=VALUE sets an environment variable); --only NAME,NAME chooses.
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, default=180.0, help="of training for each method and switch")
     p.add_argument("--points", type=int, default=12, help="snapshots a run: the resolution of the answer")
     p.add_argument("--factor", type=float, default=1.25, help="the bar, as a multiple of the teacher's distance")
-    p.add_argument("--features", default="pixels", help="as for engine.compare; the first ones are the bar's")
+    p.add_argument("--features", default="pixels", help="as for potstill compare; the first ones are the bar's")
     p.add_argument("--title", help="the distance the bar is about (default: the first)")
     p.add_argument("--plan", type=Path, help="a layer-skipping plan for this teacher")
     p.add_argument("--switch", action="append", default=[], metavar="NAME=KEY=VALUE")
@@ -138,10 +138,20 @@ def recipe_of(recipe: Path, method: str) -> Path:
 
 
 def compared(args: argparse.Namespace, switch: Switch, methods: list[str]) -> dict[str, Any]:
-    """The summary of engine.compare with this switch, run if it has not been."""
+    """The summary of potstill compare with this switch, run if it has not been."""
     folder = args.work / "".join(c if c.isalnum() else "-" for c in switch.name)
-    command = [sys.executable, "-m", "engine.compare", str(args.recipe), f"methods={','.join(methods)}", f"seconds={args.seconds:g}"]
-    command += [f"points={args.points}", f"features={args.features}", f"run_dir={folder}", f"teacher.checkpoint={args.teacher}"]
+    command = [
+        sys.executable,
+        "-m",
+        "potstill",
+        "compare",
+        str(args.recipe),
+        "--methods",
+        ",".join(methods),
+        "--seconds",
+        f"{args.seconds:g}",
+    ]
+    command += ["--points", str(args.points), "--features", args.features, f"run_dir={folder}", f"teacher.checkpoint={args.teacher}"]
     done = subprocess.run([*command, *args.settings, *switch.settings], cwd=ROOT, env=os.environ | switch.environment, check=False)
     if done.returncode:
         sys.exit(done.returncode)

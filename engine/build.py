@@ -241,7 +241,7 @@ def load_teacher(path: Path, images: Images | None) -> Denoiser:
         ("number of channels", net.img_channels, images.channels),
     ):
         if ours != theirs:
-            convert = f"python -m engine.convert images SRC OUT.zip --resolution {net.img_resolution}"
+            convert = f"potstill convert images SRC OUT.zip --resolution {net.img_resolution}"
             raise UserError(f"teacher {path} has {what} {ours}, data {images.name} has {theirs}: {convert} makes data that fits")
     if net.label_dim and (not images.label_dim or net.label_dim < images.label_dim):
         raise UserError(

@@ -1,18 +1,13 @@
-"""python -m engine.compare RECIPE.yaml [methods=all|a,b,…] [seconds=S] [key=value …]: one teacher, every method, one clock.
+"""One teacher, every method, one clock: which method is the best after so many seconds of training here?
 
-The teacher is the recipe's. Each method is a sibling recipe <name>_<method>.yaml, and gets the same `seconds` of training:
-a few iterations are timed, and its length is set from them. Weights are kept at `points` moments of every run and measured
-after it, so measuring is not on the clock. Prints one table; writes into runs/compare-<name>/ summary.json, table.md,
-curves.png (quality against seconds and images), samples.png (the same noise for all) and every method's own run folder.
-The same command again does what is missing; with other methods it adds them.
+    potstill compare digits                                    every method, 120 seconds each
+    potstill compare fast32 data.path=IMAGES.zip --methods dmd,sim --teacher-seconds 480 --seconds 180 --features A:a.pt
 
-    methods=all|a,b|teacher       teacher: only train and measure that one
-    seconds=120                   of training for each method; teacher_seconds=S does the same for the teacher
-    features=NAME:FILE,NAME:FILE  TorchScript features to measure in, or pixels (default: eval.features)
-    points=4                      how often within a run it is measured; teacher_points=2 for the teacher
-    real=N                        measure against N of the real images (default: all)
-    apart=true                    every run in a process of its own, so that its peak memory is its own
-    run_dir=DIR
+The teacher is the recipe's. Each method is a sibling recipe <name>_<method>.yaml, and gets the same seconds of training:
+a few iterations are timed, and its length is set from them. Weights are kept at some points of every run and measured
+after it, so measuring is not on the clock. Prints one table; writes into run_dir, runs/compare-<name> unless it is given,
+summary.json, table.md, curves.png (quality against seconds and images), samples.png (the same noise for all) and every
+method's own run folder. The same command again does what is missing; with other methods it adds them.
 """
 
 import argparse
@@ -32,7 +27,7 @@ import torch
 from PIL import Image
 
 from potstill.engine import build
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.config import Config, load
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation.judge import Judge, Thinned, named_features
@@ -42,6 +37,7 @@ from potstill.engine.evaluation.report import write_report
 from potstill.engine.evaluation.source import STUDENT, open_models, own_sampler
 from potstill.engine.folder import write_atomically
 from potstill.engine.job import Job
+from potstill.engine.library import find
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.nets.router import Router, student_folder
 from potstill.engine.nets.weights import load_net, read_metadata
@@ -55,7 +51,7 @@ SHOWN = 30  # pictures of each method in samples.png
 
 @dataclasses.dataclass
 class Plan:
-    """This command's own settings."""
+    """What this command's flags say."""
 
     methods: str = "all"
     seconds: float = 120.0
@@ -65,15 +61,19 @@ class Plan:
     features: str | None = None  # None: the recipe's eval.features
     real: int | None = None
     apart: bool = True
-    run_dir: str | None = None
 
     def __post_init__(self):
         for name in ("seconds", "teacher_seconds"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} wants a number above 0, got {value!r}")
+                raise UserError(f"{flag(name)} wants a number above 0, got {value!r}")
         for name, least in (("points", 1), ("teacher_points", 1), ("real", 2)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} wants at least {least}, got {value}")
+                raise UserError(f"{flag(name)} wants at least {least}, got {value}")
+
+
+def flag(name: str) -> str:
+    """What a field of Plan is called on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Watched(Job):
@@ -93,42 +93,37 @@ class Watched(Job):
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path, help="the teacher's recipe, such as configs/digits.yaml")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="methods=…, seconds=…, and settings for all runs")
-    args = parser.parse_intermixed_args(arguments)
-    plan, overrides = own_settings(args.settings)
-    recipes = siblings(args.recipe, plan.methods)
-    compare(args.recipe, recipes, plan, Path(plan.run_dir or f"runs/compare-{args.recipe.stem}"), overrides)
+    args = parser().parse_intermixed_args(arguments)
+    recipe, overrides, plan = find(args.recipe), args.overrides, Plan(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Plan)})
+    for name in (override.partition("=")[0] for override in overrides):
+        if name in vars(plan):
+            raise UserError(f"{name}= is not a setting of a run: wanted {flag(name)}, a flag of this command")
+    recipes = siblings(recipe, plan.methods)
+    folder = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *overrides]).run_dir
+    assert folder
+    compare(recipe, recipes, plan, Path(folder), overrides)
 
 
-def own_settings(settings: list[str]) -> tuple[Plan, list[str]]:
-    """This command's own key=values, and those for the runs."""
-    pairs = [setting.partition("=") for setting in settings]
-    kinds: dict[str, Any] = {"seconds": float, "teacher_seconds": float, "points": int, "teacher_points": int, "real": int, "apart": truth}
-    known, ours = {field.name for field in dataclasses.fields(Plan)}, {}
-    for key, _, text in pairs:
-        if key in known:
-            try:
-                ours[key] = kinds.get(key, str)(text)
-            except ValueError:
-                wanted = {int: "a whole number", truth: "true or false"}.get(kinds[key], "a number above 0")
-                raise UserError(f"{key} wants {wanted}, got {text!r}") from None
-    return Plan(**ours), [setting for setting, (key, _, _) in zip(settings, pairs, strict=True) if key not in known]
-
-
-def truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
+def parser() -> argparse.ArgumentParser:
+    p, default = parser_of("compare", __doc__), Plan()
+    p.add_argument("recipe", help="the teacher's recipe: its name, such as digits, or a path to a .yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs, such as data.path=FILE; run_dir=DIR")
+    p.add_argument("--methods", default=default.methods, metavar="all|A,B|teacher", help="which ones; teacher: only that one (default all)")
+    p.add_argument("--seconds", type=float, default=default.seconds, metavar="S", help="of training for each method (default 120)")
+    p.add_argument("--teacher-seconds", type=float, metavar="S", help="of training for the teacher (default: as long as the recipe says)")
+    p.add_argument("--points", type=int, default=default.points, metavar="N", help="how often within a run it is measured (default 4)")
+    p.add_argument("--teacher-points", type=int, default=default.teacher_points, metavar="N", help="how often the teacher is (default 2)")
+    p.add_argument("--features", metavar="NAME:FILE,…", help="TorchScript features to measure in, or pixels (default: eval.features)")
+    p.add_argument("--real", type=int, metavar="N", help="measure against N of the real images (default: all)")
+    p.add_argument(
+        "--apart", action=argparse.BooleanOptionalAction, default=default.apart,
+        help="every run in a process of its own, so that its peak memory is its own (default)",
+    )  # fmt: skip
+    return p
 
 
 def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
     """The recipes to compare by method name: the recipe's own, and <its name>_<method>.yaml beside it."""
-    if not recipe.is_file():
-        raise UserError(f"no recipe at {recipe}")
     found = {load(recipe, []).method.name: recipe}
     for path in sorted(recipe.parent.glob(f"{recipe.stem}_*.yaml")):
         found[path.stem.removeprefix(f"{recipe.stem}_")] = path
@@ -136,7 +131,7 @@ def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
         return found
     names = [] if wanted == "teacher" else wanted.split(",")
     if unknown := [name for name in names if name not in found]:
-        raise UserError(f"methods wants all, teacher, or some of {', '.join(found)}, got {unknown[0]!r}")
+        raise UserError(f"--methods wants all, teacher, or some of {', '.join(found)}, got {unknown[0]!r}")
     return {name: found[name] for name in names}
 
 

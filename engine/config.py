@@ -25,6 +25,7 @@ from yaml import YAMLError
 
 from potstill.engine.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.errors import UserError
+from potstill.engine.library import RECIPES, find
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.gdd import GDDConfig
 from potstill.engine.methods.moment_matching import MomentMatchingConfig
@@ -40,7 +41,6 @@ from potstill.engine.written import Recipes, as_written, kind_of
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
 ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
 MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
-RECIPES = Path(__file__).parent.parent / "configs"
 
 
 @dataclass
@@ -208,12 +208,9 @@ def _register() -> None:
 _register()
 
 
-def load(recipe: Path, overrides: list[str]) -> Config:
-    """The settings of a recipe file with `key=value` overrides. UserError for whatever does not fit the schema."""
-    if not recipe.is_file():
-        near = difflib.get_close_matches(recipe.stem, [p.stem for p in RECIPES.glob("*.yaml")], 1, 0.4)
-        hint = f"; did you mean configs/{near[0]}.yaml?" if near else f"; recipes are in {RECIPES}"
-        raise UserError(f"no recipe at {recipe}{hint}")
+def load(recipe: str | Path, overrides: list[str]) -> Config:
+    """The settings of a recipe, by name or path, with `key=value` overrides. UserError for whatever does not fit the schema."""
+    recipe = find(recipe)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"wanted key=value, got {override!r}; e.g. train.batch=64")

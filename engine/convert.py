@@ -1,7 +1,9 @@
-"""python -m engine.convert: any pictures become an EDM dataset zip, EDM's network pickles become weight files.
+"""Any pictures become a data set (EDM's zip), other people's networks become weight files.
 
-python -m engine.convert images SRC OUT.zip --resolution 64
-python -m engine.convert edm IN.pkl|URL OUT.safetensors
+    potstill convert images SRC OUT.zip --resolution 64
+    potstill convert edm IN.pkl|URL OUT.safetensors
+
+`potstill convert images --help` and `potstill convert edm --help` say more.
 """
 
 import argparse
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.errors import UserError
@@ -35,34 +37,33 @@ LICENSE = (
     "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
 )
+RAW = argparse.RawDescriptionHelpFormatter
 ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's generators begin
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = parser_of("convert", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm")
     _add_images(commands)
     _add_edm(commands)
     arguments = parser.parse_args(argv)
-    arguments.again = shlex.join(["python", "-m", "engine.convert", *argv])
+    arguments.again = shlex.join(["potstill", "convert", *argv])
     arguments.call(arguments)
 
 
 def _add_images(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES)
+    parser = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
     parser.set_defaults(call=convert_images)
-    parser.add_argument("src", metavar="SRC")
-    parser.add_argument("out", metavar="OUT.zip", type=Path)
+    parser.add_argument("src", metavar="SRC", help="the pictures: a folder, an archive, hf:NAME")
+    parser.add_argument("out", metavar="OUT.zip", type=Path, help="the data set to be written")
     parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
     parser.add_argument(
         "--fit",
         choices=("centre-crop", "center-crop", "stretch", "pad"),
         default="centre-crop",
-        help="how a picture becomes a square; pad is black [centre-crop]",
+        help="how a picture becomes a square; pad is black (default centre-crop)",
     )
-    parser.add_argument("--filter", choices=tuple(RESAMPLING), help="[box to shrink, lanczos to enlarge]")
+    parser.add_argument("--filter", choices=tuple(RESAMPLING), help="(default: box to shrink, lanczos to enlarge)")
     parser.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
     parser.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
@@ -123,11 +124,11 @@ def _channels(source: Source, n: int, skip_corrupt: bool) -> int:
 
 
 def _add_edm(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM)
+    parser = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
     parser.set_defaults(call=convert_edm)
-    parser.add_argument("source", metavar="IN.pkl|URL")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--net", metavar="NAME", help="which of the nets in the file [ema, or the only one]")
+    parser.add_argument("source", metavar="IN.pkl|URL", help="a file, or the address of one")
+    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
+    parser.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
     parser.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
     parser.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
     parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")

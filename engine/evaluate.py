@@ -1,8 +1,12 @@
-"""python -m engine.evaluate RUN_OR_FILE: the Fréchet distance of student and teacher, with the floor, as one JSON object.
+"""The Fréchet distance of student and teacher to the data, with the floor, as one JSON object.
+
+    potstill evaluate runs/digits
+    potstill evaluate runs/cifar10 --features inception --reference cifar10-32x32.npz      as EDM's fid.py measures
+    torchrun --nproc-per-node 8 -m potstill evaluate runs/cifar10 --features inception --images 50000
 
 The object is the only thing on stdout: {"student": {"fd": …, "nfe": …, …}, "teacher": {…}, "floor": {"fd": …, …}}. Under
-torchrun the images are shared out over the processes. As EDM's fid.py measures: --features inception --reference
-cifar10-32x32.npz, which means 50,000 images from the seeds 0-49999 with the classes that these seeds draw.
+torchrun the images are shared out over the processes. --reference means EDM's protocol: 50,000 images from the seeds 0-49999
+with the classes that these seeds draw.
 """
 
 import argparse
@@ -15,7 +19,7 @@ from typing import Any
 
 import torch
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation import presets
@@ -35,7 +39,7 @@ MOST = 50_000  # images, unless --n asks for more
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    args.command = shlex.join(["python", "-m", "engine.evaluate", *argv])
+    args.command = shlex.join(["potstill", "evaluate", *argv])
     with from_torchrun(device_named(args.device)) as (shards, device):
         found = evaluate(args, shards, device)
         if shards.rank == 0:
@@ -43,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_of("evaluate", __doc__)
     p.add_argument(
         "source", type=Path, nargs="?", metavar="RUN_OR_FILE",
         help="a run folder or a .safetensors file; may be left out with --data and --save-reference",

@@ -1,6 +1,10 @@
-"""python -m engine.export RUN_OR_FILE --to safetensors|hub|diffusers|onnx --out DIR: a student for other programs.
+"""A student for other programs.
 
-DIR gets a README.md (a model card with method, teacher, data, quality and licence) beside the files of the format.
+    potstill export runs/digits --to hub --out out/digits
+
+DIR gets a README.md (a model card with method, teacher, data, quality and licence) beside the files of the format:
+safetensors (the weight file itself), hub (model.safetensors, config.json), diffusers (a pipeline that needs nothing of
+potstill), onnx (noise, labels -> images).
 """
 
 import argparse
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation.source import STUDENT, open_models, settings
 from potstill.engine.formats.card import About, card
@@ -61,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_of("export", __doc__)
     p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a finished run, or a student's .safetensors file")
     p.add_argument("--to", choices=list(FORMATS), required=True, help="what shall read it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
@@ -97,7 +101,7 @@ def _summary(run: Path, wanted: bool = True) -> dict[str, Any]:
     if not path.is_file():
         if not wanted:
             return {}
-        again = "repeat its python -m engine.train command to finish it"
+        again = "repeat its potstill train command to finish it"
         has = (run / "student.safetensors").is_file()
         raise UserError(
             f"{run} is no finished run (it has no summary.json): {again}"
@@ -187,7 +191,7 @@ class Graph(nn.Module):
 
 def _use_file(subject: Subject) -> tuple[str, str]:
     where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
-    return "potstill", _python(where) + "\n\nOr `python -m engine.sample student.safetensors --seeds 0-63 --out grid.png`."
+    return "potstill", _python(where) + "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
 
 
 def _use_hub(subject: Subject) -> tuple[str, str]:

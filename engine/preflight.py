@@ -93,7 +93,7 @@ def check_no_plan(cfg: Config) -> None:
     if cfg.skipping.plan:
         raise UserError(
             f"skipping.plan={cfg.skipping.plan} was made for one teacher, and this run would train another: give teacher.checkpoint=FILE, or "
-            "train the teacher first and probe it (engine.probe)"
+            "train the teacher first and probe it (potstill probe)"
         )
 
 
@@ -115,9 +115,9 @@ def missing(cfg: Config) -> list[str]:
     plan = cfg.skipping.plan
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
-        wants.append(f"plan: no file at {plan}. python -m engine.probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
+        wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
     if (begun := begun_in(cfg)) and not checkpoints(begun):
-        wants.append(f"students.start: no checkpoint in {begun}. python -m engine.train RECIPE of the stage before makes some")
+        wants.append(f"students.start: no checkpoint in {begun}. potstill train RECIPE of the stage before makes some")
     return wants + missing_packages(cfg)
 
 

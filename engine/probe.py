@@ -1,7 +1,9 @@
-"""python -m engine.probe TEACHER.safetensors --data digits|ZIP|DIR --out plan.json: which layers a teacher can do without.
+"""Which layers a teacher can do without, at which noise level.
+
+    potstill probe TEACHER.safetensors --data digits --out plan.json
 
 Measures every residual block at every noise level, chooses what to leave out within a budget of excess denoising loss, and
-writes the plan for `skipping.plan=plan.json`. Beside it: a heat map (plan.png), and on stdout a table.
+writes the plan for `skipping.plan=plan.json` of `potstill train`. Beside it: a heat map (plan.png), and on stdout a table.
 """
 
 import argparse
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation.generate import one_hot
@@ -55,8 +57,8 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine.probe", description=__doc__)
-    p.add_argument("teacher", type=Path, metavar="TEACHER.safetensors")
+    p = parser_of("probe", __doc__)
+    p.add_argument("teacher", type=Path, metavar="TEACHER.safetensors", help="a weight file of potstill train or convert")
     p.add_argument("--data", required=True, help="the teacher's data: digits, a zip, a folder, an .npz")
     p.add_argument("--unlabelled", action="store_true", help="ignore the data's labels and class folders")
     p.add_argument("--out", type=Path, required=True, help="plan.json; the heat map goes beside it")
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=BUDGET, help=f"excess denoising loss per bin (default {BUDGET}, at most {HARDEST})")
     p.add_argument("--images", type=int, default=1024, help="looked at, at most (default 1024)")
     p.add_argument("--batch", type=int, default=128, help="images at a time, and for the latencies (default 128)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the choice of images and of the noise (default 0)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
 

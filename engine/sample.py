@@ -1,4 +1,12 @@
-"""python -m engine.sample RUN_OR_FILE --seeds 0-63 --out grid.png: images from a student or a teacher, one per seed."""
+"""Images from a student or a teacher, one for every seed.
+
+    potstill sample runs/digits --seeds 0-63 --out grid.png
+    potstill sample runs/digits --seeds 0-9999 --out images.zip          an EDM data set; also .npz, or a folder of PNGs
+    potstill sample runs/digits --beside --out pair.png                  student and teacher from the same noise
+    potstill sample TEACHER.safetensors --preset imagenet64 --out g.png  a teacher as EDM's authors sampled it
+
+A seed gives the same image on every machine.
+"""
 
 import argparse
 import sys
@@ -8,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation import presets
 from potstill.engine.evaluation.classes import parse_classes
@@ -51,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m engine.sample", description=__doc__)
+    p = parser_of("sample", __doc__)
     p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a run folder or a .safetensors file")
     p.add_argument("--seeds", help="such as 0-63 or 3,5,10-19: one image per seed (default 0-63)")
     p.add_argument("--strip", metavar="A-B", help="instead: from seed A's image to seed B's; 3-7,8-9 are two strips")
@@ -72,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True,
         help="grid.png, x.npz (images, labels, seeds), x.zip (an EDM data set), or a folder of PNGs",
     )  # fmt: skip
-    p.add_argument("--plan", type=Path, help="of engine.probe: leave out what the teacher can do without (teachers only)")
+    p.add_argument("--plan", type=Path, help="of potstill probe: leave out what the teacher can do without (teachers only)")
     p.add_argument(
         "--cache", type=positive, default=1, metavar="N",
         help="compute deep features at every Nth evaluation only (teachers only; default 1: always)",

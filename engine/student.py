@@ -76,7 +76,7 @@ class Student(nn.Module):
             UserError: the student is several nets (MSD), which are saved from their run.
         """
         if isinstance(self.net, Router):
-            raise UserError("a student of several nets is saved from its run: python -m engine.export RUN --to hub --out DIR")
+            raise UserError("a student of several nets is saved from its run: potstill export RUN --to hub --out DIR")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         more = {k: v for k, v in self.metadata.items() if k not in ("format", "precond", "kwargs")}

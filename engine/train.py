@@ -1,16 +1,19 @@
-"""python -m engine.train RECIPE.yaml [key=value …] [--dry-run]: train a teacher if need be, then distil it.
+"""Train a teacher if need be, then distil it into a generator of one or a few steps.
 
-On several GPUs: torchrun --nproc-per-node 8 -m engine.train RECIPE.yaml [train.parallel=ddp|fsdp] [key=value …].
+    potstill train digits                                    a recipe by name; `potstill recipes` lists them
+    potstill train ffhq64 train.batch=256 method.alpha=1     with other settings; `potstill settings` lists them
+    potstill train my/recipe.yaml --dry-run                  a recipe of one's own, only checked
+    torchrun --nproc-per-node 8 -m potstill train ffhq64     the same run on several GPUs; train.parallel=ddp|fsdp
 
 The same command again goes on where the last one stopped, exactly. Everything is written to run_dir, which is
-runs/<name of the recipe> unless it is given.
+runs/<name of the recipe> unless it is given. Ctrl-C and SIGTERM save first.
+
+In a checkout, python -m engine.train configs/ffhq64.yaml is the same, alone or under torchrun.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from potstill.engine.cli import run
+from potstill.engine.cli import parser_of, run
 from potstill.engine.config import load
 from potstill.engine.errors import UserError
 from potstill.engine.job import Job
@@ -20,8 +23,8 @@ from potstill.engine.training.ranks import Ranks, meet, one_voice
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m engine.train", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="a YAML file, such as configs/digits.yaml")
+    parser = parser_of("train", __doc__)
+    parser.add_argument("recipe", help="its name, such as digits, or a path to a .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.batch=64")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what is missing; do nothing")
     args = parser.parse_intermixed_args(arguments)
@@ -31,7 +34,7 @@ def main(arguments: list[str]) -> None:
     ranks.close()
 
 
-def distil(recipe: Path, overrides: list[str], on_paper: bool, ranks: Ranks) -> None:
+def distil(recipe: str, overrides: list[str], on_paper: bool, ranks: Ranks) -> None:
     cfg = load(recipe, overrides)
     if ranks.count > 1 and (on_paper or cfg.rehearse):
         raise UserError(f"--dry-run and rehearse=true are for one process, got {ranks.count}: start it without torchrun")

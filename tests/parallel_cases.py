@@ -193,7 +193,7 @@ def process(rank: int, count: int, port: int, out: str, work: str, arguments: tu
 
 
 def command(ranks: Ranks, *arguments: str) -> None:
-    """engine.train as every rank of torchrun calls it; `ranks` is not there yet."""
+    """potstill train as every rank of torchrun calls it; `ranks` is not there yet."""
     from potstill.engine import train
 
     train.main(list(arguments))

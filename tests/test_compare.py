@@ -9,6 +9,7 @@ from PIL import Image
 from potstill.engine import compare, evaluate, train
 from potstill.engine.config import load
 from potstill.engine.errors import UserError
+from potstill.engine.library import find
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -18,13 +19,13 @@ TINY = [
 ]  # fmt: skip
 
 
-HERE = "apart=false"  # in this process: starting one takes seconds
+HERE = "--no-apart"  # in this process: starting one takes seconds
 
 
 def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys):
-    compare.main([DIGITS, "methods=dmd,gdd,msd", "seconds=0.2", "points=2", f"run_dir={tmp_path}/c", HERE, *TINY])
+    compare.main([DIGITS, "--methods", "dmd,gdd,msd", "--seconds", "0.2", "--points", "2", f"run_dir={tmp_path}/c", HERE, *TINY])
     teacher = (tmp_path / "c/teacher.safetensors").read_bytes()
-    compare.main([DIGITS, "methods=sfd", "seconds=0.2", "points=2", f"run_dir={tmp_path}/c", HERE, *TINY])
+    compare.main([DIGITS, "--methods", "sfd", "--seconds", "0.2", "--points", "2", f"run_dir={tmp_path}/c", HERE, *TINY])
     assert (tmp_path / "c/teacher.safetensors").read_bytes() == teacher
     summary = json.loads((tmp_path / "c/summary.json").read_text())
     assert set(summary) >= {"floor", "teacher", "methods"}
@@ -49,8 +50,8 @@ def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys)
 
 
 def test_the_final_score_is_what_evaluate_finds(tmp_path, capsys):
-    """The one number that matters, by another way: engine.evaluate on the run folder, with generation and reference anew."""
-    compare.main([DIGITS, "methods=sim", "seconds=0.1", "points=1", f"run_dir={tmp_path}/c", HERE, *TINY])
+    """The one number that matters, by another way: potstill evaluate on the run folder, with generation and reference anew."""
+    compare.main([DIGITS, "--methods", "sim", "--seconds", "0.1", "--points", "1", f"run_dir={tmp_path}/c", HERE, *TINY])
     found = json.loads((tmp_path / "c/summary.json").read_text())
     capsys.readouterr()
     evaluate.main([f"{tmp_path}/c/sim"])
@@ -85,18 +86,44 @@ def test_the_length_is_remembered_and_only_for_the_same_seconds(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["methods=dmd,ddm"], "got 'ddm'"),
-        (["seconds=-3"], "seconds wants a number above 0"),
-        (["seconds=soon"], "'soon'"),
-        (["points=0"], "points wants at least 1"),
-        (["apart=perhaps"], "apart wants true or false"),
-        (["features=pixels,pixels"], "different names"),
-        (["features=A:nothing.pt"], "nothing.pt"),
+        (["--methods", "dmd,ddm"], "got 'ddm'"),
+        (["--seconds", "-3"], "--seconds wants a number above 0"),
+        (["--teacher-seconds", "nan"], "--teacher-seconds wants a number above 0"),
+        (["--points", "0"], "--points wants at least 1"),
+        (["--features", "pixels,pixels"], "different names"),
+        (["--features", "A:nothing.pt"], "nothing.pt"),
+        (["seconds=120"], "seconds= is not a setting of a run: wanted --seconds, a flag"),
+        (["teacher_seconds=120"], "wanted --teacher-seconds"),
+        (["apart=false"], "wanted --apart"),
     ],
 )
 def test_refusals(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         compare.main([DIGITS, f"run_dir={tmp_path}/c", *TINY, *settings])
+
+
+def test_a_number_that_is_none_is_refused_by_its_flag(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["digits", "--seconds", "soon"])
+    assert stopped.value.code == 2
+    assert "--seconds: invalid float value: 'soon'" in capsys.readouterr().err
+
+
+def test_where_a_comparison_is_written(monkeypatch):
+    """run_dir= is a setting as in every other command, but the comparison's own folder by default."""
+    folders = []
+    monkeypatch.setattr(compare, "compare", lambda recipe, recipes, plan, folder, overrides: folders.append(str(folder)))
+    compare.main(["digits"])
+    compare.main(["digits", "run_dir=2024_10_01", "run_dir=a b/c"])
+    assert folders == ["runs/compare-digits", "a b/c"]
+
+
+def test_siblings_of_a_recipe_by_name_are_in_the_package_and_of_a_path_beside_it(tmp_path):
+    ours = compare.siblings(find("digits"), "all")
+    assert list(ours) == ["dmd", "gdd", "moment_matching", "msd", "sfd", "sim"]
+    for name in ("digits", "digits_sim"):
+        (tmp_path / f"{name}.yaml").write_text(ours["dmd" if name == "digits" else "sim"].read_text())
+    assert list(compare.siblings(tmp_path / "digits.yaml", "all")) == ["dmd", "sim"]
 
 
 def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):

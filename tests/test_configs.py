@@ -14,7 +14,7 @@ IDS = [path.stem for path in RECIPES]
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 def test_recipe_opens_with_its_command(recipe):
     head = recipe.read_text().partition("defaults:")[0]
-    assert f"python -m engine.train configs/{recipe.name}" in head
+    assert f"#   potstill train {recipe.stem}" in head
     assert all(line.startswith("#") for line in head.splitlines() if line)
 
 
@@ -29,7 +29,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(recipe, tmp_path
     assert "do nothing" not in said.err, "the recipe sets something in vain"
     assert not (tmp_path / "run").exists()
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
-    assert all(any(c in line for c in ("engine.convert", "engine.train", "pip install")) for line in missing), missing
+    assert all(any(c in line for c in ("potstill convert", "potstill train", "pip install")) for line in missing), missing
     method = jobs[0].planned.method
     assert "student" in method.nets
     assert method.sampler.nfe >= 1

@@ -1,4 +1,4 @@
-"""python -m engine.convert edm: the same net to the last bit, and nothing in a file is ever executed.
+"""potstill convert edm: the same net to the last bit, and nothing in a file is ever executed.
 
 The pickles are made here in the layout of NVIDIA's persistence format: `_reconstruct_persistent_obj` called with a dictionary
 of type, version, module_src, class_name and state, in which a network's attributes, parameters and layers lie.

@@ -1,4 +1,4 @@
-"""python -m engine.convert images: right pixels, EDM's layout, and nothing left behind when it fails."""
+"""potstill convert images: right pixels, EDM's layout, and nothing left behind when it fails."""
 
 import io
 import json

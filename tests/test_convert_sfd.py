@@ -1,4 +1,4 @@
-"""python -m engine.convert edm on SFD's released students: the same net, sampled as the released code samples it.
+"""potstill convert edm on SFD's released students: the same net, sampled as the released code samples it.
 
 No such file can be had here. The pickles are made in their layout: {"model": net}, a torch.nn.Module of the module
 `models.networks_edm` without NVIDIA's persistence, whose attribute `training_kwargs` is a dnnlib.EasyDict.

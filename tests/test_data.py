@@ -259,7 +259,7 @@ def test_mixed_sizes_and_modes_name_two_files_and_the_command(tmp_path):
     said = error_of(tmp_path / "my set")
     assert "a.png (70x70 RGB)" in said
     assert "b.jpg (8x9 RGB)" in said
-    assert f"python -m engine.convert images '{tmp_path}/my set' 'my set-64x64.zip' --resolution 64" in said
+    assert f"potstill convert images '{tmp_path}/my set' 'my set-64x64.zip' --resolution 64" in said
     write_folder(tmp_path / "modes", {"a.png": encoded(pixels(1, 4, 4, 3)[0]), "b.png": encoded(pixels(1, 4, 4)[0])})
     said = error_of(tmp_path / "modes", resolution=4)
     assert "a.png (4x4 RGB)" in said
@@ -268,7 +268,7 @@ def test_mixed_sizes_and_modes_name_two_files_and_the_command(tmp_path):
 
 def test_wrong_shape_and_resolution_give_the_command(tmp_path):
     oblong = edm_zip(tmp_path / "oblong.zip", pixels(2, 16, 12, 3))
-    assert f"engine.convert images {oblong} oblong-8x8.zip --resolution 8" in error_of(oblong)
+    assert f"potstill convert images {oblong} oblong-8x8.zip --resolution 8" in error_of(oblong)
     square = edm_zip(tmp_path / "square.zip", pixels(2, 16, 16, 3))
     assert "wanted 8x8" in error_of(square, resolution=8)
     assert "square-8x8.zip --resolution 8" in error_of(square, resolution=8)
@@ -280,7 +280,7 @@ def test_other_modes_are_refused_by_name(tmp_path, mode):
     picture = Image.new("I;16", (4, 4)) if mode == "I;16" else Image.new("RGB", (4, 4)).convert(mode)
     picture.save(tmp_path / "a.png")
     assert f"a.png is of mode {mode}" in error_of(tmp_path)
-    assert "engine.convert" in error_of(tmp_path)
+    assert "potstill convert" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize(

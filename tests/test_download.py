@@ -22,7 +22,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.weights import load_net, save_net
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
-AGAIN = "python -m engine.convert edm URL OUT"
+AGAIN = "potstill convert edm URL OUT"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -252,5 +252,5 @@ def test_the_command_converts_what_lies_on_the_web(server, tmp_path, monkeypatch
     assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), net.state_dict().values(), strict=True))
     assert metadata["source"] == server.url
     assert metadata["sha256"] == hashlib.sha256(server.data).hexdigest()
-    with pytest.raises(UserError, match=r"put it at .* and run this again: python -m engine\.convert edm http://"):
+    with pytest.raises(UserError, match=r"put it at .* and run this again: potstill convert edm http://"):
         main(["edm", "http://127.0.0.1:1/net.pkl", str(tmp_path / "new.safetensors")])

@@ -615,7 +615,7 @@ def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "URL", url)
     place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
     with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
-        load_features("inception", command="python -m engine.evaluate X")
+        load_features("inception", command="potstill evaluate X")
     fake_inception(place)
     with pytest.raises(UserError, match=r"has the sha256 .* wanted f58cb9b6"):
         load_features("inception")

@@ -136,10 +136,8 @@ def test_every_method_of_the_fast_recipe_runs_on_a_zip(tmp_path, capsys):
     settings = [
         f"data.path={path}",
         "data=fast32_cpu",
-        f"features=Means:{tmp_path}/m1.pt,{tmp_path}/m2.pt",
-        "seconds=1",
-        "points=1",
-        "apart=false",
+        *("--features", f"Means:{tmp_path}/m1.pt,{tmp_path}/m2.pt"),
+        *("--seconds", "1", "--points", "1", "--no-apart"),
     ]
     compare.main([str(ROOT / "configs/fast32.yaml"), *settings, f"run_dir={tmp_path}/c", *FEW])
     found = json.loads((tmp_path / "c/summary.json").read_text())

@@ -1,4 +1,4 @@
-"""python -m engine.export and Student: every format gives the images of our own sampler, in processes that know only the files.
+"""potstill export and Student: every format gives the images of our own sampler, in processes that know only the files.
 
 The net of the diffusers folder is a second writing of EDM's U-Nets; it is compared with ours for every kind of net.
 """
@@ -65,7 +65,7 @@ def net_of(precond="EDMPrecond", **kwargs):
 
 
 def run_folder(path, net, sampler, summary=SUMMARY, **more):
-    """What engine.train leaves behind, as far as an export reads it."""
+    """What potstill train leaves behind, as far as an export reads it."""
     path.mkdir(parents=True, exist_ok=True)
     metadata = {"method": "dmd", "data": "digits", "sampler": sampler.to_dict()} | more
     save_net(path / "student.safetensors", net, **metadata)

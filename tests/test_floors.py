@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
     ["potstill.kernels", "potstill.engine.errors", "potstill.engine.strata", "potstill.engine.whole", "potstill.engine.written"],
-    ["potstill.engine.checks", "potstill.engine.diffusion", "potstill.engine.cli"],
+    ["potstill.engine.checks", "potstill.engine.diffusion", "potstill.engine.cli", "potstill.engine.library"],
     ["potstill.engine.nets"],
     ["potstill.engine.sampling", "potstill.engine.skipping"],
     ["potstill.engine.methods"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["potstill.engine.planned"],
     ["potstill.engine.job"],
     ["potstill.engine.rehearsal"],
-    ["potstill.engine.train", "potstill.engine.sample", "potstill.engine.evaluate", "potstill.engine.convert", "potstill.engine.probe", "potstill.engine.compare", "potstill.engine.export"],
+    ["potstill.engine.train", "potstill.engine.sample", "potstill.engine.evaluate", "potstill.engine.convert", "potstill.engine.probe", "potstill.engine.compare", "potstill.engine.export", "potstill.engine.recipes", "potstill.engine.settings"],
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""engine.sample: the right image for every seed and label, in every kind of output, and clear refusals."""
+"""potstill sample: the right image for every seed and label, in every kind of output, and clear refusals."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What engine.sample writes beyond a grid: EDM zips, strips, pictures side by side, churned teachers; and how it streams."""
+"""What potstill sample writes beyond a grid: EDM zips, strips, pictures side by side, churned teachers; and how it streams."""
 
 import json
 import os

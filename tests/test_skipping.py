@@ -591,7 +591,7 @@ def test_an_empty_plan_trains_the_same_bits(tmp_path):
 
 
 def test_teachers_are_sampled_light_and_students_are_not(tmp_path):
-    """engine.sample with a plan and a cache, against the sampler on the light net."""
+    """potstill sample with a plan and a cache, against the sampler on the light net."""
     net = net_of(label_dim=10)
     save_net(tmp_path / "teacher.safetensors", net)
     save_net(tmp_path / "student.safetensors", net, method="sim", sampler=one_step(2.5).to_dict())

@@ -5,7 +5,7 @@
     images.one_hot([7, 8])                           # float32 [2, label_dim], None where there are no labels
 
 A set that is small once decoded is decoded once (`pixels`); a larger one is read image by image. Pictures of mixed
-sizes are refused with the command that makes them alike (`engine.convert`).
+sizes are refused with the command that makes them alike (`potstill convert`).
 """
 
 import shlex
@@ -168,7 +168,7 @@ def _advice(source: Source, size: int | Header) -> str:
     resolution = size if isinstance(size, int) else 2 ** (min(size.width, size.height).bit_length() - 1)
     out = f"{_short(source.path)}-{resolution}x{resolution}.zip"
     files = f"{shlex.quote(source.path)} {shlex.quote(out)}"
-    return f"run python -m engine.convert images {files} --resolution {resolution}"
+    return f"run potstill convert images {files} --resolution {resolution}"
 
 
 def _short(path: str) -> str:

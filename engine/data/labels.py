@@ -96,7 +96,7 @@ def from_folders(names: Sequence[str], where: str, say: Say) -> Labels | None:
         loose, inside = names[[bool(p) for p in paths].index(False)], names[[bool(p) for p in paths].index(True)]
         raise UserError(
             f"{where} has images inside and outside of class folders ({inside}, {loose}), wanted one sub-folder a "
-            f"class: sort them; {IGNORE}, as does python -m engine.convert images … --unlabelled"
+            f"class: sort them; {IGNORE}, as does potstill convert images … --unlabelled"
         )
     classes = sorted({path[0] for path in paths})
     if in_buckets(names):

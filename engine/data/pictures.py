@@ -77,7 +77,7 @@ def opened(data: bytes, title: str) -> Image.Image:
 
 def _damaged(title: str, error: BaseException | str) -> UserError:
     reason = "no known image format" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
-    return UserError(f"{title} is damaged ({reason}): replace it, or leave it out (python -m engine.convert images … --skip-corrupt)")
+    return UserError(f"{title} is damaged ({reason}): replace it, or leave it out (potstill convert images … --skip-corrupt)")
 
 
 def one_line(error: BaseException | str) -> str:

@@ -121,7 +121,7 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
     else:
         if has_class_folders([f"{key.name}.png" for key in keys]):
             say(
-                f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: python -m engine.convert images on the unpacked folder does that"
+                f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: potstill convert images on the unpacked folder does that"
             )
         elif columns:
             say(f"{tars.path} has no labels (KEY.cls); passed over: {', '.join(f'KEY.{kind}' for kind in columns)}")

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def add_options(p: ArgumentParser) -> None:
-    """How a net is sampled, for engine.sample and engine.evaluate."""
+    """How a net is sampled, for potstill sample and evaluate."""
     p.add_argument("--steps", type=int, help="sampling steps, for nets that can be sampled so (default: those of the file)")
     p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
     p.add_argument("--preset", choices=list(PRESETS), help="sample the teacher as EDM's authors did for this data set")

@@ -152,7 +152,7 @@ def check_fit(net: Denoiser, images: Images) -> None:
     if wanted != got:
         raise UserError(
             f"the net makes {got[0]}x{got[1]}x{got[1]} images, {images.name} has {wanted[0]}x{wanted[1]}x{wanted[1]}: "
-            "evaluate it on data of its own size (engine.convert images makes them)"
+            "evaluate it on data of its own size (potstill convert images makes them)"
         )
     if net.label_dim and images.label_dim > net.label_dim:
         raise UserError(f"the net knows {net.label_dim} classes, {images.name} has {images.label_dim}")

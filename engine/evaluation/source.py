@@ -50,7 +50,7 @@ def weight_files(where: Path) -> dict[str, Path]:
     if not found:
         raise UserError(
             f"{where} holds neither student.safetensors nor teacher.safetensors: wanted a run folder that "
-            "python -m engine.train has finished, or a .safetensors file"
+            "potstill train has finished, or a .safetensors file"
         )
     return found
 

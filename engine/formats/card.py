@@ -65,7 +65,7 @@ def _quality(about: About) -> str:
     summary = about.summary
     student = summary.get("student") or {}
     if "fd" not in student:
-        return "Not measured. `python -m engine.evaluate` measures a weight file."
+        return "Not measured. `potstill evaluate` measures a weight file."
     features, n = student.get("features", "FD"), student.get("n")
     rows = [("real images against themselves (floor)", "", (summary.get("floor") or {}).get("fd"))]
     rows += [(who, (summary.get(who) or {}).get("nfe", ""), (summary.get(who) or {}).get("fd")) for who in ("teacher", "student")]

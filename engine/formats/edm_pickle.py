@@ -225,7 +225,7 @@ def _flat(content: Any) -> Weights:
 def _description_in(like: Path) -> Description:
     metadata = read_metadata(like)
     if "precond" not in metadata or "kwargs" not in metadata:
-        raise UserError(f"{like} does not say which net it holds: wanted a file written by engine.convert or engine.train")
+        raise UserError(f"{like} does not say which net it holds: wanted a file written by potstill convert or train")
     return metadata["precond"], metadata["kwargs"]
 
 

@@ -51,7 +51,7 @@ class GDDConfig:
     name: str = "gdd"
     sigma: float = 80.0  # the student's only noise level
     freeze: int = 0  # 0: GDD; 1: GDD-I; 2 and 3 freeze still more (its ablations)
-    freeze_plan: str | None = None  # of engine.probe: freeze what it proposes at as few trained parameters; ours, not the paper's
+    freeze_plan: str | None = None  # of potstill probe: freeze what it proposes at as few trained parameters; ours, not the paper's
     features: list[str] = field(default_factory=lambda: ["teacher"])  # teacher[:SIGMA] | timm:NAME | torchscript:FILE
     feature_noise: bool = False  # show teacher features noisy images, at their own level (diffusion GAN); not in the paper
     feature_dtype: str = "fp32"  # fp32 (the paper's) | bf16, for feature nets and projectors; heads are float32

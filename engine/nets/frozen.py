@@ -35,7 +35,7 @@ def freeze_named(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:
     """The same for parameters chosen by name. UserError for a name that the model lacks."""
     parameters = dict(model.named_parameters())
     if unknown := [name for name in names if name not in parameters]:
-        raise UserError(f"method.freeze_plan freezes {unknown[0]}, which this net lacks: probe this teacher with engine.probe")
+        raise UserError(f"method.freeze_plan freezes {unknown[0]}, which this net lacks: probe this teacher with potstill probe")
     for name in names:
         parameters[name].requires_grad_(False)
     return sum(parameters[name].numel() for name in names), sum(p.numel() for p in parameters.values())

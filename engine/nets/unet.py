@@ -21,7 +21,7 @@ def resolutions_of(img_resolution: int, levels: int) -> list[int]:
         fewer = next(n for n in range(levels, 0, -1) if img_resolution % 2 ** (n - 1) == 0)
         raise ValueError(
             f"{img_resolution}x{img_resolution} images cannot be halved {levels - 1} times, as {levels} levels (channel_mult) want: use images of "
-            f"{fitting}x{fitting} (engine.convert images --resolution {fitting}), or {fewer} level{'s' * (fewer > 1)}"
+            f"{fitting}x{fitting} (potstill convert images --resolution {fitting}), or {fewer} level{'s' * (fewer > 1)}"
         )
     return [img_resolution >> level for level in range(levels)]
 

@@ -34,7 +34,7 @@ def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
     if "precond" not in meta or "kwargs" not in meta:
         raise UserError(
             f"{path} holds tensors but does not say which net they belong to (no 'precond' and 'kwargs' in its metadata): "
-            "wanted a file written by engine.train or engine.convert"
+            "wanted a file written by potstill train or convert"
         )
     try:
         net = from_kwargs(meta["precond"], **meta["kwargs"])
@@ -102,7 +102,7 @@ def _opened(path: Path) -> Iterator[Any]:
     except SafetensorError as error:
         what = what_it_is(path)
         again = "copy or download it again"
-        wanted = f"wanted a file written by engine.train or engine.convert; {what}"
+        wanted = f"wanted a file written by potstill train or convert; {what}"
         raise UserError(
             f"{path} is not a complete safetensors file ({error}): {again if what == 'it is a safetensors file' else wanted}"
         ) from error

@@ -24,7 +24,7 @@ def proposed(plan: Plan, level: int) -> list[str]:
     """What a plan proposes to freeze instead of a published level."""
     levels = plan.report.get("freeze", {}).get("levels", {})
     if str(level) not in levels:
-        raise UserError(f"method.freeze_plan wants method.freeze from 1 to {MOST} and a plan that engine.probe wrote, got level {level}")
+        raise UserError(f"method.freeze_plan wants method.freeze from 1 to {MOST} and a plan that potstill probe wrote, got level {level}")
     return levels[str(level)]["frozen"]
 
 

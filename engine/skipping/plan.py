@@ -29,7 +29,7 @@ BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the
 class SkippingConfig:
     """Leave out what the teacher does not need at a noise level; off by default."""
 
-    plan: str | None = None  # a file of engine.probe, made for this very teacher
+    plan: str | None = None  # a file of potstill probe, made for this very teacher
     cache: int = 1  # of a teacher's walk (SFD): deep features are computed at every so-manieth evaluation; 1: always
     anneal: float = 0.2  # share of the training, its last, with the full teacher
     guard_iterations: int = 500  # between comparisons with the full teacher; 0: none
@@ -108,21 +108,21 @@ def save_plan(path: Path, plan: Plan) -> None:
 def load_plan(path: Path) -> Plan:
     """A plan file. UserError if it is not one."""
     if not path.is_file():
-        raise UserError(f"no plan at {path}: python -m engine.probe TEACHER.safetensors --data DATA --out {path} makes one")
+        raise UserError(f"no plan at {path}: potstill probe TEACHER.safetensors --data DATA --out {path} makes one")
     try:
         found = json.loads(path.read_text())
         if found.pop("format") != FORMAT:
             raise ValueError("another format")
         plan = Plan(**found)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a plan of engine.probe ({error}): make it again") from error
+        raise UserError(f"{path} is not a plan of potstill probe ({error}): make it again") from error
     consistent = (
         len(plan.edges) == plan.bins + 1 > 1
         and all(a < b for a, b in zip(plan.edges, plan.edges[1:], strict=False))
         and all(isinstance(p, int) and 0 <= p <= len(plan.order) for p in plan.prefix)
     )
     if not consistent:
-        raise UserError(f"{path} contradicts itself (bins, edges, prefixes): make it again with engine.probe")
+        raise UserError(f"{path} contradicts itself (bins, edges, prefixes): make it again with potstill probe")
     check_budget(plan.budget)
     return plan
 
@@ -135,7 +135,7 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
         )
     if not same_weights(plan.teacher, net):
         raise UserError(
-            f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with engine.probe"
+            f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with potstill probe"
         )
     if unknown := set(plan.order) - set(block_names(net.model)):
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")

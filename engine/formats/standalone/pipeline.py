@@ -3,7 +3,7 @@
     pipe = DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
     images = pipe(seeds=[0, 1, 2], class_labels=[3, 3, 7]).images
 
-A seed gives the image that potstill's `engine.sample` gives for it. Apache-2.0; the weights have their own licence.
+A seed gives the image that `potstill sample` gives for it. Apache-2.0; the weights have their own licence.
 """
 
 import torch

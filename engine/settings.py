@@ -1,0 +1,157 @@
+"""Every setting of a recipe: its name on the command line, type, default and what it does.
+
+    potstill settings                  all of them
+    potstill settings train.           those that begin so; method. has every method's under the names of its recipes
+    potstill settings --markdown       all of them as docs/settings.md has them
+
+Any of them can be given as key=value to `potstill train` and `potstill compare`, or stand in a recipe. null is none; lists are
+[1,2]. What is said here stands beside each setting in the source.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from potstill.engine.cli import parser_of, run
+from potstill.engine.config import METHOD_CONFIGS, Config
+from potstill.engine.errors import UserError
+from potstill.engine.library import RECIPES
+
+NET = "NET"  # stands for the name of a net that an optimiser is of
+
+
+class Setting(NamedTuple):
+    """One line of the list. name: dotted; kind and default: as they are written in a recipe; about: what it does."""
+
+    name: str
+    kind: str
+    default: str
+    about: str
+
+
+class Branch(NamedTuple):
+    """The settings of one dataclass at one place in the tree. title: where; about: what the dataclass says of itself."""
+
+    title: str
+    schema: type
+    about: str
+    settings: list[Setting]
+
+
+def main(arguments: list[str]) -> None:
+    parser = parser_of("settings", __doc__)
+    parser.add_argument("prefix", nargs="?", default="", help="only those whose name begins so, such as train. or method.")
+    parser.add_argument("--markdown", action="store_true", help="as a page")
+    args = parser.parse_args(arguments)
+    found = [branch._replace(settings=[s for s in branch.settings if s.name.startswith(args.prefix)]) for branch in branches()]
+    if not any(branch.settings for branch in found):
+        raise UserError(f"there is no setting whose name begins with {args.prefix!r}: `potstill settings` lists them")
+    print((page if args.markdown else listing)([branch for branch in found if branch.settings]))
+
+
+def branches() -> list[Branch]:
+    """The whole tree: the top, its branches, and for `method` every method's."""
+    found = list(_branches(Config, "", "settings of the whole run"))
+    at = next(i for i, branch in enumerate(found) if branch.title.startswith("students"))
+    methods = [branch for name, schema in METHOD_CONFIGS.items() for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
+    return found[:at] + methods + found[at:]
+
+
+def _branches(schema: type, prefix: str, title: str) -> Iterator[Branch]:
+    """A dataclass's own settings, then those of the dataclasses below it."""
+    kinds, comments = get_type_hints(schema), comments_of(schema)
+    own, below = [], []
+    for field in dataclasses.fields(schema):
+        name, kind = f"{prefix}{field.name}", kinds[field.name]
+        inner = next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
+        if inner is None or get_origin(kind) in (dict, Union, UnionType):
+            own.append(Setting(name, _kind(kind), _default(field), comments.get(field.name, "")))
+        if inner is not None:
+            below.append((inner, f"{name}.{NET}." if get_origin(kind) is dict else f"{name}."))
+    yield Branch(title, schema, " ".join((inspect.getdoc(schema) or "").split()), own)
+    for inner, place in below:
+        yield from _branches(inner, place, place.rstrip("."))
+
+
+def _kind(kind: Any) -> str:
+    """A type in words: "list of whole numbers, or null"."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_kind(one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return f"list of {_kind(get_args(kind)[0])}"
+    if get_origin(kind) is dict or dataclasses.is_dataclass(kind):
+        return "see below"
+    return {int: "int", float: "float", str: "text", bool: "true or false", type(None): "null", Any: "see below"}[kind]
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return ""
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    if isinstance(value, str):
+        return value if value not in ("", "???") else '""' if value == "" else ""
+    return json.dumps(value)
+
+
+@cache
+def comments_of(schema: type) -> dict[str, str]:
+    """{name: comment} of the fields of a dataclass: what stands on the lines of each one's definition."""
+    source = inspect.getsource(schema)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in _tokens(source) if token.type == tokenize.COMMENT}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]  # type: ignore[attr-defined]
+    return {
+        ast.unparse(node.target): " ".join(comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments)
+        for node in fields
+    }
+
+
+def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
+    return tokenize.generate_tokens(io.StringIO(source).readline)
+
+
+def _recipes_of(schema: str) -> list[str]:
+    """What can follow method= to have this dataclass, with what it sets: "dmd2 (gan=true)"."""
+    found = []
+    for path in sorted((RECIPES / "method").glob("*.yaml")):
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if tree.pop("defaults") == [f"{schema}_schema"]:
+            sets = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in tree.items())
+            found.append(f"method={path.stem}" + (f" ({sets})" if sets else ""))
+    return found
+
+
+def listing(found: list[Branch]) -> str:
+    """For a terminal: a line each."""
+    lines: list[str] = []
+    for branch in found:
+        width = max(len(s.name) + len(s.default) for s in branch.settings) + 1
+        kinds = max(len(s.kind) for s in branch.settings)
+        lines += ["", f"# {branch.title}" + (f": {branch.about}" if branch.about else "")]
+        lines += [f"{f'{s.name}={s.default}':{width}}  {s.kind:{kinds}}  {s.about}".rstrip() for s in branch.settings]
+    return "\n".join(lines[1:])
+
+
+def page(found: list[Branch]) -> str:
+    """For the docs: a table for each dataclass, once, with all the places where it stands."""
+    lines = ["# Settings", "", *(inspect.getdoc(inspect.getmodule(page)) or "").partition("\n\n    ")[2].partition("\n\n")[2].splitlines()]
+    lines += ["`potstill settings --markdown` wrote this page."]
+    for schema in dict.fromkeys(branch.schema for branch in found):
+        same = [branch for branch in found if branch.schema is schema]
+        lines += ["", f"## {', '.join(f'`{branch.title}`' for branch in same)}", ""]
+        lines += [same[0].about, ""] if same[0].about else []
+        lines += ["| setting | type | default | |", "| --- | --- | --- | --- |"]
+        lines += [f"| `{s.name}` | {s.kind} | `{s.default}` | {s.about.replace('|', chr(92) + '|')} |" for s in same[0].settings]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)
