@@ -67,22 +67,22 @@ class DataConfig:
 class NetConfig:
     """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data."""
 
-    precond: str = "EDMPrecond"
-    model_type: str = "SongUNet"
+    precond: str = "EDMPrecond"  # preconditioning: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond | GDDPrecond | ECMPrecond
+    model_type: str = "SongUNet"  # SongUNet (DDPM++, NCSN++) | DhariwalUNet (ADM)
     conditional: bool = True  # on the class, where the data has classes
-    model_channels: int | None = None
-    channel_mult: list[int] | None = None
-    channel_mult_emb: int | None = None
-    channel_mult_noise: int | None = None
-    num_blocks: int | None = None
-    attn_resolutions: list[int] | None = None
-    dropout: float | None = None
-    label_dropout: float | None = None
-    augment_dim: int | None = None
-    embedding_type: str | None = None
-    encoder_type: str | None = None
-    decoder_type: str | None = None
-    resample_filter: list[int] | None = None
+    model_channels: int | None = None  # channels that channel_mult multiplies
+    channel_mult: list[int] | None = None  # channels of each resolution, the finest first, in units of model_channels
+    channel_mult_emb: int | None = None  # channels of the embedding of noise level and class, in units of model_channels
+    channel_mult_noise: int | None = None  # channels of the noise level's own embedding, in units of model_channels; SongUNet's
+    num_blocks: int | None = None  # residual blocks for each resolution
+    attn_resolutions: list[int] | None = None  # side lengths in pixels at which there is attention
+    dropout: float | None = None  # probability within the blocks
+    label_dropout: float | None = None  # probability that a class is not told, for guidance
+    augment_dim: int | None = None  # inputs for EDM's augmentation, which this engine does not do: as the weights to be loaded want it
+    embedding_type: str | None = None  # of the noise level: positional (DDPM++) | fourier (NCSN++); SongUNet's
+    encoder_type: str | None = None  # standard (DDPM++) | residual (NCSN++) | skip; SongUNet's
+    decoder_type: str | None = None  # standard | skip; SongUNet's
+    resample_filter: list[int] | None = None  # of changes of resolution: [1,1] (DDPM++) | [1,3,3,1] (NCSN++); SongUNet's
 
     def __post_init__(self):
         finite(self)
@@ -119,8 +119,8 @@ class EvalConfig:
 
     features: str = "pixels"  # pixels | inception[:FILE|URL] | dinov2:FILE | clip:FILE | a TorchScript file
     n: int | None = None  # images generated; null: as many as the data has, at most 50,000
-    batch: int = 512
-    seed: int = 0
+    batch: int = 512  # images at a time; changes no image
+    seed: int = 0  # of the first image; the next one has the next
 
     def __post_init__(self):
         at_least(self, 2, "n")
@@ -132,13 +132,13 @@ class EvalConfig:
 
 @dataclass
 class StudentsConfig:
-    """Multi-student distillation (msd.py): every student has its own share of the classes."""
+    """Multi-student distillation (MSD): every student has its own share of the classes."""
 
-    count: int = 1
-    partition: str = "blocks"  # blocks | random | kmeans (of the classes' mean images)
+    count: int = 1  # how many
+    partition: str = "blocks"  # of the classes among them: blocks | random | kmeans (of the classes' mean images)
     net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
     tsm: TrainConfig = field(default_factory=TrainConfig)
-    start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM
+    start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM; null: from the teacher
 
     def __post_init__(self):
         at_least(self, 1, "count")
@@ -150,21 +150,21 @@ class StudentsConfig:
 
 @dataclass
 class Config:
-    run_dir: str | None = None  # null: runs/<name of the recipe>
-    seed: int = 0
-    device: str = "auto"  # auto | cpu | cuda | cuda:1
+    """What holds for the whole run."""
+
+    run_dir: str | None = None  # where everything is written; null: runs/<name of the recipe>
+    seed: int = 0  # of every random number: weights, order of the images, noise
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | cuda:1
     precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
     tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
-    cudnn_benchmark: bool | None = (
-        None  # time cuDNN's convolutions on every new shape and take the fastest; null: on GPUs, unless deterministic
-    )
+    cudnn_benchmark: bool | None = None  # cuDNN times its convolutions on every new shape; null: on GPUs, unless deterministic
     deterministic: bool = False  # only algorithms that give the same bits every time; slower on GPUs
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
     profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    method: Any = MISSING
+    method: Any = MISSING  # which one, by name: method=sid; its own settings are method.…
     students: StudentsConfig = field(default_factory=StudentsConfig)
     student: int | None = None  # of several students train this one only, as a job of its own; null: all in turn
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -43,7 +43,7 @@ ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's gen
 
 def main(argv: list[str]) -> None:
     parser = parser_of("convert", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm", help="what is converted:")
     _add_images(commands)
     _add_edm(commands)
     arguments = parser.parse_args(argv)

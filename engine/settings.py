@@ -26,7 +26,18 @@ from potstill.engine.config import METHOD_CONFIGS, Config
 from potstill.engine.errors import UserError
 from potstill.engine.library import RECIPES
 
-NET = "NET"  # stands for the name of a net that an optimiser is of
+NET = "NET"  # stands for the name of a net that an optimiser is of: teacher, student, fake, discriminator
+HEAD = """\
+# Settings
+
+Written by `potstill settings --markdown > docs/settings.md` from the comments beside each setting in the source; without `--markdown` the
+same is a list for a terminal, and `potstill settings train.` a part of it.
+
+    potstill train digits train.batch=128 method.sigma=10
+
+Each can be given as `key=value` to `potstill train` and `potstill compare`, or stand in a recipe. Types are YAML's: `null` is none, lists are
+`[1,2]`. A recipe's own values come before these defaults: `potstill train NAME --dry-run` prints what holds. NET is the name of a net that
+is trained: teacher, student, fake, discriminator."""
 
 
 class Setting(NamedTuple):
@@ -60,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 def branches() -> list[Branch]:
     """The whole tree: the top, its branches, and for `method` every method's."""
-    found = list(_branches(Config, "", "settings of the whole run"))
+    found = list(_branches(Config, "", "the whole run"))
     at = next(i for i, branch in enumerate(found) if branch.title.startswith("students"))
     methods = [branch for name, schema in METHOD_CONFIGS.items() for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
     return found[:at] + methods + found[at:]
@@ -142,15 +153,19 @@ def listing(found: list[Branch]) -> str:
 
 def page(found: list[Branch]) -> str:
     """For the docs: a table for each dataclass, once, with all the places where it stands."""
-    lines = ["# Settings", "", *(inspect.getdoc(inspect.getmodule(page)) or "").partition("\n\n    ")[2].partition("\n\n")[2].splitlines()]
-    lines += ["`potstill settings --markdown` wrote this page."]
+    lines = [HEAD]
     for schema in dict.fromkeys(branch.schema for branch in found):
         same = [branch for branch in found if branch.schema is schema]
-        lines += ["", f"## {', '.join(f'`{branch.title}`' for branch in same)}", ""]
+        lines += ["", f"## {', '.join(branch.title for branch in same)}", ""]
         lines += [same[0].about, ""] if same[0].about else []
         lines += ["| setting | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{s.name}` | {s.kind} | `{s.default}` | {s.about.replace('|', chr(92) + '|')} |" for s in same[0].settings]
+        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {in_cell(s.about)} |" for s in same[0].settings]
     return "\n".join(lines)
+
+
+def in_cell(text: str) -> str:
+    """With what Markdown would take for a tag or for the end of a table's cell written so that it is shown."""
+    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 if __name__ == "__main__":

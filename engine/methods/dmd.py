@@ -37,17 +37,21 @@ from potstill.kernels import add_noise, denoise, discriminator_adversarial, gene
 class DMDConfig:
     """Defaults: DMD2's ImageNet-64 recipe (released code)."""
 
-    name: str = "dmd"
+    name: str = "dmd"  # set by method=…
     sigma: float = 80.0  # the student's only noise level
-    fake_per_student: int = 5  # TTUR; DMD 1 used 1
-    match_index: list[int] = field(default_factory=lambda: [20, 980])  # levels of the 1000-point grid, both included
-    fake_index: list[int] = field(default_factory=lambda: [0, 999])
+    fake_per_student: int = 5  # updates of the fake net for one of the student (TTUR); DMD 1 used 1
+    match_index: list[int] = field(
+        default_factory=lambda: [20, 980]
+    )  # first and last level, of the 1000-point grid, at which distributions are matched
+    fake_index: list[int] = field(default_factory=lambda: [0, 999])  # the fake net's levels in its training, likewise
     guidance: float = 1.0  # of the teacher; 1 is none
-    gan: bool = False
-    gan_index: list[int] = field(default_factory=lambda: [0, 999])  # diffusion GAN; [0, 0] for (almost) clean images
-    gan_student: float = 3e-3  # w_G
-    gan_fake: float = 1e-2  # w_D
-    regression: float = 0.0  # w_R; DMD 1 has 0.25 (conditional) or 0.5, with fake_per_student 1
+    gan: bool = False  # a GAN head on the fake net's encoder: DMD2
+    gan_index: list[int] = field(
+        default_factory=lambda: [0, 999]
+    )  # levels of the images that the head sees; [0, 0] for (almost) clean images
+    gan_student: float = 3e-3  # w_G: weight of the GAN in the student's loss
+    gan_fake: float = 1e-2  # w_D: weight of the GAN in the fake net's loss
+    regression: float = 0.0  # w_R: weight of the regression on pairs; DMD 1 has 0.25 (conditional) or 0.5, with fake_per_student 1
     regression_metric: str = "lpips"  # lpips (the paper's; the extra of that name) | l2
     pairs: int = 25_000  # of noise and teacher sample, made once; the paper's number for ImageNet-64
     pair_steps: int = 256  # of Heun, for each

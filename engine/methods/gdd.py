@@ -48,18 +48,20 @@ from potstill.kernels.estimate import accum
 class GDDConfig:
     """Defaults: GDD for CIFAR-10 (released code) but for the feature nets."""
 
-    name: str = "gdd"
+    name: str = "gdd"  # set by method=…
     sigma: float = 80.0  # the student's only noise level
-    freeze: int = 0  # 0: GDD; 1: GDD-I; 2 and 3 freeze still more (its ablations)
+    freeze: int = 0  # how much of the student stays the teacher's: 0: GDD, nothing; 1: GDD-I; 2 and 3 freeze still more (its ablations)
     freeze_plan: str | None = None  # of potstill probe: freeze what it proposes at as few trained parameters; ours, not the paper's
-    features: list[str] = field(default_factory=lambda: ["teacher"])  # teacher[:SIGMA] | timm:NAME | torchscript:FILE
+    features: list[str] = field(
+        default_factory=lambda: ["teacher"]
+    )  # nets that the discriminator looks through: teacher[:SIGMA] | timm:NAME | torchscript:FILE
     feature_noise: bool = False  # show teacher features noisy images, at their own level (diffusion GAN); not in the paper
     feature_dtype: str = "fp32"  # fp32 (the paper's) | bf16, for feature nets and projectors; heads are float32
     width: int = 64  # channels of the projectors' finest map
-    loss: str = "softplus"  # softplus | hinge
+    loss: str = "softplus"  # of the GAN: softplus | hinge
     sum_over: float = 64.0  # images the losses are summed over: the paper's batch per GPU
-    r1_gamma: float = 1e-4  # 0: no R1
-    r1_every: int = 16
+    r1_gamma: float = 1e-4  # weight of the gradient penalty R1; 0: none
+    r1_every: int = 16  # iterations between two penalties, each as much heavier
 
     def __post_init__(self):
         one_of(self, "name", ("gdd",))

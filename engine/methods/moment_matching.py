@@ -43,12 +43,12 @@ from potstill.kernels import add_noise, denoise, moments
 class MomentMatchingConfig:
     """Defaults: eight steps, as in the paper's best results; w and S(t) from public reimplementations."""
 
-    name: str = "moment_matching"
+    name: str = "moment_matching"  # set by method=…
     variant: str = "alternating"  # alternating (Alg. 2) | instant (Alg. 3; for k = 8, worse with fewer steps)
     steps: int = 8  # k: evaluations per image; the paper has 1, 2, 4 and 8
     levels: str = "karras"  # S(t): karras | cosine | log_uniform
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    sigma_min: float = 0.002  # least noise level of S(t)
+    sigma_max: float = 80.0  # greatest noise level of S(t), where sampling starts
     rho: float = 7.0  # of karras
     weight: str = "sqrt_karras"  # w at S_s: flat | sqrt_karras | edm | snr | sigmoid; the paper's is not known
     sigmoid_bias: float = -1.0  # b of w = e^λ sigmoid(b - λ), λ = -2 ln S; unverified
@@ -58,7 +58,7 @@ class MomentMatchingConfig:
     measure_every: int = 100  # iterations between measurements of v
     measure_batch: int = 16  # images per gradient whose square goes into v
     measure_decay: float = 0.99  # of v: the mean of all gradients at first, then of about the last hundred
-    eps: float = 1e-8
+    eps: float = 1e-8  # of instant's Λ = 1 / (sqrt(v) + eps)
 
     def __post_init__(self):
         one_of(self, "name", ("moment_matching",))

@@ -39,18 +39,18 @@ from potstill.kernels import trajectory
 class SFDConfig:
     """Defaults: SFD for two evaluations (released code)."""
 
-    name: str = "sfd"
+    name: str = "sfd"  # set by method=…
     num_steps: list[int] = field(default_factory=lambda: [4])  # noise levels, N + 1; several: SFD-v draws one an iteration
     sample_num_steps: int | None = None  # of SFD-v, how its samples are drawn meanwhile; null: the last of num_steps
     K: int = 4  # teacher steps per student step
-    solver: str = "dpmpp_3m"  # the teacher's; euler in the second stage
-    afs: bool = True
-    teacher_afs: bool = False  # true in the second stage
+    solver: str = "dpmpp_3m"  # the teacher's ODE solver; euler in the second stage
+    afs: bool = True  # the student's first step without an evaluation (analytical first step)
+    teacher_afs: bool = False  # the teacher's first step likewise: true in the second stage
     sigma_min: float = 0.006  # instead of EDM's 0.002; of teacher and student
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    metric: str = "l1"  # l1 | l2 | huber
-    huber_c: float = 0.03  # not known from the paper
+    sigma_max: float = 80.0  # where sampling starts
+    rho: float = 7.0  # of Karras' levels
+    metric: str = "l1"  # distance of the student's state from the teacher's: l1 | l2 | huber
+    huber_c: float = 0.03  # of huber; not known from the paper
     lpips: float = 0.0  # its weight beside the metric, per pixel, in the last step; 1 in the second stage. The extra `lpips`
     step_condition: bool = False  # tell the student num_steps: true for SFD-v
     zero_init: bool = False  # start the step condition at nothing, so that the student starts as the teacher; released: random

@@ -36,8 +36,8 @@ from potstill.kernels import Losses, add_noise, denoise, score_implicit
 class SIMConfig:
     """Defaults: SiD's CIFAR-10 settings (released code) with SIM's distance."""
 
-    name: str = "sim"
-    distance: str = "huber"  # huber | l2
+    name: str = "sim"  # set by method=…
+    distance: str = "huber"  # of the scores: huber (SIM) | l2 (SiD)
     c: float | None = None  # of huber; null: 0.00054·sqrt(C·H·W), 0.03 for CIFAR-10 (from 2310.14189; SIM's is unverified)
     alpha: float = 1.0  # of l2; 1.2 is SiD's best except on AFHQv2, 0.5 the gradient of the whole Fisher divergence
     sigma: float = 2.5  # σ_init: the student's only noise level
@@ -45,8 +45,8 @@ class SIMConfig:
     scale: float = 100.0  # of L_g; under Adam it matters only against eps
     guidance: float = 1.0  # of the teacher; 1 is none
     dropout: float | None = None  # of student and fake net, each in its own turn; null: what the teacher was trained with
-    P_mean: float = -1.2  # of L_ψ's ln σ
-    P_std: float = 1.2
+    P_mean: float = -1.2  # mean of ln σ in L_ψ, the fake net's loss
+    P_std: float = 1.2  # standard deviation of ln σ in L_ψ
 
     def __post_init__(self):
         one_of(self, "name", ("sim",))

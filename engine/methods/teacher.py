@@ -17,11 +17,11 @@ from potstill.kernels import add_noise, denoise
 
 @dataclass
 class EDMLoss:
-    """EDM, Table 1."""
+    """The teacher's own training: EDM (2206.00364), Table 1."""
 
-    P_mean: float = -1.2
-    P_std: float = 1.2
-    sampling_steps: int = 18  # Heun, as for CIFAR-10 (35 evaluations)
+    P_mean: float = -1.2  # mean of ln σ in training
+    P_std: float = 1.2  # standard deviation of ln σ
+    sampling_steps: int = 18  # of Heun's method when the teacher is sampled; 18, EDM's for CIFAR-10, are 35 evaluations
 
     def __post_init__(self):
         finite(self)

@@ -29,8 +29,8 @@ BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the
 class SkippingConfig:
     """Leave out what the teacher does not need at a noise level; off by default."""
 
-    plan: str | None = None  # a file of potstill probe, made for this very teacher
-    cache: int = 1  # of a teacher's walk (SFD): deep features are computed at every so-manieth evaluation; 1: always
+    plan: str | None = None  # a file that `potstill probe` made for this very teacher; null: none
+    cache: int = 1  # of a teacher's walk (SFD): deep features are computed at every cache-th evaluation only; 1: always
     anneal: float = 0.2  # share of the training, its last, with the full teacher
     guard_iterations: int = 500  # between comparisons with the full teacher; 0: none
     cosine: float = 0.99  # least cosine of the student's gradients with and without; below, the plan shrinks

@@ -22,8 +22,10 @@ from potstill.engine.whole import whole
 
 @dataclass
 class LogConfig:
-    tensorboard: bool = True
-    wandb: str | None = None  # project name; null: off
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True  # event files in <run>/tensorboard
+    wandb: str | None = None  # project of Weights & Biases (the extra `wandb`); null: off
 
 
 class Meter:

@@ -21,13 +21,13 @@ class OptimConfig:
     """Adam or AdamW with a schedule; the defaults are EDM-family habits."""
 
     name: str = "adam"  # adam | adamw
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = 1e-4  # learning rate after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # decay of the averages of gradient and square
+    eps: float = 1e-8  # added to the root of the square
+    weight_decay: float = 0.0  # adam: L2 in the gradient; adamw: decoupled
     clip: float | None = None  # global gradient norm; null: none
     warmup: int = 0  # iterations of linear warm-up
-    schedule: str = "constant"  # constant | linear (to 0 at the end) | halfway (a tenth from the middle on, as SFD)
+    schedule: str = "constant"  # of the learning rate: constant | linear (to 0 at the end) | halfway (a tenth from the middle on, as SFD)
 
     def __post_init__(self):
         finite(self)

@@ -44,12 +44,12 @@ TEACHERS = ("replicate", "shard")
 
 @dataclass
 class FSDPConfig:
-    """Of train.parallel=fsdp."""
+    """How nets are sharded with train.parallel=fsdp."""
 
     replicas: int = 1  # copies of the shards (HSDP): as many as machines, where the network between them is slow
     reshard_after_forward: bool = True  # false: keep gathered weights until backward; faster, and takes more memory
     mixed: bool = True  # gather the blocks' weights in the precision of the run: half the traffic in bf16
-    teacher: str = "replicate"  # replicate | shard
+    teacher: str = "replicate"  # replicate | shard (for one too large for each GPU)
 
     def __post_init__(self):
         at_least(self, 1, "replicas")

@@ -46,22 +46,22 @@ from potstill.kernels import AdamEMA
 class TrainConfig:
     """How long, how large, how often. One thousand images seen is a kimg; an iteration sees `batch` images."""
 
-    kimg: float = 100.0
+    kimg: float = 100.0  # length of the training, in thousands of images
     batch: int = 128  # images per iteration, over all micro-batches and ranks
     micro_batch: int | str | None = None  # images per forward and rank, at most; null: its whole share; auto: what memory allows
-    parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (engine.training.parallel)
+    parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (`train.fsdp`)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
-    optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam (engine.training.optim); the numbers are the same
+    optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam; the numbers are the same but for rounding
     compile: str = "off"  # off | blocks | net: torch.compile of the U-Nets; minutes of waiting, for long runs
     shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
-    ema_kimg: float = 500.0  # half-life of the average of the weights
+    ema_kimg: float = 500.0  # half-life of the average of the weights (EMA), in thousands of images; 0: no average
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
     activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
-    log_iterations: int = 50
-    grid_kimg: float | None = None  # sample grid from fixed latents; null: ten over the run
-    eval_kimg: float | None = None  # Frechet distance in the loop; null: never
-    checkpoint_kimg: float | None = None  # null: ten over the run
+    log_iterations: int = 50  # between two log lines
+    grid_kimg: float | None = None  # thousands of images between two grids of samples from fixed latents; null: ten over the run
+    eval_kimg: float | None = None  # thousands of images between two measurements (`eval`) in the run; null: never
+    checkpoint_kimg: float | None = None  # thousands of images between two checkpoints; null: ten over the run
     keep: int = 2  # newest checkpoints kept
     graphs: str = "auto"  # replay every turn as one CUDA graph: auto (where there is CUDA) | on (or stop) | off
 
