@@ -24,11 +24,14 @@ from potstill.engine.training.compile import check_compile
 from potstill.engine.training.graphs import check_graphs
 from potstill.engine.training.parallel import check_shares
 from potstill.engine.training.run import TrainConfig
+from potstill.kernels import cuda
 
 
 def check_settings(cfg: Config, ranks: int = 1) -> None:
     """UserError for settings that do not go with one another, with this device or with so many ranks."""
     device = device_named(cfg.device)
+    if device.type == "cuda" and (without := cuda.lacking("noising")):
+        raise UserError(f"device={cfg.device}: {without}")
     for name, stage in stages(cfg):
         if ranks > 1:
             statistics = name == "train" and has_batch_statistics(cfg)

@@ -8,12 +8,11 @@ import math
 import struct
 
 import torch
-import triton
-import triton.language as tl
 
 from potstill.kernels import cuda
 from potstill.kernels._groups import Group
-from potstill.kernels._lib import AotCase, aot_case
+from potstill.kernels._lib import AotCase, aot_case, cdiv
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.tables import CHUNK, COEFS, Flags, Part
 
 BLOCK, WARPS = 512, 4  # four elements a thread: one 16-byte access, and the same split for 32- and 16-bit tensors
@@ -192,7 +191,7 @@ def _triton_check(part: Part, flags: Flags) -> None:
 
 def _triton_coefs(part: Part, flags: Flags, group: Group, counts: bool) -> None:
     found, scale = flags.found_inf, flags.grad_scale
-    _coefs_kernel[(triton.cdiv(len(part.where), 128),)](
+    _coefs_kernel[(cdiv(len(part.where), 128),)](
         part.steps, part.grad_table, group.rates, flags.flag, flags.flag if found is None else found,
         flags.flag if scale is None else scale, flags.nonfinite, part.coefs, len(part.where),
         *_log2(group["betas"][0]), *_log2(group["betas"][1]), group["weight_decay"],

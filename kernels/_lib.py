@@ -6,9 +6,9 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from potstill.kernels._triton import INSTALLED, tl, triton
 from potstill.kernels.estimate import Estimate
 
 NAMESPACE = "potstill"
@@ -17,12 +17,14 @@ NAMESPACE = "potstill"
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def check_interpreter(triton_version: str, numpy_version: str) -> None:
-    """ImportError for a pair that cannot interpret our loops.
+def check_interpreter(triton_version: str | None, numpy_version: str) -> None:
+    """ImportError for a pair that cannot interpret our loops, or for no Triton (None).
 
     The interpreter of Triton 3.6 turns a loop's bound, an array of one element, into an int by NumPy's rule for scalars,
     which NumPy 2.4 dropped. Triton 3.7 does not, and on a GPU nothing of this matters.
     """
+    if triton_version is None:
+        raise ImportError("TRITON_INTERPRET=1 wants triton >= 3.6, got none: pip install triton, or unset TRITON_INTERPRET")
     if _version(triton_version) < (3, 7) and _version(numpy_version) >= (2, 4):
         raise ImportError(
             f"TRITON_INTERPRET=1 wants triton >= 3.7 or numpy < 2.4, got triton {triton_version} and numpy {numpy_version}: "
@@ -35,7 +37,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 if INTERPRET:
-    check_interpreter(version("triton"), version("numpy"))
+    check_interpreter(triton.__version__ if INSTALLED else None, version("numpy"))
 
 _ESTIMATE = "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
 
@@ -189,13 +191,18 @@ def splits(n: int, d: int) -> int:
 
     A function of the shape alone, so the order of summation and thus the result does not depend on the device.
     """
-    wanted = min(-(-PROGRAMS // max(n, 1)), -(-d // BLOCK), _MAX_SPLITS)
+    wanted = min(cdiv(PROGRAMS, max(n, 1)), cdiv(d, BLOCK), _MAX_SPLITS)
     return power_of_2(wanted)
 
 
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def rows(s: int) -> int:

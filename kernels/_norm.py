@@ -5,11 +5,10 @@ once; a larger one is read twice, the second time mostly from L2.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from potstill.kernels._lib import INTERPRET, AotCase, aot_case, tl_dtype
+from potstill.kernels._lib import INTERPRET, AotCase, aot_case, cdiv, power_of_2, tl_dtype
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum
 
 
@@ -263,13 +262,13 @@ def plan(c: int, hw: int, groups: int, itemsize: int, channels_last: bool, direc
 
     A function of shape and dtype alone, so that the order of summation does not depend on the device.
     """
-    k, rows = c // groups, triton.next_power_of_2(hw)
+    k, rows = c // groups, power_of_2(hw)
     fits = []
     for segment in (_SEGMENT, _SEGMENT // 2) if channels_last else (1,):
         kg = 1
         while groups % (2 * kg) == 0 and (kg * k * itemsize < segment or kg * k * itemsize % 8) and kg * k < 128:
             kg *= 2
-        fits.append((kg, triton.next_power_of_2(kg * k)))
+        fits.append((kg, power_of_2(kg * k)))
     limit = _SLAB[direction]
     kg, cb = next(((kg, cb) for kg, cb in fits if cb * rows <= limit), fits[-1])
     if cb * rows <= limit:
@@ -318,7 +317,7 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, w
     )  # fmt: skip
     if sums is not None:
         dweight, dbias, dscale, dshift, _ = (t if t.numel() else None for t in out)
-        _parameters_kernel[(triton.cdiv(c, 32),)](
+        _parameters_kernel[(cdiv(c, 32),)](
             sums, weight, bias, scale if params else None, dweight, dbias, dscale, dshift, _stride(scale), c,
             N=n, ROWS=32, CB=32, ACC=tl_dtype(mean.dtype), num_warps=4,
         )  # fmt: skip

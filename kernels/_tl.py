@@ -2,8 +2,7 @@
 
 # pyright: reportGeneralTypeIssues=false
 
-import triton
-import triton.language as tl
+from potstill.kernels._triton import tl, triton
 
 
 @triton.jit

@@ -17,8 +17,6 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -30,6 +28,7 @@ from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
 from potstill.kernels._loss import few, kept, on_reference, plain_on_cpu
 from potstill.kernels._tl import is_finite, load, total
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Losses, accum
 
 _BLOCK = 512

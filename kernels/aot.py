@@ -21,12 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from potstill import kernels
 from potstill.kernels._lib import AotCase
+from potstill.kernels._triton import INSTALLED, triton
 
 ARCHITECTURES = (80, 90)  # A100, and H100/H200
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -60,6 +57,9 @@ def tool(name: str) -> str:
 
 def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
     """PTX and machine code of a case."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     source = ASTSource(case.kernel, *specialised(case))
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps, "maxnreg": case.maxnreg}).asm
 
@@ -207,6 +207,9 @@ def table(usages: list[Usage]) -> str:
 
 
 def main(processes: int = 2) -> int:
+    if not INSTALLED:
+        print("error: kernels.aot wants triton >= 3.6, which compiles the kernels, got none: pip install triton", file=sys.stderr)
+        return 2
     start = time.perf_counter()
     usages = list(triton_usages([case.name for case in cases()], processes))
     sources = sorted(CSRC.glob("*.cu"))

@@ -29,7 +29,7 @@ def _match(op: str, x: Tensor, real: tuple[str, Tensor], fake: tuple[str, Tensor
         check_image(op, name, t, "the generated images", x)
         check_constant(op, name, t, "the generated images")
     # the originals never bound the normaliser from below; FastGen adds eps to it
-    return weighted(x, Estimate(real[1]), Estimate(fake[1]), scale, 0.0, eps)[0].mean()
+    return weighted(x, Estimate(real[1]), Estimate(fake[1]), scale, eps=0.0, plus=eps).value.mean()
 
 
 def variational_score_distillation_loss(

@@ -2,9 +2,9 @@
 
     potstill.set_backend("cuda")                  # for the process; or POTSTILL_BACKEND=cuda in the environment
 
-`auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA). CPU tensors take the
-definition, and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is optional: setup.py
-builds it where it finds nvcc and a PyTorch with CUDA.
+`auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA), or there is no Triton.
+CPU tensors take the definition, and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is
+optional: setup.py builds it where it finds nvcc and a PyTorch with CUDA. Ops that it does not have (IN_CUDA) take Triton.
 """
 
 import os
@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 
+from potstill.kernels._triton import INSTALLED, NO_TRITON
+
 BACKENDS = ("auto", "triton", "cuda", "reference")
 
 #: Where setup.py puts the compiled csrc/.
 LIBRARY = Path(__file__).parent / "_cuda.so"
+
+#: Ops that csrc/ has. The others are Triton or the definition.
+IN_CUDA = frozenset({"adam_ema", "norm_silu", "score_implicit", "score_match"})
 
 #: Ops for which `auto` means the CUDA version. Empty until benches/ has compared the two on a GPU.
 FASTER_IN_CUDA: frozenset[str] = frozenset()
@@ -31,13 +36,15 @@ def set_backend(name: str) -> None:
 
     Raises:
         ValueError: another name.
-        RuntimeError: "cuda" where csrc/ was not built.
+        RuntimeError: "cuda" where csrc/ was not built, "triton" where it is not installed.
     """
     global _backend
     if name not in BACKENDS:
         raise ValueError(f"set_backend wants one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "cuda":
         library()
+    if name == "triton" and not INSTALLED:
+        raise RuntimeError(NO_TRITON)
     _backend = name
 
 
@@ -70,9 +77,16 @@ def library() -> Any:
 def chosen(op: str) -> str:
     """The implementation `op` takes on CUDA tensors now: "triton", "cuda" or "reference"."""
     name = backend()
+    if name == "reference":
+        return name
     if name == "auto":
-        return "cuda" if op in FASTER_IN_CUDA and built() else "triton"
-    return name
+        name = "cuda" if (op in FASTER_IN_CUDA or not INSTALLED) and built() else "triton"
+    return name if op in IN_CUDA else "triton"
+
+
+def lacking(op: str) -> str | None:
+    """The sentence on what `op` wants for CUDA tensors and does not find here, or None."""
+    return NO_TRITON if chosen(op) == "triton" and not INSTALLED else None
 
 
 def choose(

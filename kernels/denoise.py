@@ -10,8 +10,6 @@ Source: arXiv 2206.00364 Eq. 3 and 8 (w = lambda(sigma)); arXiv 2405.14867 and 2
 
 import itertools
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import cpu, reference
@@ -25,6 +23,7 @@ from potstill.kernels._lib import (
     aot_case,
     aot_estimate,
     aot_gradients,
+    cdiv,
     empty_gradients,
     results,
     rows,
@@ -33,6 +32,7 @@ from potstill.kernels._lib import (
 )
 from potstill.kernels._loss import define_loss, on_reference
 from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
 
 
@@ -97,7 +97,7 @@ def _backward(
     (coef,), (n, d) = saved, target.shape
     de, made = empty_gradients(e, needs[:3])
     if n > 0:
-        chunks = triton.cdiv(d, BLOCK)
+        chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](e, de, target, coef, g, g.stride(0), d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
     return made
 

@@ -10,8 +10,6 @@ Source: arXiv 2406.04103, Alg. 2.
 
 import itertools
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import cpu, reference
@@ -32,6 +30,7 @@ from potstill.kernels._lib import (
 )
 from potstill.kernels._loss import define_loss, on_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
 from potstill.kernels.score_match import difference
 

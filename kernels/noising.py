@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -26,6 +24,8 @@ from potstill.kernels import reference
 from potstill.kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
+from potstill.kernels._loss import on_reference
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum, per_sample
 
 
@@ -49,6 +49,8 @@ class Normals(NamedTuple):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The numbers themselves, [N, ...] float32."""
+        if on_reference("noising", self.seed):
+            return reference.normals(self.seed, self.offset, shape)
         return _normals_op(self.seed, self.offset, list(shape))
 
 
@@ -372,8 +374,8 @@ def _drawn(noise: Tensor | Normals) -> tuple[Tensor | None, Tensor | None, Tenso
 
 
 def _native(x: Tensor) -> bool:
-    """Whether PyTorch's own ops do: on a CPU, where a compiler or autograd knows them better than ours."""
-    return not x.is_cuda and not INTERPRET
+    """Whether PyTorch's own ops do: on a CPU, where a compiler or autograd knows them better than ours, or as asked for."""
+    return (not x.is_cuda and not INTERPRET) or on_reference("noising", x)
 
 
 def _plain_add_noise(x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tensor:

@@ -44,14 +44,21 @@ def _losses(formula: Callable[..., Tensor], *tensors: Tensor) -> Losses:
 
 
 @takes_inference_tensors
-def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, eps: float = 1e-6) -> Losses:
-    """DMD (arXiv 2311.18828 Eq. 7-8): 0.5·mean((x - sg(x - g))²), g = (fake - real) / max(mean|x - real|, eps)."""
+def score_match(
+    x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, eps: float = 1e-6, weight: Tensor | None = None, plus: float = 0.0
+) -> Losses:
+    """DMD (arXiv 2311.18828 Eq. 7-8): 0.5·mean((x - sg(x - g))²), g = (fake - real) / max(mean|x - real|, eps).
 
-    def formula(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-        g = ((fake - real) / per_sample(_mean((x - real).abs()).clamp(min=eps), x)).detach()
+    Others multiply g by a weight [N] and add a little to its normaliser, `plus`.
+    """
+
+    def formula(x: Tensor, real: Tensor, fake: Tensor, weight_n: Tensor | None = None) -> Tensor:
+        g = ((fake - real) / per_sample(_mean((x - real).abs()).clamp(min=eps) + plus, x)).detach()
+        if weight_n is not None:
+            g = g * per_sample(weight_n.detach(), x)
         return 0.5 * _mean((x - (x - g).detach()) ** 2)
 
-    return _losses(formula, x, denoised(real).detach(), denoised(fake).detach())
+    return _losses(formula, x, denoised(real).detach(), denoised(fake).detach(), *([] if weight is None else [weight]))
 
 
 @takes_inference_tensors

@@ -16,8 +16,6 @@ Source: huber arXiv 2410.16794 (SIM), l2 arXiv 2404.04057 (SiD; alpha = 1 is SIM
 
 import itertools
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, cpu, cuda, reference
@@ -31,6 +29,7 @@ from potstill.kernels._lib import (
     aot_case,
     aot_estimate,
     aot_gradients,
+    cdiv,
     empty_gradients,
     results,
     rows,
@@ -39,6 +38,7 @@ from potstill.kernels._lib import (
 )
 from potstill.kernels._loss import define_loss, on_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, store_raw, through_x_t, total
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
 
 
@@ -165,7 +165,7 @@ def _backward(
     d_real, made_real = empty_gradients(real, needs[1:4])
     d_fake, made_fake = empty_gradients(fake, needs[4:7])
     if n > 0:
-        chunks = triton.cdiv(d, BLOCK)
+        chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](
             x, real, fake, dx, d_real, d_fake, coefs, g, g.stride(0), n, d, chunks,
             BLOCK=BLOCK, ACC=tl_dtype(coefs.dtype), num_warps=4,

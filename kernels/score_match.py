@@ -12,8 +12,6 @@ Source: arXiv 2311.18828, Eq. 7 and 8; arXiv 2405.14867 keeps it.
 
 import itertools
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, cpu, cuda, reference
@@ -27,6 +25,7 @@ from potstill.kernels._lib import (
     Outputs,
     aot_case,
     aot_estimate,
+    cdiv,
     results,
     rows,
     splits,
@@ -34,6 +33,7 @@ from potstill.kernels._lib import (
 )
 from potstill.kernels._loss import define_loss, on_reference
 from potstill.kernels._tl import clean_difference, clean_pair, is_finite, part, total
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
 
 
@@ -107,7 +107,7 @@ def difference(coef: Tensor, g: Tensor, real: Estimate, fake: Estimate, dx: Tens
         return
     if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
         real, fake = real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)  # c_skip·x_t cancels
-    chunks = triton.cdiv(d, BLOCK)
+    chunks = cdiv(d, BLOCK)
     _difference_kernel[(n * chunks,)](real, fake, coef, g, g.stride(0), dx, d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
 
 
@@ -129,15 +129,20 @@ def _backward_weighted(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate
     return _backward(saved, g, x, real, fake, 0.0, [True])
 
 
-#: The same with g_i multiplied by a weight [N] and `plus` added to its normaliser: what kernels.compat needs.
-weighted = takes_inference_tensors(
-    define_loss(
-        "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
-        forward=_forward_weighted,
-        backward=_backward_weighted,
-        reference=cpu.score_match_weighted,
-    )
+_score_match_weighted = define_loss(
+    "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
+    forward=_forward_weighted,
+    backward=_backward_weighted,
+    reference=cpu.score_match_weighted,
 )
+
+
+@takes_inference_tensors
+def weighted(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, *, eps: float, plus: float) -> Losses:
+    """The same with g_i multiplied by a weight [N] and `plus` added to its normaliser: what kernels.compat needs."""
+    if on_reference("score_match_weighted", x):
+        return reference.score_match(x, real, fake, eps=eps, weight=weight, plus=plus)
+    return Losses(*_score_match_weighted(x, real, fake, weight, eps, plus))
 
 
 @takes_inference_tensors

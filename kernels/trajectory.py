@@ -13,8 +13,6 @@ Source: arXiv 2409.19681, Alg. 1.
 
 import itertools
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from potstill.kernels import cpu, reference
@@ -28,6 +26,7 @@ from potstill.kernels._lib import (
     aot_case,
     aot_estimate,
     aot_gradients,
+    cdiv,
     empty_gradients,
     results,
     rows,
@@ -36,6 +35,7 @@ from potstill.kernels._lib import (
 )
 from potstill.kernels._loss import define_loss, on_reference
 from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, total, weights
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
 
 
@@ -139,7 +139,7 @@ def _backward(
     (coef, x_next), (n, d) = saved, x.shape
     de, made = empty_gradients(e, needs[1:4])
     if n > 0:
-        chunks = triton.cdiv(d, BLOCK)
+        chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](
             e, de, x_next, target, coef, g, g.stride(0), d, chunks,
             L1=metric == "l1", BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4,

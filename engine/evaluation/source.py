@@ -15,6 +15,7 @@ from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.router import MANIFEST, Router, load_router
 from potstill.engine.nets.weights import load_net
 from potstill.engine.sampling import CHURNED, Sampler, ode
+from potstill.kernels import cuda
 
 STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
@@ -164,15 +165,15 @@ def own_sampler(metadata: dict[str, Any], source: Path) -> Sampler | None:
 
 
 def device_named(name: str) -> torch.device:
-    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:1. UserError for what this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:1. UserError for what this machine lacks, Triton included."""
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError as error:
         raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"no device {name} here: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and (without := cuda.lacking("norm_silu")):
+        raise UserError(f"device={name}: {without}")
     return device

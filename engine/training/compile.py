@@ -17,6 +17,7 @@ from torch import nn
 from potstill.engine.errors import UserError
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
+from potstill.kernels._triton import INSTALLED
 
 MODES: dict[str, type[nn.Module] | None] = {"off": None, "blocks": UNetBlock, "net": UNet}
 
@@ -28,6 +29,8 @@ def check_compile(mode: str, device: torch.device, where: str) -> None:
     """UserError for a mode that this machine cannot do."""
     if mode != "off" and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise UserError(f"{where}={mode} on a CPU wants a C++ compiler, and there is no g++ or clang++: install one, or use off")
+    if mode != "off" and device.type == "cuda" and not INSTALLED:
+        raise UserError(f"{where}={mode} on CUDA wants triton >= 3.6, got none: pip install triton, or use off")
 
 
 def compile_nets(nets: Iterable[nn.Module], mode: str, device: torch.device, *, backend: str = "inductor") -> int:
