@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import rehearse
 import torch
-import triton
+
+from potstill.kernels._triton import INSTALLED, triton
 
 
 class Place(NamedTuple):
@@ -141,7 +142,7 @@ def machine(place: Place) -> dict[str, Any]:
     known = {
         "device": torch.cuda.get_device_name() if place.kind == "cuda" else _processor(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": triton.__version__ if INSTALLED else None,
         "python": platform.python_version(),
         "commit": _said("git", "rev-parse", "--short", "HEAD") or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -153,7 +154,8 @@ def machine(place: Place) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    file = Path("/proc/cpuinfo")
+    names = [line for line in file.read_text().splitlines() if line.startswith("model name")] if file.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 

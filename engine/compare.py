@@ -41,7 +41,7 @@ from potstill.engine.library import find
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.nets.router import Router, student_folder
 from potstill.engine.nets.weights import load_net, read_metadata
-from potstill.engine.rehearsal import peak_memory, synchronize
+from potstill.engine.rehearsal import peak_gib, synchronize
 from potstill.engine.sampling import Sampler
 from potstill.engine.training.loop import Interrupted, signals
 from potstill.engine.training.run import Run, TrainConfig
@@ -219,7 +219,7 @@ def train_here(cfg: Config, record: Path, only_teacher: bool, alone: bool) -> No
     else:
         job.run()
     known = alone or job.device.type == "cuda"
-    peak = round(peak_memory(job.device) / 2**30, 3) if known else None
+    peak = peak_gib(job.device) if known else None
     write_atomically(record, json.dumps({"peak_memory_gib": peak}))
 
 
@@ -233,7 +233,7 @@ def with_length(cfg: Config, seconds: float, folder: Path) -> Config:
 def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> float:
     """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`."""
     if stored.exists():
-        before = json.loads(stored.read_text())
+        before = json.loads(stored.read_text(encoding="utf-8"))
         if before["seconds"] != seconds:
             raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
         return before["kimg"]
@@ -292,7 +292,7 @@ def begun(job: Watched, judge: Judge, features: list[Any], plan: Plan, folder: P
         "features": {one.title: {"sha256": one.sha256, "num_features": one.num_features} for one in features},
     }  # fmt: skip
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text(encoding="utf-8"))
         if all(before.get(key) == value for key, value in settings.items()):
             return before
     sampler = job.teacher_sampler(teacher)
@@ -322,7 +322,7 @@ def measured(job: Watched, judge: Judge, teacher: Any, folder: Path) -> dict[str
         curve.append({"images": 0, "seconds": 0.0, "scores": scores})
     points = [snapshot(job, files) for files in snapshots_of(job, folder)]
     curve += [judged(judge, *point) for point in points]
-    sampler, last, finished = points[-1][1], curve[-1], json.loads((folder / "summary.json").read_text())
+    sampler, last, finished = points[-1][1], curve[-1], json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return {
         "fd": first(last["scores"]), "nfe": sampler.nfe, "scores": last["scores"],
         **effort(finished["images_seen"]["student"], finished["seconds"]["student"], folder / "trained.json"),
@@ -358,7 +358,7 @@ def judged(judge: Judge, net: Any, sampler: Sampler, took: dict[str, Any]) -> di
 
 def effort(images: int, seconds: float, record: Path) -> dict[str, Any]:
     """What a run took. Peak memory is None where it was not measured: a teacher that was given, a shared CPU process."""
-    peak = json.loads(record.read_text())["peak_memory_gib"] if record.exists() else None
+    peak = json.loads(record.read_text(encoding="utf-8"))["peak_memory_gib"] if record.exists() else None
     speed = round(images / seconds, 1) if seconds else None
     return {"seconds": seconds, "images": images, "images_per_second": speed, "peak_memory_gib": peak}
 
@@ -379,7 +379,7 @@ def finish_run(job: Watched, summary: dict[str, Any], name: str, folder: Path) -
         who: {k: one[k] for k in ("fd", "nfe", "scores")} | about
         for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))
     }
-    own = json.loads(path.read_text()) | {"floor": summary["floor"], **found}
+    own = json.loads(path.read_text(encoding="utf-8")) | {"floor": summary["floor"], **found}
     write_atomically(path, json.dumps(own, indent=2) + "\n")
     write_report(folder)
 

@@ -239,7 +239,7 @@ def teacher_of_summary(source: Path, student: dict[str, Any]) -> dict[str, Any] 
     if not path.is_file():
         return None
     try:
-        known = json.loads(path.read_text()).get("teacher")
+        known = json.loads(path.read_text(encoding="utf-8")).get("teacher")
     except (ValueError, AttributeError):
         return None
     alike = ("features", "features_sha256", "n", "seeds", "data", "labels", "reference_sha256")

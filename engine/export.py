@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         part.mkdir(parents=True)
         told = FORMATS[args.to](subject, part)
         library, use = USES[args.to](subject)
-        (part / "README.md").write_text(card(subject.about, library, use))
+        (part / "README.md").write_text(card(subject.about, library, use), encoding="utf-8")
         part.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
@@ -108,7 +108,7 @@ def _summary(run: Path, wanted: bool = True) -> dict[str, Any]:
             + (", or export the file student.safetensors in it" if has else "")
         )
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not readable as JSON ({error}): repeat the training command to renew it") from error
 

@@ -26,7 +26,7 @@ def check_folder(cfg: Config) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        before = stored.read_text() if (stored := folder / "config.yaml").exists() else None
+        before = stored.read_text(encoding="utf-8") if (stored := folder / "config.yaml").exists() else None
         if before not in (None, text := to_yaml(cfg)):
             check_settings(before, text, folder)
     except OSError as error:
@@ -63,7 +63,7 @@ def check_settings(before: str, now: str, folder: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     with whole(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def _free(key: str) -> bool:

@@ -85,7 +85,7 @@ def rehearse(cfg: Config) -> None:
                 "images_per_second": round(batch / seconds, 2),
                 "seconds_per_iteration": round(seconds, 4),
                 "batch": batch,
-                "peak_memory_gib": round(peak_memory(device) / 2**30, 3),
+                "peak_memory_gib": peak_gib(device),
                 "parameters": sum(p.numel() for p in net.parameters()),
                 "projected_hours": round(hours, 2),
                 "graphs": run.graph_report(),
@@ -119,10 +119,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the whole process on a CPU."""
+def peak_gib(device: torch.device) -> float | None:
+    """The most memory so far: of the GPU's allocator, or of the whole process on a CPU; None where nobody says (Windows)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

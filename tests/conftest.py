@@ -4,7 +4,6 @@ With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU, 
 case: kernels under TRITON_INTERPRET=1, by the interpreter and by csrc/ compiled as C++ (test_csrc.py), the rest without it.
 """
 
-import fcntl
 import math
 
 import pytest
@@ -87,6 +86,8 @@ def place(request, monkeypatch):
         pytest.fail("a rehearsal of kernels wants TRITON_INTERPRET=1")
     monkeypatch.setattr("potstill.kernels.cuda._backend", request.param)
     if REHEARSING and request.param == "cuda":
+        import fcntl  # which Windows lacks
+
         if not CSRC:  # once a process: another process may put a new file there, and its ops cannot be defined twice
             BUILT.mkdir(parents=True, exist_ok=True)
             with (BUILT / "lock").open("w") as lock:

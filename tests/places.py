@@ -15,6 +15,9 @@ import torch
 
 from potstill import kernels
 from potstill.kernels import Estimate
+from potstill.kernels._triton import INSTALLED
+
+needs_triton = pytest.mark.skipif(not INSTALLED, reason="of Triton's own kernels, and it is not installed")
 
 CPU = torch.device("cpu")
 #: Modules of kernels/ that csrc/ has a CUDA C++ version of; the others have no other kernels than Triton's.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import on_gpu
+from places import needs_triton, on_gpu
 from rehearse import REHEARSING
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -495,6 +495,7 @@ def test_on_the_gpu_no_backend_waits_for_the_device(place):
 
 if not INTERPRET:
 
+    @needs_triton
     def test_all_of_this_holds_for_the_triton_kernels_under_the_interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]

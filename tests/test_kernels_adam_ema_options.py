@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from places import needs_triton
 from torch.optim import lr_scheduler as schedules
 
 from potstill.kernels import AdamEMA
@@ -266,6 +267,7 @@ def test_a_copy_goes_on_as_the_original_would(copied):
 
 if not INTERPRET:
 
+    @needs_triton
     def test_this_holds_for_the_triton_kernels_under_the_interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         some = "number-AdamW or product-AdamW or kept or OneCycleLR-number or followed or part_ways or ema_decay_set or pickle"

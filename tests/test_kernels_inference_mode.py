@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import F32, Case, Drawn
-from places import public_ops
+from places import needs_triton, public_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import kernels
@@ -191,6 +191,7 @@ def test_a_constant_changed_before_backward_changes_no_gradient():
 
 if not INTERPRET:
 
+    @needs_triton
     def test_this_holds_for_the_triton_kernels_under_the_interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         some = "(constants and nchw and not (DMD2 or FastGen or SiD or plain or Loss)) or changed"

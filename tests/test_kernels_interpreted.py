@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import needs_triton
 
 from potstill.kernels._lib import check_interpreter
 
@@ -17,6 +18,7 @@ HERE = Path(__file__).parent
 LEFT_OUT = "not gradcheck and not divergence and not compiles and not bad_input and not module"
 
 
+@needs_triton
 @pytest.mark.parametrize("op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising"])
 def test_under_the_interpreter(op):
     command = [
@@ -44,5 +46,7 @@ def test_under_the_interpreter(op):
 def test_a_pair_that_cannot_interpret_is_named(triton, numpy, works):
     if works:
         return check_interpreter(triton, numpy)
+    with pytest.raises(ImportError, match=r"wants triton >= 3\.6, got none: pip install triton, or unset TRITON_INTERPRET"):
+        check_interpreter(None, numpy)
     with pytest.raises(ImportError, match=r"wants triton >= 3\.7 or numpy < 2\.4, got triton 3\.6\.0 and numpy 2\.4\.0"):
         check_interpreter(triton, numpy)

@@ -11,13 +11,12 @@ import re
 import pytest
 import torch
 from kernel_cases import INTERPRET
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from potstill.kernels import _norm, aot
 from potstill.kernels.estimate import Estimate
 
+triton = pytest.importorskip("triton", reason="of Triton's own launches, and it is not installed")
+GPUTarget, driver, JITFunction = triton.backends.compiler.GPUTarget, triton.runtime.driver, triton.JITFunction
 N, D = 4, 3 * 32 * 32
 LAUNCHED = []  # kernel, and how Triton specialised it
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from kernel_cases import off_the_grid
-from places import everywhere, on_gpu
+from places import everywhere, needs_triton, on_gpu
 
 from potstill.kernels import _norm, native, norm_silu
 from potstill.kernels._lib import INTERPRET
@@ -381,6 +381,7 @@ def test_in_rows_only_x_and_statistics_are_kept(monkeypatch):
 
 if not INTERPRET:
 
+    @needs_triton
     def test_all_of_this_holds_for_the_triton_kernels_under_the_interpreter(monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]

@@ -1,12 +1,13 @@
 """Image files in a folder or in a zip: their names in sorted order, and their bytes.
 
-Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read with `pread`,
+Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read with `read_at`,
 which shares no file position, and its directory is kept as a few numbers a file, so a worker process parses nothing.
 """
 
 import os
 import re
 import struct
+import threading
 import weakref
 import zipfile
 import zlib
@@ -131,11 +132,11 @@ class Zip:
         offset, _, _, _, method, flags = self._entries[i].tolist()
         if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{self.title(i)} is encrypted or oddly packed, wanted a stored or deflated file")
-        local = os.pread(self._fd, 30, offset)
+        local = read_at(self._fd, 30, offset)
         if len(local) < 30 or local[:4] != b"PK\x03\x04":
             raise UserError(f"{self.title(i)} is not where the zip's directory says: copy or download the zip again")
         name, extra = struct.unpack("<HH", local[26:])
-        return os.pread(self._fd, size, offset + 30 + name + extra)
+        return read_at(self._fd, size, offset + 30 + name + extra)
 
     def _inflated(self, i: int, data: bytes, limit: int) -> bytes:
         try:
@@ -144,8 +145,7 @@ class Zip:
             raise UserError(f"{self.title(i)} is damaged ({error}): copy or download the zip again") from error
 
     def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._fd)
+        self._fd = opened_for(self, self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_fd"}
@@ -153,6 +153,27 @@ class Zip:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         self._open()
+
+
+def opened_for(owner: object, path: Path) -> int:
+    """A descriptor to read the bytes of a file with, closed when its owner goes."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows would make line ends of some
+    weakref.finalize(owner, os.close, fd)
+    return fd
+
+
+_reading = threading.Lock()
+
+
+def _seek_and_read(fd: int, size: int, offset: int) -> bytes:
+    """`os.pread` for Windows, which never forks: a position is shared by threads alone."""
+    with _reading:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+#: read_at(descriptor, size, offset): at most that many bytes from there on, whoever else is reading.
+read_at = getattr(os, "pread", _seek_and_read)
 
 
 def _start(path: Path, size: int) -> bytes:

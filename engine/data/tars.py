@@ -10,16 +10,14 @@ nothing has to be installed, and nothing is unpacked.
 
 import glob
 import json
-import os
 import re
 import tarfile
-import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden
+from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden, opened_for, read_at
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
 from potstill.engine.errors import UserError
 
@@ -166,11 +164,11 @@ class Tars:
 
     def text(self, key: Key, place: Place) -> bytes:
         """The start of a small file."""
-        return os.pread(self._fds[key.shard], min(place.size, LONGEST), place.offset)
+        return read_at(self._fds[key.shard], min(place.size, LONGEST), place.offset)
 
     def head(self, i: int, size: int) -> bytes:
         shard, offset, length = self._places[i].tolist()
-        return os.pread(self._fds[shard], min(size, length), offset)
+        return read_at(self._fds[shard], min(size, length), offset)
 
     def read(self, i: int) -> bytes:
         length = int(self._places[i, 2])
@@ -185,9 +183,7 @@ class Tars:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
 
     def _open(self) -> None:
-        self._fds = [os.open(shard, os.O_RDONLY) for shard in self.shards]
-        for fd in self._fds:
-            weakref.finalize(self, os.close, fd)
+        self._fds = [opened_for(self, shard) for shard in self.shards]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_fds"}

@@ -22,7 +22,7 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     A last line cut short by a crash, lines of something else and values that are not finite are left out.
     """
     curves: dict[str, Curve] = {}
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []:
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

@@ -137,7 +137,7 @@ def _image(path: Path, caption: str = "") -> str:
 
 
 def _file(path: Path) -> str:
-    text = f"<pre>{escape(path.read_text(errors='replace'))}</pre>" if path.is_file() else NOT_YET
+    text = f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>" if path.is_file() else NOT_YET
     return f"<details><summary>{escape(path.name)}</summary>{text}</details>"
 
 
@@ -163,7 +163,7 @@ def versions() -> dict[str, str]:
 def _summary(path: Path) -> dict[str, Any]:
     """summary.json as far as it can be read."""
     try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -45,4 +45,4 @@ def write_diffusers(net: Denoiser, sampler: dict[str, Any], folder: Path, metada
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -85,7 +85,10 @@ def fetch(url: str, *, command: str, sha256: str | None = None) -> Path:
             with open(part, "ab") as file, _alone(file, part):
                 if not path.is_file():  # else another process has just finished it
                     _download(url, part, file, path, command)
-                    os.replace(part, path)
+                    if fcntl:
+                        os.replace(part, path)  # before anybody else gets the lock
+            if not path.is_file():  # Windows has no such lock, and moves no file that is open
+                os.replace(part, path)
             part.unlink(missing_ok=True)
             _about(part).unlink(missing_ok=True)
         except OSError as error:
@@ -207,14 +210,14 @@ def _about(part: Path) -> Path:
 def _read_about(part: Path, url: str) -> Part | None:
     """What the unfinished file is a part of; None if that is not known, and it cannot be gone on with."""
     try:
-        about = json.loads(_about(part).read_text())
+        about = json.loads(_about(part).read_text(encoding="utf-8"))
         return Part(about["version"], about["length"]) if about["url"] == url else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write_about(part: Path, url: str, version: Part) -> None:
-    _about(part).write_text(json.dumps({"url": url, **version._asdict()}))
+    _about(part).write_text(json.dumps({"url": url, **version._asdict()}), encoding="utf-8")
 
 
 def _room_for(length: int | None, start: int, part: Path) -> None:

@@ -32,7 +32,7 @@ def write_safetensors(weights: Path, folder: Path) -> None:
 
 def copy_students(manifest: Path, folder: Path) -> Path:
     """Copy a manifest and the files it names. Returns the first of the copies."""
-    files = [entry["file"] for entry in json.loads(manifest.read_text())["students"]]
+    files = [entry["file"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["students"]]
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(manifest.parent / file, folder / file)
@@ -43,4 +43,4 @@ def copy_students(manifest: Path, folder: Path) -> Path:
 def write_config(folder: Path, weights: Path) -> None:
     """config.json: the metadata of a weight file."""
     text = {"library_name": "potstill", **read_metadata(weights)}
-    (folder / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ def write_manifest(run: Path, partition: Partition) -> None:
         "students": [{"file": str(f.relative_to(run)), "sha256": file_hash(f)} for f in files],
     }
     with whole(run / MANIFEST) as part:
-        part.write_text(json.dumps(text, indent=2) + "\n")
+        part.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
 
 
 def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
@@ -91,7 +91,7 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
     UserError if a file is missing, is not the one the manifest was written for, or belongs to another partition.
     """
     try:
-        text = json.loads(manifest.read_text())
+        text = json.loads(manifest.read_text(encoding="utf-8"))
         partition = Partition(text["partition"]["kind"], tuple(text["partition"]["student_of"]))
         listed, promised = [(one["file"], one["sha256"]) for one in text["students"]], text["partition"]["hash"]
     except (OSError, ValueError, KeyError, TypeError) as error:

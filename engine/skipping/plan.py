@@ -102,7 +102,7 @@ class Plan:
 def save_plan(path: Path, plan: Plan) -> None:
     """As JSON, atomically."""
     with whole(path) as part:
-        part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n")
+        part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n", encoding="utf-8")
 
 
 def load_plan(path: Path) -> Plan:
@@ -110,7 +110,7 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise UserError(f"no plan at {path}: potstill probe TEACHER.safetensors --data DATA --out {path} makes one")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != FORMAT:
             raise ValueError("another format")
         plan = Plan(**found)

@@ -78,10 +78,10 @@ class MetricsFile:
         self.path = path
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         with whole(path) as part:
-            part.write_text("".join(line + "\n" for line in kept))
+            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
 
@@ -89,7 +89,7 @@ def _complete_lines(path: Path) -> list[str]:
     """The lines of a JSONL file; a last line cut short by a crash is dropped."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -147,8 +147,8 @@ def _kept_id(path: Path) -> str:
     """The random id in that file, which is made where there is none."""
     if not path.exists():
         with whole(path) as part:
-            part.write_text(secrets.token_hex(8))
-    return path.read_text()
+            part.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -68,8 +68,8 @@ class Profile:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.running.export_chrome_trace(str(self.folder / "trace.json"))
             found = shares(self.running.events(), self.device)
-            (self.folder / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-            (self.folder / "table.txt").write_text(table(found))
+            (self.folder / "table.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (self.folder / "table.txt").write_text(table(found), encoding="utf-8")
             say(table(found) + f"profile: {self.folder}/table.txt, trace.json")
             self.running = None
 
