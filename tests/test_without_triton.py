@@ -191,6 +191,8 @@ def test_commands_on_a_gpu_are_refused_before_they_begin(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "_backend", "auto")
+    monkeypatch.setattr(cuda, "INSTALLED", True)
+    monkeypatch.setattr(switch, "INSTALLED", True)
     assert source.device_named("auto") == source.device_named("cuda") == torch.device("cuda")
     switch.check_compile("blocks", torch.device("cuda"), "train.compile")
     monkeypatch.setattr(cuda, "INSTALLED", False)
