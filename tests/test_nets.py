@@ -24,7 +24,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.frozen import freeze
 from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
