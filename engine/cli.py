@@ -1,5 +1,6 @@
 """How every command begins and ends: its parser; 0 when done, 2 with one sentence when the user can mend it, else a traceback."""
 
+import io
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -15,6 +16,8 @@ def parser_of(command: str, text: str | None, after: str | None = None) -> Argum
 
 def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
     """Call main(arguments), those of the command line by default; print a UserError as one line on stderr and exit with 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: on Windows a file or pipe may have no σ
     try:
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -55,6 +55,14 @@ def test_a_run_from_a_zip_to_its_images(tmp_path):
     assert (tmp_path / "run/report.html").exists()
 
 
+def test_what_an_encoding_lacks_is_printed_in_another_way():
+    """Into a file or pipe Windows writes the code page of the country."""
+    command = [sys.executable, "-m", "potstill", "probe", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u03c3" in done.stdout
+
+
 def test_a_file_is_read_at_many_places_at_once_without_pread(tmp_path):
     content = np.random.default_rng(0).bytes(1 << 16)
     (tmp_path / "file").write_bytes(content)
