@@ -107,7 +107,9 @@ def main(arguments: list[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     p, default = parser_of("compare", __doc__), Plan()
     p.add_argument("recipe", help="the teacher's recipe: its name, such as digits, or a path to a .yaml")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs, such as data.path=FILE; run_dir=DIR")
+    p.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings for all runs, such as data.path=FILE; run_dir=DIR"
+    )
     p.add_argument("--methods", default=default.methods, metavar="all|A,B|teacher", help="which ones; teacher: only that one (default all)")
     p.add_argument("--seconds", type=float, default=default.seconds, metavar="S", help="of training for each method (default 120)")
     p.add_argument("--teacher-seconds", type=float, metavar="S", help="of training for the teacher (default: as long as the recipe says)")

@@ -25,7 +25,7 @@ from potstill.engine.training.ranks import Ranks, meet, one_voice
 def main(arguments: list[str]) -> None:
     parser = parser_of("train", __doc__)
     parser.add_argument("recipe", help="its name, such as digits, or a path to a .yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.batch=64")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings to change, such as train.batch=64")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what is missing; do nothing")
     args = parser.parse_intermixed_args(arguments)
     ranks = meet()

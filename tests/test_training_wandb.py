@@ -131,6 +131,14 @@ def test_run_that_goes_on_goes_on_in_wandb(tmp_path, wandb):
     assert run.codes == [1, 0]
 
 
+def test_signal_in_the_last_iteration_ends_the_command_too(tmp_path, wandb):
+    """Else a teacher's last one would swallow it, and the student's training begin."""
+    with pytest.raises(Interrupted, match="the same command goes on from there"):
+        trained(tmp_path / "a", stop_at=6)
+    trained(tmp_path / "a")  # nothing is left to do
+    assert sorted(lines(tmp_path / "a")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_runs_of_one_project_are_apart(tmp_path, wandb):
     for parent in ("x", "y"):
         trained(tmp_path / parent / "teacher")

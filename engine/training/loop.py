@@ -111,7 +111,7 @@ def iterate(
             if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
                 clock.tick()
                 path = save()
-                if stop and not last:
+                if stop:
                     sharded.finish()
                     ranks.wait()
                     progress.close()
