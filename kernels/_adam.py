@@ -3,6 +3,9 @@
 All three walk the tables of kernels/tables.py. The formula stands in kernels/adam_ema.py.
 """
 
+# Triton's launches take constexpr parameters as plain values, and options like num_warps besides; its device functions are untyped.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import itertools
 import math
 import struct

@@ -10,8 +10,8 @@ gradients 4. CUDA: two or three launches a parameter group (kernels/_adam.py) an
 Sources: arXiv 1412.6980 Alg. 1; arXiv 1711.05101 Alg. 2 (decoupled).
 """
 
-# pyright: reportPrivateImportUsage=false
 # torch._foreach_* and torch._fused_adam_ are what torch.optim itself is made of.
+# pyright: reportPrivateImportUsage=false
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -242,9 +242,10 @@ class AdamEMA(torch.optim.Optimizer):
             for part in self._parts:
                 check(part, flags)
             self._share_flag()
-        for i, group in enumerate(self.param_groups):
+        groups = self._own_groups()
+        for i, group in enumerate(groups):
             coefs(group.part, flags, group, i == 0)
-        for group in self.param_groups:
+        for group in groups:
             update(group.part, flags, group)
 
     def _step_reference(self) -> None:
@@ -260,7 +261,7 @@ class AdamEMA(torch.optim.Optimizer):
         flags.nonfinite.add_((bad != 0).to(torch.int32))
         if bad.device.type == "cpu" and bad != 0:
             return
-        for group in self.param_groups:
+        for group in self._own_groups():
             _reference(group, group.part, bad, flags.grad_scale)
 
     def _share_flag(self) -> None:
@@ -346,7 +347,9 @@ def _check_companions(
         return
     if len(tensors) != len(params):
         raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {len(params)}, got {len(tensors)}")
-    there = [(local(t), local(p)) for t, p in zip(tensors, params, strict=True) if t is not None or name != "shadow"]
+    there = [(local(t), local(p)) for t, p in zip(tensors, params, strict=True) if t is not None]
+    if name != "shadow" and len(there) < len(params):
+        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, got None for {len(params) - len(there)} of {len(params)}")
     for t, p in there:
         if t.dtype not in dtypes(p) or t.device != p.device or not same_layout(t, p):
             raise ValueError(
