@@ -26,6 +26,7 @@ from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.hub import write_hub, write_safetensors
 from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.router import Router
 from potstill.engine.student import Student
 
@@ -142,6 +143,7 @@ def to_hub(subject: Subject, folder: Path) -> str:
 def to_diffusers(subject: Subject, folder: Path) -> str:
     student = single(subject, "diffusers")
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
+    assert isinstance(student.net, Denoiser)
     write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
     return "a diffusers pipeline"
 

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         grids = {title(model): np.concatenate(list(made(model))) for model in models}
         write_sheet(args.out, grids, columns or columns_for(labels, len(seeds)))
     else:
-        numbers = range(len(seeds)) if args.strip else seeds
+        numbers = [i if isinstance(seed, Between) else seed for i, seed in enumerate(seeds)]  # frames are counted
         with open_output(args.out, kind, labels, numbers, columns) as output:
             for images in made(models[0]):
                 output.add(images)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +13,20 @@ from potstill.engine.checks import above, at_least, one_of, wants
 from potstill.engine.diffusion.sigmas import karras, with_zero
 from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
 from potstill.engine.errors import UserError
-from potstill.engine.nets.denoiser import Denoiser
 
 ONE_STEP, ANCESTRAL = "one_step", "ancestral"
 CHURNED = ("euler", "heun")  # they remember nothing, so noise may come between their steps
+
+
+class Sampled(Protocol):
+    """What images are sampled from: a denoiser, the router of several, or a denoiser some of whose layers are skipped."""
+
+    img_channels: int
+    img_resolution: int
+    label_dim: int
+    training: bool
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **how: Any) -> Tensor: ...
 
 
 class SeedNoise:
@@ -80,7 +90,7 @@ class Sampler:
         steps = len(self.sigmas) - 1 - self.afs
         return EVALUATIONS[self.solver] * steps - (1 if self.solver == "heun" and self.sigmas[-1] == 0 else 0)
 
-    def __call__(self, net: Denoiser, labels: Tensor | None, noise: Any) -> Tensor:
+    def __call__(self, net: Sampled, labels: Tensor | None, noise: Any) -> Tensor:
         """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws)."""
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         sigmas = self.levels(net)
@@ -96,7 +106,7 @@ class Sampler:
             return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
         return self.states(net, x, labels)[-1].float()
 
-    def levels(self, net: Denoiser) -> Tensor:
+    def levels(self, net: Sampled) -> Tensor:
         """The noise levels at which the net is asked, float64 on the host: `sigmas` [T], or what an iDDPM net knows nearest to
         them, as in EDM's code. A generator in one step is asked at the level that it was trained at.
         """
@@ -104,7 +114,7 @@ class Sampler:
         known = [nearest_level(net, sigma) if walks else sigma for sigma in self.sigmas]
         return torch.tensor(known, dtype=torch.float64, device="cpu")  # also where nets are planned on "meta"
 
-    def states(self, net: Denoiser, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def states(self, net: Sampled, x: Tensor, labels: Tensor | None) -> list[Tensor]:
         """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
         assert self.solver in SOLVERS and not self.churn
         told = {} if self.step_condition is None else {"steps": self.step_condition}
@@ -124,19 +134,17 @@ class Sampler:
         levels = nfe + 1 + self.afs
         if nfe == self.nfe:
             return self
-        if not self._of_karras():
+        if self.rho is None or not self._of_karras(self.rho):
             raise UserError(f"this student's noise levels follow no Karras schedule: it is sampled with NFE {self.nfe} only, got {nfe}")
         sigmas = karras(levels, self.sigmas[-1], self.sigmas[0], self.rho).tolist()
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
 
-    def _of_karras(self) -> bool:
+    def _of_karras(self, rho: float) -> bool:
         """Are `sigmas` the levels that `rho` makes between their ends? Not in files that are older than `rho` and had another."""
-        if self.rho is None:
-            return False
-        made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], self.rho)
+        made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], rho)
         return torch.allclose(made, torch.tensor(self.sigmas, dtype=torch.float64, device="cpu"), rtol=1e-5, atol=0)
 
-    def _ancestral(self, net: Denoiser, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
+    def _ancestral(self, net: Sampled, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
         begin_walk(net)
         step = ancestral(lambda: noise.normal(*x.shape[1:]))
         x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)

@@ -5,6 +5,9 @@ images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the i
 x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
 """
 
+# huggingface_hub is optional.
+# pyright: reportMissingImports=false
+
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec

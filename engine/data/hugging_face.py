@@ -4,6 +4,9 @@ NAME is one on the hub, or a folder here: of parquet files, of pictures, or writ
 images is taken, and for labels the first of class labels, else one that is called label (or cls, target …).
 """
 
+# datasets is optional.
+# pyright: reportMissingImports=false
+
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

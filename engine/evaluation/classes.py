@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from potstill.engine.errors import UserError
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.sampling import Sampled
 
 DATA, BALANCED, RANDOM, NONE = "data", "balanced", "random", "none"
 
@@ -18,7 +18,7 @@ class Labelled(Protocol):
     def __len__(self) -> int: ...
 
 
-def labels_for(net: Denoiser, images: Labelled | None, n: int, how: str | None = None, *, seed: int = 0) -> tuple[np.ndarray | None, str]:
+def labels_for(net: Sampled, images: Labelled | None, n: int, how: str | None = None, *, seed: int = 0) -> tuple[np.ndarray | None, str]:
     """The class of each of n images with the seeds from `seed` on, and where it comes from.
 
     how: data (theirs in their order, thinned out or repeated evenly), balanced (all in turn), random (EDM's), or classes
@@ -41,7 +41,7 @@ def labels_for(net: Denoiser, images: Labelled | None, n: int, how: str | None =
     return np.resize(parse_classes(how, net.label_dim), n), how
 
 
-def drawn_by_seed(net: Denoiser, seeds: Sequence[int]) -> np.ndarray:
+def drawn_by_seed(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
     """EDM's: a seed's generator gives the noise first and then the class, all equally likely."""
     shape, found = (net.img_channels, net.img_resolution, net.img_resolution), []
     for seed in seeds:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.errors import UserError
-from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.sampling import Sampler, SeedNoise
+from potstill.engine.sampling import Sampled, Sampler, SeedNoise
 from potstill.engine.whole import save_tensors, whole
 
 
@@ -45,6 +44,12 @@ class BetweenNoise:
         return slerp(a, b, self.t).float().to(self.device)
 
 
+def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> PortableNoise | BetweenNoise:
+    """The noise of whole seeds, or of points between them."""
+    numbers = [seed for seed in seeds if not isinstance(seed, Between)]
+    return PortableNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
+
+
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation of a and b [n, …] at t [n]: a at 0, b at 1, at constant speed along the arc between."""
     norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
@@ -55,10 +60,10 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def generate(
-    net: Denoiser,
+    net: Sampled,
     sampler: Sampler,
     labels: np.ndarray | None,
-    seeds: Sequence[int] | Sequence[Between],
+    seeds: Sequence[int | Between],
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
@@ -76,7 +81,7 @@ def generate(
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
         classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
-        noise = (BetweenNoise if isinstance(chosen[0], Between) else PortableNoise)(chosen, device)
+        noise = noise_of(chosen, device)
         images = _sample(net, sampler, classes, noise)
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
@@ -85,7 +90,7 @@ def generate(
 
 
 @torch.no_grad()
-def _sample(net: Denoiser, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
+def _sample(net: Sampled, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
     return sampler(net, labels, noise)
 
 
@@ -101,7 +106,7 @@ def one_hot(labels: np.ndarray, label_dim: int) -> Tensor:
 
 
 def write_pairs(
-    path: Path, net: Denoiser, sampler: Sampler, labels: np.ndarray | None, n: int, batch: int, device: torch.device | str
+    path: Path, net: Sampled, sampler: Sampler, labels: np.ndarray | None, n: int, batch: int, device: torch.device | str
 ) -> None:
     """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
     shape = (net.img_channels, net.img_resolution, net.img_resolution)

@@ -7,6 +7,9 @@ Both take the images as uint8, enlarge them as TensorFlow 1 did and give 2048 po
 FID only where the file's sha256 is one of these two.
 """
 
+# torch-fidelity is optional.
+# pyright: reportMissingImports=false
+
 import io
 from pathlib import Path
 from types import ModuleType

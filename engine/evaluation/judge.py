@@ -30,7 +30,7 @@ class Judge:
     @property
     def floors(self) -> dict[str, float]:
         """Real against real by title."""
-        return {title: one.floor for title, one in self.references.items()}
+        return {title: one.floor for title, one in self.references.items() if one.floor is not None}  # all: there are images
 
     @property
     def floor_kind(self) -> str:

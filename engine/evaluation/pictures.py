@@ -1,7 +1,7 @@
 """Images side by side: a grid, and a sheet of captioned grids."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, *, scale: int 
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
-def sheet(rows: dict[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None) -> Image.Image:
+def sheet(rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None) -> Image.Image:
     """One grid per caption, left to right: for example real | teacher | student. Every value is [N, C, H, W] uint8."""
     grids = {caption: grid(images, columns, scale=scale).convert("RGB") for caption, images in rows.items()}
     font = ImageFont.load_default(CAPTION)

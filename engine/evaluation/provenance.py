@@ -21,7 +21,7 @@ class Fingerprint:
         self.digests: list[bytes] = []
 
     def add(self, images: Sequence[np.ndarray]) -> None:
-        self.digests += [hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images]
+        self.digests += [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
 
     def of_all(self, shards: Shards, total: int, batch: int, device: torch.device) -> str:
         """In hexadecimal, of all processes' images."""

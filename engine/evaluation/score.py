@@ -18,8 +18,7 @@ from potstill.engine.evaluation.generate import generate
 from potstill.engine.evaluation.provenance import Fingerprint, tools
 from potstill.engine.evaluation.quality import check_neighbours, kid, precision_recall
 from potstill.engine.evaluation.shards import ALONE, Shards
-from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.sampling import Sampler
+from potstill.engine.sampling import Sampled, Sampler
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
@@ -84,7 +83,7 @@ def reference(
 
 
 def score(
-    net: Denoiser, sampler: Sampler, images: Images | None, features: Features, *,
+    net: Sampled, sampler: Sampler, images: Images | None, features: Features, *,
     n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", against: Reference | None = None,
     labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, shards: Shards = ALONE,
     progress: str | None = None,
@@ -146,7 +145,7 @@ def score(
     return found
 
 
-def check_fit(net: Denoiser, images: Images) -> None:
+def check_fit(net: Sampled, images: Images) -> None:
     """UserError unless the net makes images of the data's size, and knows the data's classes."""
     wanted, got = (images.channels, images.resolution), (net.img_channels, net.img_resolution)
     if wanted != got:

@@ -134,6 +134,7 @@ def sampler_for(
     if own and steps is None and solver is None:
         return own
     if role == STUDENT and solver is None and own and own.sigmas[-1] > 0 and own.solver in SOLVERS:
+        assert steps is not None  # else the file's own way is taken, above
         if own.step_condition is None and steps != own.nfe:
             raise UserError(f"{source} was distilled for {own.nfe} evaluations, got {steps}: leave steps out, or name a solver")
         return own.with_nfe(steps)

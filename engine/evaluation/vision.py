@@ -7,6 +7,9 @@ Weights are timm's .safetensors. Images are enlarged to 224 pixels by PyTorch's 
 EDM2's code; clean-fid, where CLIP-FID comes from, resizes in Pillow, which rounds to 8 bits in between.
 """
 
+# timm is optional.
+# pyright: reportMissingImports=false
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +51,9 @@ NETWORKS = {
 
 class Vision(Features):
     """A vision transformer of timm's on RGB images [N, 3, H, W] uint8; grey ones are repeated to RGB."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, network: Network, path: Path):
         super().__init__()

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from potstill.engine.formats.numpy_pickles import NumpyArray
 from potstill.engine.formats.pickles import Unreadable, shown
@@ -41,8 +41,12 @@ def argument(name: Any, value: Any) -> Any:
     raise Unreadable(f"holds a net made with {name} = {shown(value)}")
 
 
-def is_whole(value: Any, low: int, high: int) -> bool:
-    return type(value) in (int, float) and low <= value <= high and value == int(value)
+def is_number(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float)
+
+
+def is_whole(value: Any, low: int, high: int) -> TypeGuard[float]:
+    return is_number(value) and low <= value <= high and value == int(value)
 
 
 def check_class(own: str, named: str, like: Path) -> None:

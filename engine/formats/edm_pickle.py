@@ -92,11 +92,13 @@ def _agreed(net: Persistent, named: Description | None, like: Path | None) -> De
     if named is not None and like is not None:
         check_class(net.title, named[0], like)
     precond, kwargs = description(net)
-    if kwargs is None and named is None:
-        raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
-    if kwargs is not None and named is not None and like is not None:
+    if kwargs is None:
+        if named is None:
+            raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
+        return named
+    if named is not None and like is not None:
         check_arguments(precond, kwargs, named[1], like)
-    return (precond, kwargs) if kwargs is not None else named  # type: ignore[return-value]
+    return precond, kwargs
 
 
 def _bare_tensors(path: Path, named: Description | None) -> Weights:
@@ -105,7 +107,7 @@ def _bare_tensors(path: Path, named: Description | None) -> Weights:
     if "precond" in metadata:
         both = f", of a net of {metadata['precond']} (and --like of one of {named[0]})" if named else ""
         raise Unreadable(f"is a weight file of ours already{both}: use it as it is")
-    return tensors
+    return {**tensors}
 
 
 def networks(content: Any) -> dict[str, Any]:

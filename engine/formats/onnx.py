@@ -1,5 +1,8 @@
 """A generator as one graph, (z, labels) to images: by torch.export, and from there ONNX for runtimes without PyTorch."""
 
+# onnxruntime is optional.
+# pyright: reportMissingImports=false
+
 import warnings
 from importlib.util import find_spec
 from pathlib import Path

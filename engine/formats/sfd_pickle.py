@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.diffusion.sigmas import geometric, karras, vp_uniform
-from potstill.engine.formats.edm_arguments import LISTS, argument, is_whole
+from potstill.engine.formats.edm_arguments import LISTS, argument, is_number, is_whole
 from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
 from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, StoredTensor
 from potstill.engine.nets.denoiser import Denoiser
@@ -89,7 +89,7 @@ def sampler_of(net: Inert) -> Sampler:
     low, high = (told.get(name, net.state.get(name)) for name in ("sigma_min", "sigma_max"))
     if not is_whole(n, 2 + afs, 1000):
         raise Unreadable(f"holds a student trained with num_steps = {shown(n)}: wanted {2 + afs} to 1000")
-    if not all(type(value) in (int, float) for value in (low, high, rho)) or not (1e-6 <= low < high <= 1e6 and 0.1 <= rho <= 1000):
+    if not (is_number(low) and is_number(high) and is_number(rho) and 1e-6 <= low < high <= 1e6 and 0.1 <= rho <= 1000):
         said = f"sigma_min = {shown(low)}, sigma_max = {shown(high)} and schedule_rho = {shown(rho)}"
         raise Unreadable(f"holds a student trained with {said}, which make no schedule")
     schedule, n = told.get("schedule_type"), int(n)

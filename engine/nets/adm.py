@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.nets.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
-from potstill.engine.nets.unet import UNet, resolutions_of
+from potstill.engine.nets.unet import UNet, channels_of, resolutions_of
 
 
 class DhariwalUNet(UNet):
@@ -57,7 +57,7 @@ class DhariwalUNet(UNet):
             for index in range(num_blocks):
                 cin, cout = cout, model_channels * mult
                 self.enc[f"{key}_block{index}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
-        skips = [block.out_channels for block in self.enc.values()]
+        skips = [channels_of(layer) for layer in self.enc.values()]
 
         self.dec = nn.ModuleDict()
         last = len(channel_mult) - 1

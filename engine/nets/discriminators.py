@@ -12,6 +12,7 @@ from potstill.engine.nets import ops
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.features import Tap
 from potstill.engine.nets.layers import in_dtype
+from potstill.engine.nets.unet import channels_of
 from potstill.kernels import Estimate
 from potstill.kernels.estimate import accum
 
@@ -66,8 +67,8 @@ class Critic(nn.Module):
 
 def feature_shape(net: Denoiser) -> tuple[int, int]:
     """Channels and side of the encoder's last feature map."""
-    last = list(net.model.enc.items())[-1]
-    return last[1].out_channels, int(last[0].partition("x")[0])
+    name, last = list(net.model.enc.items())[-1]
+    return channels_of(last), int(name.partition("x")[0])
 
 
 class ProjectedDiscriminator(nn.Module):
@@ -86,6 +87,7 @@ class ProjectedDiscriminator(nn.Module):
         """Logits [N, L] of every feature net from its maps; labels [N, label_dim] one-hot."""
         logits = []
         for projector, heads, one in zip(self.projectors, self.heads, maps, strict=True):
+            assert isinstance(heads, nn.ModuleList)
             projected = projector(one)
             logits.append(torch.cat([h(x.to(accum(x)), labels) for h, x in zip(heads, projected, strict=True)], 1))
         return logits
@@ -126,7 +128,8 @@ def projected(level: int, width: int) -> int:
     return width << max(level - 1, 0)
 
 
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _conv(conv: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     weight, bias = (in_dtype(t, x.dtype) for t in (conv.weight, conv.bias))
     return ops.conv(x, weight, bias, frozen=not (conv.weight.requires_grad or conv.bias.requires_grad))
 

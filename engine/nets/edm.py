@@ -11,9 +11,8 @@ from potstill.engine.nets.adm import DhariwalUNet
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.song import SongUNet
 from potstill.engine.nets.steps import add_step_condition
-from potstill.engine.nets.unet import UNet
 
-UNETS: dict[str, type[UNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+UNETS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 # EDM's keyword arguments of each preconditioning class, with its defaults. GDD's and ECT's generators have classes of their own.
 SCHEMES: dict[str, dict[str, Any]] = {

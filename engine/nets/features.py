@@ -8,11 +8,14 @@ Every net maps images [N, C, H, W] in [-1, 1] to maps [N, c_k, h_k, h_k], each h
 through to the images, never into a feature net.
 """
 
+# timm is optional.
+# pyright: reportMissingImports=false
+
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from potstill.engine.errors import UserError, what_it_is
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.unet import channels_of
 
 TEACHER_SIGMA = 0.2  # a choice: noise a tenth of the images' power, so the encoder still sees everything but the finest detail
 # What GDD's nets look like inside, so that a run can be planned where they are not installed: (channels, side).
@@ -70,7 +74,7 @@ class TeacherEncoder(FeatureNet):
         if not 0 < sigma < math.inf:
             raise UserError(f"teacher features want a noise level above 0, got teacher:{sigma:g}")
         self.net, self.sigma = net, sigma
-        channels = {int(name.partition("x")[0]): block.out_channels for name, block in net.model.enc.items()}
+        channels = {int(name.partition("x")[0]): channels_of(layer) for name, layer in net.model.enc.items()}
         self.taps = [Tap(channels[side], side) for side in sorted(channels, reverse=True)]
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
@@ -82,6 +86,8 @@ class ImageNet(FeatureNet):
     """A timm network in evaluation mode: images resized to 224, normalised as it was trained, tapped at four depths."""
 
     side = 224
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, body: nn.Module, taps: Sequence[Tap], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -101,9 +107,11 @@ class ImageNet(FeatureNet):
 
 
 class TransformerTaps(nn.Module):
-    """A vision transformer as a pyramid: four of its blocks, read out by frozen random layers to sides 56, 28, 14 and 7."""
+    """A vision transformer of timm's as a pyramid: four of its blocks, read out by frozen random layers to sides 56, 28, 14 and 7."""
 
-    def __init__(self, body: nn.Module, channels: Sequence[int] = (96, 192, 384, 768)):
+    body: Any  # what timm has there depends on its version
+
+    def __init__(self, body: Any, channels: Sequence[int] = (96, 192, 384, 768)):
         super().__init__()
         self.body, width, depth = body, body.embed_dim, len(body.blocks)
         self.blocks = [depth * (k + 1) // 4 - 1 for k in range(4)]  # 2, 5, 8 and 11 of twelve
@@ -185,7 +193,7 @@ def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
         raise UserError(f"timm has no weights for feature net timm:{name}: {_last_line(error)}") from error
     cfg = body.pretrained_cfg
     body = TransformerTaps(body) if transformer else body
-    body = body.to(dtype, memory_format=torch.channels_last).eval()
+    body = body.to(dtype, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]  # torch's types leave it out
     with torch.no_grad():
         shapes = [m.shape for m in body(torch.zeros(1, 3, ImageNet.side, ImageNet.side, dtype=dtype))]
     return ImageNet(body, [Tap(s[1], s[2]) for s in shapes], cfg["mean"], cfg["std"])

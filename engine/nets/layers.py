@@ -60,6 +60,10 @@ class Conv2d(nn.Module):
     [N, in, H, W] -> [N, out, H', W']. `fused_resample` swaps the order for down-sampling: convolve, then resample.
     """
 
+    weight: nn.Parameter | None  # with kernel 0 there is neither
+    bias: nn.Parameter | None
+    resample_filter: Tensor | None
+
     def __init__(
         self,
         in_channels: int,
@@ -88,32 +92,39 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.resample_filter is None:
+        taps = self.resample_filter
+        if taps is None:
             return self._convolve(x, self.padding)
-        f_pad = (self.resample_filter.shape[-1] - 1) // 2
-        if self.fused_resample and self.weight is not None:
+        f_pad = (taps.shape[-1] - 1) // 2
+        if self.fused_resample and self.bias is not None:
             if self.up:
-                x = self._upsample(x, padding=max(f_pad - self.padding, 0))
+                x = self._upsample(x, taps, padding=max(f_pad - self.padding, 0))
                 return self._convolve(x, max(self.padding - f_pad, 0))
             x = self._convolve(x, self.padding + f_pad, bias=False)
-            return self._downsample(x, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
-        x = self._upsample(x, f_pad) if self.up else self._downsample(x, f_pad)
+            return self._downsample(x, taps, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
+        x = self._upsample(x, taps, f_pad) if self.up else self._downsample(x, taps, f_pad)
         return x if self.weight is None else self._convolve(x, self.padding)
 
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias as the layer computes with them."""
+        assert self.weight is not None and self.bias is not None
+        return in_dtype(self.weight, dtype), in_dtype(self.bias, dtype)
+
     def _convolve(self, x: Tensor, padding: int, bias: bool = True) -> Tensor:
+        assert self.weight is not None and self.bias is not None
         frozen = not (self.weight.requires_grad or self.bias.requires_grad)
         given = in_dtype(self.bias, x.dtype) if bias else None
         return ops.conv(x, in_dtype(self.weight, x.dtype), given, frozen=frozen, padding=padding)
 
-    def _upsample(self, x: Tensor, padding: int) -> Tensor:
+    def _upsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return ops.spread(x, (self.resample_filter * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
+        return ops.spread(x, (taps * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
 
-    def _downsample(self, x: Tensor, padding: int) -> Tensor:
+    def _downsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
         if self.box:
             return ops.halved(x)
-        filters = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        filters = taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         return ops.conv(x, filters, None, frozen=True, stride=2, padding=padding)
 
 
@@ -205,7 +216,7 @@ class UNetBlock(nn.Module):
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, init=style.init, **resample)
-        self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), init=style.init)
+        self.affine: nn.Module = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), init=style.init)
         self.norm1 = GroupNorm(out_channels, eps=style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, init=style.init_zero)
         self.skip = None
@@ -245,14 +256,14 @@ class UNetBlock(nn.Module):
         # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}). The rows of the weight are put in the
         # order ({q, k, v}, head, channel), so that q, k and v come out in pieces that SDPA takes without a copy.
         n, c, height, width = x.shape
-        weight, bias = (in_dtype(t, x.dtype) for t in (self.qkv.weight, self.qkv.bias))
+        weight, bias = self.qkv.cast(x.dtype)
         weight = weight.view(self.heads, c // self.heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
         bias = bias.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         qkv = F.linear(tokens, weight, bias).view(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        weight, bias = (in_dtype(t, x.dtype) for t in (self.proj.weight, self.proj.bias))
+        weight, bias = self.proj.cast(x.dtype)
         return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 

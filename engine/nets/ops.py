@@ -54,9 +54,9 @@ def laid(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(x.device))
 
 
-def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **given: Tensor | bool | None) -> Tensor:
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool, **given: Tensor | None) -> Tensor:
     """kernels.norm_silu, or its definition within `definitions()`."""
-    return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, **given)
+    return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, silu=silu, **given)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride: int = 1, padding: int = 0) -> Tensor:

@@ -1,5 +1,8 @@
 """LPIPS, the perceptual distance (1801.03924), as an optional extra."""
 
+# lpips is optional.
+# pyright: reportMissingImports=false
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

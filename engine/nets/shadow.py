@@ -126,7 +126,7 @@ def _renew_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if done:  # raw writes: a graph that still holds the old shadow must not go backward
         torch.autograd.graph.increment_version([p._shadow.tensor for p in done])
     if left:
-        torch._foreach_copy_([p._shadow.tensor for p in left], left)
+        torch._foreach_copy_([p._shadow.tensor for p in left], left)  # pyright: ignore[reportPrivateImportUsage]
     for p in moved:
         p._shadow.seen = _state(p)
 

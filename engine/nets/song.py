@@ -17,7 +17,7 @@ from potstill.engine.nets.layers import (
     UNetBlock,
 )
 from potstill.engine.nets.ops import laid
-from potstill.engine.nets.unet import UNet, resolutions_of
+from potstill.engine.nets.unet import UNet, channels_of, resolutions_of
 
 
 class SongUNet(UNet):
@@ -86,7 +86,7 @@ class SongUNet(UNet):
             for index in range(num_blocks):
                 cin, cout = cout, model_channels * mult
                 self.enc[f"{key}_block{index}"] = UNetBlock(cin, cout, style, attention=res in attn_resolutions)
-        skips = [block.out_channels for name, block in self.enc.items() if "aux" not in name]
+        skips = [channels_of(layer) for name, layer in self.enc.items() if "aux" not in name]
 
         self.dec = nn.ModuleDict()
         last = len(channel_mult) - 1
@@ -148,6 +148,7 @@ class SongUNet(UNet):
                 if x.shape[1] != block.in_channels:
                     x = torch.cat([x, skips.pop()], 1)
                 x = block(x, emb)
+        assert aux is not None  # the finest level has an aux_conv
         return aux
 
 

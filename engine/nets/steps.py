@@ -89,6 +89,7 @@ def add_step_condition(net: Denoiser, *, zero: bool = False) -> Denoiser:
     waves = FourierEmbedding(channels) if isinstance(noise, FourierEmbedding) else StoredWaves(channels, noise.endpoint)
     net.model.map_steps = StepEmbedding(waves, not adm, channels, emb_channels, init)
     for block in blocks:
+        assert isinstance(block.affine, Linear)  # else the net has a step condition already
         block.affine = StepAffine(block.affine, block.adaptive_scale, last)
     net.kwargs = net.kwargs | {"step_condition": True}
     return net

@@ -7,7 +7,7 @@ where GAN heads listen.
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.layers import Conv2d, FourierEmbedding, Linear, PositionalEmbedding, UNetBlock
 from potstill.engine.nets.ops import laid
 
 
@@ -26,11 +26,20 @@ def resolutions_of(img_resolution: int, levels: int) -> list[int]:
     return [img_resolution >> level for level in range(levels)]
 
 
+def channels_of(layer: nn.Module) -> int:
+    """Channels of what a layer of an encoder returns."""
+    assert isinstance(layer, Conv2d | UNetBlock)
+    return layer.out_channels
+
+
 class UNet(nn.Module):
     """A U-Net over `enc` and `dec`, dictionaries of layers keyed "{H}x{W}_{name}"."""
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    map_noise: PositionalEmbedding | FourierEmbedding
+    map_augment: Linear | None
+    map_layer0: Linear
 
     def __init__(self, label_dim: int, label_dropout: float):
         super().__init__()
@@ -81,8 +90,9 @@ class UNet(nn.Module):
         last = {skip.shape[-1]: skip for skip in skips}
         return list(last.values())
 
-    def kept_labels(self, labels: Tensor) -> Tensor:
+    def kept_labels(self, labels: Tensor | None) -> Tensor:
         """Labels with whole rows zeroed at random during training (label dropout), for guidance."""
+        assert labels is not None  # a net with classes is called with labels: a denoiser's are zeros for none
         if not (self.training and self.label_dropout):
             return labels
         return labels * (torch.rand(len(labels), 1, device=labels.device) >= self.label_dropout).to(labels.dtype)

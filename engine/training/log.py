@@ -1,5 +1,8 @@
 """What a run says of itself: metrics.jsonl always, TensorBoard and W&B by choice, and one progress line on the terminal."""
 
+# wandb is optional.
+# pyright: reportMissingImports=false
+
 import json
 import secrets
 import sys

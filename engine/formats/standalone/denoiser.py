@@ -6,6 +6,9 @@ arXiv 2206.00364. The names of the weights are EDM's. Apache-2.0; the weights be
 diffusers runs this file anew for every pipeline, in the same module: nothing here may ask isinstance of a class of its own.
 """
 
+# diffusers is optional, and untyped.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import math
 from importlib.util import find_spec
 
@@ -16,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 
-class Exact:
+class Exact(nn.Module):
     """A module whose buffer `exact` stays float32 when the rest is rounded to 16 bits: frequencies and levels are no weights."""
 
     exact = ""
@@ -24,9 +27,10 @@ class Exact:
     def _apply(self, fn, recurse=True):
         before = getattr(self, self.exact, None)
         super()._apply(fn, recurse)
-        after = getattr(self, self.exact, None)
-        if before is not None and after.dtype != before.dtype and not before.is_meta:
-            setattr(self, self.exact, before.to(after.device))
+        if before is not None and not before.is_meta:
+            after = getattr(self, self.exact)
+            if after.dtype != before.dtype:
+                setattr(self, self.exact, before.to(after.device))
         return self
 
 
@@ -99,9 +103,14 @@ OWN = {"ECMPrecond": {"sigma_min": 0.003}}
 class Conv(nn.Module):
     """A convolution (kernel 3 or 1, or 0 for none) after doubling or halving the resolution; `fused`: before halving."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    resample_filter: torch.Tensor
+
     def __init__(self, cin, cout, kernel, up=False, down=False, taps=(1, 1), fused=False):
         super().__init__()
-        self.out_channels, self.up, self.down, self.fused, self.weight, self.bias = cout, up, down, fused, None, None
+        self.out_channels, self.up, self.down, self.fused = cout, up, down, fused
+        self.weight = self.bias = None
         if kernel:
             self.weight = nn.Parameter(torch.zeros(cout, cin, kernel, kernel))
             self.bias = nn.Parameter(torch.zeros(cout))
@@ -111,10 +120,12 @@ class Conv(nn.Module):
     def forward(self, x):
         kernel = 0 if self.weight is None else self.weight.shape[-1]
         if not (self.up or self.down):
+            assert self.weight is not None
             return F.conv2d(x, self.weight, self.bias, padding=kernel // 2)
         taps = self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         pad = (taps.shape[-1] - 1) // 2
         if self.fused:  # only ever with down: one padding for both, and the bias last
+            assert self.weight is not None and self.bias is not None
             x = F.conv2d(x, self.weight, padding=kernel // 2 + pad)
             return (
                 F.conv2d(x, self.resample_filter.to(x.dtype).expand(x.shape[1], 1, -1, -1), groups=x.shape[1], stride=2)
@@ -131,18 +142,19 @@ def norm(channels, eps):
     return nn.GroupNorm(min(32, channels // 4), channels, eps)
 
 
-class Waves(Exact, nn.Module):
+class Waves(Exact):
     """cos and sin of a number: at geometric frequencies, or at those stored with the weights; `fourier`: in turns, and random."""
 
     exact = "freqs"
+    freqs: torch.Tensor | None
 
     def __init__(self, channels, endpoint=False, fourier=False, stored=False):
         super().__init__()
-        self.half, self.last, self.turn = channels // 2, channels // 2 - int(endpoint), 2 * math.pi if fourier else 1
+        self.count, self.last, self.turn = channels // 2, channels // 2 - int(endpoint), 2 * math.pi if fourier else 1
         self.register_buffer("freqs", torch.zeros(channels // 2, dtype=torch.float32) if fourier or stored else None)
 
     def forward(self, x):
-        exponents = torch.arange(self.half, dtype=torch.float32, device=x.device) / self.last
+        exponents = torch.arange(self.count, dtype=torch.float32, device=x.device) / self.last
         angles = x.float().outer((1 / 10000) ** exponents if self.freqs is None else self.turn * self.freqs.float())
         return torch.cat([angles.cos(), angles.sin()], 1)
 

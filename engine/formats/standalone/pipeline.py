@@ -6,6 +6,9 @@
 A seed gives the image that `potstill sample` gives for it. Apache-2.0; the weights have their own licence.
 """
 
+# diffusers is optional, and untyped.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
@@ -16,7 +19,7 @@ class StudentPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
 
-    def __init__(self, unet, sampler: dict = None):  # noqa: RUF013 (diffusers reads the annotation)
+    def __init__(self, unet, sampler: dict = None):  # noqa: RUF013  # pyright: ignore[reportArgumentType]  # diffusers reads the annotation
         super().__init__()
         self.register_modules(unet=unet)
         self.register_to_config(sampler=sampler)
