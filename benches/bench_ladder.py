@@ -35,6 +35,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import give_shadows, shadow_of
 from potstill.engine.rehearsal import mfu
 from potstill.engine.training.compile import compile_nets
+from potstill.engine.training.ema import EMA
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels import reference
@@ -71,7 +72,7 @@ class PublishedAdam(torch.optim.Adam):
         super().step(closure)
 
 
-class LoopEMA:
+class LoopEMA(EMA):
     """The average, one parameter at a time."""
 
     def __init__(self, net: nn.Module, source: nn.Module):

@@ -42,13 +42,12 @@ class Inputs:
     def __init__(self, shape: tuple[int, ...], place: harness.Place):
         n, raw = shape[0], torch.bfloat16 if place.kind == "cuda" else torch.float32
         device = place.device
-        like = {"device": device}
-        self.x, self.x_t, self.target, self.noise = (torch.randn(shape, **like) for _ in range(4))
+        self.x, self.x_t, self.target, self.noise = (torch.randn(shape, device=device) for _ in range(4))
         self.real, self.fake = (torch.randn(shape, device=device, dtype=raw) for _ in range(2))
-        c = [torch.rand(n, **like) + 0.2 for _ in range(7)]
+        c = [torch.rand(n, device=device) + 0.2 for _ in range(7)]
         self.skip_real, self.out_real, self.skip_fake, self.out_fake, self.weight, self.sigma, self.sigma_next = c
-        self.logits = [torch.randn(n, size, **like) for size in (64, 484)]  # GDD's two feature nets
-        self.real_logits = [torch.randn(n, size, **like) for size in (64, 484)]
+        self.logits = [torch.randn(n, size, device=device) for size in (64, 484)]  # GDD's two feature nets
+        self.real_logits = [torch.randn(n, size, device=device) for size in (64, 484)]
 
     def pair(self) -> tuple[Estimate, Estimate]:
         real = Estimate(self.real, self.x_t, self.skip_real, self.out_real)
@@ -96,11 +95,11 @@ def eager_trajectory(i: Inputs) -> Tensor:
     return (x_next - i.target).abs().mean((1, 2, 3))
 
 
-def eager_generator(i: Inputs) -> Tensor:
+def eager_generator(i: Inputs) -> Tensor | int:
     return sum(F.softplus(-l).mean(1) for l in i.logits)  # noqa: E741
 
 
-def eager_discriminator(i: Inputs) -> Tensor:
+def eager_discriminator(i: Inputs) -> Tensor | int:
     pairs = zip(i.logits, i.real_logits, strict=True)
     return sum(F.softplus(fake).mean(1) + F.softplus(-real).mean(1) for fake, real in pairs)
 
@@ -143,7 +142,7 @@ BENCHES = {
         "fake",
         "x_t fake target | x_t fake target fake",
     ),
-    "moments": Bench(lambda i: moments(i.x, *i.pair(), i.weight), eager_moments, "x", "x x_t real fake | x_t real fake x"),
+    "moments": Bench(lambda i: moments(i.x, *i.pair(), weight=i.weight), eager_moments, "x", "x x_t real fake | x_t real fake x"),
     "trajectory": Bench(
         lambda i: trajectory(i.x_t, i.pair()[1], i.sigma, i.sigma_next, i.target)[0],
         eager_trajectory,

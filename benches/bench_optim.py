@@ -64,6 +64,7 @@ def eager(net: Net) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         for p in net.params:
+            assert p.grad is not None
             torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
         adam.step()
         for e, p in zip(net.ema, net.params, strict=True):
@@ -80,8 +81,8 @@ def formula(net: Net) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         adam.step()
-        torch._foreach_lerp_(net.ema, net.params, 1e-3)
-        torch._foreach_copy_(net.shadow, net.params)
+        torch._foreach_lerp_(net.ema, net.params, 1e-3)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(net.shadow, net.params)  # pyright: ignore[reportPrivateImportUsage]
 
     return step
 

@@ -118,6 +118,7 @@ def copy_of(moved: int, place: Place) -> Run:
 
 def launches(run: Run, place: Place) -> int:
     """GPU: kernels launched by one call. CPU: calls of PyTorch ops that call no other."""
+    from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = place.device.type == "cuda"
@@ -125,9 +126,11 @@ def launches(run: Run, place: Place) -> int:
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
         run(0)
         wait(place)
+    events = seen.events()
+    assert events is not None
     if on_gpu:
-        return sum(e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation for e in seen.events())
-    return sum(e.name.startswith("aten::") and not e.cpu_children for e in seen.events())
+        return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in events)
+    return sum(e.name.startswith("aten::") and not e.cpu_children for e in events)
 
 
 def wait(place: Place) -> None:

@@ -141,7 +141,7 @@ def compare(run: dict[str, Any]) -> str:
     for name, one in [("floor", run["floor"]), ("teacher", run["teacher"]), *run["methods"].items()]:
         scores = [one["fd"]] if one_kind else [one["scores"][t] for t in titles]
         rows.append([
-            NAMES.get(name, name), str(one.get("nfe", "")), *(short(s) for s in scores), cell(one.get("seconds"), ".0f") if "images" in one else "",
+            NAMES[name] if name in NAMES else name, str(one.get("nfe", "")), *(short(s) for s in scores), cell(one.get("seconds"), ".0f") if "images" in one else "",
             cell(one.get("images"), ",.0f"), *(cell(one.get(key), form) for _, key, form in more),
         ])  # fmt: skip
     about = "" if one_kind else f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}; {run['data']}.\n\n"

@@ -80,13 +80,13 @@ def lighten(method: Method, cfg: SkippingConfig, say: Callable[[str], None]) -> 
     walks = check_lightens(method, cfg)
     if not cfg.plan and cfg.cache == 1:
         return None
-    teacher: Denoiser = method.teacher  # type: ignore[attr-defined]
+    teacher: Denoiser = method.teacher  # pyright: ignore[reportAttributeAccessIssue]  # check_lightens has found it
     plan = check_own_plan(cfg, teacher)
     if (plan is None or plan.empty) and cfg.cache == 1:
         say(f"skipping: {cfg.plan} leaves out nothing, so the teacher stays as it is")
         return None
     light = Skipping(teacher, plan, None if walks else method.teacher_level, cfg.cache)
-    method.teacher = light  # type: ignore[attr-defined]
+    method.teacher = light  # pyright: ignore[reportAttributeAccessIssue]
     method.stratified = not walks
     return Guard(light, cfg, say)
 
@@ -139,6 +139,7 @@ def build_partition(cfg: Config, label_dim: int, images: Images | None) -> Parti
     without = set(classes_without_images(images, label_dim))
     for student in range(count):
         if without.issuperset(share := partition.classes(student)):
+            assert images is not None  # else every class counts as one with images
             raise UserError(
                 f"student {student} of {count} has no images: {images.name} has none of {listed(share)}; take fewer students or "
                 "another students.partition"
@@ -159,6 +160,7 @@ def class_means(images: Images, label_dim: int) -> np.ndarray:
         raise UserError(
             f"students.partition=kmeans wants images of every class, {images.name} has none of {listed(without)}: take blocks or random"
         )
+    assert images.labels is not None
     sums, counts = np.zeros((label_dim, images.channels * images.resolution**2)), np.zeros(label_dim)
     for i, label in enumerate(images.labels):
         sums[label] += images.read(i).reshape(-1)
@@ -264,7 +266,7 @@ def set_tf32(tf32: bool | None, device: torch.device) -> str:
         return f"tf32={str(tf32).lower()} does nothing here: it is of NVIDIA GPUs, and this run is on {device.type}"
     precision = "tf32" if tf32 else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.conv.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
     return "float32 convolutions and products on this GPU round to TF32" if tf32 else "float32 on this GPU is IEEE's, without TF32"
 
 

@@ -346,7 +346,8 @@ def snapshots_of(job: Watched, folder: Path) -> list[list[Path]]:
 
 def snapshot(job: Watched, files: list[Path]) -> tuple[Any, Sampler, dict[str, Any]]:
     """The net of one moment, how it is sampled, and the images and seconds it took (of several students: the sum)."""
-    nets, metas = zip(*(load_net(file) for file in files), strict=True)
+    loaded = [load_net(file) for file in files]
+    nets, metas = [net for net, _ in loaded], [meta for _, meta in loaded]
     net = Router(nets, job.partition) if job.partition and len(nets) > 1 else nets[0]
     sampler = own_sampler(metas[0], files[0])
     assert sampler is not None

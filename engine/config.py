@@ -92,7 +92,7 @@ class NetConfig:
         wants(
             self,
             "channel_mult",
-            self.channel_mult is None or (self.channel_mult and min(self.channel_mult) >= 1),
+            self.channel_mult is None or min(self.channel_mult, default=0) >= 1,
             "a list of numbers from 1, one a resolution",
         )
         wants(
@@ -220,7 +220,7 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
             written = [as_written(one, _kind) for one in overrides]
             tree = _composed(recipe, [one for one in written if not ABSENT.match(one)])
             OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
-            tree = OmegaConf.merge(tree, *[_nested(one) for one in written if ABSENT.match(one)])
+            tree.merge_with(*[_nested(one) for one in written if ABSENT.match(one)])
             if unknown := list(_unknown(tree)):
                 raise UserError(_no_such_setting(unknown[0], recipe))
             config = OmegaConf.to_object(tree)
@@ -266,9 +266,10 @@ def _place(tree: DictConfig) -> str:
     """The dotted name of the innermost branch whose own check fails."""
     for name in tree:
         branch = tree[name] if not OmegaConf.is_missing(tree, name) else None
+        if not isinstance(branch, DictConfig):
+            continue
         try:
-            if isinstance(branch, DictConfig):
-                OmegaConf.to_object(branch)
+            OmegaConf.to_object(branch)
         except BadSetting:
             inner = _place(branch)
             return f"{name}.{inner}" if inner else str(name)
@@ -338,6 +339,7 @@ def _known_keys(recipe: Path) -> list[str]:
         tree = OmegaConf.to_container(compose(recipe.stem))
     except (HydraException, OmegaConfBaseException):
         tree = OmegaConf.to_container(OmegaConf.structured(Config))
+        assert isinstance(tree, dict)
         tree["method"] = {k: None for node in METHOD_CONFIGS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
     keys = list(flat(tree))
     parents = {key.rpartition(".")[0] for key in keys} - {""}

@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from potstill.engine.config import Config, differences, to_yaml
 from potstill.engine.errors import UserError
@@ -52,6 +52,7 @@ def check_settings(before: str, now: str, folder: Path) -> None:
     """UserError where a setting differs between two files of settings that may not."""
     unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
     old, new = OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)
+    assert isinstance(old, DictConfig) and isinstance(new, DictConfig)
     changed = [k for k in differences(old, new) if not _free(k) and k.rpartition(".")[2] not in FREE_OF_STAGE]
     if changed:
         key = changed[0]

@@ -22,7 +22,7 @@ from potstill.engine.evaluation.score import Reference, reference, score
 from potstill.engine.evaluation.source import device_named
 from potstill.engine.folder import check_folder, prepare, write_atomically
 from potstill.engine.methods.base import Method
-from potstill.engine.methods.dmd import Pairs
+from potstill.engine.methods.dmd import DMD, Pairs
 from potstill.engine.methods.msd import TSM, TSMConfig
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.nets.denoiser import Denoiser
@@ -68,6 +68,7 @@ class Job:
             self.ranks.alone(lambda: build.fetch_helpers(cfg.method))
         ranks.alone(lambda: prepare(cfg))
         if self.without:
+            assert self.images is not None
             self.tell(f"note: {self.images.name} has no images of {build.listed(self.without)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.tell(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({why})")
@@ -139,8 +140,8 @@ class Job:
         if self.cfg.students.start:
             begun = Path(self.cfg.students.start).expanduser()
             build.start_from(method, student_folder(begun, k) if self.partition else begun)
-        if getattr(method, "pairs", 0) is None and self.cfg.method.regression:
-            method.pairs = self.pairs(teacher)  # type: ignore[attr-defined]
+        if isinstance(method, DMD) and method.cfg.regression:
+            method.pairs = self.pairs(teacher)
         for note in method.notes:
             self.tell(note)
         self.sampler = method.sampler
@@ -150,7 +151,9 @@ class Job:
         self.prepared(teacher)
         about = {"partition": self.partition.hash, "student": k} if self.partition else {}
         self.save(run, folder / "student.safetensors", **about)
-        return run.average()  # type: ignore[return-value]
+        average = run.average()
+        assert isinstance(average, Denoiser)
+        return average
 
     def pairs(self, teacher: Denoiser) -> Pairs:
         """Noise and the teacher's deterministic samples from it, made once for all students of the run; classes in turn."""
@@ -163,8 +166,8 @@ class Job:
         tensors, _ = read_tensors(path)
         y = tensors["y"].to(self.device).float() / 127.5 - 1
         classes = tensors["labels"] if "labels" in tensors else None
-        labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
-        return Pairs(tensors["z"].to(self.device), y, labels)
+        rows = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
+        return Pairs(tensors["z"].to(self.device), y, rows)
 
     def stage(
         self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None,

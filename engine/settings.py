@@ -105,9 +105,12 @@ def _kind(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
         return ""
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
     if isinstance(value, str):
         return value if value not in ("", "???") else '""' if value == "" else ""
     return json.dumps(value)
@@ -118,11 +121,15 @@ def comments_of(schema: type) -> dict[str, str]:
     """{name: comment} of the fields of a dataclass: what stands on the lines of each one's definition."""
     source = inspect.getsource(schema)
     comments = {token.start[0]: token.string.lstrip("# ") for token in _tokens(source) if token.type == tokenize.COMMENT}
-    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]  # type: ignore[attr-defined]
-    return {
-        ast.unparse(node.target): " ".join(comments[line] for line in range(node.lineno, node.end_lineno + 1) if line in comments)
-        for node in fields
-    }
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(node.target): " ".join(comments[line] for line in _lines(node) if line in comments) for node in fields}
+
+
+def _lines(node: ast.AnnAssign) -> range:
+    assert node.end_lineno is not None  # what ast.parse has made has one
+    return range(node.lineno, node.end_lineno + 1)
 
 
 def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:

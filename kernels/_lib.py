@@ -68,7 +68,7 @@ SIZES = {"": "i32", ", D % 16 = 0": "i32:16"}
 def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
     """The types of an estimate's fields: raw output in `dtype`, x_t and coefficients in float32."""
     uncond = f"*{dtype}" if guided else None
-    return Estimate(f"*{dtype}", "*fp32" if own_x_t else None, "*fp32", "*fp32", uncond, "fp32")  # type: ignore[arg-type]
+    return Estimate(f"*{dtype}", "*fp32" if own_x_t else None, "*fp32", "*fp32", uncond, "fp32")  # pyright: ignore[reportArgumentType]
 
 
 def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
@@ -176,7 +176,7 @@ def empty_gradients(e: Estimate, needs: Sequence[bool]) -> tuple[Estimate, list[
     """Memory for the gradients of an estimate's raw, x_t and raw_uncond: where the kernel finds it, and as a list."""
     images = (e.raw, e.x_t, e.raw_uncond)
     room = [t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(images, needs, strict=True)]
-    return Estimate(room[0], room[1], None, None, room[2]), [t for t in room if t is not None]  # type: ignore[arg-type]
+    return Estimate(room[0], room[1], None, None, room[2]), [t for t in room if t is not None]  # pyright: ignore[reportArgumentType]
 
 
 #: Elements of one sample that one program handles at a time.

@@ -79,7 +79,7 @@ class _Alias(Loader):
         sys.modules[module.__name__] = import_module(self.real.name)
 
     def get_code(self, name: str) -> CodeType:
-        return self.real.loader.get_code(self.real.name)  # type: ignore[union-attr]
+        return self.real.loader.get_code(self.real.name)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
 class _Both(Loader):

@@ -115,7 +115,8 @@ def _dpmpp(
 
 def lower_order_final(step: Step, remaining: int) -> Step:
     """DPM-Solver++'s advice for few steps: orders 2 and 1 on the last two. `remaining` counts the steps left, this one too."""
-    limit = {dpmpp_3m: 3, dpmpp_3m_taylor: 3, dpmpp_2m: 2}.get(step)
+    orders: dict[Step, int] = {dpmpp_3m: 3, dpmpp_3m_taylor: 3, dpmpp_2m: 2}
+    limit = orders.get(step)
     if limit is None or remaining >= limit:
         return step
     order = remaining

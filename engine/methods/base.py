@@ -5,11 +5,10 @@ everything that is not the paper: backward, clipping, accumulation, optimisers, 
 """
 
 import copy
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +33,12 @@ class Turn:
     after: int = 0  # the first iteration that takes this turn
 
 
+class Host(Protocol):
+    """A generator on the host, as far as it is asked: random.Random, or what stands in for it."""
+
+    def choice(self, options: Any, /) -> Any: ...
+
+
 class Draws:
     """Random numbers of one iteration, a function of (seed, iteration, sample index) and of nothing else.
 
@@ -46,7 +51,7 @@ class Draws:
         generator: torch.Generator,
         total: int,
         window: slice,
-        host: random.Random,
+        host: Host,
         classes: Tensor | None = None,
         stratified: bool = False,
     ):
@@ -129,7 +134,7 @@ class Method:
     #: Which of `nets` is what the user came for; its EMA is what is saved and sampled.
     product: ClassVar[str] = "student"
     #: Does it look at real images? (Labels are drawn from the data set either way.)
-    needs_data: ClassVar[bool] = True
+    needs_data: bool = True
 
     nets: dict[str, nn.Module]
     turns: Sequence[Turn]

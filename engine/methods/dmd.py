@@ -67,8 +67,8 @@ class DMDConfig:
         one_of(self, "regression_metric", ("lpips", "l2"))
 
     def unused(self) -> Unused:
-        gan = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")
-        pairs = {} if self.regression else dict.fromkeys(("regression_metric", "pairs", "pair_steps"), "method.regression=0")
+        gan: Unused = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")
+        pairs: Unused = {} if self.regression else dict.fromkeys(("regression_metric", "pairs", "pair_steps"), "method.regression=0")
         return gan | pairs
 
 

@@ -95,7 +95,8 @@ class SFD(Method):
         self.cfg, self.teacher = cfg, frozen(teacher)
         if cfg.step_condition and not student.knows_steps:
             add_step_condition(student, zero=cfg.zero_init)
-        self.student, self.nets = student, {"student": student}
+        self.student = student
+        self.nets = {"student": student}
         self.lpips = LPIPS().to(next(student.parameters()).device) if cfg.lpips else None
         steps = range(int(cfg.afs), max(cfg.num_steps) - 1)
         self.turns = tuple(Turn("student", partial(self.step_loss, i)) for i in steps)

@@ -35,7 +35,7 @@ class Teacher(Method):
     product = "teacher"
 
     def __init__(self, cfg: EDMLoss, teacher: Denoiser):
-        self.cfg = cfg
+        self.cfg, self.net = cfg, teacher
         self.nets = {"teacher": teacher}
         self.turns = (Turn("teacher", self.loss),)
         self.sampler = heun(teacher, cfg.sampling_steps)
@@ -44,6 +44,6 @@ class Teacher(Method):
         y, labels, draws = batch
         sigma = lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std)
         x_t = add_noise(y, sigma, draws.normal(*y.shape[1:]))
-        estimate = self.nets["teacher"].estimate(x_t, sigma, labels)
+        estimate = self.net.estimate(x_t, sigma, labels)
         loss, nonfinite = denoise(estimate, y, edm_weight(sigma))
         return loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}

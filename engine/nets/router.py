@@ -55,7 +55,9 @@ class Router(nn.Module):
 
     def round_sigma(self, sigma: float) -> float:
         """As `Denoiser.round_sigma`: the students have the levels of one teacher."""
-        return self.students[0].round_sigma(sigma)  # type: ignore[operator,return-value]
+        first = self.students[0]
+        assert isinstance(first, Denoiser)
+        return first.round_sigma(sigma)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """D of each sample by its own student: [N, C, H, W] float32."""

@@ -90,14 +90,14 @@ def give_shadows(nets: Iterable[nn.Module]) -> list[Tensor]:
                 key = (p.device, p.data_ptr(), p.shape, p.stride())
                 if key not in known:
                     known[key] = Shadow(p, dtype)
-                p._shadow = known[key]  # type: ignore[attr-defined]
+                p._shadow = known[key]  # pyright: ignore[reportAttributeAccessIssue]
     return list({id(p): p for net in nets for p in net.parameters() if shadow_of(p) is not None}.values())
 
 
 def renew_stale(weights: Iterable[Tensor]) -> None:
     """Renew what something other than an optimiser has written to; a comparison of numbers for the rest."""
     for p in weights:
-        shadow: Shadow = p._shadow  # type: ignore[attr-defined]
+        shadow: Shadow = p._shadow  # pyright: ignore[reportAttributeAccessIssue]
         if shadow.seen != _state(p):
             shadow.renew(p)
 

@@ -24,7 +24,7 @@ from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.engine.strata import spread
 from potstill.kernels import Estimate
 
-Levels = Callable[[Tensor], Tensor]  # u in [0, 1] -> σ: the quantiles of the law that a method asks its teacher at
+Levels = Callable[[Tensor], Tensor | None]  # Method.teacher_level: u in [0, 1] -> σ, the quantiles of the law it asks its teacher at
 
 
 class Schedule(NamedTuple):
@@ -129,7 +129,9 @@ class Skipping(Denoiser):
         """Per sample of a batch as methods draw it, the bin whose prefix it takes: of those its slice touches, the shortest."""
         assert self.plan is not None and self.law is not None and n % self.repeats == 0
         m = n // self.repeats
-        edges = self.law(torch.arange(m + 1, dtype=torch.float64) / m).tolist()
+        levels = self.law(torch.arange(m + 1, dtype=torch.float64) / m)
+        assert levels is not None
+        edges = levels.tolist()
         chosen = []
         for slice_ in spread(m):
             touched = self.plan.bins_between(edges[slice_], edges[slice_ + 1])

@@ -45,11 +45,9 @@ class SkippingConfig:
         above(self, 0, "norm")
 
     def unused(self) -> Unused:
-        idle = (
-            {}
-            if self.plan or self.cache > 1
-            else dict.fromkeys(("anneal", "guard_iterations", "cosine", "norm"), "neither skipping.plan nor skipping.cache")
-        )
+        idle: Unused = {}
+        if not (self.plan or self.cache > 1):
+            idle = dict.fromkeys(("anneal", "guard_iterations", "cosine", "norm"), "neither skipping.plan nor skipping.cache")
         return idle if self.guard_iterations else idle | dict.fromkeys(("cosine", "norm"), "skipping.guard_iterations=0")
 
 

@@ -17,11 +17,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from potstill.engine.errors import UserError
 from potstill.engine.nets.denoiser import Denoiser
@@ -269,7 +270,8 @@ def sample_deviations(
             far[i].append(size(d_skip - d))
             lossy[i].append(size(d_skip - y))
     joined = lambda parts: [torch.cat(p).numpy() for p in parts]  # noqa: E731
-    return joined(far), joined(lossy), *joined([losses, levels])
+    loss, level = joined([losses, levels])
+    return joined(far), joined(lossy), loss, level
 
 
 @torch.no_grad()
@@ -277,9 +279,11 @@ def latencies(probed: Probed, data: Material, rounds: int = 15) -> tuple[np.ndar
     """Seconds per batch of every block run and left out (calibrated) [B], and of the whole net; medians of interleaved rounds."""
     x_t, sigma, _, labels = next(data.noised(0.5, 1.0))
     inputs: dict[str, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        block.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args)) for name, block in probed.parts.items()
-    ]
+
+    def keep(name: str, _: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        inputs[name] = args
+
+    hooks = [block.register_forward_pre_hook(partial(keep, name)) for name, block in probed.parts.items()]
     probed(x_t, sigma, labels)
     for hook in hooks:
         hook.remove()
@@ -368,5 +372,5 @@ def joint(net: Denoiser, probed: Probed, data: Material, profile: Profile, names
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation (no ties)."""
-    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(v)).astype(float) for v in (a, b))
+    return float(np.corrcoef(first, second)[0, 1])

@@ -47,7 +47,8 @@ class ShardedWriter:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Start to write; waits for the checkpoint before. All ranks call it at the same step."""
         import torch.distributed as dist
-        from torch.distributed.checkpoint import FileSystemWriter, async_save
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finish()
         self.group = self.group or dist.new_group(backend="gloo")
@@ -132,7 +133,7 @@ def _cut(state: dict[str, Any], like: Like) -> dict[str, Any]:
 
 def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> dict[str, Any]:
     """Reads what this rank needs, however many ranks wrote it."""
-    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = _reader(path)
     rest = torch.load(path / "rest.pt", map_location="cpu", weights_only=True)
@@ -141,7 +142,7 @@ def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> 
     mapped(rest, lambda key, t: keys.setdefault("/".join(map(str, key)), key))
     tensors: dict[str, Any] = {}
     for name, key in keys.items():
-        size, dtype = described[name].size, described[name].properties.dtype  # type: ignore[union-attr]
+        size, dtype = described[name].size, described[name].properties.dtype
         wanted = like(key, size) if like else None
         tensors[name] = torch.empty(size, dtype=dtype, device=device) if wanted is None else torch.empty_like(wanted, dtype=dtype)
     with warnings.catch_warnings():
@@ -170,7 +171,7 @@ def mapped(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> An
 
 
 def _reader(path: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     class Reader(FileSystemReader):
         """PyTorch's, but for its index file, which it would unpickle whatever it holds."""

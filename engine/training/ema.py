@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -11,7 +11,7 @@ class EMA:
 
     def __init__(self, net: nn.Module):
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self._targets = list(self.net.parameters())
+        self._targets: list[Tensor] = list(self.net.parameters())
         self._sources = [p.detach() for p in net.parameters()]
         self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
 
@@ -19,7 +19,7 @@ class EMA:
     def update(self, decay: float, *, weights: bool = True) -> None:
         """average ← decay · average + (1 - decay) · weights. weights=False: the optimiser has done that; buffers only."""
         if weights:
-            torch._foreach_lerp_(self._targets, self._sources, 1 - decay)
+            torch._foreach_lerp_(self._targets, self._sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         for target, source in self._buffers:
             target.copy_(source)
 

@@ -240,7 +240,7 @@ class Graphs:
             found: list[Any] = []
             made.shape = split(after, found)
             same = {id(t): i for i, t in enumerate(statics) if not isinstance(t, Tensor) or t._version == versions[i]}
-            made.sources = [same.get(id(leaf), leaf) for leaf in found]
+            made.sources = [same[id(leaf)] if id(leaf) in same else leaf for leaf in found]
             made.names = list(logs)
             if logs:
                 made.logs = torch.stack([value.detach().double().reshape(()) for value in logs.values()])
@@ -303,7 +303,7 @@ def foretold(draws: Sequence[Draws], answers: list[list[Any]]) -> Iterator[list[
     asked: list[tuple[int, tuple, Any]] = []
     hosts = [one.host for one in draws]
     for number, one in enumerate(draws):
-        one.host = Foretold(number, hosts[number], answers[number], asked)  # type: ignore[assignment]
+        one.host = Foretold(number, hosts[number], answers[number], asked)
     try:
         yield asked
     finally:
@@ -342,12 +342,16 @@ def joined(shape: Any, leaves: Iterator[Any]) -> Any:
     kind, about, *parts = shape
     if kind is Tensor or kind is Draws:
         return next(leaves)
-    if not parts and not (issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)):
+    if not parts and not _is_container(kind):
         return about
     items = [joined(part, leaves) for part in parts]
     if kind is list or kind is tuple:
         return kind(items)
     return dict(zip(about, items, strict=True)) if kind is dict else kind(*items)
+
+
+def _is_container(kind: type) -> bool:
+    return issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
 def default_generator(device: torch.device) -> torch.Generator:

@@ -32,7 +32,7 @@ from torch.nn.utils import get_total_norm
 
 from potstill.engine.checks import at_least, one_of
 from potstill.engine.errors import UserError
-from potstill.engine.methods.base import Method, modules_of
+from potstill.engine.methods.base import Alone, Method, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.layers import UNetBlock
@@ -174,7 +174,7 @@ class Sharded(Wired):
         for module in self.modules:
             module.reshard()
         for copies in self.copies:
-            torch._foreach_copy_(copies, own)
+            torch._foreach_copy_(copies, own)  # pyright: ignore[reportPrivateImportUsage]
 
     def state(self, own: nn.Module) -> dict[str, Any]:
         shards = zip(self.names, self.parameters, own.parameters(), strict=True)
@@ -251,7 +251,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     options = {"mesh": mesh, "reshard_after_forward": cfg.reshard_after_forward}
-    parts: list[nn.Module] = []
+    parts: list[Any] = []  # of classes that fully_shard makes
     for denoiser in [m for m in net.modules() if isinstance(m, Denoiser)]:
         low = denoiser.compute_dtype if cfg.mixed and denoiser.compute_dtype is not torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -284,8 +284,8 @@ def same_everywhere(modules: Iterable[nn.Module]) -> None:
         dist.broadcast(t.detach(), src=0)
 
 
-class Others:
-    """What a method may know of the other ranks (engine.methods.base.Alone)."""
+class Others(Alone):
+    """What a method may know of the other ranks."""
 
     def __init__(self, ranks: Ranks, together: bool):
         self.count, self.together, self.average = ranks.count, together, ranks.average

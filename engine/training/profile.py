@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 WAITING, STEP = "potstill: wait for data", "potstill: iteration"
@@ -67,7 +67,9 @@ class Profile:
             self.running.stop()
             self.folder.mkdir(parents=True, exist_ok=True)
             self.running.export_chrome_trace(str(self.folder / "trace.json"))
-            found = shares(self.running.events(), self.device)
+            events = self.running.events()
+            assert events is not None
+            found = shares(events, self.device)
             (self.folder / "table.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             (self.folder / "table.txt").write_text(table(found), encoding="utf-8")
             say(table(found) + f"profile: {self.folder}/table.txt, trace.json")

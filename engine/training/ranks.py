@@ -3,6 +3,9 @@
 A process that was started alone is a world of one: every function here then does nothing and costs nothing.
 """
 
+# torch.distributed exports its stores, and torch what torch.optim is made of, in name only.
+# pyright: reportPrivateImportUsage=false
+
 import os
 import signal
 import sys
@@ -58,13 +61,15 @@ class Ranks:
             backend, store=self.store, rank=self.rank, world_size=self.count, timeout=COLLECTIVE,
             device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
-        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(patient, dist.ProcessGroup)
+        self.patient = patient
         return device
 
     def share(self) -> None:
         """Start to give, and to look for, signs of life."""
         if self.store is not None and self._heart is None:
-            self._heart = Heart(self.store.clone(), self.rank, self.count)
+            self._heart = Heart(self.store.clone(), self.rank, self.count)  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
 
     def _own(self, device: torch.device) -> torch.device:
         if not self.several or device.type != "cuda":

@@ -197,7 +197,9 @@ class Run:
             for name, one in self.trained.items():
                 set_learning_rate(one.optimizer, learning_rate(self.optim[name], self.step, self.total))
             if self.averages:
-                self.trained[product].optimizer.set_ema_decay(decay)  # type: ignore[attr-defined]
+                optimizer = self.trained[product].optimizer
+                assert isinstance(optimizer, AdamEMA)
+                optimizer.set_ema_decay(decay)
             logs = iteration(self.method, self.trained, self.micro_batches(images, labels), self.step, self.graphs)
             self.step += 1
             averaged = self.averages and f"{product}/grad_norm" in logs  # its turn came, so its optimiser has done it
