@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test bench kernels-aot csrc-torches gpu lint clean .venv
+.PHONY: demo test bench kernels-aot csrc-torches gpu lint lock clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -28,16 +28,29 @@ gpu:  ## what needs a GPU, in MINUTES=12; uses .venv if there is one, else $(PYT
 	$(if $(REHEARSE),POTSTILL_REHEARSE=1) $$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
 
 lint: $(STAMP)
-	$(RUN) -m pip install -q -c constraints.txt "ruff>=0.8" "pyright>=1.1.390"
+	$(call LOCKED,lint)
 	.venv/bin/ruff check . && .venv/bin/pyright
+
+lock:  ## constraints.txt anew; NEWER="ruff numpy" for newer ones, NEWER=all (see .ci/lock.py)
+	$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -q uv==0.13.8
+	build/lock/bin/python .ci/lock.py $(NEWER)
 
 .venv: $(STAMP)
 
-# torch comes first and only through constraints.txt; --no-build-isolation lets setup.py see it, and compile csrc/.
+# Installs a paragraph of constraints.txt: files whose hashes it has, and no other.
+LOCKED = sed -n '/^\# $(1):/,/^$$/p' constraints.txt > .venv/locked.txt && \
+	$(RUN) -m pip install -q --require-hashes --no-deps --no-build-isolation -r .venv/locked.txt
+
+# The CUDA libraries come only where the PyTorch that pip found asks for them. --no-build-isolation lets setup.py see PyTorch, and
+# compile csrc/; pip check says what the lock lacks of what pyproject.toml asks for.
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.c* csrc/*.h csrc/build_flags.py)
 	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv  # whole or made again
-	$(RUN) -m pip install -q -c constraints.txt torch "setuptools>=77" "ninja>=1.11"
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	$(call LOCKED,build)
+	$(call LOCKED,cpu) 2> /dev/null || echo "pip finds no PyTorch without CUDA: PyPI's is taken"
+	$(call LOCKED,run)
+	if $(RUN) -m pip show torch | grep -q '^Requires:.*nvidia-'; then $(call LOCKED,cuda); fi
+	$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
+	$(RUN) -m pip check
 	touch $(STAMP)
 
 clean:
