@@ -1,9 +1,10 @@
-"""Compiles csrc/: for CPUs into kernels/_cpu.so where a C++ compiler is found, for GPUs into kernels/_cuda.so where nvcc and
-a PyTorch with CUDA are. What is not there or does not compile is said in one sentence and runs as PyTorch's own operations,
-or as Triton. pip shows that sentence with -v.
+"""Compiles csrc/: for CPUs into potstill/kernels/_cpu.so where a C++ compiler is found, for GPUs into _cuda.so beside it where
+nvcc and a PyTorch with CUDA are. What is not there or does not compile is said in one sentence and runs as PyTorch's own
+operations, or as Triton. pip shows that sentence with -v. An editable installation compiles into the checkout, where
+potstill/kernels is a link to kernels/; a wheel holds what it was built with.
 
 PyTorch is not a build requirement, so it is seen only without build isolation: `pip install -e . --no-build-isolation`.
-POTSTILL_CUDA=1 makes a missing kernels/_cuda.so an error. POTSTILL_NO_CUDA=1 and POTSTILL_NO_CPU=1 leave one out.
+POTSTILL_CUDA=1 makes a missing _cuda.so an error. POTSTILL_NO_CUDA=1 and POTSTILL_NO_CPU=1 leave one out.
 POTSTILL_CUDA_ARCHS ("80 90" by default) lists the compute capabilities.
 """
 
@@ -139,22 +140,34 @@ class Build(build_ext):
 
 
 class Modules(build_py):
-    """Takes away what an earlier build compiled and this one has not the tools for: it would be loaded without a word."""
+    """Takes away what an earlier build left, or one in the checkout compiled that this one has not the tools for: a wheel would
+    take it along, `kernels` and `engine` at its top where that build was of an older potstill, and it would be loaded without a word.
+    """
 
     def run(self) -> None:
+        for package in ("potstill", "kernels", "engine"):
+            shutil.rmtree(Path(self.build_lib) / package, ignore_errors=True)
         super().run()
         for name, part in wanted.items():
-            if part.missing:
-                ((ROOT if self.editable_mode else Path(self.build_lib)) / file_of(name)).unlink(missing_ok=True)
+            if part.missing and self.editable_mode:
+                (ROOT / file_of(name)).unlink(missing_ok=True)
 
 
 class Source(sdist):
-    """A source distribution holds csrc/ whether or not it can be compiled where it is made."""
+    """A source distribution holds csrc/ whether or not it can be compiled where it is made, and no tests: setuptools adds
+    tests/test*.py, which are nothing without the files beside them."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         sources = {str(file) for file in Path("csrc").iterdir() if file.is_file()}
-        super().make_release_tree(base_dir, sorted({*files, *sources}))
+        packaged = {file for file in files if not file.startswith(f"tests{os.sep}")}
+        super().make_release_tree(base_dir, sorted(packaged | sources))
 
+
+if (ROOT / "potstill" / "kernels").is_file():
+    raise SystemExit(
+        "potstill: potstill/kernels is a text file and no link, git has made this checkout without symbolic links: "
+        "allow them (on Windows: developer mode), then git config core.symlinks true && git checkout -- potstill."
+    )
 
 wanted = {
     "potstill.kernels._cpu": Part(

@@ -45,7 +45,7 @@ def oldest() -> str:
 
 def pinned() -> str:
     """The version in constraints.txt."""
-    found = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    found = re.search(r"^torch==([\d.]+) ", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found
     return found[1]
 

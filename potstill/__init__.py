@@ -6,6 +6,7 @@ Everything public is here; docs/api.md lists it. A name is loaded when it is fir
 nothing and somebody who only wants a loss never loads the engine.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
     )
     from potstill.kernels.cuda import set_backend
     from potstill.kernels.modules import AdversarialLoss, DenoiseLoss, MomentsLoss, ScoreImplicitLoss, ScoreMatchLoss, TrajectoryLoss
+
+if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
+    raise ImportError(
+        "potstill/kernels is a text file and no link, git has made this checkout without symbolic links: "
+        "allow them (on Windows: developer mode), then git config core.symlinks true && git checkout -- potstill"
+    )
 
 __version__ = "0.1.0"
 

@@ -327,11 +327,13 @@ def test_nvcc_compiles_it_without_spills_and_with_16_byte_accesses(source, arch,
 @pytest.fixture
 def checkout(tmp_path):
     """What setup.py needs of this one."""
-    for name in ("csrc", "kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("csrc", "kernels", "potstill"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
-    (tmp_path / "engine").mkdir()
+    for name, file in (("engine", "__init__.py"), ("configs", "digits.yaml"), ("tests", "test_nothing.py")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
     return tmp_path
 
 
@@ -342,6 +344,8 @@ def test_a_source_distribution_can_build_itself(checkout):
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     assert names >= {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir() if file.is_file()}
+    assert names >= {"potstill/__init__.py", "potstill/kernels/norm_silu.py", "potstill/engine/__init__.py", "potstill/configs/digits.yaml"}
+    assert {name.partition("/")[0] for name in names} & {"kernels", "engine", "configs", "tests"} == set()
 
 
 def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
@@ -352,7 +356,7 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
     )  # fmt: skip
     assert done.stderr.count("potstill.kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
     assert done.stderr.count("potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norm_silu on CPUs runs as PyTorch's own") == 1
-    assert (checkout / "built/lib/kernels/norm_silu.py").exists()
+    assert (checkout / "built/lib/potstill/kernels/norm_silu.py").exists()
     assert not list(checkout.rglob("*.so"))
 
 
@@ -413,7 +417,7 @@ def test_what_does_not_compile_is_said_once_and_an_earlier_one_goes(fails, left,
         else ("_cpu", "norm_silu on CPUs runs as PyTorch's own operations", "POTSTILL_NO_CPU=1 leaves it out")
     )
     sentences = [line for line in done.stderr.splitlines() if line.startswith("potstill:")]
-    assert sentences == [f"potstill: kernels.{name} is not compiled, {what}; {instead} ({advice})."]
+    assert sentences == [f"potstill: potstill.kernels.{name} is not compiled, {what}; {instead} ({advice})."]
     assert "a.h(1): warning" in done.stdout
     assert parts(checkout) == left
     assert len(list((checkout / "wheels").glob("*.whl"))) == 1
@@ -424,7 +428,7 @@ def test_potstill_cuda_makes_a_failed_compilation_an_error(fails, what, build, c
     (checkout / "kernels" / "_cuda.so").write_text("earlier")
     done = build(*IN_PLACE, fails=fails, POTSTILL_CUDA="1", POTSTILL_NO_CPU="1")
     assert done.returncode == 1
-    assert f"potstill: POTSTILL_CUDA=1 wants kernels._cuda compiled, but {what}" in done.stderr
+    assert f"potstill: POTSTILL_CUDA=1 wants potstill.kernels._cuda compiled, but {what}" in done.stderr
     assert "Traceback" not in done.stderr
     assert parts(checkout) == {"_cuda.so": "earlier"}  # nothing was installed
 
@@ -435,7 +439,7 @@ def test_without_a_compiler_an_earlier_part_goes_and_potstill_cuda_is_an_error(b
     nowhere = {"PATH": str(checkout / "tools"), "POTSTILL_NO_CPU": "1"}
     done = build(*IN_PLACE, **nowhere, POTSTILL_CUDA="1")
     assert done.returncode == 1
-    assert "POTSTILL_CUDA=1 wants kernels._cuda compiled, but no nvcc on PATH: nothing is installed." in done.stderr
+    assert "POTSTILL_CUDA=1 wants potstill.kernels._cuda compiled, but no nvcc on PATH: nothing is installed." in done.stderr
     assert parts(checkout) == {"_cuda.so": "earlier"}
     assert build(*IN_PLACE, **nowhere).returncode == 0
     assert parts(checkout) == {}
@@ -450,6 +454,33 @@ def test_a_wheel_holds_what_compiled_now_and_the_checkout_keeps_its_own(build, c
         (checkout / "csrc" / "common.cuh").touch()
         shutil.rmtree(checkout / "build" / next(f.name for f in (checkout / "build").iterdir() if f.name.startswith("temp")))
     assert parts(checkout) == {"_cuda.so": "earlier"}
+
+
+def test_a_wheel_is_one_package_whatever_an_earlier_build_left(build, checkout):
+    """Wheels of before had `kernels` and `engine` at their top; setuptools packs the whole build folder."""
+    (checkout / "elsewhere" / "kernels").mkdir(parents=True)
+    for left in ("kernels/old.py", "engine/old.py", "potstill/kernels/old.py", "potstill/kernels/_cuda.so"):
+        (checkout / "elsewhere" / left).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / "elsewhere" / left).touch()
+    (checkout / "tools" / "nvcc").unlink()
+    assert build("build", "--build-lib", "elsewhere", "bdist_wheel", "--dist-dir", "wheels", PATH=str(checkout / "tools")).returncode == 0
+    (wheel,) = (checkout / "wheels").iterdir()
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name]
+    assert {name.partition("/")[0] for name in names} == {"potstill"}
+    assert {"potstill/kernels/norm_silu.py", "potstill/configs/digits.yaml"} <= set(names)
+    assert not [name for name in names if name.endswith(("old.py", "_cuda.so"))]
+
+
+def test_a_checkout_without_links_is_told_in_one_sentence(build, checkout):
+    """What git makes on Windows where symbolic links are not allowed."""
+    for name in ("kernels", "engine", "configs"):
+        (checkout / "potstill" / name).unlink()
+        (checkout / "potstill" / name).write_text(f"../{name}")
+    says = "potstill/kernels is a text file and no link, git has made this checkout without symbolic links"
+    done = build(*IN_PLACE)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", "import potstill"], cwd=checkout, capture_output=True, text=True)
+    assert f"ImportError: {says}" in done.stderr.splitlines()[-1]
 
 
 def test_architectures_that_are_not_numbers_are_explained(build):
@@ -485,7 +516,7 @@ def torches(monkeypatch, tmp_path):
 
 def test_the_versions_of_torches_are_what_the_project_says(torches):
     assert f'"torch>={torches.oldest()}"' in (ROOT / "pyproject.toml").read_text()
-    assert f"\ntorch=={torches.pinned()}\n" in (ROOT / "constraints.txt").read_text()
+    assert f"\ntorch=={torches.pinned()} \\\n" in (ROOT / "constraints.txt").read_text()
 
 
 @needs_compiler
