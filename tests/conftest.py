@@ -5,12 +5,33 @@ case: kernels under TRITON_INTERPRET=1, by the interpreter and by csrc/ compiled
 """
 
 import math
+import socket
 
 import pytest
-import torch
-from rehearse import GPU, REHEARSING, THERE
 
-from potstill.kernels._lib import INTERPRET
+
+def of_this_machine(function, host):
+    """`function` of a socket, as long as `host` of its arguments is an address of this machine: nothing here, not even an
+    import, may want another."""
+
+    def guarded(*arguments, **options):
+        if (name := host(*arguments)) not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::", socket.gethostname()):
+            pytest.fail(f"no test reaches for the network, this one for {name}")
+        return function(*arguments, **options)
+
+    return guarded
+
+
+socket.getaddrinfo = of_this_machine(socket.getaddrinfo, lambda host, *rest: host)
+for word in ("connect", "connect_ex"):
+    # A Unix socket's address is a path, and of this machine.
+    guard = of_this_machine(getattr(socket.socket, word), lambda _, address: address[0] if isinstance(address, tuple) else None)
+    setattr(socket.socket, word, guard)
+
+import torch  # noqa: E402
+from rehearse import GPU, REHEARSING, THERE  # noqa: E402
+
+from potstill.kernels._lib import INTERPRET  # noqa: E402
 
 if REHEARSING:
     from test_csrc import BUILT, compiled  # noqa: F401  a fixture

@@ -1,6 +1,7 @@
 """One import name, `potstill`, and its short names in a checkout; importing a loss stays cheap and alone."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_a_run_begins_without_what_only_its_end_wants():
     assert (
         brought("import potstill.engine.train", "sys", {"scipy", "torchmetrics", "matplotlib", "sklearn", "tensorboard", "pandas"}) == "[]"
     )
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "potstill.invalid"])
+def test_a_test_that_reaches_for_the_network_fails(host):
+    """See conftest.py, which sees this process only: what tests start is tried in a machine without a network (.ci/run)."""
+    with pytest.raises(pytest.fail.Exception, match=f"this one for {host}"):
+        socket.create_connection((host, 80), timeout=1)
 
 
 SAME = """
