@@ -33,11 +33,8 @@ if TYPE_CHECKING:
     from potstill.kernels.cuda import set_backend
     from potstill.kernels.modules import AdversarialLoss, DenoiseLoss, MomentsLoss, ScoreImplicitLoss, ScoreMatchLoss, TrajectoryLoss
 
-if os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels")):
-    raise ImportError(
-        "potstill/kernels is a text file and no link, git has made this checkout without symbolic links: "
-        "allow them (on Windows: developer mode), then git config core.symlinks true && git checkout -- potstill"
-    )
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):  # a checkout that lost its links, as git on Windows makes it
+    __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 __version__ = "0.1.0"
 
