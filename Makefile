@@ -27,9 +27,9 @@ export PLAN MINUTES REHEARSE PACK RESULTS DATA FEATURES RECIPE SECONDS TEACHER_S
 gpu:  ## what needs a GPU, in MINUTES=12; uses .venv if there is one, else $(PYTHON) as it is; REHEARSE=1 tries it on a CPU
 	$(if $(REHEARSE),POTSTILL_REHEARSE=1) $$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff, its format, and pyright over everything but the tests' types
 	$(call LOCKED,lint)
-	.venv/bin/ruff check . && .venv/bin/pyright
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
 
 lock:  ## constraints.txt anew; NEWER="ruff numpy" for newer ones, NEWER=all (see .ci/lock.py)
 	$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -q uv==0.13.8

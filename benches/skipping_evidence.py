@@ -26,7 +26,7 @@ from torch import Tensor
 from potstill.engine.config import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sigmas import grid_level, karras_at
-from potstill.engine.evaluation.features import load_features
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.score import reference, score
 from potstill.engine.job import Job
 from potstill.engine.methods.base import integer_at

@@ -24,7 +24,8 @@ from potstill.engine.data.images import Images, open_images
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation import presets
 from potstill.engine.evaluation.classes import RANDOM, parse_classes
-from potstill.engine.evaluation.features import Features, check_features, load_features
+from potstill.engine.evaluation.features import Features
+from potstill.engine.evaluation.named import check_features, load_features
 from potstill.engine.evaluation.places import check_writable
 from potstill.engine.evaluation.provenance import tools
 from potstill.engine.evaluation.references import read_reference, write_reference

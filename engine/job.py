@@ -14,8 +14,9 @@ import torch
 from potstill.engine import build, preflight, unused
 from potstill.engine.config import Config
 from potstill.engine.data.sampler import Stream
-from potstill.engine.evaluation.features import Features, load_features
+from potstill.engine.evaluation.features import Features
 from potstill.engine.evaluation.generate import generate, one_hot, write_pairs
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.pictures import grid, save_png, sheet
 from potstill.engine.evaluation.report import write_report
 from potstill.engine.evaluation.score import Reference, reference, score

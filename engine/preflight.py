@@ -14,7 +14,7 @@ from potstill.engine.config import Config
 from potstill.engine.data.sources import is_there
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation import inception
-from potstill.engine.evaluation.features import check_features
+from potstill.engine.evaluation.named import check_features
 from potstill.engine.evaluation.source import device_named
 from potstill.engine.formats.download import cached_path, is_url
 from potstill.engine.methods.base import Method

@@ -278,7 +278,7 @@ def plan(c: int, hw: int, groups: int, itemsize: int, channels_last: bool, direc
         warps = min(8, max(4, cb * rows // 1024))
     else:
         rows, warps = max(16, _TILE[direction] // cb), _TILE_WARPS
-    return {"KG": kg, "CB": cb, "ROWS": rows, "num_warps": warps}  # pyright: ignore[reportReturnType]  # powers of 2 are int here
+    return {"KG": kg, "CB": cb, "ROWS": rows, "num_warps": warps}
 
 
 def _stride(t: Tensor | None) -> int:

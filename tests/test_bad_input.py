@@ -22,7 +22,7 @@ from potstill.engine.build import rehearsal_data
 from potstill.engine.config import load, to_yaml
 from potstill.engine.data.images import open_images
 from potstill.engine.errors import UserError
-from potstill.engine.evaluation.features import load_features
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.references import read_reference
 from potstill.engine.folder import prepare
 from potstill.engine.formats.edm_pickle import read_net

@@ -25,9 +25,10 @@ from potstill.engine import evaluate
 from potstill.engine.data.images import open_images
 from potstill.engine.errors import UserError
 from potstill.engine.evaluation.curves import chart, read_curves, short
-from potstill.engine.evaluation.features import Features, Pixels, load_features
+from potstill.engine.evaluation.features import Features, Pixels
 from potstill.engine.evaluation.frechet import distance, fitted, frechet
 from potstill.engine.evaluation.generate import generate, one_hot, to_uint8
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.pictures import grid, save_png, sheet
 from potstill.engine.evaluation.report import write_report
 from potstill.engine.evaluation.score import labels_for, reference, score

@@ -26,9 +26,10 @@ from potstill.engine.errors import UserError
 from potstill.engine.evaluation import features as features_module
 from potstill.engine.evaluation import inception, quality, vision
 from potstill.engine.evaluation.classes import labels_for
-from potstill.engine.evaluation.features import Pixels, load_features
+from potstill.engine.evaluation.features import Pixels
 from potstill.engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
 from potstill.engine.evaluation.judge import named_features
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.quality import kid, precision_recall
 from potstill.engine.evaluation.references import read_reference, write_reference
 from potstill.engine.evaluation.score import reference, score

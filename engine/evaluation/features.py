@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from potstill.engine.errors import UserError, what_it_is
-from potstill.engine.formats.download import digest, is_url
+from potstill.engine.formats.download import digest
 
 
 class Features(nn.Module):
@@ -135,33 +135,6 @@ def torchscript(path: Path) -> torch.jit.ScriptModule:
     if not hasattr(script, "forward"):
         raise UserError(f"{path} is TorchScript without a forward: wanted a net that maps images to features")
     return script
-
-
-def check_features(name: str) -> None:
-    """UserError for features that cannot be meant, before anything is loaded or downloaded."""
-    kind, _, where = name.partition(":")
-    if name == "pixels" or (kind in KINDS and (where or kind == "inception")):
-        if where and not is_url(where) and not Path(where).is_file():
-            raise UserError(f"no file {where}: features {kind} want the file or the address of their weights")
-    elif not Path(name).is_file():
-        raise UserError(
-            f"no features {name!r}: wanted pixels, inception, {', '.join(f'{k}:FILE' for k in KINDS)}, or the path of a TorchScript file"
-        )
-
-
-def load_features(name: str, *, command: str = "the same command") -> Features:
-    """The features of a name as above. UserError for anything else; `command` is what to type again after a download."""
-    # They are Features, so they import this file.
-    from potstill.engine.evaluation.inception import is_inception, load_inception
-    from potstill.engine.evaluation.vision import load_vision
-
-    check_features(name)
-    kind, _, where = name.partition(":")
-    if name == "pixels":
-        return Pixels()
-    if kind not in KINDS:
-        return load_inception(name, command) if is_inception(Path(name)) else Scripted(Path(name))
-    return load_inception(where, command) if kind == "inception" else load_vision(kind, where, command)
 
 
 KINDS = ("inception", "dinov2", "clip")  # the networks whose distances have names of their own

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from potstill.engine.errors import UserError
-from potstill.engine.evaluation.features import KINDS, Features, load_features
+from potstill.engine.evaluation.features import KINDS, Features
 from potstill.engine.evaluation.frechet import moments, squared_distance
 from potstill.engine.evaluation.generate import generate
+from potstill.engine.evaluation.named import load_features
 from potstill.engine.evaluation.score import Device, Images, check_fit, labels_for, reference
 from potstill.engine.sampling import Sampler
 
