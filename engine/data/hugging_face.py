@@ -54,7 +54,7 @@ def _labels(rows: Any, columns: dict[str, Any], text: str, say: Say) -> Labels |
 
 def _rows(text: str) -> Any:
     """One split of the data set."""
-    import datasets
+    import datasets.exceptions
 
     name, _, split = text.removeprefix(PREFIX).partition("@")
     name, _, config = name.partition(":")

@@ -11,7 +11,7 @@ EDM2's code; clean-fid, where CLIP-FID comes from, resizes in Pillow, which roun
 # pyright: reportMissingImports=false
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,10 +103,11 @@ def resampled(embedding: Tensor, tokens: int) -> Tensor:
     return torch.cat([first, square.permute(0, 2, 3, 1).reshape(1, new * new, -1).to(first)], 1)
 
 
-def _built(network: Network):
+def _built(network: Network) -> Any:
+    """timm's module; of which class, depends on timm's version."""
     try:
         import timm
     except ImportError as error:
         raise UserError(f"{network.title} wants timm ({error}): pip install 'potstill[timm]'") from error
-    sized = {"img_size": SIDE, "num_classes": 0} if "dinov2" in network.timm else {}
+    sized: dict[str, Any] = {"img_size": SIDE, "num_classes": 0} if "dinov2" in network.timm else {}
     return timm.create_model(network.timm, pretrained=False, **sized)

@@ -186,14 +186,14 @@ def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
             f"feature net timm:{name} wants the package timm ({error}): pip install 'potstill[timm]', or use method.features=[teacher]"
         ) from error
     transformer = name.startswith(("deit", "vit"))
-    kwargs = {} if transformer else {"features_only": True, "out_indices": (1, 2, 3, 4)}
+    kwargs: dict[str, Any] = {} if transformer else {"features_only": True, "out_indices": (1, 2, 3, 4)}
     try:
-        body = timm.create_model(name, pretrained=not planning(), **kwargs)
+        body: Any = timm.create_model(name, pretrained=not planning(), **kwargs)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"timm has no weights for feature net timm:{name}: {_last_line(error)}") from error
     cfg = body.pretrained_cfg
     body = TransformerTaps(body) if transformer else body
-    body = body.to(dtype, memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]  # torch's types leave it out
+    body = body.to(dtype, memory_format=torch.channels_last).eval()
     with torch.no_grad():
         shapes = [m.shape for m in body(torch.zeros(1, 3, ImageNet.side, ImageNet.side, dtype=dtype))]
     return ImageNet(body, [Tap(s[1], s[2]) for s in shapes], cfg["mean"], cfg["std"])

@@ -7,7 +7,7 @@ diffusers runs this file anew for every pipeline, in the same module: nothing he
 """
 
 # diffusers is optional, and untyped.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
 import math
 from importlib.util import find_spec

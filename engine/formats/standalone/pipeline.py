@@ -7,7 +7,7 @@ A seed gives the image that `potstill sample` gives for it. Apache-2.0; the weig
 """
 
 # diffusers is optional, and untyped.
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
