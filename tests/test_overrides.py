@@ -21,7 +21,7 @@ def classes():
     for package in (engine, kernels):
         folder = Path(package.__file__).parent
         for file in sorted(folder.rglob("[!_]*.py")) + sorted(folder.glob("_[!_]*.py")):
-            name = ".".join(file.relative_to(folder.parent).with_suffix("").parts)
+            name = "potstill." + ".".join(file.relative_to(folder.parent).with_suffix("").parts)
             try:
                 members = vars(importlib.import_module(name)).values()
             except ModuleNotFoundError as error:

@@ -288,7 +288,10 @@ class Others(Alone):
     """What a method may know of the other ranks."""
 
     def __init__(self, ranks: Ranks, together: bool):
-        self.count, self.together, self.average = ranks.count, together, ranks.average
+        self.count, self.together, self.ranks = ranks.count, together, ranks
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        self.ranks.average(tensors)
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
