@@ -7,7 +7,7 @@ where GAN heads listen.
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.nets.layers import Conv2d, FourierEmbedding, Linear, PositionalEmbedding, UNetBlock
+from potstill.engine.nets.layers import FourierEmbedding, Linear, PositionalEmbedding, UNetBlock
 from potstill.engine.nets.ops import laid
 
 
@@ -28,8 +28,9 @@ def resolutions_of(img_resolution: int, levels: int) -> list[int]:
 
 def channels_of(layer: nn.Module) -> int:
     """Channels of what a layer of an encoder returns."""
-    assert isinstance(layer, Conv2d | UNetBlock)
-    return layer.out_channels
+    channels = layer.out_channels
+    assert isinstance(channels, int)
+    return channels
 
 
 class UNet(nn.Module):
