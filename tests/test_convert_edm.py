@@ -38,7 +38,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.weights import load_net, save_net
 from potstill.engine.sampling import one_step
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
 TINY = {
     "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 4,
     "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "augment_dim": 2, "channel_mult_emb": 1,
