@@ -45,21 +45,9 @@ def resolved(lock: str, *options: str, requirements: list[str]) -> str:
         given, got = Path(folder) / "requirements.in", Path(folder) / "requirements.txt"
         given.write_text("\n".join(requirements))
         got.write_text(re.sub(r"( \\)?\n +--hash=\S+", "", lock))  # without hashes, which uv would take for all there are
-        command = [
-            sys.executable,
-            "-m",
-            "uv",
-            "pip",
-            "compile",
-            "-q",
-            str(given),
-            "-o",
-            str(got),
-            "--universal",
-            "--python-version",
-            "3.11",
-        ]
-        command += ["--generate-hashes", "--no-header", "--no-annotate", "--fork-strategy", "fewest", "--no-config", *options]
+        command = [sys.executable, "-m", "uv", "pip", "compile", "-q", str(given), "-o", str(got)]
+        command += ["--universal", "--python-version", "3.11", "--fork-strategy", "fewest", "--no-config"]
+        command += ["--generate-hashes", "--no-header", "--no-annotate", *options]
         subprocess.run(command, cwd=ROOT, check=True)
         return got.read_text()
 

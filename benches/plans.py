@@ -66,24 +66,13 @@ def measured_seconds(results: Path) -> dict[str, float]:
     return found
 
 
+#: What every call of pytest has. -W: what libraries warn of while files are collected fails nothing either.
+PYTEST = ["-m", "pytest", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu"]
+
+
 def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     workers = str(2 if rehearse.REHEARSING else min(14, os.cpu_count() or 1))  # most of a test is Triton compiling
-    # -W: what libraries warn of while files are collected fails nothing either.
-    tests = ["-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu", "-n", workers]
-    benches = [
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "--benchmark",
-        f"--results={folder}",
-    ]
+    tests, benches = [*PYTEST, "-v", "-n", workers], [*PYTEST, "-q", "--benchmark", f"--results={folder}"]
     # What has no test for a GPU is not imported either: it takes seconds a worker, and a package that is missing ends them all.
     marked = [
         path for path in sorted((ROOT / "tests").glob("test_*.py")) if re.search(r"mark\.gpu|on_gpu\(|everywhere\(", path.read_text())
@@ -128,21 +117,7 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 
 def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
-    benches = [
-        "-m",
-        "pytest",
-        "-q",
-        "--tb=short",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        "--benchmark",
-        f"--results={folder}",
-        "--resume",
-    ]
+    benches = [*PYTEST, "-q", "--benchmark", f"--results={folder}", "--resume"]
     found = [Step(f"ladder {shape}", 900, [*benches, "benches/bench_ladder.py", "-k", shape]) for shape in SHAPES]
     found += [
         Step("all steps", 400, [*benches, "benches/bench_step.py"]),

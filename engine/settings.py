@@ -20,6 +20,7 @@ from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from omegaconf import MISSING
 
 from potstill.engine.cli import parser_of, run
 from potstill.engine.config import METHOD_CONFIGS, Config
@@ -94,7 +95,7 @@ def _branches(schema: type, prefix: str, title: str) -> Iterator[Branch]:
 
 
 def _kind(kind: Any) -> str:
-    """A type in words: "list of whole numbers, or null"."""
+    """A type in words: "list of int or null"."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(_kind(one) for one in get_args(kind))
     if get_origin(kind) is list:
@@ -111,9 +112,9 @@ def _default(field: dataclasses.Field) -> str:
         value = field.default_factory()
     else:
         return ""
-    if isinstance(value, str):
-        return value if value not in ("", "???") else '""' if value == "" else ""
-    return json.dumps(value)
+    if value == MISSING:
+        return ""
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 @cache

@@ -5,6 +5,7 @@ on the device; registers, shared memory and spills are read from the result with
 Where nvcc and the sources are present, csrc/*.cu are compiled too and ptxas reports the same numbers.
 """
 
+import argparse
 import importlib
 import importlib.util
 import multiprocessing
@@ -230,4 +231,5 @@ def main(processes: int = 2) -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__).parse_args()
     sys.exit(main())

@@ -65,8 +65,10 @@ class _Finder(MetaPathFinder):
 def _ours(name: str) -> ModuleSpec | None:
     try:
         return find_spec(f"potstill.{name}")
-    except ModuleNotFoundError:  # not even what it would be in: kernels.layer.device is theirs
-        return None
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("potstill."):
+            raise
+        return None  # not even what it would be in: kernels.layer.device is theirs
 
 
 class _Alias(Loader):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import Drawn
+from places import IN_CUDA
 from test_kernels_captured import CASE, OPS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +50,10 @@ for file in sorted([*Path("kernels").glob("*.py"), *Path("engine").glob("**/*.py
         import_module("potstill." + ".".join(file.with_suffix("").parts).removesuffix(".__init__"))
 print([name for name, module in sys.modules.items() if name.split(".")[0] == "triton" and module])
 """
+
+
+def test_the_ops_that_cuda_serves_are_those_of_csrc():
+    assert cuda.IN_CUDA == IN_CUDA
 
 
 def test_everything_is_imported_and_nothing_of_triton():

@@ -40,15 +40,11 @@ class DMDConfig:
     name: str = "dmd"  # set by method=…
     sigma: float = 80.0  # the student's only noise level
     fake_per_student: int = 5  # updates of the fake net for one of the student (TTUR); DMD 1 used 1
-    match_index: list[int] = field(
-        default_factory=lambda: [20, 980]
-    )  # first and last level, of the 1000-point grid, at which distributions are matched
+    match_index: list[int] = field(default_factory=lambda: [20, 980])  # first and last level matched, of the 1000-point grid
     fake_index: list[int] = field(default_factory=lambda: [0, 999])  # the fake net's levels in its training, likewise
     guidance: float = 1.0  # of the teacher; 1 is none
     gan: bool = False  # a GAN head on the fake net's encoder: DMD2
-    gan_index: list[int] = field(
-        default_factory=lambda: [0, 999]
-    )  # levels of the images that the head sees; [0, 0] for (almost) clean images
+    gan_index: list[int] = field(default_factory=lambda: [0, 999])  # levels that the head sees; [0, 0] for (almost) clean images
     gan_student: float = 3e-3  # w_G: weight of the GAN in the student's loss
     gan_fake: float = 1e-2  # w_D: weight of the GAN in the fake net's loss
     regression: float = 0.0  # w_R: weight of the regression on pairs; DMD 1 has 0.25 (conditional) or 0.5, with fake_per_student 1

@@ -52,9 +52,7 @@ class GDDConfig:
     sigma: float = 80.0  # the student's only noise level
     freeze: int = 0  # how much of the student stays the teacher's: 0: GDD, nothing; 1: GDD-I; 2 and 3 freeze still more (its ablations)
     freeze_plan: str | None = None  # of potstill probe: freeze what it proposes at as few trained parameters; ours, not the paper's
-    features: list[str] = field(
-        default_factory=lambda: ["teacher"]
-    )  # nets that the discriminator looks through: teacher[:SIGMA] | timm:NAME | torchscript:FILE
+    features: list[str] = field(default_factory=lambda: ["teacher"])  # D's nets: teacher[:SIGMA] | timm:NAME | torchscript:FILE
     feature_noise: bool = False  # show teacher features noisy images, at their own level (diffusion GAN); not in the paper
     feature_dtype: str = "fp32"  # fp32 (the paper's) | bf16, for feature nets and projectors; heads are float32
     width: int = 64  # channels of the projectors' finest map
