@@ -289,8 +289,10 @@ def hub(monkeypatch):
     library = types.ModuleType("datasets")
     library.Image = type("Image", (), {"__init__": lambda self, **options: None})
     library.ClassLabel = type("ClassLabel", (), {"dtype": "int64"})
-    library.exceptions = types.SimpleNamespace(DatasetsError=RuntimeError)
+    library.exceptions = types.ModuleType("datasets.exceptions")
+    library.exceptions.DatasetsError = RuntimeError
     monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", library.exceptions)
     monkeypatch.setattr(hugging_face, "find_spec", lambda name: library)
 
     def made(**columns):
