@@ -46,7 +46,8 @@ LOCKED = sed -n '/^\# $(1):/,/^$$/p' constraints.txt > .venv/locked.txt && \
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.c* csrc/*.h csrc/build_flags.py)
 	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv  # whole or made again
 	$(call LOCKED,build)
-	$(call LOCKED,cpu) 2> /dev/null || echo "pip finds no PyTorch without CUDA: PyPI's is taken"
+	$(call LOCKED,cpu) 2> .venv/cpu.txt || if grep -A 99 "DO NOT MATCH THE HASHES" .venv/cpu.txt; then exit 1; else \
+		echo "PyPI's PyTorch is taken; of the one without CUDA pip says: $$(grep -m 1 ERROR .venv/cpu.txt)"; fi
 	$(call LOCKED,run)
 	if $(RUN) -m pip show torch | grep -q '^Requires:.*nvidia-'; then $(call LOCKED,cuda); fi
 	$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
