@@ -236,7 +236,8 @@ def test_a_run_of_equal_images_is_measured(tmp_path):
 def test_a_grid_shows_the_classes_that_have_images(tmp_path, monkeypatch):
     """Real images and samples alike, column by column; of many classes the first ten that have images."""
     for labels, wanted in ([1, 3, 3, 2], [1, 2, 3]), (list(range(5, 45, 2)), list(range(5, 25, 2))), ([4, 4], [4]):
-        one = job.Job(load(Path(DIGITS), [f"data.path={labelled(tmp_path / 'a.npz', labels)}", *QUICK]), on_paper=True)
+        settings = [*QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r"]
+        one = job.Job(load(Path(DIGITS), settings), on_paper=True)
         net, asked = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=max(labels) + 1, **TINY), []
         monkeypatch.setattr(job, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)])
         one.samples(net, None)
