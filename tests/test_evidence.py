@@ -73,9 +73,8 @@ def test_pictures_are_right_side_up_in_their_colours_and_under_their_labels(tmp_
         kimg=0.0,
         seconds=0.0,
     )
-    job = Job(
-        load(ROOT / "configs/fast32.yaml", [f"data.path={path}", f"teacher.checkpoint={tmp_path}/teacher.safetensors"]), on_paper=True
-    )
+    settings = [f"data.path={path}", f"teacher.checkpoint={tmp_path}/teacher.safetensors", f"run_dir={tmp_path}/r"]
+    job = Job(load(ROOT / "configs/fast32.yaml", settings), on_paper=True)
     images = job.images
     shown = [int(i) for i in job.shown_images()]
     save_png(grid(torch.from_numpy(np.stack([images.read(i) for i in shown])), CLASSES, scale=1), tmp_path / "grid.png")
@@ -89,7 +88,8 @@ def test_pictures_are_right_side_up_in_their_colours_and_under_their_labels(tmp_
 
 def test_what_the_nets_see_is_the_picture_too(tmp_path):
     """A batch of the training stream, without mirroring, is the source file scaled to [-1, 1], with its one-hot label."""
-    cfg = load(ROOT / "configs/fast32.yaml", [f"data.path={write_zip(tmp_path / 'some.zip', 32)}", "data.flips=false"])
+    settings = [f"data.path={write_zip(tmp_path / 'some.zip', 32)}", "data.flips=false", f"run_dir={tmp_path}/r"]
+    cfg = load(ROOT / "configs/fast32.yaml", settings)
     job = Job(cfg, on_paper=True)
     cfg.train.batch = 24
     batch, labels = job.stream(cfg.train, None).at(0)
