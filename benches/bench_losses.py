@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import harness
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benches import harness
 from potstill.kernels import (
     Estimate,
     add_noise,

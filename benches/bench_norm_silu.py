@@ -8,10 +8,10 @@ where a slab does not fit is not counted: that is what the share of the copy's s
 import itertools
 from typing import NamedTuple
 
-import harness
 import pytest
 import torch
 
+from benches import harness
 from potstill.kernels import cuda, norm_silu
 from potstill.kernels.norm_silu import plain
 

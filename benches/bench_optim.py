@@ -8,12 +8,11 @@ Bytes of ours: Adam 28, EMA 8, shadow 2 and the look at the gradients 4 a parame
 
 from collections.abc import Callable
 
-import harness
 import pytest
-import rehearse
 import torch
 from torch import Tensor
 
+from benches import harness, rehearse
 from potstill.kernels import AdamEMA, cuda
 
 BYTES = 28 + 8 + 2 + 4

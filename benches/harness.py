@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import rehearse
 import torch
 
+from benches import rehearse
 from potstill.kernels._triton import INSTALLED, triton
 
 

@@ -29,8 +29,8 @@ for word in ("connect", "connect_ex"):
     setattr(socket.socket, word, guard)
 
 import torch  # noqa: E402
-from rehearse import GPU, REHEARSING, THERE  # noqa: E402
 
+from benches.rehearse import GPU, REHEARSING, THERE  # noqa: E402
 from potstill.kernels._lib import INTERPRET  # noqa: E402
 
 if REHEARSING:

@@ -20,8 +20,8 @@ import pytest
 import test_kernels_adam_ema as adam
 import test_kernels_norm_silu as norm
 import torch
-from rehearse import Tape
 
+from benches.rehearse import Tape
 from potstill.kernels import Estimate, _score_cuda, adam_ema, aot, cuda, norm_silu, reference
 
 ROOT = Path(__file__).parent.parent

@@ -19,9 +19,9 @@ import pytest
 import torch
 from patience import Patience, outlasted
 from PIL import Image
-from rehearse import GPU
 from sklearn.datasets import load_digits
 
+from benches.rehearse import GPU
 from potstill.engine.data.files import Zip
 from potstill.engine.data.images import open_images
 from potstill.engine.data.progress import in_order

@@ -1,7 +1,6 @@
 """What the evidence rests on: pictures as they are in the data, recipes that run, distances of a judge, models of scaling."""
 
 import json
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benches.scripts import scaling, time_to_quality
 from potstill.engine import compare
 from potstill.engine.config import load
 from potstill.engine.data.images import open_images
@@ -27,9 +27,6 @@ from potstill.engine.preflight import check_complete
 from potstill.engine.sampling import one_step
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-import scaling  # noqa: E402
-import time_to_quality  # noqa: E402
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CLASSES = 4  # of 24 images; MSD's two students share them

@@ -10,10 +10,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from rehearse import GPU, REHEARSING, Tape, on_host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benches.rehearse import GPU, REHEARSING, Tape, on_host
 from potstill.engine.build import build_method
 from potstill.engine.config import METHOD_CONFIGS
 from potstill.engine.errors import UserError

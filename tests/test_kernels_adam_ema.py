@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from places import needs_triton, on_gpu
-from rehearse import REHEARSING
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from benches.rehearse import REHEARSING
 from potstill.kernels import AdamEMA
 from potstill.kernels._lib import INTERPRET
 from potstill.kernels.tables import CHUNK

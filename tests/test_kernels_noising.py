@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import CPU, F16, F32, F64, assert_no_worse, poisoned_memory
 from places import everywhere, on_gpu
-from rehearse import REHEARSING
 
+from benches.rehearse import REHEARSING
 from potstill.kernels import Normals, add_noise, noised_input, reference
 from potstill.kernels._lib import INTERPRET
 

@@ -19,8 +19,8 @@ import parallel_cases as cases
 import pytest
 import torch
 from patience import Patience, outlasted, until
-from rehearse import GPU, REHEARSING
 
+from benches.rehearse import GPU, REHEARSING
 from potstill.engine.errors import UserError
 from potstill.engine.training import ranks as speech
 from potstill.engine.training.checkpoint import checkpoints, load_newest

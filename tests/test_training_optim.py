@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from rehearse import GPU, REHEARSING
 
+from benches.rehearse import GPU, REHEARSING
 from potstill.engine import build
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig

@@ -1,6 +1,6 @@
 """make gpu: everything that needs a GPU, in steps that fit into MINUTES and go on where the last call stopped.
 
-    make gpu                                  twelve minutes of evidence (benches/plans.py says in which order)
+    make gpu                                  twelve minutes of evidence (benches/scripts/plans.py says in which order)
     make gpu PLAN=quality DATA=FILE.zip       a teacher and five methods on your images
     make gpu PLAN=ladder                      the long rest
     make gpu REHEARSE=1                       the same plan on a CPU, tiny: so that nothing fails for a typo when it counts
@@ -29,11 +29,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import harness
-import plans
-import rehearse
-import rows
-from plans import ROOT, Step
+from benches import RESULTS, ROOT, harness, rehearse, rows
+from benches.scripts import plans
+from benches.scripts.plans import Step
 
 MOST_BYTES = 2 << 20  # of the pictures of a result folder
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -83,7 +81,7 @@ def results_folder() -> Path:
     if rehearse.REHEARSING:
         return ROOT / f"runs/rehearsals/{os.environ.get('PLAN') or 'evidence'}"
     device = slug(harness.machine(harness.CUDA)["device"]) if rehearse.THERE else "no-gpu"
-    return plans.RESULTS / f"{device}-{date.today().isoformat()}"
+    return RESULTS / f"{device}-{date.today().isoformat()}"
 
 
 def budget(plan: str) -> float:
@@ -216,7 +214,7 @@ def write_readme(folder: Path) -> None:
 
 def rewrite_project_readme(folder: Path) -> int:
     """The marked sections of README.md anew; of a rehearsal, of a copy of it that lies in its folder."""
-    command = [sys.executable, "benches/readme.py"]
+    command = [sys.executable, *plans.script("readme")]
     if rehearse.REHEARSING:
         text = (ROOT / "README.md").read_text()
         (folder / "PROJECT.md").write_text(re.sub(r"<!-- results:(?!gpu)(?s:.*?)<!-- /results -->\n", "", text))

@@ -1,4 +1,4 @@
-"""The denominators: python benches/rates.py RESULTS. What this machine's tools are, and what its GPU does at best.
+"""The denominators: python -m benches.scripts.rates RESULTS. What this machine's tools are, and what its GPU does at best.
 
 Tools that a borrowed machine may lack (gcc, Python.h, nvcc, git, nvidia-smi, ncu) are named and gone without. csrc/ is
 compiled in place for this GPU alone where nvcc is there and it is not yet, installing nothing. Then copies, matrix products
@@ -17,19 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
-
-import build_flags
-import harness
-import rehearse
-import rows
 import torch
 from torch.nn.functional import conv2d
 
+from benches import ROOT, harness, rehearse, rows
+from csrc import build_flags
 from potstill.kernels import cuda
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAMS = ("gcc", "g++", "nvcc", "ninja", "git", "nvidia-smi", "ncu")
 #: batch, channels, resolution of 3x3 convolutions: CIFAR-10's and FFHQ-64's DDPM++, ImageNet-64's ADM.

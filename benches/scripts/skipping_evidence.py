@@ -1,5 +1,5 @@
-"""What skipping saves and what it costs, on the digits: python benches/skipping_evidence.py [--teacher FILE] [--kimg 12]
-or for another teacher, without students: python benches/skipping_evidence.py --teacher FILE --data ZIP --out FILE.json
+"""What skipping saves and what it costs, on the digits: python -m benches.scripts.skipping_evidence [--teacher FILE] [--kimg 12]
+or for another teacher, without students: python -m benches.scripts.skipping_evidence --teacher FILE --data ZIP --out FILE.json
 
 Trains the recipe's teacher (or takes one), probes it, and writes one JSON: per budget the per-bin excess on held-out
 images and the latency saved; how well criteria rank blocks; measured teacher and trajectory latencies (interleaved
@@ -17,12 +17,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import harness
 import torch
 from torch import Tensor
 
+from benches import RESULTS, ROOT, harness, rows
 from potstill.engine.config import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sigmas import grid_level, karras_at
@@ -40,7 +38,6 @@ from potstill.engine.skipping.plan import Plan, save_plan
 from potstill.engine.skipping.probe import make_plan, probe, spearman
 from potstill.engine.strata import spread
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/digits.yaml"
 LAWS = {  # where the recipes ask their teacher, as quantiles
     "dmd": lambda u: grid_level(integer_at(u, 100, 700)),
@@ -59,7 +56,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=128, help="of the probe")
     p.add_argument("--n", type=int, default=1797, help="images per student's Fréchet distance")
     p.add_argument("--teacher-n", type=int, default=500, help="images per teacher's Fréchet distance, 27 evaluations each")
-    p.add_argument("--out", type=Path, default=ROOT / "benches/results/cpu-digits/skipping.json")
+    p.add_argument("--out", type=Path, default=RESULTS / "cpu-digits/skipping.json")
     args = p.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +68,7 @@ def main() -> None:
         plans = {budget: make_plan(net, data, profile, budget) for budget in (0.005, 0.02, 0.05)}
         found: dict[str, Any] = {
             "machine": harness.machine(harness.CPU),
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python -m benches.scripts.skipping_evidence", *sys.argv[1:]]),
             "parameters": sum(p.numel() for p in net.parameters()),
             "rank_correlation": {
                 "taylor": [spearman(profile.taylor[:, k], profile.alone[:, k]) for k in range(args.bins)],
@@ -87,8 +84,7 @@ def main() -> None:
             file = args.teacher or work / "teacher/teacher.safetensors"
             found["distillation"] = distillation(work, file, work / "plan.json", args)
     found["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    rows.write(args.out, found)
     say(f"-> {args.out}")
 
 

@@ -1,6 +1,6 @@
 """Seconds from a finished teacher to a student at 1.25 times its distance, per method, with and without each switch.
 
-    python benches/time_to_quality.py configs/fast32.yaml --teacher runs/compare-fast32/teacher.safetensors --seconds 180 \
+    python -m benches.scripts.time_to_quality configs/fast32.yaml --teacher runs/compare-fast32/teacher.safetensors --seconds 180 \
         --features ResNet20:FILE --out benches/results/DEVICE-DATE -- data.path=FILE.zip
 
 Each switch is a comparison of its own (potstill compare) with the same teacher, seeds and seconds; one that is done is not
@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from potstill.engine.config import load  # noqa: E402
-from potstill.engine.errors import UserError  # noqa: E402
-from potstill.engine.folder import write_atomically  # noqa: E402
+from benches import ROOT
+from benches import rows as on_disk
+from benches.scripts import sections
+from potstill.engine.config import load
+from potstill.engine.errors import UserError
 
 FILE = "time_to_quality.json"
 
@@ -75,14 +74,11 @@ def main(arguments: list[str]) -> None:
             sys.exit(f"{args.out / FILE} holds rows of another teacher, data or bar: move it away, or choose another --out")
         told = now
         rows += [row(switch.name, name, summary["methods"][name], title, told["bar"]) for name in methods]
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
+        on_disk.write(args.out / FILE, told | {"rows": rows})
     if not told:
         return print("nothing was measured")
-    write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
-    from readme import time_to_quality
-
-    print(time_to_quality(told | {"rows": rows}), end="")
+    on_disk.write(args.out / FILE, told | {"rows": rows})
+    print(sections.time_to_quality(told | {"rows": rows}), end="")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,114 +1,11 @@
-"""The results in README.md come from files under benches/results/, and from nowhere else.
+"""The sections of README.md: each is text made of one file of results. gpu_section.py has that of the GPUs."""
 
-    python benches/readme.py           rewrites every marked section
-    python benches/readme.py --check   fails if a section differs from its file, or holds a number that its file does not
-
-A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
-(compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
-(ladder_quality.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
-if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.
-"""
-
-import argparse
-import json
-import re
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import gpu_section
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benches/results"
-MARKED = re.compile(r"(<!-- results:([^>]*?) -->\n)(.*?)(<!-- /results -->)", re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 NAMES = {
     "dmd": "DMD", "sim": "SIM", "gdd": "GDD", "gdd_i": "GDD-I", "moment_matching": "moment matching", "sfd": "SFD",
     "msd": "MSD: several students by DMD, each for its classes",
 }  # fmt: skip
-NO_GPU = "Nothing has been measured on a GPU yet.\n"
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 and say what is wrong")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args(arguments)
-    text = args.readme.read_text()
-    wrong = problems(text, args.results)
-    if args.check and not wrong:
-        wrong += [f"section {name!r} is not what its file says: run python benches/readme.py" for name in stale(text, args.results)]
-    if not args.check and not wrong:
-        args.readme.write_text(rewritten(text, args.results))
-    if wrong:
-        sys.exit("\n".join(f"{args.readme.name}: {line}" for line in wrong))
-
-
-def rewritten(text: str, results: Path) -> str:
-    return MARKED.sub(lambda m: m[1] + section(m[2], results)[0] + m[4], text)
-
-
-def stale(text: str, results: Path) -> list[str]:
-    return [m[2] for m in MARKED.finditer(text) if m[3] != section(m[2], results)[0]]
-
-
-def problems(text: str, results: Path) -> list[str]:
-    """Sections without a file, and numbers that a section would hold and its file does not."""
-    found = []
-    if text.count("<!-- results:") != len(MARKED.findall(text)):
-        found.append("a marker <!-- results:… --> has no <!-- /results --> after it, or stands in the middle of a line")
-    for match in MARKED.finditer(text):
-        try:
-            wanted, sources = section(match[2], results)
-        except (OSError, KeyError, ValueError) as error:
-            found.append(f"section {match[2]!r} has no source: {type(error).__name__}: {error}")
-            continue
-        found += [f"section {match[2]!r}: {n} is in no source file" for n in unsourced(wanted, sources)]
-    return found
-
-
-def section(name: str, results: Path) -> tuple[str, list[Any]]:
-    """The text of a section, and the contents of the files it comes from. ValueError for an unknown kind."""
-    kind, _, folder = name.partition(" ")
-    if kind == "gpu":
-        return gpu(results)
-    if kind not in KINDS:
-        raise ValueError(f"wanted one of gpu, {', '.join(KINDS)}, got {kind!r}")
-    file, write = KINDS[kind]
-    source = json.loads((results / folder / file).read_text())
-    return write(source), [source]
-
-
-def unsourced(text: str, sources: list[Any]) -> list[str]:
-    """The numbers of a text that are in none of the sources."""
-    known = [x for source in sources for x in numbers(source)]
-    return [token for token in NUMBER.findall(text) if not any(shows(token, x) for x in known)]
-
-
-def shows(token: str, value: float) -> bool:
-    """Is this the value, rounded to the digits of the token?"""
-    digits = token.partition("e")[0].partition(".")[2]
-    shown = float(token.replace(",", ""))
-    units = (1, 1e3, 1e6, 1e9, 2**30) if shown else (1,)  # in billions everything is 0
-    return any(abs(value / unit - shown) <= 0.5000001 * 10.0 ** -len(digits) for unit in units)
-
-
-def numbers(source: Any) -> Iterator[float]:
-    """Every number of a JSON value, those in its keys and texts included."""
-    if isinstance(source, bool) or source is None:
-        return
-    if isinstance(source, int | float):
-        yield source
-    elif isinstance(source, str):
-        yield from (float(token.replace(",", "")) for token in NUMBER.findall(source))
-    else:
-        for value in [*source, *source.values()] if isinstance(source, dict) else source:
-            yield from numbers(value)
-
-
-# sections
 
 
 def table(rows: list[list[str]]) -> str:
@@ -238,12 +135,6 @@ def quality(run: dict[str, Any]) -> str:
     return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({about}):\n\n{table(rows)}"
 
 
-def gpu(results: Path) -> tuple[str, list[Any]]:
-    """What was measured on GPUs (benches/gpu_section.py), or that nothing was."""
-    text, sources = gpu_section.section(results, table, {"compare": compare, "ladder": ladder})
-    return text or NO_GPU, sources
-
-
 KINDS = {
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
@@ -257,7 +148,3 @@ def cell(value: float | None, form: str) -> str:
 
 def short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What recipes cost on this GPU: python benches/rehearsals.py RESULTS [NAME …]. Each with rehearse=true, beside what is published.
+"""What recipes cost on this GPU: python -m benches.scripts.recipes RESULTS [NAME …]. Each with rehearse=true, beside what is published.
 
 A recipe is one process and one row of RESULTS/rehearsal.json, kept when it is measured; one that has a row is not repeated.
 Hours are of this GPU for the recipe's own number of images; the hours for an A100 are a projection from the ratio of the two
@@ -12,14 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import rehearse
-import rows
-
+from benches import ROOT, rehearse, rows
 from potstill.engine.rehearsal import PEAKS
-
-ROOT = Path(__file__).resolve().parent.parent
 
 RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
     "cifar10_sim": ("cifar10_sim", [], "500 M images; no hours published"),
@@ -53,7 +47,7 @@ LIMIT = 240  # seconds of one recipe; what a step may take is the plan's busines
 
 def main(results: Path, names: list[str]) -> None:
     if unknown := [name for name in names if name not in RUNS]:
-        sys.exit(f"rehearsals wants some of {', '.join(RUNS)}, got {unknown[0]!r}")
+        sys.exit(f"recipes wants some of {', '.join(RUNS)}, got {unknown[0]!r}")
     done = {row["case"] for row in rows.rows_in(rows.place_of(results, "rehearsal", "cuda")) if "failed" not in row}
     failed = False
     for name in [name for name in names or RUNS if name not in done]:
