@@ -271,4 +271,4 @@ def test_projections_are_marked_and_keep_their_assumptions(tmp_path, capsys, mon
     # DMD: 4.8 forwards of 5.0 GFLOP an image, at 100 TFLOP/s, for a million images
     assert job["hours"][0] == pytest.approx(1e6 * 4.8 * job["gflop"] * 1e9 / 100e12 / 3600, rel=1e-3)
     assert 4.5 < job["gflop"] < 5.5
-    assert all(line.startswith("projected, assumed 100 TFLOP/s") for line in capsys.readouterr().out.splitlines())
+    assert {line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()} == {"projected, assumed 100 TFLOP/s a GPU"}
