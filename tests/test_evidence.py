@@ -215,9 +215,9 @@ def test_time_to_quality_is_the_first_moment_at_or_below_the_bar():
         for i, s, fd in ((0, 0.0, 2.0), (8, 1.0, 9.0), (16, 2.0, 3.0), (24, 3.5, 2.4), (32, 5.0, 2.2))
     ]
     found = {"curve": curve, "images_per_second": 8.0, "peak_memory_gib": None}
-    row = time_to_quality.row("s", "sim", found, "FD-A", bar=2.5)
+    row = time_to_quality.row_of("s", "sim", found, "FD-A", bar=2.5)
     assert (row["seconds"], row["images"], row["best"], row["start"]) == (3.5, 24, 2.2, 2.0)
-    never = time_to_quality.row("s", "sim", found, "FD-A", bar=1.0)
+    never = time_to_quality.row_of("s", "sim", found, "FD-A", bar=1.0)
     assert (never["seconds"], never["best"], never["trained"]) == (None, 2.2, 5.0)
 
 
@@ -225,7 +225,7 @@ def test_a_switch_that_this_version_lacks_is_said_to_be_unavailable():
     recipe = ROOT / "configs/fast32.yaml"
     lacking = time_to_quality.Switch("x", ["train.no_such_switch=off"])
     assert "no_such_switch" in time_to_quality.unavailable(recipe, lacking, [], "sim")
-    freeze = time_to_quality.parsed("frozen=method.freeze=1;ENV:A=b")
+    freeze = time_to_quality.switch_from("frozen=method.freeze=1;ENV:A=b")
     assert (freeze.settings, freeze.environment) == (["method.freeze=1"], {"A": "b"})
     assert time_to_quality.unavailable(recipe, freeze, [], "gdd_i") is None
     assert time_to_quality.unavailable(recipe, freeze, [], "sfd") is not None

@@ -136,7 +136,7 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path):
         f"import subprocess, sys; p = subprocess.Popen(['sleep', '300']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     )
     start = time.monotonic()
-    record = gpu.take(step("hangs", 300, child), tmp_path, left=3)
+    record = gpu.run_step(step("hangs", 300, child), tmp_path, left=3)
     assert record["code"] == 124
     assert time.monotonic() - start < 200  # and not the 300 s that it would take
     for _ in range(600):  # the child of a killed process is reaped by init
@@ -152,7 +152,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from benches.scripts import gpu, plans
-gpu.take(plans.Step("waits", 9, ["-c", {waits!r}]), Path({folder!r}), 300)
+gpu.run_step(plans.Step("waits", 9, ["-c", {waits!r}]), Path({folder!r}), 300)
 """
 
 

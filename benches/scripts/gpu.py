@@ -49,7 +49,7 @@ def main() -> None:
     if rehearse.REHEARSING:
         prepare_rehearsal(name, folder)
     try:
-        plan = chosen(plans.steps(name, os.environ, folder), os.environ.get("GPU_STEPS", ""))
+        plan = steps_named(plans.steps(name, os.environ, folder), os.environ.get("GPU_STEPS", ""))
         seconds = budget(name)
     except ValueError as error:
         sys.exit(f"make gpu: {error}")
@@ -57,7 +57,7 @@ def main() -> None:
         return print(table(plan))
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, folder, time.monotonic() + seconds)
-    keep_comparison(plans.work_folder(os.environ, folder), folder)
+    copy_comparison(plans.work_folder(os.environ, folder), folder)
     write_readme(folder)
     rows.pack(folder)
     sys.exit(int(failed) or rewrite_project_readme(folder))
@@ -96,7 +96,7 @@ def budget(plan: str) -> float:
     return 60 * minutes
 
 
-def chosen(plan: list[Step], names: str) -> list[Step]:
+def steps_named(plan: list[Step], names: str) -> list[Step]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in {step.name for step in plan}]:
         raise ValueError(f"GPU_STEPS wants some of {', '.join(step.name for step in plan)}, got {unknown[0]!r}")
@@ -118,7 +118,7 @@ def run(plan: list[Step], folder: Path, deadline: float) -> bool:
                 f"{step.name}: not started: expected to take {step.seconds:.0f} s, {max(left, 0):.0f} s are left; the same command goes on"
             )
         else:
-            record = take(step, folder, left)
+            record = run_step(step, folder, left)
             known[step.name] = record
             rows.write(folder / "steps.json", {"machine": harness.machine(harness.CUDA), "steps": known})
             write_readme(folder)
@@ -127,12 +127,12 @@ def run(plan: list[Step], folder: Path, deadline: float) -> bool:
     return bad
 
 
-def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
+def run_step(step: Step, folder: Path, left: float) -> dict[str, Any]:
     """Run one step; what became of it. Its output goes straight into its log. Exit code 124: it was ended for its time."""
     print(f"== {step.name}, expected to take {step.seconds:.0f} s", flush=True)
     log, start = folder / f"{slug(step.name)}.log", time.monotonic()
     most = 600.0 if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
-    environment = os.environ | CUPTI | {"PYTHONUNBUFFERED": "1"} | (rehearsed(step) if rehearse.REHEARSING else {})
+    environment = os.environ | CUPTI | {"PYTHONUNBUFFERED": "1"} | (rehearsal_environment(step) if rehearse.REHEARSING else {})
     with log.open("a") as output:
         begins = output.tell()
         process = subprocess.Popen(
@@ -144,7 +144,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = 124
         finally:  # Ctrl-C too: nothing goes on behind our back
-            end(process)
+            kill(process)
     said = log.read_bytes()[begins:].decode(errors="replace").strip()
     print(said[-3000:], flush=True)
     return {
@@ -153,7 +153,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rehearsed(step: Step) -> dict[str, str]:
+def rehearsal_environment(step: Step) -> dict[str, str]:
     """What a step finds in its environment in a rehearsal: one thread, since threads that share a busy core wait for each other,
     and the interpreter where a kernel must run. What only trains takes the kernels' definitions, as any CPU does."""
     kernels = step.name in ("kernels are right", "kernels", "nsight", "compiled")
@@ -166,7 +166,7 @@ def die_with_parent() -> None:
         LIBC.prctl(DIES_WITH_PARENT, signal.SIGKILL)
 
 
-def end(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """The process and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -189,7 +189,7 @@ def table(plan: list[Step]) -> str:
     return "\n".join([*lines, f"{begins:5.0f}s         in all"])
 
 
-def keep_comparison(work: Path, folder: Path) -> None:
+def copy_comparison(work: Path, folder: Path) -> None:
     """The table and the pictures of the methods, where they are there and small enough to commit."""
     if not (work / "summary.json").exists():
         return

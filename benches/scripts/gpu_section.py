@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches.scripts.sections import compare, ladder, table
+from benches.scripts.sections import cell, compare, ladder, table
 
 NO_GPU = "Nothing has been measured on a GPU yet.\n"
 Rows = list[dict[str, Any]]
@@ -67,7 +67,7 @@ def section(results: Path) -> tuple[str, list[Any]]:
             if name in found:
                 text += f"{write(found[name])}\n"
         missing = [name for name in (*TABLES, *OTHERS) if name not in found]
-        text += f"Not measured there: {', '.join(told(name) for name in missing)}.\n\n" if missing else ""
+        text += f"Not measured there: {', '.join(title_of(name) for name in missing)}.\n\n" if missing else ""
     return text.removesuffix("\n") or NO_GPU, sources
 
 
@@ -107,10 +107,6 @@ def cells(rows: Rows, columns: list[tuple[str, str, str]]) -> list[list[str]]:
     return [[head for head, _, _ in used], *body]
 
 
-def cell(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form) if form and not isinstance(value, str) else str(value)
-
-
 def shares(rows: Rows) -> str:
     """Kinds of kernels as shares of a step's time; `no kernel` is what launches cost."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
@@ -121,5 +117,5 @@ def shares(rows: Rows) -> str:
     return f"Where the time of an iteration goes, as shares of it:\n\n{table([['', 'seconds', 'GPU busy', *kinds], *body])}"
 
 
-def told(name: str) -> str:
+def title_of(name: str) -> str:
     return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "step": "whole iterations"}.get(name, name)

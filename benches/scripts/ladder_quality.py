@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benches import RESULTS, bench_ladder, harness, rows
-from benches.scripts.skipping_evidence import RECIPE, say, trained
+from benches.scripts.skipping_evidence import RECIPE, say, train_teacher
 from potstill.engine.config import load
 from potstill.engine.job import Job
 
@@ -34,7 +34,7 @@ def main() -> None:
     start = time.perf_counter()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        teacher = args.teacher or trained(Path(folder))
+        teacher = args.teacher or train_teacher(Path(folder))
         for seed in range(args.seeds):
             one: dict[str, Any] = {"seed": seed}
             for style in STYLES if seed % 2 == 0 else reversed(STYLES):

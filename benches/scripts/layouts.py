@@ -31,17 +31,17 @@ def measure(results: Path, benchmark: bool) -> None:
     batch = bench_step.BATCHES[-1]
     for use in ("infer", "train"):
         calls = {layout: call_of(use, layout, batch) for layout in ("NCHW", "NHWC")}
-        taken: dict[str, list[float]] = {layout: [] for layout in calls}
+        seconds: dict[str, list[float]] = {layout: [] for layout in calls}
         for call in calls.values():
             for _ in range(3):
                 call()
         for _ in range(ROUNDS):
             for layout, call in calls.items():
-                taken[layout].append(harness.cuda_seconds(call))
+                seconds[layout].append(harness.cuda_seconds(call))
         row = {
             "group": "layouts", "kind": "cuda", "case": f"{use} B={batch}, cudnn.benchmark {'on' if benchmark else 'off'}",
-            **{f"ms, weights {layout}": 1e3 * median(some) for layout, some in taken.items()},
-            "NCHW/NHWC": harness.ratio(taken["NCHW"], taken["NHWC"]),
+            **{f"ms, weights {layout}": 1e3 * median(some) for layout, some in seconds.items()},
+            "NCHW/NHWC": harness.ratio(seconds["NCHW"], seconds["NHWC"]),
         }  # fmt: skip
         rows.keep(results, row)
         print(row, flush=True)

@@ -29,7 +29,7 @@ UNITS = {"ns": 1.0, "us": 1e3, "usecond": 1e3, "nsecond": 1.0, "ms": 1e6, "mseco
 
 def main(arguments: list[str]) -> None:
     if arguments[0] == "--watched":
-        return watched()
+        return run_watched()
     results = Path(arguments[0])
     command = [sys.executable, "-m", "benches.scripts.nsight", "--watched"]
     if rehearse.REHEARSING:
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"no kernel of ours in what ncu said: {done.stdout[-2000:]}")
 
 
-def watched() -> None:
+def run_watched() -> None:
     """The four, each once after a warm-up; ncu sees what runs between start and stop."""
     calls = list(work())
     for _, call in calls:

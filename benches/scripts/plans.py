@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benches import RESULTS, ROOT, rehearse
-from benches.scripts.recipes import FIRST, RUNS
+from benches.scripts.recipes import IN_EVIDENCE, RUNS
 from benches.scripts.time_to_quality import SWITCHES
 
 MINUTES = {"evidence": 12.0, "quality": 12.0, "ladder": 120.0}
@@ -21,7 +21,7 @@ METHODS = ("dmd", "sim", "gdd_i", "moment_matching", "sfd")
 LARGE = ("ffhq64_gdd_i", "imagenet64_gdd_i", "imagenet64_dmd2")
 SHAPES = ("cifar10", "ffhq64", "imagenet64")
 #: Sized for a CPU and smaller still: what a comparison is rehearsed with.
-FEW = [
+TINY_COMPARISON = [
     "data=fast32_cpu", "teacher.loss.sampling_steps=2", "teacher.train.kimg=0.008", "teacher.train.batch=4", "train.batch=4", "eval.n=12",
     "eval.batch=12", "log.tensorboard=false", "precision=fp32", "net.model_channels=8", "net.channel_mult=[1,1]", "train.grid_kimg=1",
     "teacher.train.grid_kimg=1", "--no-apart",
@@ -78,7 +78,7 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     ]
     kernels = [str(path.relative_to(ROOT)) for path in marked if path.name.startswith("test_kernels_")]
     rest = [str(path.relative_to(ROOT)) for path in marked if not path.name.startswith("test_kernels_")]
-    strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(STRONG)
+    strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(COMPILED_TOO)
     return [
         Step("tools and rates", 45, script("rates", folder)),
         Step("kernels are right", 90, [*tests, *kernels]),
@@ -86,7 +86,7 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
         Step("kernels", 120, [*benches, "--resume", *(f"benches/bench_{name}.py" for name in ("losses", "norm_silu", "optim"))]),
         Step("profile", 50, script("profile_step", folder)),
         Step("steps", 105, [*benches, "--resume", "benches/bench_step.py", "-k", "sim or dmd2"]),
-        Step("recipes", 100, script("recipes", folder, *FIRST)),
+        Step("recipes", 100, script("recipes", folder, *IN_EVIDENCE)),
         Step("layouts", 55, script("layouts", folder)),
         Step("nsight", 40, script("nsight", folder)),
         Step("compiled", 55, [*benches, "--compiled", "benches/bench_losses.py", "benches/bench_norm_silu.py", "-k", strong]),
@@ -94,7 +94,7 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 
 #: Rows that torch.compile is given as well: it is the strongest thing to compare with, and slow to build.
-STRONG = (
+COMPILED_TOO = (
     "(score_implicit and huber and 2048x3)",
     "(score_match and 2048x3)",
     "(forward and 64x256x32x32-triton)",
@@ -109,7 +109,7 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
     teacher, each = environment.get("TEACHER_SECONDS") or "300", environment.get("SECONDS") or "70"
     one = ["-m", "potstill", "compare", recipe, f"run_dir={work}", f"data.path={data}", "--features", features_of(environment)]
     one += ["--teacher-seconds", teacher, "--seconds", each, "--points", "1" if rehearse.REHEARSING else "3"]
-    one += ["--teacher-points", "1", *FEW] if rehearse.REHEARSING else ["--teacher-points", "2", "eval.n=5000"]
+    one += ["--teacher-points", "1", *TINY_COMPARISON] if rehearse.REHEARSING else ["--teacher-points", "2", "eval.n=5000"]
     # Beside the training a call starts, loads, times a few iterations and measures: ten seconds are a guess.
     found = [Step("teacher", float(teacher) + 10, [*one, "--methods", "teacher"], why_not)]
     return found + [Step(f"method {name}", float(each) + 10, [*one, "--methods", name], why_not) for name in METHODS]

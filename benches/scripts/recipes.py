@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
         "0.64 A100-hours, of CIFAR-10 (200,000 trajectories)",
     ),
 }
-FIRST = ("ffhq64_gdd_i", "imagenet64_dmd2", "cifar10_sim bf16", "cifar10_sim")
+IN_EVIDENCE = ("ffhq64_gdd_i", "imagenet64_dmd2", "cifar10_sim bf16", "cifar10_sim")
 TINY = [
     "data.resolution=32",
     "net.model_channels=8",
@@ -52,14 +52,14 @@ def main(results: Path, names: list[str]) -> None:
     failed = False
     for name in [name for name in names or RUNS if name not in done]:
         recipe, overrides, published = RUNS[name]
-        found = rehearsed(recipe, overrides)
+        found = rehearsal_of(recipe, overrides)
         failed |= "failed" in found
         rows.keep(results, {"group": "rehearsal", "kind": "cuda", "case": name} | found | {"published": published})
         print(name, json.dumps(found), flush=True)
     sys.exit(int(failed))
 
 
-def rehearsed(recipe: str, overrides: list[str]) -> dict[str, Any]:
+def rehearsal_of(recipe: str, overrides: list[str]) -> dict[str, Any]:
     """What rehearse=true says of a recipe, with the hours it projects; or why it failed."""
     command = [sys.executable, "-m", "potstill", "train", recipe, "rehearse=true", "teacher.checkpoint=null", *overrides]
     command += TINY if rehearse.REHEARSING else []
@@ -70,10 +70,10 @@ def rehearsed(recipe: str, overrides: list[str]) -> dict[str, Any]:
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1]}
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    return found | projected(found)
+    return found | hours_projected(found)
 
 
-def projected(result: dict[str, Any]) -> dict[str, Any]:
+def hours_projected(result: dict[str, Any]) -> dict[str, Any]:
     """Hours on an A100, by the ratio of peaks; nothing where the chip's peak is not known."""
     peak = next((p for chip, p in PEAKS.items() if chip in result.get("device", "")), None)
     if peak is None:

@@ -143,7 +143,7 @@ def project(args: argparse.Namespace) -> None:
     rows = [row for file in args.measured for row in json.loads(file.read_text())["rows"] if "failed" not in row]
     cluster, jobs = Cluster(), []
     for name, stem, millions in JOBS:
-        job = described(stem)
+        job = job_of(stem)
         seconds = {row["batch"]: row["seconds_per_iteration"] for row in rows if row["recipe"] == stem}
         source = "measured speed" if seconds else f"assumed {args.assume_tflops:g} TFLOP/s a GPU"
         per_image = FORWARDS[job["method"]] * job["gflop"] / args.assume_tflops / 1e3
@@ -173,7 +173,7 @@ def project(args: argparse.Namespace) -> None:
         )
 
 
-def described(stem: str) -> dict[str, Any]:
+def job_of(stem: str) -> dict[str, Any]:
     """A recipe on paper: images, batch, method, parameters that a mean iteration updates, GFLOP of a forward per image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

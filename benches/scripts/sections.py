@@ -26,22 +26,17 @@ def demo(run: dict[str, Any]) -> str:
 
 
 def compare(run: dict[str, Any]) -> str:
-    """One row a method; older files know one kind of features and neither speed nor memory."""
-    one_kind = "scores" not in run["floor"]
-    titles = [run["teacher"]["features"]] if one_kind else list(run["floor"]["scores"])
-    n = run["teacher"]["n"] if one_kind else run["n"]
-    full = [("images/s", "images_per_second", ",.0f"), ("peak GiB", "peak_memory_gib", ".2f")]
-    more = [] if one_kind else full
-    rows = [
-        ["method", "evaluations", *(f"{t}, n = {n:,}" for t in titles), "seconds of training", "images", *(head for head, _, _ in more)]
-    ]
+    """One row a method."""
+    titles, more = list(run["floor"]["scores"]), [("images/s", "images_per_second", ",.0f"), ("peak GiB", "peak_memory_gib", ".2f")]
+    heads = [*(f"{title}, n = {run['n']:,}" for title in titles), "seconds of training", "images", *(head for head, _, _ in more)]
+    rows = [["method", "evaluations", *heads]]
     for name, one in [("floor", run["floor"]), ("teacher", run["teacher"]), *run["methods"].items()]:
-        scores = [one["fd"]] if one_kind else [one["scores"][t] for t in titles]
+        scores = [one["scores"][title] for title in titles]
         rows.append([
             NAMES[name] if name in NAMES else name, str(one.get("nfe", "")), *(short(s) for s in scores), cell(one.get("seconds"), ".0f") if "images" in one else "",
             cell(one.get("images"), ",.0f"), *(cell(one.get(key), form) for _, key, form in more),
         ])  # fmt: skip
-    about = "" if one_kind else f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}; {run['data']}.\n\n"
+    about = f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}; {run['data']}.\n\n"
     return about + table(rows)
 
 
@@ -97,8 +92,7 @@ def skipping(run: dict[str, Any]) -> str:
         )
     rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", cell(fd.get(name), ".2f")] for name in walk if name.startswith("cache")]
     rows = rows if fd else [row[:-1] for row in rows]
-    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
-    text = f"A teacher of {run['parameters']:,} parameters ({about}; medians of interleaved runs):\n\n{table(rows)}"
+    text = f"A teacher of {run['parameters']:,} parameters ({cpu_of(run)}; medians of interleaved runs):\n\n{table(rows)}"
     if "distillation" not in run:
         return text
     students = run["distillation"]["runs"]
@@ -120,8 +114,7 @@ def ladder(run: dict[str, Any]) -> str:
         first, last = found[case, rungs[0]], found[case, rungs[-1]]
         kept = f"{first['kept MB']:.0f}, {last['kept MB']:.0f}" if first.get("kept MB") else ""
         rows.append([case, *(f"{found[case, rung]['of published']:.2f}" for rung in rungs), kept])
-    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
-    return f"Times as fast as the published style ({about}):\n\n{table(rows)}"
+    return f"Times as fast as the published style ({cpu_of(run)}):\n\n{table(rows)}"
 
 
 def quality(run: dict[str, Any]) -> str:
@@ -131,8 +124,7 @@ def quality(run: dict[str, Any]) -> str:
         for style in ("published", "shipped"):
             each = [format(one[style][key], form) for one in run["runs"]]
             rows.append([f"{style}, {title}", *each, format(run[key][style]["mean"], form)])
-    about = f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
-    return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({about}):\n\n{table(rows)}"
+    return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({cpu_of(run)}):\n\n{table(rows)}"
 
 
 KINDS = {
@@ -142,8 +134,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def cpu_of(run: dict[str, Any]) -> str:
+    return f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
+
+
+def cell(value: Any, form: str) -> str:
+    """A number in this form; a text as it is, nothing for None."""
+    return "" if value is None else format(value, form) if form and not isinstance(value, str) else str(value)
 
 
 def short(value: float) -> str:

@@ -61,7 +61,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        net, _ = load_net(args.teacher or trained(work))
+        net, _ = load_net(args.teacher or train_teacher(work))
         images = open_images(args.data)
         data = material(images, net, args.images, args.batch, 0, torch.device("cpu"))
         profile = probe(net, data, args.bins, say)
@@ -88,7 +88,7 @@ def main() -> None:
     say(f"-> {args.out}")
 
 
-def trained(work: Path) -> Path:
+def train_teacher(work: Path) -> Path:
     """The recipe's teacher; its student is not needed."""
     Job(load(RECIPE, [f"run_dir={work}/teacher", "log.tensorboard=false"])).teacher()
     return work / "teacher/teacher.safetensors"
@@ -113,15 +113,15 @@ def teacher_speed(net: Denoiser, plan: Plan, n: int = 64) -> dict[str, float]:
 @torch.no_grad()
 def speed_up(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """Median over interleaved rounds of the first call's seconds over each other's."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 2):
         for name, call in calls.items():
             begin = time.perf_counter()
             call()
             if round_ >= 2:
-                taken[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.perf_counter() - begin)
     first = next(iter(calls))
-    return {name: median(a / b for a, b in zip(taken[first], taken[name], strict=True)) for name in calls if name != first}
+    return {name: median(a / b for a, b in zip(seconds[first], seconds[name], strict=True)) for name in calls if name != first}
 
 
 @torch.no_grad()
