@@ -133,6 +133,19 @@ def launches(run: Run, place: Place) -> int:
     return sum(e.name.startswith("aten::") and not e.cpu_children for e in events)
 
 
+def row(group: str, case: str, place: Place, variants: dict[str, Run], seconds: dict[str, list[float]], moved: int) -> dict[str, Any]:
+    """What is recorded of the variants "ours", "eager", "copy" and others: microseconds, ratios of them, launches of one call.
+
+    seconds: what `seconds` measured of each; moved: bytes that ours reads and writes.
+    """
+    us = {name: 1e6 * median(rounds) for name, rounds in seconds.items()}
+    found = {"group": group, "kind": place.kind, "case": case, "ours us": us.pop("ours"), **us}
+    found |= {f"{name}/ours": ratio(seconds[name], seconds["ours"]) for name in ("eager", "formula") if name in seconds}
+    found |= {"bytes": moved, "GB/s": moved / found["ours us"] / 1e3, "of copy": ratio(seconds["copy"], seconds["ours"])}
+    ours, eager = (launches(variants[name], place) for name in ("ours", "eager"))
+    return found | {"launches": f"{ours} / {eager}", "launches ours": ours, "launches eager": eager}
+
+
 def wait(place: Place) -> None:
     """Until the device has done what it was given."""
     if place.kind == "cuda":
