@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benches import harness, rehearse
-from potstill.engine.build import build_method, build_net
-from potstill.engine.config import METHOD_CONFIGS, NetConfig
+from potstill.engine.config.tree import METHOD_CONFIGS, NetConfig
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
+from potstill.engine.jobs.build import build_method, build_net
 from potstill.engine.training.graphs import CUDA, Graphs
 from potstill.engine.training.run import Run, TrainConfig
 

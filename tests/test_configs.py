@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from potstill.engine import rehearsal, train
-from potstill.engine.job import Job
+from potstill.engine import train
+from potstill.engine.jobs import rehearsal
+from potstill.engine.jobs.job import Job
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 IDS = [path.stem for path in RECIPES]

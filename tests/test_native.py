@@ -14,7 +14,7 @@ import torch
 from kernel_cases import poisoned_memory
 from places import CPU
 
-from potstill.engine import build
+from potstill.engine.jobs import build
 from potstill.kernels import aot, native, norm_silu
 from potstill.kernels._lib import INTERPRET
 

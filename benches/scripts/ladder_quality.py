@@ -17,8 +17,8 @@ from typing import Any
 
 from benches import RESULTS, bench_ladder, harness, rows
 from benches.scripts.skipping_evidence import RECIPE, say, train_teacher
-from potstill.engine.config import load
-from potstill.engine.job import Job
+from potstill.engine.config.tree import load
+from potstill.engine.jobs.job import Job
 
 STYLES = ("published", "shipped")
 PUBLISHED = ["precision=fp32", "train.shadows=false", "train.optimizer=torch"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benches import ROOT, rehearse, rows
-from potstill.engine.rehearsal import PEAKS
+from potstill.engine.jobs.rehearsal import PEAKS
 
 RUNS: dict[str, tuple[str, list[str], str]] = {  # recipe, overrides, published
     "cifar10_sim": ("cifar10_sim", [], "500 M images; no hours published"),

@@ -178,8 +178,8 @@ def job_of(stem: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from potstill.engine import build
-    from potstill.engine.config import load
+    from potstill.engine.config.tree import load
+    from potstill.engine.jobs import build
 
     cfg = load(ROOT / f"configs/{stem}.yaml", ["method.features=[teacher]"] if "gdd" in stem else [])
     resolution, classes = cfg.data.resolution or 64, 1000 if stem.startswith("imagenet") else 0

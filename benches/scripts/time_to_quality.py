@@ -21,8 +21,8 @@ from typing import Any
 from benches import ROOT
 from benches import rows as on_disk
 from benches.scripts import sections
-from potstill.engine.config import load
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
 
 FILE = "time_to_quality.json"
 
