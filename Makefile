@@ -22,10 +22,10 @@ kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU neede
 csrc-torches: $(STAMP)  ## compile csrc/ against the oldest, the pinned and the newest torch's headers; or NEWEST=2.14.1
 	$(RUN) csrc/torches.py $(if $(NEWEST),--newest $(NEWEST))
 
-# PLAN, MINUTES, REHEARSE, PACK … are variables of benches/gpu.py, in the environment or after `make gpu`.
+# PLAN, MINUTES, REHEARSE, PACK … are variables of benches/scripts/gpu.py, in the environment or after `make gpu`.
 export PLAN MINUTES REHEARSE PACK RESULTS DATA FEATURES RECIPE SECONDS TEACHER_SECONDS SWITCH_SECONDS GPU_STEPS GPU_LIST REDO
 gpu:  ## what needs a GPU, in MINUTES=12; uses .venv if there is one, else $(PYTHON) as it is; REHEARSE=1 tries it on a CPU
-	$(if $(REHEARSE),POTSTILL_REHEARSE=1) $$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) benches/gpu.py
+	$(if $(REHEARSE),POTSTILL_REHEARSE=1) $$(test -x $(RUN) && echo $(RUN) || echo $(PYTHON)) -m benches.scripts.gpu
 
 lint: $(STAMP)  ## ruff, its format, and pyright over everything but the tests' types
 	$(call LOCKED,lint)

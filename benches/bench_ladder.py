@@ -17,12 +17,12 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-import harness
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benches import harness
 from potstill.engine.jobs import build
 from potstill.engine.jobs.rehearsal import mfu
 from potstill.engine.methods.base import frozen, modules_of

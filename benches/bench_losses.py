@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import harness
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benches import harness
 from potstill.kernels import (
     Estimate,
     add_noise,
@@ -243,19 +243,6 @@ def test_loss(name, shape, place, record, request):
         torch.compiler.reset()  # each row is a function of its own to Dynamo's limit of recompilations
         compiled = torch.compile(bench.eager, fullgraph=True, dynamic=False)
         variants["compiled"] = stepping(compiled, bench, copies, guard=True)
-    taken = harness.seconds(variants, place, len(copies), budget=0.15)
-    us = {k: 1e6 * harness.median(v) for k, v in taken.items()}
-    row = {
-        "group": "losses",
-        "kind": place.kind,
-        "case": f"{name} {'x'.join(map(str, shape))}",
-        "ours us": us.pop("ours"),
-        **us,
-        "eager/ours": harness.ratio(taken["eager"], taken["ours"]),
-        "formula/ours": harness.ratio(taken["formula"], taken["ours"]),
-        "bytes": moved,
-    }
-    row |= {"GB/s": moved / row["ours us"] / 1e3, "of copy": harness.ratio(taken["copy"], taken["ours"])}
-    counts = [harness.launches(variants[k], place) for k in ("ours", "eager")]
-    row |= {"launches": f"{counts[0]} / {counts[1]}", "launches ours": counts[0], "launches eager": counts[1]}
-    record(row, variants["ours"])
+    seconds = harness.seconds(variants, place, len(copies), budget=0.15)
+    case = f"{name} {'x'.join(map(str, shape))}"
+    record(harness.row("losses", case, place, variants, seconds, moved), variants["ours"])

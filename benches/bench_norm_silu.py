@@ -8,10 +8,10 @@ where a slab does not fit is not counted: that is what the share of the copy's s
 import itertools
 from typing import NamedTuple
 
-import harness
 import pytest
 import torch
 
+from benches import harness
 from potstill.kernels import cuda, norm_silu
 from potstill.kernels.norm_silu import plain
 
@@ -101,18 +101,6 @@ def test_norm_silu(shape, backward, place, backend, record, request):
         torch.compiler.reset()  # each row is a function of its own to Dynamo's limit of recompilations
         compiled = torch.compile(plain, fullgraph=True, dynamic=False)
         variants["compiled"] = stepping(compiled, copies, backward)
-    taken = harness.seconds(variants, place, len(copies), budget=0.3)
-    us = {k: 1e6 * harness.median(v) for k, v in taken.items()}
-    row = {
-        "group": "norm_silu",
-        "kind": place.kind,
-        "case": f"norm_silu {'fwd+bwd' if backward else 'forward'} {shape}{'' if backend == 'auto' else f' [{backend}]'}",
-        "ours us": us.pop("ours"),
-        **us,
-        "eager/ours": harness.ratio(taken["eager"], taken["ours"]),
-        "bytes": moved,
-    }
-    row |= {"GB/s": moved / row["ours us"] / 1e3, "of copy": harness.ratio(taken["copy"], taken["ours"])}
-    counts = [harness.launches(variants[k], place) for k in ("ours", "eager")]
-    row |= {"launches": f"{counts[0]} / {counts[1]}", "launches ours": counts[0], "launches eager": counts[1]}
-    record(row, variants["ours"])
+    seconds = harness.seconds(variants, place, len(copies), budget=0.3)
+    case = f"norm_silu {'fwd+bwd' if backward else 'forward'} {shape}{'' if backend == 'auto' else f' [{backend}]'}"
+    record(harness.row("norm_silu", case, place, variants, seconds, moved), variants["ours"])

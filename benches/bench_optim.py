@@ -8,12 +8,11 @@ Bytes of ours: Adam 28, EMA 8, shadow 2 and the look at the gradients 4 a parame
 
 from collections.abc import Callable
 
-import harness
 import pytest
-import rehearse
 import torch
 from torch import Tensor
 
+from benches import harness, rehearse
 from potstill.kernels import AdamEMA, cuda
 
 BYTES = 28 + 8 + 2 + 4
@@ -120,19 +119,6 @@ def test_adam_ema(name, place, backend, record):
         steps = [make(Net(shapes, place.device)) for _ in range(copies)]
         variants[variant] = lambda k, steps=steps: steps[k]()
     variants["copy"] = harness.copy_of(moved, place)
-    taken = harness.seconds(variants, place, copies, budget=0.5)
-    us = {k: 1e6 * harness.median(v) for k, v in taken.items()}
-    row = {
-        "group": "optim",
-        "kind": place.kind,
-        "case": f"AdamEMA {name}, {moved / BYTES / 1e6:.1f} M{'' if backend == 'auto' else f' [{backend}]'}",
-        "ours us": us.pop("ours"),
-        **us,
-        "eager/ours": harness.ratio(taken["eager"], taken["ours"]),
-        "formula/ours": harness.ratio(taken["formula"], taken["ours"]),
-        "bytes": moved,
-    }
-    row |= {"GB/s": moved / row["ours us"] / 1e3, "of copy": harness.ratio(taken["copy"], taken["ours"])}
-    counts = [harness.launches(variants[k], place) for k in ("ours", "eager")]
-    row |= {"launches": f"{counts[0]} / {counts[1]}", "launches ours": counts[0], "launches eager": counts[1]}
-    record(row, variants["ours"])
+    seconds = harness.seconds(variants, place, copies, budget=0.5)
+    case = f"AdamEMA {name}, {moved / BYTES / 1e6:.1f} M{'' if backend == 'auto' else f' [{backend}]'}"
+    record(harness.row("optim", case, place, variants, seconds, moved), variants["ours"])

@@ -2,16 +2,16 @@
 
 The plan is made up (the middle blocks, nested, more of them at high noise), since a random net has nothing to probe: what
 is timed is how much of the left-out blocks' time is really saved.
-Real plans: benches/skipping_evidence.py.
+Real plans: benches/scripts/skipping_evidence.py.
 """
 
 from typing import Any, NamedTuple
 
-import harness
 import numpy as np
 import pytest
 import torch
 
+from benches import harness
 from potstill.engine.diffusion.sigmas import karras_at
 from potstill.engine.diffusion.strata import spread
 from potstill.engine.methods.sfd import SFD, SFDConfig

@@ -8,11 +8,10 @@ import time
 from statistics import median
 from typing import Any
 
-import harness
 import pytest
-import rehearse
 import torch
 
+from benches import harness, rehearse
 from potstill.engine.config.tree import METHOD_CONFIGS, NetConfig
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream

@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-import rehearse
-import rows as on_disk
 import torch
+
+from benches import harness, rehearse
+from benches import rows as on_disk
 
 COLUMNS = ("case", "ours us", "eager", "formula", "compiled", "copy", "eager/ours", "GB/s", "of copy", "launches")
 ROWS: list[dict[str, Any]] = []

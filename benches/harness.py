@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import rehearse
 import torch
 
+from benches import rehearse
 from potstill.kernels._triton import INSTALLED, triton
 
 
@@ -45,16 +45,16 @@ def seconds(variants: dict[str, Run], place: Place, copies: int, *, budget: floa
     on_gpu = place.kind == "cuda"
     # A rehearsal's graphs are a mode of PyTorch's dispatch, under which nothing compiles.
     graphed = {name: on_gpu and not (rehearse.REHEARSING and name == "compiled") for name in variants}
-    calls = {name: _graphed(run, copies) if graphed[name] else _rotating(run, copies) for name, run in variants.items()}
+    calls = {name: _captured(run, copies) if graphed[name] else _over_copies(run, copies) for name, run in variants.items()}
     clock = cuda_seconds if on_gpu else _cpu_seconds
     once = {name: min(clock(call) for _ in range(1 if rehearse.REHEARSING else 3)) for name, call in calls.items()}
     rounds = 1 if rehearse.REHEARSING else max(15, min(400, int(budget / max(once.values()))))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(clock(call))
+            times[name].append(clock(call))
     per_call = copies if on_gpu else 1
-    return {name: [s / per_call for s in all_of_it] for name, all_of_it in taken.items()}
+    return {name: [s / per_call for s in all_of_it] for name, all_of_it in times.items()}
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -62,7 +62,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return median(o / u for o, u in zip(over, under, strict=True))
 
 
-def _rotating(run: Run, copies: int) -> Callable[[], None]:
+def _over_copies(run: Run, copies: int) -> Callable[[], None]:
     turn = [0]
 
     def call() -> None:
@@ -74,7 +74,7 @@ def _rotating(run: Run, copies: int) -> Callable[[], None]:
     return call
 
 
-def _graphed(run: Run, copies: int) -> Callable[[], None]:
+def _captured(run: Run, copies: int) -> Callable[[], None]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -133,6 +133,19 @@ def launches(run: Run, place: Place) -> int:
     return sum(e.name.startswith("aten::") and not e.cpu_children for e in events)
 
 
+def row(group: str, case: str, place: Place, variants: dict[str, Run], seconds: dict[str, list[float]], moved: int) -> dict[str, Any]:
+    """What is recorded of the variants "ours", "eager", "copy" and others: microseconds, ratios of them, launches of one call.
+
+    seconds: what `seconds` measured of each; moved: bytes that ours reads and writes.
+    """
+    us = {name: 1e6 * median(rounds) for name, rounds in seconds.items()}
+    found = {"group": group, "kind": place.kind, "case": case, "ours us": us.pop("ours"), **us}
+    found |= {f"{name}/ours": ratio(seconds[name], seconds["ours"]) for name in ("eager", "formula") if name in seconds}
+    found |= {"bytes": moved, "GB/s": moved / found["ours us"] / 1e3, "of copy": ratio(seconds["copy"], seconds["ours"])}
+    ours, eager = (launches(variants[name], place) for name in ("ours", "eager"))
+    return found | {"launches": f"{ours} / {eager}", "launches ours": ours, "launches eager": eager}
+
+
 def wait(place: Place) -> None:
     """Until the device has done what it was given."""
     if place.kind == "cuda":
@@ -147,11 +160,11 @@ def machine(place: Place) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__ if INSTALLED else None,
         "python": platform.python_version(),
-        "commit": _said("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "commit": _output_of("git", "rev-parse", "--short", "HEAD") or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
     if place.kind == "cuda":
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        driver = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
         return known | {"cuda": torch.version.cuda, "driver": driver or "unknown"}
     return known | {"threads": torch.get_num_threads()}
 
@@ -162,7 +175,7 @@ def _processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
-def _said(program: str, *arguments: str) -> str:
+def _output_of(program: str, *arguments: str) -> str:
     """What a program prints, or nothing where it is missing or fails."""
     if shutil.which(program) is None:
         return ""

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import harness
+from benches import harness
 
 
 def keep(folder: Path, row: dict[str, Any]) -> Path:

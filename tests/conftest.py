@@ -1,4 +1,4 @@
-"""What every test starts from: a seed, fresh memory full of NaN, and GPU tests skipped in the open, or rehearsed.
+"""What every test starts from: a seed, no network, and GPU tests skipped in the open, or rehearsed.
 
 With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU, of each test and implementation the smallest
 case: kernels under TRITON_INTERPRET=1, by the interpreter and by csrc/ compiled as C++ (test_csrc.py), the rest without it.
@@ -8,6 +8,9 @@ import math
 import socket
 
 import pytest
+
+# What these assert shows its values as the assertions of a test do.
+pytest.register_assert_rewrite("kernel_cases", "parallel_cases", "patience", "places", "toy")
 
 
 def of_this_machine(function, host):
@@ -29,8 +32,8 @@ for word in ("connect", "connect_ex"):
     setattr(socket.socket, word, guard)
 
 import torch  # noqa: E402
-from rehearse import GPU, REHEARSING, THERE  # noqa: E402
 
+from benches.rehearse import GPU, REHEARSING, THERE  # noqa: E402
 from potstill.kernels._lib import INTERPRET  # noqa: E402
 
 if REHEARSING:

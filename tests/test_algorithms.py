@@ -94,7 +94,7 @@ def test_every_method_trains_on_algorithms_that_repeat_and_gives_the_same_bits(n
         found.append((cases.advance(run, 2), cases.weights(run)))
     (curve, weights), (again, same) = found
     assert curve == again
-    assert all(torch.equal(same[key], t) for key, t in weights.items())
+    torch.testing.assert_close(same, weights, rtol=0, atol=0)
 
 
 def test_a_run_of_digits_repeats_itself(tmp_path, capsys):
@@ -103,5 +103,5 @@ def test_a_run_of_digits_repeats_itself(tmp_path, capsys):
         train.main([DIGITS, f"run_dir={tmp_path}/{name}", *SMALL, "deterministic=true"])
         assert torch.are_deterministic_algorithms_enabled()
         found.append(read_tensors(tmp_path / name / "student.safetensors")[0])
-    assert all(torch.equal(found[0][key], t) for key, t in found[1].items())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     capsys.readouterr()

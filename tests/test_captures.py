@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from rehearse import Event, Stream, Tape
 
+from benches.rehearse import Event, Stream, Tape
 from potstill.engine.methods.base import Draws
 from potstill.engine.training import graphs as module
 from potstill.engine.training.graphs import CUDA, Graphs
@@ -323,7 +323,7 @@ def test_after_an_error_of_cudas_generators_and_pool_are_mended(monkeypatch, hea
 @pytest.mark.parametrize("error", ["ours", "cuda's"])
 def test_a_failed_capture_on_a_gpu_leaves_earlier_graphs_and_later_captures(error):
     """With numbers from the generators of both kinds, before and after, the same as of eager runs."""
-    from rehearse import GPU, REHEARSING
+    from benches.rehearse import GPU, REHEARSING
 
     if REHEARSING and error == "cuda's":
         pytest.skip("a tape has no error of its own")

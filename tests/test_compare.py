@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from potstill.engine import compare, evaluate, train
@@ -140,7 +141,7 @@ def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):
         from potstill.engine.models.weights import read_tensors
 
         a, b = (read_tensors(file)[0] for file in files)
-        assert all((a[key] == b[key]).all() for key in a)
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
     capsys.readouterr()
     evaluate.main([f"{tmp_path}/apart", "--which", "student"])
     measured = json.loads(capsys.readouterr().out)["student"]

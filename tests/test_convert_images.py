@@ -98,7 +98,7 @@ def test_centre_crop_cuts_before_it_filters(tmp_path):
     save(tmp_path / "src/a.png", image)
     for name in ("box", "lanczos"):
         images = convert(tmp_path / "src", tmp_path / f"{name}.zip", "--filter", name)
-        assert (images.read(0) == 200).all()
+        np.testing.assert_array_equal(images.read(0), 200)
 
 
 def test_lanczos_is_pillows(tmp_path):
@@ -111,11 +111,11 @@ def test_lanczos_is_pillows(tmp_path):
 
 def test_fits():
     picture = Image.fromarray(np.full((4, 8, 3), 100, np.uint8))
-    assert (np.asarray(fitted(picture, 4, "stretch")) == 100).all()
+    np.testing.assert_array_equal(np.asarray(fitted(picture, 4, "stretch")), 100)
     padded = np.asarray(fitted(picture, 8, "pad"))
-    assert (padded[2:6] == 100).all()
-    assert not padded[:2].any()
-    assert not padded[6:].any()
+    np.testing.assert_array_equal(padded[2:6], 100)
+    np.testing.assert_array_equal(padded[:2], 0)
+    np.testing.assert_array_equal(padded[6:], 0)
     small = Image.fromarray(np.arange(4, dtype=np.uint8).reshape(2, 2) * 60)
     smooth = len(np.unique(np.asarray(fitted(small, 8, "centre-crop"))))
     blocks = len(np.unique(np.asarray(fitted(small, 8, "centre-crop", "box"))))
@@ -140,7 +140,7 @@ def test_every_mode_becomes_rgb_or_grey(tmp_path):
     assert len(images) == 7
     np.testing.assert_array_equal(images.read(0), np.stack([grey] * 3))
     np.testing.assert_array_equal(images.read(2), colour.transpose(2, 0, 1))
-    assert (images.read(3) == 255).all(), "the transparent lies on white"
+    np.testing.assert_array_equal(images.read(3), 255, "the transparent lies on white")
     np.testing.assert_array_equal(images.read(4), np.asarray(Image.open(src / "e.png").convert("RGB")).transpose(2, 0, 1))
     red, green, blue = images.read(5).astype(int)
     assert red.min() > 200

@@ -172,9 +172,7 @@ def test_a_student_of_several_numbers_of_steps(kind, tmp_path):
     made = made | {"resample_filter": [1, 1]} if KINDS[kind]["model_type"] == "SongUNet" else {}
     defaults = made | {"channel_mult_emb": 4, "label_dropout": 0.0, "augment_dim": 0}
     assert got.kwargs == defaults | KINDS[kind] | RANGE | {"step_condition": True}
-    wanted = net.state_dict()
-    assert got.state_dict().keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.state_dict().items())
+    torch.testing.assert_close(got.state_dict(), net.state_dict(), rtol=0, atol=0)
     assert meta["method"] == "converted"
     assert Sampler(**meta["sampler"]) == few_step(4, step_condition=True)
     noise, labels = SeedNoise([3, 4]).normal(3, 8, 8), torch.eye(5)[[0, 1], : net.label_dim] if net.label_dim else None
@@ -192,8 +190,7 @@ def test_a_student_of_one_number_of_steps_has_layers_that_it_does_not_use(kind, 
     net, plain_net = student_of(**KINDS[kind]), from_kwargs("EDMPrecond", **KINDS[kind] | RANGE)
     got, meta = converted(dumped(tmp_path / "sfd.pkl", released(net, use_step_condition=False, num_steps=5, afs=False)))
     assert not got.knows_steps
-    assert got.state_dict().keys() == plain_net.state_dict().keys()
-    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in got.state_dict().items())
+    torch.testing.assert_close(got.state_dict(), {name: net.state_dict()[name] for name in plain_net.state_dict()}, rtol=0, atol=0)
     assert Sampler(**meta["sampler"]) == few_step(5, afs=False)
     assert "left out the step condition, which is neither trained nor used" in capsys.readouterr().err
     with pytest.raises(UserError, match="was distilled for 4 evaluations, got 2"):
@@ -205,7 +202,7 @@ def test_every_protocol_and_the_net_by_itself(protocol, tmp_path):
     net = student_of(**SONG | {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": []})
     for content in (released(net), released(net)["model"]):
         got, _ = converted(dumped(tmp_path / "net.pkl", content, protocol))
-        assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in got.state_dict().items())
+        torch.testing.assert_close(got.state_dict(), net.state_dict(), rtol=0, atol=0)
         assert got.kwargs["resample_filter"] == [1, 1]  # nothing is resampled
 
 

@@ -43,9 +43,9 @@ def shard(path, indices, *, classes=True, prefix=""):
                 tar.addfile(member, io.BytesIO(data))
 
 
-def same(images, order=range(12)):
-    got = np.stack([images.read(i) for i in range(len(images))]).transpose(0, 2, 3, 1)
-    return np.array_equal(got, PIXELS[list(order)])
+def assert_pixels(images, order=range(12)):
+    """The images are those of PIXELS in this order."""
+    np.testing.assert_array_equal(np.stack([images.read(i) for i in range(len(images))]).transpose(0, 2, 3, 1), PIXELS[list(order)])
 
 
 def refused(path):
@@ -60,12 +60,12 @@ def test_shards_are_one_set_in_the_order_of_their_names(tmp_path):
         shard(tmp_path / f"t-{k:03d}.tar", range(4 * k, 4 * k + 4), prefix="./" if k else "")
     for name in ("t-{000..002}.tar", "t-*.tar"):
         images = open_images(f"{tmp_path}/{name}")
-        assert same(images)
+        assert_pixels(images)
         assert images.labels.tolist() == LABELS
         assert images.label_dim == 3
-    assert same(pickle.loads(pickle.dumps(images)))
-    assert same(open_images(tmp_path / "t-001.tar"), range(4, 8))
-    assert same(images.subset([1]), [i for i in range(12) if LABELS[i] == 1])
+    assert_pixels(pickle.loads(pickle.dumps(images)))
+    assert_pixels(open_images(tmp_path / "t-001.tar"), range(4, 8))
+    assert_pixels(images.subset([1]), [i for i in range(12) if LABELS[i] == 1])
     assert open_images(f"{tmp_path}/t-*.tar", labelled=False).labels is None
     assert "only 3 of the shards" in refused(f"{tmp_path}/t-{{000..007}}.tar")
 
@@ -74,7 +74,7 @@ def test_shards_become_edms_zip(tmp_path, capsys):
     shard(tmp_path / "t.tar", range(12))
     main(["images", str(tmp_path / "t.tar"), str(tmp_path / "out.zip"), "--resolution", "8"])
     images = open_images(tmp_path / "out.zip")
-    assert same(images)
+    assert_pixels(images)
     assert images.labels.tolist() == LABELS
 
 
@@ -126,14 +126,14 @@ def samples(labels, kind="cls", prefix="", image="png"):
 def test_a_key_ends_at_the_first_dot_of_the_files_name(tmp_path, prefix, kind, image):
     images = open_images(tar(tmp_path / "a.tar", samples([0, 2, 1, 2], kind, prefix, image)))
     assert images.labels.tolist() == [0, 2, 1, 2]
-    assert same(images, range(4))
+    assert_pixels(images, range(4))
 
 
 def test_a_column_of_masks_is_no_image(tmp_path):
     masks = [(f"{i:04d}.{kind}", png(PIXELS[0])) for i in range(3) for kind in ("seg.png", "depth.jpg")]
     images = open_images(tar(tmp_path / "a.tar", samples([1, 0, 1]) + masks))
     assert images.labels.tolist() == [1, 0, 1]
-    assert same(images, range(3))
+    assert_pixels(images, range(3))
     assert "holds 0000.depth.jpg, but no image 0000.png" in refused(tar(tmp_path / "b.tar", masks[1:]))
     assert "holds img.0000.png, but no image img.png" in refused(tar(tmp_path / "c.tar", samples([0, 1], prefix="img.")))
     two = [("a.png", png(PIXELS[0])), ("a.jpg", png(PIXELS[1]))]
@@ -231,7 +231,7 @@ def test_hugging_face_data_sets_are_read_from_disk(tmp_path):
         sys.path.insert(0, "tests")
         from PIL import Image
         from potstill.engine.data.images import open_images
-        from test_data_elsewhere import LABELS, PIXELS, refused, same
+        from test_data_elsewhere import LABELS, PIXELS, assert_pixels, refused
         root = sys.argv[1]
         kinds = datasets.Features({"n": datasets.Value("int32"), "img": datasets.Image(),
                                    "label": datasets.ClassLabel(names=["a", "b", "c"])})
@@ -242,9 +242,9 @@ def test_hugging_face_data_sets_are_read_from_disk(tmp_path):
         datasets.DatasetDict(train=data, test=data.select(range(4))).save_to_disk(root + "/both")
         for name in ("pq", "pq@train", "disk", "both", "both@train"):
             images = open_images(f"hf:{root}/{name}")
-            assert same(images) and images.labels.tolist() == LABELS and images.classes == ["a", "b", "c"], name
-            assert same(pickle.loads(pickle.dumps(images)))
-        assert same(open_images(f"hf:{root}/both@test"), range(4))
+            assert_pixels(images) and images.labels.tolist() == LABELS and images.classes == ["a", "b", "c"], name
+            assert_pixels(pickle.loads(pickle.dumps(images)))
+        assert_pixels(open_images(f"hf:{root}/both@test"), range(4))
         assert open_images(f"hf:{root}/pq", labelled=False).labels is None
         assert "wanted hf:NAME[:CONFIG][@SPLIT]" in refused("hf:/nowhere")
         assert "cannot be read" in refused(f"hf:{root}/pq@test")
@@ -324,7 +324,7 @@ def hub(monkeypatch):
 )
 def test_columns_of_labels(hub, capsys, columns, labels, classes):
     images = open_images(hub(**columns))
-    assert same(images, range(4))
+    assert_pixels(images, range(4))
     assert (images.labels.tolist() if labels else images.labels, images.classes) == (labels, classes)
     assert images.label_dim == (len(classes) if classes else max(labels or [-1]) + 1)
     said = capsys.readouterr().err

@@ -40,7 +40,7 @@ def edm_load(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def entries(path: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(path) as archive:
-        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
         return {name: archive.read(name) for name in archive.namelist()}
 
 
@@ -56,7 +56,7 @@ def test_there_and_back(tmp_path, pictures, labelled):
     theirs, ours = edm_zip(tmp_path / "theirs.zip", pictures, labels), tmp_path / "ours.zip"
     data = open_images(theirs)
     whole = pictures[:, None] if pictures.ndim == 3 else pictures.transpose(0, 3, 1, 2)
-    assert (np.stack([data.read(i) for i in range(N)]) == whole).all()
+    np.testing.assert_array_equal(np.stack([data.read(i) for i in range(N)]), whole)
     assert (data.labels.tolist() if labelled else data.labels) == labels
     convert.main(["images", str(theirs), str(ours), "--resolution", "8"])
     before, after = entries(theirs), entries(ours)
@@ -64,7 +64,7 @@ def test_there_and_back(tmp_path, pictures, labelled):
     assert json.loads(before.pop("dataset.json"))["labels"] == json.loads(after.pop("dataset.json"))["labels"]
     assert before == after, "the PNGs differ in their bytes"
     loaded, loaded_labels = edm_load(ours)
-    assert (loaded == whole).all()
+    np.testing.assert_array_equal(loaded, whole)
     assert (loaded_labels.tolist() if labelled else loaded_labels) == labels
 
 
@@ -76,5 +76,5 @@ def test_a_class_subset_keeps_pictures_and_numbers(tmp_path, pictures):
     images, all_labels = edm_load(theirs)
     assert len(part) == len(where) and part.label_dim == 5
     assert part.labels.tolist() == all_labels[where].tolist()
-    assert (np.stack([part.read(i) for i in range(len(part))]) == images[where]).all()
+    np.testing.assert_array_equal(np.stack([part.read(i) for i in range(len(part))]), images[where])
     assert part.one_hot([0]).shape == (1, 5)

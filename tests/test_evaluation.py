@@ -316,7 +316,7 @@ def test_labels_have_the_data_s_proportions_whatever_n():
         labels, kind = labels_for(net, images, n)
         assert (len(labels), kind) == (n, "data")
         assert abs(np.bincount(labels) / n - shares).max() <= 1 / n
-    assert (labels_for(net, images, 1797)[0] == images.labels).all()
+    np.testing.assert_array_equal(labels_for(net, images, 1797)[0], images.labels)
 
 
 def test_labels_are_balanced_or_none(digits):
@@ -350,10 +350,10 @@ def test_a_grid_shows_every_image_in_its_place():
     for i in range(5):
         row, column = divmod(i, 3)
         cell = picture[50 * row : 50 * row + 48, 50 * column : 50 * column + 48]
-        assert (cell[::6, ::6] == images[i].permute(1, 2, 0).numpy()).all()
-        assert (cell == cell[::6, ::6].repeat(6, 0).repeat(6, 1)).all()
-    assert (picture[48:, 100:] == 255).all()
-    assert (picture[:, 48:50] == 255).all()
+        np.testing.assert_array_equal(cell[::6, ::6], images[i].permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(cell, cell[::6, ::6].repeat(6, 0).repeat(6, 1))
+    np.testing.assert_array_equal(picture[48:, 100:], 255)
+    np.testing.assert_array_equal(picture[:, 48:50], 255)
     assert grid(random_images(64, (1, 8, 8))).size == (8 * 50 - 2, 8 * 50 - 2)
     assert grid(random_images(4, (3, 64, 64))).size == (130, 130)
     single = grid(random_images(1, (1, 4, 4)), 10, scale=1)
@@ -366,10 +366,10 @@ def test_a_sheet_has_a_caption_over_every_grid(tmp_path):
     save_png(picture, tmp_path / "sheet.png")
     assert not list(tmp_path.glob("*.part"))
     pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert (pixels[26:124, 12:110] == np.asarray(grid(rows["real"], 2).convert("RGB"))).all()
-    assert (pixels[26:74, 122:170] == 0).all()
+    np.testing.assert_array_equal(pixels[26:124, 12:110], np.asarray(grid(rows["real"], 2).convert("RGB")))
+    np.testing.assert_array_equal(pixels[26:74, 122:170], 0)
     assert (pixels[:26, 12:110].min(), pixels[:26, 122:].min()) == (0, 0)  # letters
-    assert (pixels[:, -12:] == 255).all()  # and they end within the sheet
+    np.testing.assert_array_equal(pixels[:, -12:], 255)  # and they end within the sheet
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -1,7 +1,6 @@
 """What the evidence rests on: pictures as they are in the data, recipes that run, distances of a judge, models of scaling."""
 
 import json
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benches.scripts import scaling, time_to_quality
 from potstill.engine import compare
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import load
@@ -27,9 +27,6 @@ from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-import scaling  # noqa: E402
-import time_to_quality  # noqa: E402
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CLASSES = 4  # of 24 images; MSD's two students share them
@@ -218,9 +215,9 @@ def test_time_to_quality_is_the_first_moment_at_or_below_the_bar():
         for i, s, fd in ((0, 0.0, 2.0), (8, 1.0, 9.0), (16, 2.0, 3.0), (24, 3.5, 2.4), (32, 5.0, 2.2))
     ]
     found = {"curve": curve, "images_per_second": 8.0, "peak_memory_gib": None}
-    row = time_to_quality.row("s", "sim", found, "FD-A", bar=2.5)
+    row = time_to_quality.row_of("s", "sim", found, "FD-A", bar=2.5)
     assert (row["seconds"], row["images"], row["best"], row["start"]) == (3.5, 24, 2.2, 2.0)
-    never = time_to_quality.row("s", "sim", found, "FD-A", bar=1.0)
+    never = time_to_quality.row_of("s", "sim", found, "FD-A", bar=1.0)
     assert (never["seconds"], never["best"], never["trained"]) == (None, 2.2, 5.0)
 
 
@@ -228,7 +225,7 @@ def test_a_switch_that_this_version_lacks_is_said_to_be_unavailable():
     recipe = ROOT / "configs/fast32.yaml"
     lacking = time_to_quality.Switch("x", ["train.no_such_switch=off"])
     assert "no_such_switch" in time_to_quality.unavailable(recipe, lacking, [], "sim")
-    freeze = time_to_quality.parsed("frozen=method.freeze=1;ENV:A=b")
+    freeze = time_to_quality.switch_from("frozen=method.freeze=1;ENV:A=b")
     assert (freeze.settings, freeze.environment) == (["method.freeze=1"], {"A": "b"})
     assert time_to_quality.unavailable(recipe, freeze, [], "gdd_i") is None
     assert time_to_quality.unavailable(recipe, freeze, [], "sfd") is not None
@@ -274,4 +271,4 @@ def test_projections_are_marked_and_keep_their_assumptions(tmp_path, capsys, mon
     # DMD: 4.8 forwards of 5.0 GFLOP an image, at 100 TFLOP/s, for a million images
     assert job["hours"][0] == pytest.approx(1e6 * 4.8 * job["gflop"] * 1e9 / 100e12 / 3600, rel=1e-3)
     assert 4.5 < job["gflop"] < 5.5
-    assert all(line.startswith("projected, assumed 100 TFLOP/s") for line in capsys.readouterr().out.splitlines())
+    assert {line.partition(": ")[0] for line in capsys.readouterr().out.splitlines()} == {"projected, assumed 100 TFLOP/s a GPU"}

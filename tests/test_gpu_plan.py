@@ -10,13 +10,10 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import gpu
-import gpu_section
-import nsight
-import plans
 import pytest
-import readme
-import rows
+
+from benches import rows
+from benches.scripts import gpu, gpu_section, nsight, plans, readme
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"device": "Some GPU", "torch": "2.11.0", "driver": "580.1", "commit": "abc", "date": "2026-01-02 03:04"}
@@ -56,8 +53,7 @@ def test_a_row_is_on_disk_and_in_the_pack_when_it_is_kept(tmp_path, monkeypatch)
 
 KEEPS = """
 import sys, time
-sys.path[:0] = ["benches"]
-import rows
+from benches import rows
 from itertools import pairwise
 from pathlib import Path
 rows.harness.machine = lambda place: {}
@@ -100,7 +96,7 @@ def test_a_bench_outlives_warnings_and_leaves_out_what_has_a_row(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu: x\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark", "--results=out", "--resume"]
     # pytest-benchmark warns at the end of a session whose environment says that it is xdist's first worker.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"PYTHONPATH": f"{ROOT}:{ROOT}/benches"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")} | {"PYTHONPATH": str(ROOT)}
     first = subprocess.run([*command, "bench_made.py::test_one[a]"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     second = subprocess.run([*command, "bench_made.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (first.returncode, second.returncode) == (0, 0), first.stdout + second.stdout
@@ -140,7 +136,7 @@ def test_a_step_that_hangs_is_ended_with_all_that_it_started(tmp_path):
         f"import subprocess, sys; p = subprocess.Popen(['sleep', '300']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     )
     start = time.monotonic()
-    record = gpu.take(step("hangs", 300, child), tmp_path, left=3)
+    record = gpu.run_step(step("hangs", 300, child), tmp_path, left=3)
     assert record["code"] == 124
     assert time.monotonic() - start < 200  # and not the 300 s that it would take
     for _ in range(600):  # the child of a killed process is reaped by init
@@ -155,9 +151,8 @@ TAKES = """
 import sys
 from itertools import pairwise
 from pathlib import Path
-sys.path[:0] = ["benches"]
-import gpu, plans
-gpu.take(plans.Step("waits", 9, ["-c", {waits!r}]), Path({folder!r}), 300)
+from benches.scripts import gpu, plans
+gpu.run_step(plans.Step("waits", 9, ["-c", {waits!r}]), Path({folder!r}), 300)
 """
 
 
@@ -184,9 +179,10 @@ def test_a_plan_fits_into_its_minutes_and_names_files_that_are_there(plan, tmp_p
     assert sum(one.seconds for one in steps) <= 60 * plans.MINUTES[plan]
     assert len({one.name for one in steps}) == len(steps)
     for one in steps:
-        files = [word for word in one.command if word.startswith(("benches/", "tests/", "configs/"))]
+        scripts = [f"{word.replace('.', '/')}.py" for word in one.command if word.startswith("benches.")]
+        files = [*scripts, *(word for word in one.command if word.startswith(("benches/", "tests/", "configs/")))]
         assert files
-        assert all((ROOT / file).exists() for file in files), files
+        assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def test_without_images_a_comparison_says_what_it_wants(tmp_path):
@@ -225,7 +221,11 @@ def test_what_is_given_wrongly_is_one_sentence(given, words, tmp_path, monkeypat
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     done = subprocess.run(
-        ["make", "gpu", f"RESULTS={tmp_path}/r"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        ["make", "gpu", f"RESULTS={tmp_path}/r", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 2
     assert "wants a CUDA device; this machine has none (make gpu REHEARSE=1" in done.stderr
@@ -264,7 +264,7 @@ def test_the_readmes_section_holds_what_there_is_and_names_what_there_is_not(tmp
     )
     rows.write(tmp_path / "some-gpu-2026-01-01/steps.json", {"machine": {"device": "before"}, "steps": {}})
     rows.write(tmp_path / "cpu-kernels/losses.json", {"machine": {"device": "a CPU"}, "rows": [row("no")]})
-    text, sources = readme.gpu(tmp_path)
+    text, sources = gpu_section.section(tmp_path)
     assert text.startswith("**Some GPU** (driver 580.1, torch 2.11.0, commit abc, date 2026-01-02 03:04).")
     assert "Tests there: kernels are right: 70 passed in 60.12s." in text
     assert "Not whole: nsight (exit code 1)." in text

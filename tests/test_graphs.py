@@ -10,10 +10,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from rehearse import GPU, REHEARSING, Tape, on_host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benches.rehearse import GPU, REHEARSING, Tape, on_host
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import METHOD_CONFIGS
 from potstill.engine.jobs.build import build_method

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from places import needs_triton, on_gpu
-from rehearse import REHEARSING
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from benches.rehearse import REHEARSING
 from potstill.kernels import AdamEMA
 from potstill.kernels._lib import INTERPRET
 from potstill.kernels.tables import CHUNK
@@ -125,7 +125,9 @@ def test_some_parameters_may_have_no_shadow():
     shadow = [torch.empty_like(p, dtype=torch.float16) if k % 2 else None for k, p in enumerate(params)]
     optimizer, reference = AdamEMA(params, lr=3e-3, shadow=shadow), theirs("Adam", twin)
     for _ in range(2):
-        assert all(s is None or torch.equal(s, p.detach().half()) for s, p in zip(shadow, params, strict=True))
+        torch.testing.assert_close(
+            shadow, [None if s is None else p.detach().half() for s, p in zip(shadow, params, strict=True)], rtol=0, atol=0
+        )
         give_gradients(params, twin)
         optimizer.step()
         reference.step()
@@ -150,7 +152,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
         everything = [*params, *ema, *shadow, *(t for p in params for t in optimizer.state[p].values())]
         before = copies(everything)
         optimizer.step()
-        assert all(torch.equal(a, b) for a, b in zip(everything, before, strict=True)), step
+        torch.testing.assert_close(everything, before, rtol=0, atol=0, msg=lambda text, step=step: f"step {step}: {text}")
         assert optimizer.nonfinite == step
     give_gradients(params, twin)
     optimizer.step(found_inf=torch.ones(()))
@@ -472,7 +474,7 @@ def test_a_captured_step_reads_new_gradients_and_learning_rates(place, request):
         graph.replay()
         reference.step()
         assert_close(params, twin)
-        assert all(torch.equal(s, p.detach().bfloat16()) for s, p in zip(shadow, params, strict=True))
+        torch.testing.assert_close(shadow, [p.detach().bfloat16() for p in params], rtol=0, atol=0)
 
 
 REFERENCE = pytest.param("reference", id="gpu-reference", marks=pytest.mark.gpu)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from kernel_cases import BF16, Case, Drawn
 from places import backends, on_gpu, public_ops
-from rehearse import REHEARSING
 
+from benches.rehearse import REHEARSING
 from potstill import kernels
 from potstill.kernels import Normals
 

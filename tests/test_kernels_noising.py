@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_cases import CPU, F16, F32, F64, assert_no_worse, poisoned_memory
 from places import everywhere, on_gpu
-from rehearse import REHEARSING
 
+from benches.rehearse import REHEARSING
 from potstill.kernels import Normals, add_noise, noised_input, reference
 from potstill.kernels._lib import INTERPRET
 
@@ -115,7 +115,8 @@ def test_add_noise(nhwc, dtype, drawn, place):
         x.requires_grad_()
         with poisoned_memory():
             x_t = add_noise(x, sigma, normals if drawn else noise)
-        assert x_t.dtype == (F64 if dtype is F64 else F32) and lies(x_t, nhwc)
+        assert x_t.dtype == (F64 if dtype is F64 else F32)
+        assert lies(x_t, nhwc), (x_t.shape, x_t.stride())
         if drawn:
             torch.testing.assert_close(x_t.to(F64), exact, rtol=0, atol=4e-6)
         else:
@@ -140,8 +141,10 @@ def test_noised_input(dtype, pad, nhwc, channels_last, place):
             expected = reference.noised_input(x, sigma, same, c_in, dtype=dtype, channels=channels)
             with poisoned_memory():
                 ours = noised_input(x, sigma, given, c_in, dtype=dtype, channels_last=channels_last, channels=channels)
-            assert lies(ours.net_input, channels_last) and lies(ours.x_t, nhwc)
-            assert not ours.net_input[:, shape[1] :].any()
+            for made, last in ((ours.net_input, channels_last), (ours.x_t, nhwc)):
+                assert lies(made, last), (made.shape, made.stride())
+            padding = ours.net_input[:, shape[1] :]
+            torch.testing.assert_close(padding, torch.zeros_like(padding), rtol=0, atol=0)
             for ours_i, expected_i in zip(ours, expected, strict=True):
                 half = 1e-3 if expected_i.dtype is F16 else 0
                 torch.testing.assert_close(ours_i, expected_i, rtol=1e-5 + half, atol=4e-6)

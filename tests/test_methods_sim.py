@@ -219,7 +219,7 @@ def test_gradients_flow_through_both_nets_to_their_input():
         net.estimate = remembering(net.estimate, seen, name)
     loss, _ = method.student_loss(batch_of(Mixture()))
     loss.backward()
-    assert all(seen[name].raw.grad.abs().max() > 0 for name in ("teacher", "frozen_fake"))
+    assert min(seen[name].raw.grad.abs().max() for name in ("teacher", "frozen_fake")) > 0
 
 
 def remembering(estimate, seen: dict, name: str):
@@ -236,7 +236,7 @@ def test_no_real_image_is_looked_at():
     y, labels, _ = batch_of(data)
     for trains in ("student", "fake"):
         some, none = (gradients(method, trains, Batch(images, labels, draws(16)))[trains] for images in (y, y * torch.nan))
-        assert all(torch.equal(a, b) for a, b in zip(some, none, strict=True))
+        torch.testing.assert_close(some, none, rtol=0, atol=0)
     assert not method.needs_data
 
 

@@ -45,4 +45,4 @@ def test_an_old_run_goes_on(tmp_path):
         for key in wanted.keys() - {"seconds", "images_per_second"}:
             assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), (line["step"], key)
     before, after = (load_file(folder / "student.safetensors") for folder in (GOLDEN / "run", tmp_path / "run"))
-    assert not all(torch.equal(before[name], after[name]) for name in before)  # it was trained further
+    assert [name for name in before if not torch.equal(before[name], after[name])] != []  # it was trained further

@@ -7,8 +7,8 @@ import parallel_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
-from rehearse import GPU
 
+from benches.rehearse import GPU
 from potstill.engine.training.parallel import FSDPConfig, Sharded
 from potstill.engine.training.ranks import ALONE, Ranks
 

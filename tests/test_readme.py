@@ -1,14 +1,13 @@
 """The README's results come from files: sections equal what their files say, and an unsourced number is found."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from benches.scripts import gpu_section, readme, sections
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benches"))
-import readme  # noqa: E402
 
 MARKED = "before 3.14\n\n<!-- results:compare some -->\n{}<!-- /results -->\n\nafter 42\n"
 RUN = {
@@ -64,8 +63,8 @@ def test_what_is_wrong_is_told(places, change, words):
 
 def test_a_number_that_no_file_holds_is_refused_also_where_the_script_made_it(places, monkeypatch):
     arguments, folder = places
-    made = readme.compare
-    monkeypatch.setitem(readme.KINDS, "compare", ("compare.json", lambda run: made(run) + "This is 1.7 times faster.\n"))
+    made = sections.compare
+    monkeypatch.setitem(sections.KINDS, "compare", ("compare.json", lambda run: made(run) + "This is 1.7 times faster.\n"))
     with pytest.raises(SystemExit, match=r"1\.7 is in no source file"):
         readme.main(arguments)
     assert (folder / "README.md").read_text() == MARKED.format("")
@@ -86,15 +85,15 @@ def test_time_to_quality_says_plainly_what_was_not_reached():
         {"switch": "graphs", "method": "sim", "unavailable": "no such setting"},
     ]
     told = {"title": "FD-A", "factor": 1.25, "teacher": 2.0, "bar": 2.5, "floor": 0.5, "n": 500, "device": "cpu x2", "rows": rows}
-    lines = readme.time_to_quality(told).splitlines()
+    lines = sections.time_to_quality(told).splitlines()
     assert "| as is | 12 | not reached (2.60 after 30 s) |" in lines
     assert "| graphs | not in this version |  |" in lines
     assert readme.unsourced("\n".join(lines), [told]) == []
 
 
 def test_without_a_gpu_result_it_is_said(tmp_path):
-    assert readme.gpu(tmp_path) == (readme.NO_GPU, [])
+    assert gpu_section.section(tmp_path) == (gpu_section.NO_GPU, [])
     for name in ("nvidia-h200-2026-01-02", "nvidia-a100-2026-01-03", "cpu-fast32"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "compare.json").write_text(json.dumps(RUN | {"device": name}))
-    assert "nvidia-a100" in readme.gpu(tmp_path)[0]
+    assert "nvidia-a100" in gpu_section.section(tmp_path)[0]

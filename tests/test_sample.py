@@ -77,7 +77,7 @@ def test_a_grid_has_a_column_per_class(run_dir, tmp_path, capsys):
     images = made(run_dir, "student", np.arange(25) % 10, range(25))
     for i, image in enumerate(images):
         row, column = divmod(i, 10)
-        assert (picture[:, 50 * row : 50 * row + 48 : 6, 50 * column : 50 * column + 48 : 6] == image).all()
+        np.testing.assert_array_equal(picture[:, 50 * row : 50 * row + 48 : 6, 50 * column : 50 * column + 48 : 6], image)
     assert "student" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.part"))
 
@@ -89,13 +89,13 @@ def test_three_kinds_of_output_hold_the_same_images(run_dir, tmp_path):
     with np.load(tmp_path / "x.npz") as file:
         images, labels, seeds = file["images"], file["labels"], file["seeds"]
     assert (seeds.tolist(), labels.tolist()) == ([7, 3, 4, 5], [4, 1, 4, 1])
-    assert (images.transpose(0, 3, 1, 2) == made(run_dir, "student", labels, seeds.tolist())).all()
+    np.testing.assert_array_equal(images.transpose(0, 3, 1, 2), made(run_dir, "student", labels, seeds.tolist()))
     files = sorted((tmp_path / "folder").iterdir())
     assert [f.name for f in files] == ["000003.png", "000004.png", "000005.png", "000007.png"]
-    assert (read_png(files[3]) == images[0].transpose(2, 0, 1)).all()
+    np.testing.assert_array_equal(read_png(files[3]), images[0].transpose(2, 0, 1))
     assert read_png(tmp_path / "grid.png").shape == (1, 98, 98)  # two classes, two columns
     again = open_images(tmp_path / "x.npz")  # what was sampled can be data
-    assert (again.read(1) == images[1].transpose(2, 0, 1)).all()
+    np.testing.assert_array_equal(again.read(1), images[1].transpose(2, 0, 1))
     assert again.labels.tolist() == [4, 1, 4, 1]
 
 

@@ -97,7 +97,7 @@ def test_trajectory_holds_every_level():
     sigmas = with_zero(karras(5))
     states = trajectory(SOLVERS["euler"], denoise, torch.ones(3, 1), sigmas)
     assert len(states) == 6
-    assert all(s.dtype == torch.float64 for s in states)
+    assert {s.dtype for s in states} == {torch.float64}
 
 
 def test_ancestral_sampling_of_a_gaussian_has_its_variance():

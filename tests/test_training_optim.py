@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from rehearse import GPU, REHEARSING
 
+from benches.rehearse import GPU, REHEARSING
 from potstill.engine.jobs import build
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
@@ -58,7 +58,7 @@ def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype)
     assert any(moved)
     shadowed = [p for p in ours.method.nets["student"].parameters() if shadow_of(p) is not None]
     assert bool(shadowed) == (dtype is torch.bfloat16)
-    assert all(torch.equal(shadow_of(p), p.detach().to(dtype)) for p in shadowed)
+    torch.testing.assert_close([shadow_of(p) for p in shadowed], [p.detach().to(dtype) for p in shadowed], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("writer", "reader"), [("torch", "adam_ema"), ("adam_ema", "torch")])

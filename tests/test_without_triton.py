@@ -30,7 +30,7 @@ SENTENCE = "want triton >= 3.6, got none: pip install triton, or set POTSTILL_BA
 
 
 def interpreter(code: str, *arguments: object, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = [*([path] if path else []), ROOT, ROOT / "tests", ROOT / "benches"]
+    paths = [*([path] if path else []), ROOT, ROOT / "tests"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
 

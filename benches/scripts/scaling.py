@@ -1,7 +1,7 @@
 """Hours for large jobs on many GPUs: what one GPU was measured to do, and a communication model that is all in this file.
 
-    python benches/scaling.py measure OUT.json configs/fast32.yaml --batch 8,32,128 --resolution 32,64 --channels 32,64
-    python benches/scaling.py project OUT.json [--measured FILE.json …] [--assume-tflops 150]
+    python -m benches.scripts.scaling measure OUT.json configs/fast32.yaml --batch 8,32,128 --resolution 32,64 --channels 32,64
+    python -m benches.scripts.scaling project OUT.json [--measured FILE.json …] [--assume-tflops 150]
 
 `measure` rehearses a recipe (random weights, synthetic images) at every batch, resolution and width: img/s, peak memory,
 parameters. `project` wants such rows of the large recipes (measure … configs/ffhq64_gdd_i.yaml) and takes an assumed speed
@@ -27,10 +27,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from potstill.engine.common.whole import whole  # noqa: E402
+from benches import ROOT
+from benches.rows import write
 
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind
@@ -124,11 +122,6 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def write(path: Path, value: dict[str, Any]) -> None:
-    with whole(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def measure(args: argparse.Namespace) -> None:
     """Rehearse at every point of the grid; points that do not fit say so. Written after each."""
     rows: list[dict[str, Any]] = []
@@ -150,7 +143,7 @@ def project(args: argparse.Namespace) -> None:
     rows = [row for file in args.measured for row in json.loads(file.read_text())["rows"] if "failed" not in row]
     cluster, jobs = Cluster(), []
     for name, stem, millions in JOBS:
-        job = described(stem)
+        job = job_of(stem)
         seconds = {row["batch"]: row["seconds_per_iteration"] for row in rows if row["recipe"] == stem}
         source = "measured speed" if seconds else f"assumed {args.assume_tflops:g} TFLOP/s a GPU"
         per_image = FORWARDS[job["method"]] * job["gflop"] / args.assume_tflops / 1e3
@@ -180,7 +173,7 @@ def project(args: argparse.Namespace) -> None:
         )
 
 
-def described(stem: str) -> dict[str, Any]:
+def job_of(stem: str) -> dict[str, Any]:
     """A recipe on paper: images, batch, method, parameters that a mean iteration updates, GFLOP of a forward per image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

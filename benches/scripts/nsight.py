@@ -1,4 +1,4 @@
-"""What Nsight Compute says of four kernels: python benches/nsight.py RESULTS. Wants ncu; without it there is nothing to run.
+"""What Nsight Compute says of four kernels: python -m benches.scripts.nsight RESULTS. Wants ncu; without it there is nothing to run.
 
 SIM's loss forward and backward at 600 MB, norm_silu forward and backward of an FFHQ-64 block, and AdamEMA's pass over CIFAR-10's
 net: time, share of the memory's and of the arithmetic's peak, occupancy, registers. Clocks are left alone. Into RESULTS/nsight.json.
@@ -12,17 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import bench_losses
-import bench_norm_silu
-import bench_optim
-import harness
-import rehearse
-import rows
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benches import ROOT, bench_losses, bench_norm_silu, bench_optim, harness, rehearse, rows
 
 METRICS = {
     "gpu__time_duration.sum": "ns",
@@ -37,11 +29,11 @@ UNITS = {"ns": 1.0, "us": 1e3, "usecond": 1e3, "nsecond": 1.0, "ms": 1e6, "mseco
 
 def main(arguments: list[str]) -> None:
     if arguments[0] == "--watched":
-        return watched()
+        return run_watched()
     results = Path(arguments[0])
-    command = [sys.executable, __file__, "--watched"]
+    command = [sys.executable, "-m", "benches.scripts.nsight", "--watched"]
     if rehearse.REHEARSING:
-        return print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return print(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     if shutil.which("ncu") is None:
         sys.exit("nsight wants ncu (Nsight Compute) on PATH, got none")
     ncu = [
@@ -67,7 +59,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"no kernel of ours in what ncu said: {done.stdout[-2000:]}")
 
 
-def watched() -> None:
+def run_watched() -> None:
     """The four, each once after a warm-up; ncu sees what runs between start and stop."""
     calls = list(work())
     for _, call in calls:

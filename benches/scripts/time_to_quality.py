@@ -1,10 +1,10 @@
 """Seconds from a finished teacher to a student at 1.25 times its distance, per method, with and without each switch.
 
-    python benches/time_to_quality.py configs/fast32.yaml --teacher runs/compare-fast32/teacher.safetensors --seconds 180 \
+    python -m benches.scripts.time_to_quality configs/fast32.yaml --teacher runs/compare-fast32/teacher.safetensors --seconds 180 \
         --features ResNet20:FILE --out benches/results/DEVICE-DATE -- data.path=FILE.zip
 
 Each switch is a comparison of its own (potstill compare) with the same teacher, seeds and seconds; one that is done is not
-repeated. The time told is that of the first snapshot at or below the bar, so it is at most one interval (seconds/points)
+repeated. The time reported is that of the first snapshot at or below the bar, so it is at most one interval (seconds/points)
 too long; "not reached" where there is none. A switch that this version does not have is said to be unavailable.
 --switch NAME=KEY=VALUE[;KEY=VALUE…] adds one (ENV:NAME=VALUE sets an environment variable); --only NAME,NAME chooses.
 """
@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from potstill.engine.common.errors import UserError  # noqa: E402
-from potstill.engine.config.tree import load  # noqa: E402
-from potstill.engine.jobs.folder import write_atomically  # noqa: E402
+from benches import ROOT
+from benches import rows as on_disk
+from benches.scripts import sections
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
 
 FILE = "time_to_quality.json"
 
@@ -53,12 +52,12 @@ SWITCHES = [
 
 def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
-    chosen = SWITCHES + [parsed(text) for text in args.switch]
+    chosen = SWITCHES + [switch_from(text) for text in args.switch]
     if args.plan:
         chosen.append(Switch("with skipping", [f"skipping.plan={args.plan}"]))
     if args.only:
         chosen = [s for s in chosen if s.name in args.only.split(",")]
-    told, rows = before(args)
+    header, rows = earlier_results(args)
     for switch in chosen:
         rows = [r for r in rows if r["switch"] != switch.name]
         methods = [m for m in args.methods.split(",") if switch.methods is None or m in switch.methods]
@@ -68,21 +67,18 @@ def main(arguments: list[str]) -> None:
             print(f"{switch.name}: {reason}")
             rows += [{"switch": switch.name, "method": m, "unavailable": reason} for m in methods]
             continue
-        summary = compared(args, switch, methods)
+        summary = comparison(args, switch, methods)
         title = args.title or next(iter(summary["floor"]["scores"]))
-        now = about(summary, title, args.factor)
-        if told and told != now:
+        now = header_of(summary, title, args.factor)
+        if header and header != now:
             sys.exit(f"{args.out / FILE} holds rows of another teacher, data or bar: move it away, or choose another --out")
-        told = now
-        rows += [row(switch.name, name, summary["methods"][name], title, told["bar"]) for name in methods]
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
-    if not told:
+        header = now
+        rows += [row_of(switch.name, name, summary["methods"][name], title, header["bar"]) for name in methods]
+        on_disk.write(args.out / FILE, header | {"rows": rows})
+    if not header:
         return print("nothing was measured")
-    write_atomically(args.out / FILE, json.dumps(told | {"rows": rows}, indent=2) + "\n")
-    from readme import time_to_quality
-
-    print(time_to_quality(told | {"rows": rows}), end="")
+    on_disk.write(args.out / FILE, header | {"rows": rows})
+    print(sections.time_to_quality(header | {"rows": rows}), end="")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,18 +100,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parsed(text: str) -> Switch:
+def switch_from(text: str) -> Switch:
     name, _, changes = text.partition("=")
     parts = changes.split(";")
     environment = dict(part.removeprefix("ENV:").split("=", 1) for part in parts if part.startswith("ENV:"))
     return Switch(name, [part for part in parts if part and not part.startswith("ENV:")], environment)
 
 
-def before(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def earlier_results(args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What an earlier call wrote: everything but its rows, and its rows."""
     path = args.out / FILE
-    told = json.loads(path.read_text()) if path.exists() else {}
-    return told, told.pop("rows", [])
+    header = json.loads(path.read_text()) if path.exists() else {}
+    return header, header.pop("rows", [])
 
 
 def unavailable(recipe: Path, switch: Switch, settings: list[str], method: str) -> str | None:
@@ -137,7 +133,7 @@ def recipe_of(recipe: Path, method: str) -> Path:
     return sibling if sibling.exists() else recipe
 
 
-def compared(args: argparse.Namespace, switch: Switch, methods: list[str]) -> dict[str, Any]:
+def comparison(args: argparse.Namespace, switch: Switch, methods: list[str]) -> dict[str, Any]:
     """The summary of potstill compare with this switch, run if it has not been."""
     folder = args.work / "".join(c if c.isalnum() else "-" for c in switch.name)
     command = [
@@ -158,14 +154,14 @@ def compared(args: argparse.Namespace, switch: Switch, methods: list[str]) -> di
     return json.loads((folder / "summary.json").read_text())
 
 
-def about(summary: dict[str, Any], title: str, factor: float) -> dict[str, Any]:
+def header_of(summary: dict[str, Any], title: str, factor: float) -> dict[str, Any]:
     teacher = summary["teacher"]["scores"][title]
     keys = ("recipe", "data", "n", "reference_images", "seconds_each", "points", "device", "precision", "versions")
     floor = summary["floor"]["scores"][title]
     return {"title": title, "factor": factor, "teacher": teacher, "bar": factor * teacher, "floor": floor} | {k: summary[k] for k in keys}
 
 
-def row(switch: str, method: str, found: dict[str, Any], title: str, bar: float) -> dict[str, Any]:
+def row_of(switch: str, method: str, found: dict[str, Any], title: str, bar: float) -> dict[str, Any]:
     """The first moment at or below the bar, if there is one; how near it came, and where it started."""
     start = next((p["scores"][title] for p in found["curve"] if p["images"] == 0), None)
     trained = [p for p in found["curve"] if p["images"] > 0]

@@ -1,4 +1,4 @@
-"""The denominators: python benches/rates.py RESULTS. What this machine's tools are, and what its GPU does at best.
+"""The denominators: python -m benches.scripts.rates RESULTS. What this machine's tools are, and what its GPU does at best.
 
 Tools that a borrowed machine may lack (gcc, Python.h, nvcc, git, nvidia-smi, ncu) are named and gone without. csrc/ is
 compiled in place for this GPU alone where nvcc is there and it is not yet, installing nothing. Then copies, matrix products
@@ -17,19 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
-
-import build_flags
-import harness
-import rehearse
-import rows
 import torch
 from torch.nn.functional import conv2d
 
+from benches import ROOT, harness, rehearse, rows
+from csrc import build_flags
 from potstill.kernels import cuda
-
-ROOT = Path(__file__).resolve().parent.parent
 
 PROGRAMS = ("gcc", "g++", "nvcc", "ninja", "git", "nvidia-smi", "ncu")
 #: batch, channels, resolution of 3x3 convolutions: CIFAR-10's and FFHQ-64's DDPM++, ImageNet-64's ADM.
@@ -40,8 +33,8 @@ COPIED = 1 << 20 if rehearse.REHEARSING else 1 << 30  # bytes
 
 
 def main(results: Path) -> None:
-    rows.write(results / "tools.json", tools() | built() | {"machine": harness.machine(harness.CUDA)})
-    for case, unit, rate in measured():
+    rows.write(results / "tools.json", tools() | compile_csrc() | {"machine": harness.machine(harness.CUDA)})
+    for case, unit, rate in rates():
         rows.keep(results, {"group": "rates", "kind": "cuda", "case": case, unit: rate})
         print(f"{case}: {rate:.1f} {unit}", flush=True)
 
@@ -55,7 +48,7 @@ def tools() -> dict[str, Any]:
     return found
 
 
-def built() -> dict[str, Any]:
+def compile_csrc() -> dict[str, Any]:
     """Compile csrc/ in place where that is possible and needed; how long it took, or why it is not there."""
     if cuda.built() or shutil.which("nvcc") is None or torch.version.cuda is None:
         return {"csrc": cuda.built(), "csrc_seconds": None}
@@ -73,29 +66,29 @@ def built() -> dict[str, Any]:
     return {"csrc": cuda.built(), "csrc_seconds": round(time.perf_counter() - start, 1)}
 
 
-def measured():
+def rates():
     """(case, unit, rate): bytes count read and written, an addition and a product are two operations."""
     device = harness.CUDA.device
     bf16 = {"device": device, "dtype": torch.bfloat16}
     a, b = (torch.ones(COPIED // 4, device=device) for _ in range(2))
-    yield "copy", "GB/s", 2 * COPIED / timed(lambda: b.copy_(a)) / 1e9
+    yield "copy", "GB/s", 2 * COPIED / seconds_of(lambda: b.copy_(a)) / 1e9
     x, y = (torch.randn(SIDE, SIDE, **bf16) for _ in range(2))
-    yield f"matrix product {SIDE}, bf16", "TFLOP/s", 2 * SIDE**3 / timed(lambda: x @ y) / 1e12
+    yield f"matrix product {SIDE}, bf16", "TFLOP/s", 2 * SIDE**3 / seconds_of(lambda: x @ y) / 1e12
     before = torch.backends.cuda.matmul.fp32_precision
     for name in ("tf32", "ieee"):
         torch.backends.cuda.matmul.fp32_precision = name
         p, q = (torch.randn(SIDE // 2, SIDE // 2, device=device) for _ in range(2))
-        yield f"matrix product {SIDE // 2}, float32 {name}", "TFLOP/s", 2 * (SIDE // 2) ** 3 / timed(lambda: p @ q) / 1e12
+        yield f"matrix product {SIDE // 2}, float32 {name}", "TFLOP/s", 2 * (SIDE // 2) ** 3 / seconds_of(lambda: p @ q) / 1e12
     torch.backends.cuda.matmul.fp32_precision = before
     for n, c, side in CONVOLUTIONS:
         image, weight = torch.randn(n, c, side, side, **bf16), torch.randn(c, c, 3, 3, **bf16)
         for words, layout in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
             i, w = image.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-            rate = 2 * 9 * c * c * n * side**2 / timed(lambda: conv2d(i, w, padding=1)) / 1e12
+            rate = 2 * 9 * c * c * n * side**2 / seconds_of(lambda: conv2d(i, w, padding=1)) / 1e12
             yield f"convolution {n}x{c}x{side}x{side}, bf16, {words}", "TFLOP/s", rate
 
 
-def timed(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
     """Median seconds of ten, after three that do not count."""
     for _ in range(3):
         call()

@@ -1,4 +1,4 @@
-"""Where the time of a SIM step goes: python benches/profile_step.py RESULTS. FFHQ-64's net, B = 64, eager and as graphs.
+"""Where the time of a SIM step goes: python -m benches.scripts.profile_step RESULTS. FFHQ-64's net, B = 64, eager and as graphs.
 
 Shares by kind of kernel, and of the time in which no kernel ran: launch gaps. Into RESULTS/profile.json.
 """
@@ -8,13 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import bench_step
-import harness
-import rehearse
-import rows
-
+from benches import bench_step, harness, rehearse, rows
 from potstill.engine.training.profile import STEP, Profile, span
 
 METHOD = "sim"

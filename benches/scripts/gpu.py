@@ -1,6 +1,6 @@
 """make gpu: everything that needs a GPU, in steps that fit into MINUTES and go on where the last call stopped.
 
-    make gpu                                  twelve minutes of evidence (benches/plans.py says in which order)
+    make gpu                                  twelve minutes of evidence (benches/scripts/plans.py says in which order)
     make gpu PLAN=quality DATA=FILE.zip       a teacher and five methods on your images
     make gpu PLAN=ladder                      the long rest
     make gpu REHEARSE=1                       the same plan on a CPU, tiny: so that nothing fails for a typo when it counts
@@ -29,11 +29,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import harness
-import plans
-import rehearse
-import rows
-from plans import ROOT, Step
+from benches import RESULTS, ROOT, harness, rehearse, rows
+from benches.scripts import plans
+from benches.scripts.plans import Step
 
 MOST_BYTES = 2 << 20  # of the pictures of a result folder
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -51,7 +49,7 @@ def main() -> None:
     if rehearse.REHEARSING:
         prepare_rehearsal(name, folder)
     try:
-        plan = chosen(plans.steps(name, os.environ, folder), os.environ.get("GPU_STEPS", ""))
+        plan = steps_named(plans.steps(name, os.environ, folder), os.environ.get("GPU_STEPS", ""))
         seconds = budget(name)
     except ValueError as error:
         sys.exit(f"make gpu: {error}")
@@ -59,7 +57,7 @@ def main() -> None:
         return print(table(plan))
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, folder, time.monotonic() + seconds)
-    keep_comparison(plans.work_folder(os.environ, folder), folder)
+    copy_comparison(plans.work_folder(os.environ, folder), folder)
     write_readme(folder)
     rows.pack(folder)
     sys.exit(int(failed) or rewrite_project_readme(folder))
@@ -83,7 +81,7 @@ def results_folder() -> Path:
     if rehearse.REHEARSING:
         return ROOT / f"runs/rehearsals/{os.environ.get('PLAN') or 'evidence'}"
     device = slug(harness.machine(harness.CUDA)["device"]) if rehearse.THERE else "no-gpu"
-    return plans.RESULTS / f"{device}-{date.today().isoformat()}"
+    return RESULTS / f"{device}-{date.today().isoformat()}"
 
 
 def budget(plan: str) -> float:
@@ -98,7 +96,7 @@ def budget(plan: str) -> float:
     return 60 * minutes
 
 
-def chosen(plan: list[Step], names: str) -> list[Step]:
+def steps_named(plan: list[Step], names: str) -> list[Step]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in {step.name for step in plan}]:
         raise ValueError(f"GPU_STEPS wants some of {', '.join(step.name for step in plan)}, got {unknown[0]!r}")
@@ -120,7 +118,7 @@ def run(plan: list[Step], folder: Path, deadline: float) -> bool:
                 f"{step.name}: not started: expected to take {step.seconds:.0f} s, {max(left, 0):.0f} s are left; the same command goes on"
             )
         else:
-            record = take(step, folder, left)
+            record = run_step(step, folder, left)
             known[step.name] = record
             rows.write(folder / "steps.json", {"machine": harness.machine(harness.CUDA), "steps": known})
             write_readme(folder)
@@ -129,12 +127,12 @@ def run(plan: list[Step], folder: Path, deadline: float) -> bool:
     return bad
 
 
-def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
+def run_step(step: Step, folder: Path, left: float) -> dict[str, Any]:
     """Run one step; what became of it. Its output goes straight into its log. Exit code 124: it was ended for its time."""
     print(f"== {step.name}, expected to take {step.seconds:.0f} s", flush=True)
     log, start = folder / f"{slug(step.name)}.log", time.monotonic()
     most = 600.0 if rehearse.REHEARSING else min(left, 1.5 * step.seconds + 20)
-    environment = os.environ | CUPTI | {"PYTHONUNBUFFERED": "1"} | (rehearsed(step) if rehearse.REHEARSING else {})
+    environment = os.environ | CUPTI | {"PYTHONUNBUFFERED": "1"} | (rehearsal_environment(step) if rehearse.REHEARSING else {})
     with log.open("a") as output:
         begins = output.tell()
         process = subprocess.Popen(
@@ -146,7 +144,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = 124
         finally:  # Ctrl-C too: nothing goes on behind our back
-            end(process)
+            kill(process)
     said = log.read_bytes()[begins:].decode(errors="replace").strip()
     print(said[-3000:], flush=True)
     return {
@@ -155,7 +153,7 @@ def take(step: Step, folder: Path, left: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rehearsed(step: Step) -> dict[str, str]:
+def rehearsal_environment(step: Step) -> dict[str, str]:
     """What a step finds in its environment in a rehearsal: one thread, since threads that share a busy core wait for each other,
     and the interpreter where a kernel must run. What only trains takes the kernels' definitions, as any CPU does."""
     kernels = step.name in ("kernels are right", "kernels", "nsight", "compiled")
@@ -168,7 +166,7 @@ def die_with_parent() -> None:
         LIBC.prctl(DIES_WITH_PARENT, signal.SIGKILL)
 
 
-def end(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen) -> None:
     """The process and all that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -191,7 +189,7 @@ def table(plan: list[Step]) -> str:
     return "\n".join([*lines, f"{begins:5.0f}s         in all"])
 
 
-def keep_comparison(work: Path, folder: Path) -> None:
+def copy_comparison(work: Path, folder: Path) -> None:
     """The table and the pictures of the methods, where they are there and small enough to commit."""
     if not (work / "summary.json").exists():
         return
@@ -216,7 +214,7 @@ def write_readme(folder: Path) -> None:
 
 def rewrite_project_readme(folder: Path) -> int:
     """The marked sections of README.md anew; of a rehearsal, of a copy of it that lies in its folder."""
-    command = [sys.executable, "benches/readme.py"]
+    command = [sys.executable, *plans.script("readme")]
     if rehearse.REHEARSING:
         text = (ROOT / "README.md").read_text()
         (folder / "PROJECT.md").write_text(re.sub(r"<!-- results:(?!gpu)(?s:.*?)<!-- /results -->\n", "", text))

@@ -1,5 +1,5 @@
-"""What skipping saves and what it costs, on the digits: python benches/skipping_evidence.py [--teacher FILE] [--kimg 12]
-or for another teacher, without students: python benches/skipping_evidence.py --teacher FILE --data ZIP --out FILE.json
+"""What skipping saves and what it costs, on the digits: python -m benches.scripts.skipping_evidence [--teacher FILE] [--kimg 12]
+or for another teacher, without students: python -m benches.scripts.skipping_evidence --teacher FILE --data ZIP --out FILE.json
 
 Trains the recipe's teacher (or takes one), probes it, and writes one JSON: per budget the per-bin excess on held-out
 images and the latency saved; how well criteria rank blocks; measured teacher and trajectory latencies (interleaved
@@ -17,12 +17,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import harness
 import torch
 from torch import Tensor
 
+from benches import RESULTS, ROOT, harness, rows
 from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode
@@ -40,7 +38,6 @@ from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.plan import Plan, save_plan
 from potstill.engine.skipping.probe import make_plan, probe, spearman
 
-ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/digits.yaml"
 LAWS = {  # where the recipes ask their teacher, as quantiles
     "dmd": lambda u: grid_level(integer_at(u, 100, 700)),
@@ -59,19 +56,19 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=128, help="of the probe")
     p.add_argument("--n", type=int, default=1797, help="images per student's Fréchet distance")
     p.add_argument("--teacher-n", type=int, default=500, help="images per teacher's Fréchet distance, 27 evaluations each")
-    p.add_argument("--out", type=Path, default=ROOT / "benches/results/cpu-digits/skipping.json")
+    p.add_argument("--out", type=Path, default=RESULTS / "cpu-digits/skipping.json")
     args = p.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        net, _ = load_net(args.teacher or trained(work))
+        net, _ = load_net(args.teacher or train_teacher(work))
         images = open_images(args.data)
         data = material(images, net, args.images, args.batch, 0, torch.device("cpu"))
         profile = probe(net, data, args.bins, say)
         plans = {budget: make_plan(net, data, profile, budget) for budget in (0.005, 0.02, 0.05)}
         found: dict[str, Any] = {
             "machine": harness.machine(harness.CPU),
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python -m benches.scripts.skipping_evidence", *sys.argv[1:]]),
             "parameters": sum(p.numel() for p in net.parameters()),
             "rank_correlation": {
                 "taylor": [spearman(profile.taylor[:, k], profile.alone[:, k]) for k in range(args.bins)],
@@ -87,12 +84,11 @@ def main() -> None:
             file = args.teacher or work / "teacher/teacher.safetensors"
             found["distillation"] = distillation(work, file, work / "plan.json", args)
     found["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    rows.write(args.out, found)
     say(f"-> {args.out}")
 
 
-def trained(work: Path) -> Path:
+def train_teacher(work: Path) -> Path:
     """The recipe's teacher; its student is not needed."""
     Job(load(RECIPE, [f"run_dir={work}/teacher", "log.tensorboard=false"])).teacher()
     return work / "teacher/teacher.safetensors"
@@ -117,15 +113,15 @@ def teacher_speed(net: Denoiser, plan: Plan, n: int = 64) -> dict[str, float]:
 @torch.no_grad()
 def speed_up(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
     """Median over interleaved rounds of the first call's seconds over each other's."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 2):
         for name, call in calls.items():
             begin = time.perf_counter()
             call()
             if round_ >= 2:
-                taken[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.perf_counter() - begin)
     first = next(iter(calls))
-    return {name: median(a / b for a, b in zip(taken[first], taken[name], strict=True)) for name in calls if name != first}
+    return {name: median(a / b for a, b in zip(seconds[first], seconds[name], strict=True)) for name in calls if name != first}
 
 
 @torch.no_grad()

@@ -8,26 +8,20 @@ ladder    an hour and more: every change of a step by itself, time to quality, s
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benches import RESULTS, ROOT, rehearse
+from benches.scripts.recipes import IN_EVIDENCE, RUNS
+from benches.scripts.time_to_quality import SWITCHES
 
-import rehearse
-from rehearsals import FIRST, RUNS
-from time_to_quality import SWITCHES
-
-ROOT = Path(__file__).resolve().parent.parent
-
-RESULTS = ROOT / "benches/results"
 MINUTES = {"evidence": 12.0, "quality": 12.0, "ladder": 120.0}
 METHODS = ("dmd", "sim", "gdd_i", "moment_matching", "sfd")
 LARGE = ("ffhq64_gdd_i", "imagenet64_gdd_i", "imagenet64_dmd2")
 SHAPES = ("cifar10", "ffhq64", "imagenet64")
 #: Sized for a CPU and smaller still: what a comparison is rehearsed with.
-FEW = [
+TINY_COMPARISON = [
     "data=fast32_cpu", "teacher.loss.sampling_steps=2", "teacher.train.kimg=0.008", "teacher.train.batch=4", "train.batch=4", "eval.n=12",
     "eval.batch=12", "log.tensorboard=false", "precision=fp32", "net.model_channels=8", "net.channel_mult=[1,1]", "train.grid_kimg=1",
     "teacher.train.grid_kimg=1", "--no-apart",
@@ -66,6 +60,11 @@ def measured_seconds(results: Path) -> dict[str, float]:
     return found
 
 
+def script(name: str, *arguments: object) -> list[str]:
+    """What Python is called with for a script of this folder."""
+    return ["-m", f"benches.scripts.{name}", *map(str, arguments)]
+
+
 #: What every call of pytest has. -W: what libraries warn of while files are collected fails nothing either.
 PYTEST = ["-m", "pytest", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-m", "gpu"]
 
@@ -79,23 +78,23 @@ def evidence(environment: Mapping[str, str], folder: Path) -> list[Step]:
     ]
     kernels = [str(path.relative_to(ROOT)) for path in marked if path.name.startswith("test_kernels_")]
     rest = [str(path.relative_to(ROOT)) for path in marked if not path.name.startswith("test_kernels_")]
-    strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(STRONG)
+    strong = "score_implicit and huber" if rehearse.REHEARSING else " or ".join(COMPILED_TOO)
     return [
-        Step("tools and rates", 45, ["benches/rates.py", str(folder)]),
+        Step("tools and rates", 45, script("rates", folder)),
         Step("kernels are right", 90, [*tests, *kernels]),
         Step("graphs and ranks are right", 60, [*tests, *rest]),
         Step("kernels", 120, [*benches, "--resume", *(f"benches/bench_{name}.py" for name in ("losses", "norm_silu", "optim"))]),
-        Step("profile", 50, ["benches/profile_step.py", str(folder)]),
+        Step("profile", 50, script("profile_step", folder)),
         Step("steps", 105, [*benches, "--resume", "benches/bench_step.py", "-k", "sim or dmd2"]),
-        Step("recipes", 100, ["benches/rehearsals.py", str(folder), *FIRST]),
-        Step("layouts", 55, ["benches/layouts.py", str(folder)]),
-        Step("nsight", 40, ["benches/nsight.py", str(folder)]),
+        Step("recipes", 100, script("recipes", folder, *IN_EVIDENCE)),
+        Step("layouts", 55, script("layouts", folder)),
+        Step("nsight", 40, script("nsight", folder)),
         Step("compiled", 55, [*benches, "--compiled", "benches/bench_losses.py", "benches/bench_norm_silu.py", "-k", strong]),
     ]  # fmt: skip
 
 
 #: Rows that torch.compile is given as well: it is the strongest thing to compare with, and slow to build.
-STRONG = (
+COMPILED_TOO = (
     "(score_implicit and huber and 2048x3)",
     "(score_match and 2048x3)",
     "(forward and 64x256x32x32-triton)",
@@ -110,7 +109,7 @@ def quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
     teacher, each = environment.get("TEACHER_SECONDS") or "300", environment.get("SECONDS") or "70"
     one = ["-m", "potstill", "compare", recipe, f"run_dir={work}", f"data.path={data}", "--features", features_of(environment)]
     one += ["--teacher-seconds", teacher, "--seconds", each, "--points", "1" if rehearse.REHEARSING else "3"]
-    one += ["--teacher-points", "1", *FEW] if rehearse.REHEARSING else ["--teacher-points", "2", "eval.n=5000"]
+    one += ["--teacher-points", "1", *TINY_COMPARISON] if rehearse.REHEARSING else ["--teacher-points", "2", "eval.n=5000"]
     # Beside the training a call starts, loads, times a few iterations and measures: ten seconds are a guess.
     found = [Step("teacher", float(teacher) + 10, [*one, "--methods", "teacher"], why_not)]
     return found + [Step(f"method {name}", float(each) + 10, [*one, "--methods", name], why_not) for name in METHODS]
@@ -122,7 +121,7 @@ def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
     found += [
         Step("all steps", 400, [*benches, "benches/bench_step.py"]),
         Step("skipping", 120, [*benches, "benches/bench_skipping.py"]),
-        Step("all recipes", 300, ["benches/rehearsals.py", str(folder), *RUNS]),
+        Step("all recipes", 300, script("recipes", folder, *RUNS)),
     ]
     return found + time_to_quality(environment, folder) + scaling(folder)
 
@@ -132,7 +131,7 @@ def time_to_quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
     data, work = environment.get("DATA"), work_folder(environment, folder)
     teacher, seconds = work / "teacher.safetensors", environment.get("SWITCH_SECONDS") or "60"
     why_not = "" if data and teacher.exists() else "wants DATA=FILE and the teacher of PLAN=quality"
-    one = ["benches/time_to_quality.py", recipe_of(environment), "--teacher", str(teacher), "--features", features_of(environment)]
+    one = script("time_to_quality", recipe_of(environment), "--teacher", teacher, "--features", features_of(environment))
     one += ["--seconds", seconds, "--work", f"{work}-switches", "--out", str(folder)]
     rest = ["--", f"data.path={data}", "eval.n=2000"]
     return [Step(f"time {switch.name}", 8 * float(seconds), [*one, "--only", switch.name, *rest], why_not) for switch in SWITCHES]
@@ -140,7 +139,7 @@ def time_to_quality(environment: Mapping[str, str], folder: Path) -> list[Step]:
 
 def scaling(folder: Path) -> list[Step]:
     """Rehearsals of a small recipe over batch, resolution and width, of the large ones over batch, and what follows."""
-    measure = ["benches/scaling.py", "measure"]
+    measure = script("scaling", "measure")
     grid = ["--batch", "16,64,256", "--resolution", "32,64", "--channels", "64,128"]
     found = [Step("scaling fast32", 400, [*measure, f"{folder}/scaling-fast.json", "configs/fast32.yaml", *grid])]
     for stem in LARGE:
@@ -151,7 +150,7 @@ def scaling(folder: Path) -> list[Step]:
             )
         )
     known = [f"{folder}/scaling-{stem}.json" for stem in LARGE]
-    return [*found, Step("scaling projected", 30, ["benches/scaling.py", "project", f"{folder}/scaling.json", "--measured", *known])]
+    return [*found, Step("scaling projected", 30, script("scaling", "project", f"{folder}/scaling.json", "--measured", *known))]
 
 
 def recipe_of(environment: Mapping[str, str]) -> str:

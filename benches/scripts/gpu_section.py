@@ -1,10 +1,12 @@
 """The README's section on GPUs, from whatever `make gpu` has left: of every device the newest folder, and what is not in it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benches.scripts.sections import cell, compare, ladder, table
+
+NO_GPU = "Nothing has been measured on a GPU yet.\n"
 Rows = list[dict[str, Any]]
 #: Tables: group (its file is GROUP.json), title, columns as (head, key, format).
 TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
@@ -47,8 +49,8 @@ OTHERS = {
 }
 
 
-def section(results: Path, table: Callable[[list[list[str]]], str], more: dict[str, Callable[[Any], str]]) -> tuple[str, list[Any]]:
-    """Text and sources. `more` writes the files that other sections know as well: compare, ladder."""
+def section(results: Path) -> tuple[str, list[Any]]:
+    """Text and sources; where there is no result of a GPU, the sentence that says so."""
     text, sources = "", []
     for folder in newest(results):
         machine = machine_of(folder)
@@ -60,13 +62,13 @@ def section(results: Path, table: Callable[[list[list[str]]], str], more: dict[s
             if rows := found.get(group, {}).get("rows"):
                 text += f"{title}:\n\n{table(cells(rows, columns))}\n"
         if rows := found.get("profile", {}).get("rows"):
-            text += f"{shares(rows, table)}\n"
-        for name, write in more.items():
+            text += f"{shares(rows)}\n"
+        for name, write in (("compare", compare), ("ladder", ladder)):
             if name in found:
                 text += f"{write(found[name])}\n"
         missing = [name for name in (*TABLES, *OTHERS) if name not in found]
-        text += f"Not measured there: {', '.join(told(name) for name in missing)}.\n\n" if missing else ""
-    return text.removesuffix("\n"), sources
+        text += f"Not measured there: {', '.join(title_of(name) for name in missing)}.\n\n" if missing else ""
+    return text.removesuffix("\n") or NO_GPU, sources
 
 
 def newest(results: Path) -> list[Path]:
@@ -105,11 +107,7 @@ def cells(rows: Rows, columns: list[tuple[str, str, str]]) -> list[list[str]]:
     return [[head for head, _, _ in used], *body]
 
 
-def cell(value: Any, form: str) -> str:
-    return "" if value is None else format(value, form) if form and not isinstance(value, str) else str(value)
-
-
-def shares(rows: Rows, table: Callable[[list[list[str]]], str]) -> str:
+def shares(rows: Rows) -> str:
     """Kinds of kernels as shares of a step's time; `no kernel` is what launches cost."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["kinds"]))
     body = [
@@ -119,5 +117,5 @@ def shares(rows: Rows, table: Callable[[list[list[str]]], str]) -> str:
     return f"Where the time of an iteration goes, as shares of it:\n\n{table([['', 'seconds', 'GPU busy', *kinds], *body])}"
 
 
-def told(name: str) -> str:
+def title_of(name: str) -> str:
     return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "step": "whole iterations"}.get(name, name)

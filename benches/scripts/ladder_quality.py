@@ -1,4 +1,4 @@
-"""Does what makes a step faster cost quality? python benches/ladder_quality.py [--seeds 3] [--kimg 36]
+"""Does what makes a step faster cost quality? python -m benches.scripts.ladder_quality [--seeds 3] [--kimg 36]
 
 The digits recipe, one teacher, each seed twice: in the published style (benches/bench_ladder.py's lowest rung: float32 NCHW,
 PyTorch's norms and attention, losses as formulas, torch.optim.Adam) and as shipped. Same noise, same images, same length.
@@ -15,12 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import bench_ladder
-import harness
-from skipping_evidence import RECIPE, ROOT, say, trained
-
+from benches import RESULTS, bench_ladder, harness, rows
+from benches.scripts.skipping_evidence import RECIPE, say, train_teacher
 from potstill.engine.config.tree import load
 from potstill.engine.jobs.job import Job
 
@@ -33,12 +29,12 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--kimg", type=float, default=36, help="length of every distillation; the recipe's")
     p.add_argument("--teacher", type=Path, help="a digits teacher (default: train the recipe's)")
-    p.add_argument("--out", type=Path, default=ROOT / "benches/results/cpu-digits/ladder_quality.json")
+    p.add_argument("--out", type=Path, default=RESULTS / "cpu-digits/ladder_quality.json")
     args = p.parse_args()
     start = time.perf_counter()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        teacher = args.teacher or trained(Path(folder))
+        teacher = args.teacher or train_teacher(Path(folder))
         for seed in range(args.seeds):
             one: dict[str, Any] = {"seed": seed}
             for style in STYLES if seed % 2 == 0 else reversed(STYLES):
@@ -47,15 +43,14 @@ def main() -> None:
             runs.append(one)
     found = {
         "machine": harness.machine(harness.CPU),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benches.scripts.ladder_quality", *sys.argv[1:]]),
         "kimg": args.kimg,
         "runs": runs,
         **{key: {style: summary([one[style][key] for one in runs]) for style in STYLES} for key in ("fd", "seconds")},
         "faster": mean(one["published"]["seconds"] / one["shipped"]["seconds"] for one in runs),
         "minutes": round((time.perf_counter() - start) / 60, 1),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    rows.write(args.out, found)
     say(f"-> {args.out}")
 
 

@@ -1,0 +1,147 @@
+"""The sections of README.md: each is text made of one file of results. gpu_section.py has that of the GPUs."""
+
+from typing import Any
+
+NAMES = {
+    "dmd": "DMD", "sim": "SIM", "gdd": "GDD", "gdd_i": "GDD-I", "moment_matching": "moment matching", "sfd": "SFD",
+    "msd": "MSD: several students by DMD, each for its classes",
+}  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> str:
+    head, *body = rows
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *body])
+
+
+def demo(run: dict[str, Any]) -> str:
+    title, n = run["student"]["features"], run["student"]["n"]
+    rows = [
+        ["", "evaluations per image", f"{title}, n = {n:,}"],
+        ["real images against themselves (floor)", "", short(run["floor"]["fd"])],
+        [f"teacher, {run['parameters'] / 1e6:.2f} M parameters, {run['seconds']['teacher']:.0f} s of training", str(run["teacher"]["nfe"]), short(run["teacher"]["fd"])],
+        [f"student by {NAMES[run['method']]}, {run['seconds']['student']:.0f} s of distillation", f"**{run['student']['nfe']}**", short(run["student"]["fd"])],
+    ]  # fmt: skip
+    about = f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}"
+    return f"After the installation `make demo` took {run['seconds']['this_call']:.0f} s ({about}):\n\n{table(rows)}"
+
+
+def compare(run: dict[str, Any]) -> str:
+    """One row a method."""
+    titles, more = list(run["floor"]["scores"]), [("images/s", "images_per_second", ",.0f"), ("peak GiB", "peak_memory_gib", ".2f")]
+    heads = [*(f"{title}, n = {run['n']:,}" for title in titles), "seconds of training", "images", *(head for head, _, _ in more)]
+    rows = [["method", "evaluations", *heads]]
+    for name, one in [("floor", run["floor"]), ("teacher", run["teacher"]), *run["methods"].items()]:
+        scores = [one["scores"][title] for title in titles]
+        rows.append([
+            NAMES[name] if name in NAMES else name, str(one.get("nfe", "")), *(short(s) for s in scores), cell(one.get("seconds"), ".0f") if "images" in one else "",
+            cell(one.get("images"), ",.0f"), *(cell(one.get(key), form) for _, key, form in more),
+        ])  # fmt: skip
+    about = f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}; {run['data']}.\n\n"
+    return about + table(rows)
+
+
+def time_to_quality(run: dict[str, Any]) -> str:
+    """Seconds, or where the bar was not reached in its time, plainly that."""
+    methods = list(dict.fromkeys(row["method"] for row in run["rows"]))
+    rows = [["switch", *(NAMES.get(m, m) for m in methods)]]
+    for switch in dict.fromkeys(row["switch"] for row in run["rows"]):
+        found = {row["method"]: row for row in run["rows"] if row["switch"] == switch}
+        rows.append([switch, *(reached(found[m]) if m in found else "" for m in methods)])
+    bar = f"{run['title']} {short(run['bar'])} ({run['factor']:g} times the teacher's {short(run['teacher'])}; floor {short(run['floor'])}; n = {run['n']:,})"
+    return f"Seconds of training from the teacher to {bar}, {run['device']}:\n\n{table(rows)}"
+
+
+def reached(row: dict[str, Any]) -> str:
+    if row.get("unavailable"):
+        return "not in this version"
+    if row["seconds"] is not None:
+        return f"{row['seconds']:.0f}"
+    return f"not reached ({short(row['best'])} after {row['trained']:.0f} s)"
+
+
+def scaling(run: dict[str, Any]) -> str:
+    rows = [["projected hours", *(f"{n} GPU{'s' * (n > 1)}" for n in run["gpus"])]]
+    rows += [[job["name"], *(short(h) for h in job["hours"])] for job in run["projections"]]
+    return f"Projections, not measurements, from {run['device']} ({run['measured_by']}):\n\n{table(rows)}"
+
+
+def skipping(run: dict[str, Any]) -> str:
+    """What a lighter teacher costs and saves, by budget and by cache, and what becomes of its samples and students."""
+    fd, walk = run.get("sampling", {}), run["trajectory"]
+    rows = [
+        [
+            "teacher",
+            "excess denoising loss, worst noise level",
+            "one evaluation faster, at DMD's and SIM's levels",
+            "SFD's walk faster",
+            "FD-pixels of its samples",
+        ]
+    ]
+    rows.append(["full", "", "1", "1", cell(fd.get("full"), ".2f")])
+    for budget, plan in run["budgets"].items():
+        worst, speed, name = max(b["excess"] for b in plan["bins"]), run["teacher"][budget], f"plan {budget}"
+        along = walk.get(name, {}).get("speed_up")
+        rows.append(
+            [
+                f"plan, budget {budget}",
+                f"{worst:.4f}",
+                f"{speed['dmd']:.2f}, {speed['sim']:.2f}",
+                cell(along, ".2f"),
+                cell(fd.get(name), ".2f"),
+            ]
+        )
+    rows += [[name, "", "", f"{walk[name]['speed_up']:.2f}", cell(fd.get(name), ".2f")] for name in walk if name.startswith("cache")]
+    rows = rows if fd else [row[:-1] for row in rows]
+    text = f"A teacher of {run['parameters']:,} parameters ({cpu_of(run)}; medians of interleaved runs):\n\n{table(rows)}"
+    if "distillation" not in run:
+        return text
+    students = run["distillation"]["runs"]
+    ratios = ", ".join(f"{one['fd_ratio']:.2f}" for one in students)
+    cosine = min(c for one in students for c in one["cosine"])
+    return text + (
+        "\nDMD's students with the plan of the smallest budget against students without, by seed: "
+        f"FD ratio {ratios}; least cosine of their gradients {cosine:.3f}.\n"
+    )
+
+
+def ladder(run: dict[str, Any]) -> str:
+    """How many times as fast as the published style each rung is, whole steps of every method and the nets alone."""
+    cases = list(dict.fromkeys(row["case"] for row in run["rows"]))
+    rungs = [r for r in dict.fromkeys(row["rung"] for row in run["rows"]) if not r.startswith("all but")]
+    found = {(row["case"], row["rung"]): row for row in run["rows"]}
+    rows = [["", *rungs, "MB kept for backward, first and last"]]
+    for case in cases:
+        first, last = found[case, rungs[0]], found[case, rungs[-1]]
+        kept = f"{first['kept MB']:.0f}, {last['kept MB']:.0f}" if first.get("kept MB") else ""
+        rows.append([case, *(f"{found[case, rung]['of published']:.2f}" for rung in rungs), kept])
+    return f"Times as fast as the published style ({cpu_of(run)}):\n\n{table(rows)}"
+
+
+def quality(run: dict[str, Any]) -> str:
+    """The published style against what is shipped, by seed: Fréchet distance and seconds."""
+    rows = [["", *(f"seed {one['seed']}" for one in run["runs"]), "mean"]]
+    for key, title, form in (("fd", "FD-pixels", ".2f"), ("seconds", "seconds", ".0f")):
+        for style in ("published", "shipped"):
+            each = [format(one[style][key], form) for one in run["runs"]]
+            rows.append([f"{style}, {title}", *each, format(run[key][style]["mean"], form)])
+    return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({cpu_of(run)}):\n\n{table(rows)}"
+
+
+KINDS = {
+    "demo": ("summary.json", demo), "compare": ("compare.json", compare),
+    "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
+    "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
+}  # fmt: skip
+
+
+def cpu_of(run: dict[str, Any]) -> str:
+    return f"{run['machine']['device']}, threads: {run['machine']['threads']}, torch {run['machine']['torch']}"
+
+
+def cell(value: Any, form: str) -> str:
+    """A number in this form; a text as it is, nothing for None."""
+    return "" if value is None else format(value, form) if form and not isinstance(value, str) else str(value)
+
+
+def short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
