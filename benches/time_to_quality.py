@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from potstill.engine.config import load  # noqa: E402
 from potstill.engine.errors import UserError  # noqa: E402
 from potstill.engine.folder import write_atomically  # noqa: E402
+from potstill.engine.library import file_of  # noqa: E402
 
 FILE = "time_to_quality.json"
 
@@ -134,7 +135,7 @@ def unavailable(recipe: Path, switch: Switch, settings: list[str], method: str) 
 def recipe_of(recipe: Path, method: str) -> Path:
     """The sibling recipe of a method, the recipe itself where it has none."""
     sibling = recipe.with_name(f"{recipe.stem}_{method}.yaml")
-    return sibling if sibling.exists() else recipe
+    return sibling if file_of(sibling) else recipe
 
 
 def compared(args: argparse.Namespace, switch: Switch, methods: list[str]) -> dict[str, Any]:

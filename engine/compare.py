@@ -37,7 +37,7 @@ from potstill.engine.evaluation.report import write_report
 from potstill.engine.evaluation.source import STUDENT, open_models, own_sampler
 from potstill.engine.folder import write_atomically
 from potstill.engine.job import Job
-from potstill.engine.library import find
+from potstill.engine.library import family_of, find
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.nets.router import Router, student_folder
 from potstill.engine.nets.weights import load_net, read_metadata
@@ -125,10 +125,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
-    """The recipes to compare by method name: the recipe's own, and <its name>_<method>.yaml beside it."""
+    """The recipes to compare by method name: the recipe's own, and <its name>_<method> in its file or beside it."""
     found = {load(recipe, []).method.name: recipe}
-    for path in sorted(recipe.parent.glob(f"{recipe.stem}_*.yaml")):
-        found[path.stem.removeprefix(f"{recipe.stem}_")] = path
+    found |= {path.stem.removeprefix(f"{recipe.stem}_"): path for path in family_of(recipe)}
     if wanted == "all":
         return found
     names = [] if wanted == "teacher" else wanted.split(",")

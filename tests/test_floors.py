@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
-    ["potstill.kernels", "potstill.engine.errors", "potstill.engine.strata", "potstill.engine.whole", "potstill.engine.written"],
+    ["potstill.kernels", "potstill.engine.errors", "potstill.engine.strata", "potstill.engine.whole"],
     ["potstill.engine.checks", "potstill.engine.diffusion", "potstill.engine.cli", "potstill.engine.library"],
-    ["potstill.engine.nets"],
+    ["potstill.engine.nets", "potstill.engine.written"],
     ["potstill.engine.sampling", "potstill.engine.skipping"],
     ["potstill.engine.methods"],
     ["potstill.engine.training", "potstill.engine.data", "potstill.engine.formats"],
