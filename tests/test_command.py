@@ -16,7 +16,7 @@ from potstill import __main__, __version__
 from potstill.engine import recipes, settings
 from potstill.engine.config import METHOD_CONFIGS, Config, load, to_yaml
 from potstill.engine.errors import UserError
-from potstill.engine.library import FIELD, RECIPES, find, groups_of, head_of, names
+from potstill.engine.library import FIELD, RECIPES, find, groups_of, head_of, names, text_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,7 +175,7 @@ def test_a_name_that_is_not_there_names_the_nearest(tmp_path, monkeypatch, given
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_says_what_it_promises(name):
     """One form for all: a title, commands, and fields, of which these have something to say; nothing between them is lost."""
-    head, lines = head_of(RECIPES / f"{name}.yaml"), (RECIPES / f"{name}.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+    head, lines = head_of(find(name)), text_of(find(name)).partition("\ndefaults:")[0].splitlines()
     assert re.search(r"\(2\d{3}\.\d{5}\b", head.title), "which paper"
     assert f"potstill train {name}" in " ".join(head.commands)
     assert set(head.fields) >= set(recipes.COLUMNS)
@@ -183,14 +183,14 @@ def test_every_recipe_says_what_it_promises(name):
     assert max(len(recipes.in_short(head.fields[field])) for field in recipes.COLUMNS) <= 75, "a field's first words stand in a table"
     after = lines[next(i for i, line in enumerate(lines) if line.startswith("#   potstill")) :]
     assert [line for line in after if not line.startswith("#   ") and not FIELD.match(line)] == [], "neither a field nor a field's rest"
-    assert set(groups_of(RECIPES / f"{name}.yaml")) >= {"data", "net", "method"}
+    assert set(groups_of(find(name))) >= {"data", "net", "method"}
 
 
 def test_what_was_run_by_us_is_what_its_file_says():
     """Distances named in the heads, against benches/results."""
     checked = 0
     for name in names():
-        text = head_of(RECIPES / f"{name}.yaml").fields["Run by us"]
+        text = head_of(find(name)).fields["Run by us"]
         for title, value, teacher in re.findall(r"FD-(\w+) ([\d.]+)[^(]*\(teacher ([\d.]+)", text):
             run = json.loads((ROOT / re.findall(r"benches/results/[\w-]+", text)[0] / "compare.json").read_text())
             of = name.partition("_")[2] or "dmd"
@@ -213,7 +213,7 @@ def test_the_table_has_every_recipe_and_fits(capsys, monkeypatch):
 
 def test_one_recipe_in_full(capsys):
     text = said(capsys, "recipes", "cifar10_sfd_nfe3")
-    for line in (RECIPES / "cifar10_sfd_nfe3.yaml").read_text().partition("\ndefaults:")[0].splitlines():
+    for line in text_of(find("cifar10_sfd_nfe3")).partition("\ndefaults:")[0].splitlines():
         assert line.removeprefix("# ").removeprefix("#") in text
     assert "# data=cifar10, teacher=cifar10_uncond_vp, net=ddpmpp_cifar10, method=sfd" in text
     resolved = yaml.safe_load(text.partition("\n\n# data=")[2].partition("\n")[2])

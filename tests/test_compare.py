@@ -9,7 +9,7 @@ from PIL import Image
 from potstill.engine import compare, evaluate, train
 from potstill.engine.config import load
 from potstill.engine.errors import UserError
-from potstill.engine.library import find
+from potstill.engine.library import find, text_of
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -122,7 +122,7 @@ def test_siblings_of_a_recipe_by_name_are_in_the_package_and_of_a_path_beside_it
     ours = compare.siblings(find("digits"), "all")
     assert list(ours) == ["dmd", "gdd", "moment_matching", "msd", "sfd", "sim"]
     for name in ("digits", "digits_sim"):
-        (tmp_path / f"{name}.yaml").write_text(ours["dmd" if name == "digits" else "sim"].read_text())
+        (tmp_path / f"{name}.yaml").write_text(text_of(ours["dmd" if name == "digits" else "sim"]))
     assert list(compare.siblings(tmp_path / "digits.yaml", "all")) == ["dmd", "sim"]
 
 

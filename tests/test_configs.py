@@ -15,7 +15,7 @@ import yaml
 from potstill.engine import rehearsal, train
 from potstill.engine.config import METHOD_CONFIGS, Config, load, to_yaml
 from potstill.engine.job import Job
-from potstill.engine.library import find, names
+from potstill.engine.library import find, names, text_of
 from potstill.engine.training.optim import OptimConfig
 
 SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"
@@ -86,7 +86,7 @@ def test_no_recipe_is_lost(snapshot):
 
 @pytest.mark.parametrize("name", names())
 def test_recipe_opens_with_its_command(name):
-    head = find(name).read_text().partition("defaults:")[0]
+    head = text_of(find(name)).partition("defaults:")[0]
     assert f"#   potstill train {name}" in head
     assert all(line.startswith("#") for line in head.splitlines() if line)
 
