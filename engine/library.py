@@ -42,7 +42,7 @@ def file_of(recipe: Path) -> Path | None:
 def family_of(recipe: Path) -> list[Path]:
     """The recipes in its file or beside it whose names go on from its name: digits_gdd.yaml, digits_sim.yaml, … of digits.yaml."""
     beginning = f"{recipe.stem}_"
-    files = {file_of(recipe), *recipe.parent.glob(f"{beginning}*.yaml")} - {None}
+    files = {*filter(None, [file_of(recipe)]), *recipe.parent.glob(f"{beginning}*.yaml")}
     return sorted(recipe.with_name(f"{name}.yaml") for file in files for name in recipes_in(file) if name.startswith(beginning))
 
 

@@ -16,7 +16,7 @@ from potstill import __main__, __version__
 from potstill.engine import recipes, settings
 from potstill.engine.config import METHOD_CONFIGS, Config, load, to_yaml
 from potstill.engine.errors import UserError
-from potstill.engine.library import FIELD, RECIPES, find, groups_of, head_of, names, text_of
+from potstill.engine.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,6 +156,25 @@ def test_a_recipe_is_found_by_name_from_anywhere_and_a_path_is_a_path(tmp_path, 
     assert to_yaml(load("ffhq64", [])) == to_yaml(load(ROOT / "configs/ffhq64.yaml", []))
 
 
+def test_a_file_holds_recipes_whose_names_go_on_from_its_own(tmp_path):
+    """Each is found by name, and by a path as if it were a file, also in a folder of the user's."""
+    assert file_of(find("digits_sim")) == RECIPES / "digits.yaml"
+    assert load(ROOT / "configs/digits_sim.yaml", []).run_dir == "runs/digits_sim"
+    (tmp_path / "a.yaml").write_text("defaults: [digits_sim, _self_]\n\n--- # a_short\ndefaults: [a, _self_]\ntrain: {kimg: 3}\n")
+    for name, kimg in (("a", 40), ("a_short", 3)):
+        cfg = load(tmp_path / f"{name}.yaml", [])
+        assert (cfg.run_dir, cfg.method.name, cfg.train.kimg) == (f"runs/{name}", "sim", kimg)
+    with pytest.raises(UserError, match=r"no recipe at .*a_long\.yaml"):
+        find(tmp_path / "a_long.yaml")
+    (tmp_path / "a.yaml").write_text("defaults: [digits_sim, _self_]\n--- # another\ntrain: {kimg: 3}\n")
+    with pytest.raises(UserError, match=r"a\.yaml is not readable as YAML: expected a single document"):
+        load(tmp_path / "a.yaml", [])
+
+
+def test_a_recipe_stands_in_one_place():
+    assert len(set(names())) == len(names())
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -224,7 +243,7 @@ def test_one_recipe_in_full(capsys):
 
 def test_a_copy_works_where_it_is_and_is_never_written_over(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("ffhq64", "cifar10_sfd_nfe3", "digits_msd"):
+    for name in ("ffhq64", "cifar10_sfd_nfe3", "digits_msd", "fast64_sim"):
         assert f"potstill train {name}.yaml" in said(capsys, "recipes", "--copy", name, ".")
         assert to_yaml(load(f"{name}.yaml", [])) == to_yaml(load(name, []))
         assert f"#   potstill train {name}.yaml" in Path(f"{name}.yaml").read_text()

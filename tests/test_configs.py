@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from potstill.engine import rehearsal, train
-from potstill.engine.config import METHOD_CONFIGS, Config, load, to_yaml
+from potstill.engine.config import METHOD_CONFIGS, Config, load
 from potstill.engine.job import Job
 from potstill.engine.library import find, names, text_of
 from potstill.engine.training.optim import OptimConfig
@@ -41,9 +41,9 @@ def differences(tree: dict[str, Any], defaults: dict[str, Any], prefix: str = ""
 
 
 def resolved(case: str) -> dict[str, Any]:
-    """The whole tree of a recipe with overrides, as a run folder stores it."""
+    """The whole tree of a recipe with overrides, of which to_yaml is the text."""
     name, *overrides = case.split(" ")
-    return yaml.safe_load(to_yaml(load(name, overrides)))
+    return dataclasses.asdict(load(name, overrides))
 
 
 def with_defaults(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
