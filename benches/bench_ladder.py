@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from potstill.engine import build
+from potstill.engine.jobs import build
+from potstill.engine.jobs.rehearsal import mfu
 from potstill.engine.methods.base import frozen, modules_of
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.gdd import GDDConfig
@@ -33,7 +34,6 @@ from potstill.engine.methods.sim import SIMConfig
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import give_shadows, shadow_of
-from potstill.engine.rehearsal import mfu
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.ema import EMA
 from potstill.engine.training.optim import OptimConfig

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from potstill.engine.diffusion.sigmas import karras_at
+from potstill.engine.diffusion.strata import spread
 from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import weights_hash
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.blocks import block_names
 from potstill.engine.skipping.plan import Plan
-from potstill.engine.strata import spread
 
 
 class Net(NamedTuple):

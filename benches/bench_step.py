@@ -13,10 +13,10 @@ import pytest
 import rehearse
 import torch
 
-from potstill.engine.build import build_method, build_net
-from potstill.engine.config import METHOD_CONFIGS, NetConfig
+from potstill.engine.config.tree import METHOD_CONFIGS, NetConfig
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
+from potstill.engine.jobs.build import build_method, build_net
 from potstill.engine.training.graphs import CUDA, Graphs
 from potstill.engine.training.run import Run, TrainConfig
 

@@ -21,8 +21,8 @@ import bench_ladder
 import harness
 from skipping_evidence import RECIPE, ROOT, say, trained
 
-from potstill.engine.config import load
-from potstill.engine.job import Job
+from potstill.engine.config.tree import load
+from potstill.engine.jobs.job import Job
 
 STYLES = ("published", "shipped")
 PUBLISHED = ["precision=fp32", "train.shadows=false", "train.optimizer=torch"]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rehearse
 import rows
 
-from potstill.engine.rehearsal import PEAKS
+from potstill.engine.jobs.rehearsal import PEAKS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from potstill.engine.whole import whole  # noqa: E402
+from potstill.engine.common.whole import whole  # noqa: E402
 
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind
@@ -185,8 +185,8 @@ def described(stem: str) -> dict[str, Any]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from potstill.engine import build
-    from potstill.engine.config import load
+    from potstill.engine.config.tree import load
+    from potstill.engine.jobs import build
 
     cfg = load(ROOT / f"configs/{stem}.yaml", ["method.features=[teacher]"] if "gdd" in stem else [])
     resolution, classes = cfg.data.resolution or 64, 1000 if stem.startswith("imagenet") else 0

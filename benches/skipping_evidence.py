@@ -23,22 +23,22 @@ import harness
 import torch
 from torch import Tensor
 
-from potstill.engine.config import load
+from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
+from potstill.engine.diffusion.sampling import ode
 from potstill.engine.diffusion.sigmas import grid_level, karras_at
-from potstill.engine.evaluation.named import load_features
-from potstill.engine.evaluation.score import reference, score
-from potstill.engine.job import Job
+from potstill.engine.diffusion.strata import spread
+from potstill.engine.jobs.job import Job
+from potstill.engine.measure.named import load_features
+from potstill.engine.measure.score import reference, score
 from potstill.engine.methods.base import integer_at
 from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.weights import load_net
 from potstill.engine.probe import material
-from potstill.engine.sampling import ode
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.plan import Plan, save_plan
 from potstill.engine.skipping.probe import make_plan, probe, spearman
-from potstill.engine.strata import spread
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "configs/digits.yaml"

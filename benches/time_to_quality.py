@@ -21,10 +21,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from potstill.engine.config import load  # noqa: E402
-from potstill.engine.errors import UserError  # noqa: E402
-from potstill.engine.folder import write_atomically  # noqa: E402
-from potstill.engine.library import file_of  # noqa: E402
+from potstill.engine.common.errors import UserError  # noqa: E402
+from potstill.engine.config.library import file_of  # noqa: E402
+from potstill.engine.config.tree import load  # noqa: E402
+from potstill.engine.jobs.folder import write_atomically  # noqa: E402
 
 FILE = "time_to_quality.json"
 

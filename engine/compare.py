@@ -26,23 +26,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from potstill.engine import build
-from potstill.engine.cli import parser_of, run
-from potstill.engine.config import Config, load
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.judge import Judge, Thinned, named_features
-from potstill.engine.evaluation.pictures import save_png, sheet, stacked
-from potstill.engine.evaluation.plots import plot_comparison
-from potstill.engine.evaluation.report import write_report
-from potstill.engine.evaluation.source import STUDENT, open_models, own_sampler
-from potstill.engine.folder import write_atomically
-from potstill.engine.job import Job
-from potstill.engine.library import family_of, find
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import family_of, find
+from potstill.engine.config.tree import Config, load
+from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.formats.pictures import save_png, sheet, stacked
+from potstill.engine.jobs import build
+from potstill.engine.jobs.folder import write_atomically
+from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.rehearsal import peak_gib, synchronize
+from potstill.engine.measure.judge import Judge, Thinned, named_features
+from potstill.engine.measure.plots import plot_comparison
+from potstill.engine.measure.report import write_report
 from potstill.engine.methods.teacher import Teacher
-from potstill.engine.nets.router import Router, student_folder
-from potstill.engine.nets.weights import load_net, read_metadata
-from potstill.engine.rehearsal import peak_gib, synchronize
-from potstill.engine.sampling import Sampler
+from potstill.engine.models.opening import STUDENT, open_models, own_sampler
+from potstill.engine.models.router import Router, student_folder
+from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.training.loop import Interrupted, signals
 from potstill.engine.training.run import Run, TrainConfig
 

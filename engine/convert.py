@@ -13,15 +13,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from potstill.engine.cli import parser_of, run
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.download import digest, fetch, is_url
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
-from potstill.engine.errors import UserError
-from potstill.engine.formats.download import digest, fetch, is_url
+from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.formats.edm_pickle import Found, read_net
 from potstill.engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import Sampler, one_step
+from potstill.engine.models.weights import save_net
 
 IMAGES = """\
 SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),

@@ -19,21 +19,21 @@ from typing import Any
 
 import torch
 
-from potstill.engine.cli import parser_of, run
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.download import digest, fetch, is_url
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.places import check_writable
 from potstill.engine.data.images import Images, open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation import presets
-from potstill.engine.evaluation.classes import RANDOM, parse_classes
-from potstill.engine.evaluation.features import Features
-from potstill.engine.evaluation.named import check_features, load_features
-from potstill.engine.evaluation.places import check_writable
-from potstill.engine.evaluation.provenance import tools
-from potstill.engine.evaluation.references import read_reference, write_reference
-from potstill.engine.evaluation.score import FD, METRICS, Reference, check_fit, reference, score
-from potstill.engine.evaluation.shards import Shards, from_torchrun
-from potstill.engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
-from potstill.engine.formats.download import digest, fetch, is_url
-from potstill.engine.nets.weights import file_hash
+from potstill.engine.measure.features import Features
+from potstill.engine.measure.named import check_features, load_features
+from potstill.engine.measure.provenance import tools
+from potstill.engine.measure.references import read_reference, write_reference
+from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score
+from potstill.engine.measure.shards import Shards, from_torchrun
+from potstill.engine.models import presets
+from potstill.engine.models.classes import RANDOM, parse_classes
+from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
+from potstill.engine.models.weights import file_hash
 
 MOST = 50_000  # images, unless --n asks for more
 

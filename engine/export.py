@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.cli import parser_of, run
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.source import STUDENT, open_models, settings
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
-from potstill.engine.formats.hub import write_hub, write_safetensors
 from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.models.hub import write_hub, write_safetensors
+from potstill.engine.models.opening import STUDENT, open_models, settings
+from potstill.engine.models.router import Router
+from potstill.engine.models.student import Student
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.router import Router
-from potstill.engine.student import Student
 
 ONNX = "student.onnx"
 MOST_UNLIKE = 1e-3  # between onnxruntime and PyTorch, of images in [-1, 1]: more is another net, not another rounding
@@ -204,7 +204,7 @@ def _use_hub(subject: Subject) -> tuple[str, str]:
 def _python(where: str, comment: str = "") -> str:
     return f"""\
 ```python
-from potstill.engine.student import Student  # potstill
+from potstill.engine.models.student import Student  # potstill
 
 student = Student.from_pretrained({where}){f"  # {comment}" if comment else ""}
 images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes

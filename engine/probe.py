@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from potstill.engine.cli import parser_of, run
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import Images, open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.generate import one_hot
-from potstill.engine.evaluation.score import check_fit
-from potstill.engine.evaluation.source import device_named
+from potstill.engine.measure.score import check_fit
+from potstill.engine.models.generate import one_hot
+from potstill.engine.models.opening import device_named
+from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.weights import load_net
 from potstill.engine.skipping.freezing import propose
 from potstill.engine.skipping.picture import heat_map, table
 from potstill.engine.skipping.plan import BUDGET, HARDEST, check_budget, save_plan

@@ -13,9 +13,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from potstill.engine.cli import parser_of, run
-from potstill.engine.errors import UserError
-from potstill.engine.library import RECIPES, find, groups_of, head_of, names, text_of
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import RECIPES, find, groups_of, head_of, names, text_of
 
 COLUMNS = ("Published", "Cost", "Run by us")  # fields of a head, which every recipe has
 NARROWEST = 8  # characters of a column
@@ -55,7 +55,7 @@ def in_full(recipe: Path) -> str:
     """The head of one recipe as it is written, and its data and method as settings."""
     from omegaconf import OmegaConf
 
-    from potstill.engine.config import load
+    from potstill.engine.config.tree import load
 
     cfg = load(recipe, [])
     groups = ", ".join(f"{group}={name}" for group, name in groups_of(recipe).items())

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from potstill.engine.cli import parser_of, run
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation import presets
-from potstill.engine.evaluation.classes import parse_classes
-from potstill.engine.evaluation.generate import Between, generate
-from potstill.engine.evaluation.outputs import columns_for, open_output, out_kind
-from potstill.engine.evaluation.pictures import save_png, sheet
-from potstill.engine.evaluation.source import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
+from potstill.engine.formats.outputs import columns_for, open_output, out_kind
+from potstill.engine.formats.pictures import save_png, sheet
+from potstill.engine.models import presets
+from potstill.engine.models.classes import parse_classes
+from potstill.engine.models.generate import Between, generate
+from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.plan import check_plan, load_plan

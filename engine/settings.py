@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import yaml
 from omegaconf import MISSING
 
-from potstill.engine.cli import parser_of, run
-from potstill.engine.config import METHOD_CONFIGS, Config
-from potstill.engine.errors import UserError
-from potstill.engine.library import RECIPES
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import RECIPES
+from potstill.engine.config.tree import METHOD_CONFIGS, Config
 
 NET = "NET"  # stands for the name of a net that an optimiser is of: teacher, student, fake, discriminator
 HEAD = """\

@@ -13,11 +13,11 @@ In a checkout, python -m engine.train configs/ffhq64.yaml is the same, alone or 
 
 import sys
 
-from potstill.engine.cli import parser_of, run
-from potstill.engine.config import load
-from potstill.engine.errors import UserError
-from potstill.engine.job import Job
-from potstill.engine.rehearsal import dry_run, rehearse
+from potstill.engine.common.cli import parser_of, run
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
+from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.rehearsal import dry_run, rehearse
 from potstill.engine.training.loop import Interrupted
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from potstill.engine.errors import UserError
-    from potstill.engine.student import Student
+    from potstill.engine.common.errors import UserError
+    from potstill.engine.models.student import Student
     from potstill.kernels import (
         AdamEMA,
         Estimate,
@@ -67,7 +67,7 @@ __all__ = [
 
 _MODULES = ["AdversarialLoss", "DenoiseLoss", "MomentsLoss", "ScoreImplicitLoss", "ScoreMatchLoss", "TrajectoryLoss"]
 #: Where a name is; the others are in kernels.
-_HOMES = {"Student": "engine.student", "UserError": "engine.errors", "set_backend": "kernels.cuda"} | dict.fromkeys(
+_HOMES = {"Student": "engine.models.student", "UserError": "engine.common.errors", "set_backend": "kernels.cuda"} | dict.fromkeys(
     _MODULES, "kernels.modules"
 )
 

@@ -5,8 +5,8 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from potstill import __version__
-from potstill.engine.cli import run
-from potstill.engine.errors import UserError
+from potstill.engine.common.cli import run
+from potstill.engine.common.errors import UserError
 
 #: Every command is the module of its name in potstill.engine, which is loaded when it is asked for: most bring PyTorch.
 COMMANDS = {

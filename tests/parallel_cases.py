@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.gdd import GDD, GDDConfig

@@ -6,9 +6,10 @@ import parallel_cases as cases
 import pytest
 import torch
 
-from potstill.engine import build, train
-from potstill.engine.errors import UserError
-from potstill.engine.nets.weights import read_tensors
+from potstill.engine import train
+from potstill.engine.common.errors import UserError
+from potstill.engine.jobs import build
+from potstill.engine.models.weights import read_tensors
 from potstill.engine.training import memory
 from potstill.engine.training.ranks import ALONE
 

@@ -17,18 +17,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from potstill.engine import evaluate, job, probe, train
-from potstill.engine.build import rehearsal_data
-from potstill.engine.config import load, to_yaml
+from potstill.engine import evaluate, probe, train
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load, to_yaml
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.named import load_features
-from potstill.engine.evaluation.references import read_reference
-from potstill.engine.folder import prepare
 from potstill.engine.formats.edm_pickle import read_net
+from potstill.engine.jobs import job
+from potstill.engine.jobs.build import rehearsal_data
+from potstill.engine.jobs.folder import prepare
+from potstill.engine.measure.named import load_features
+from potstill.engine.measure.references import read_reference
+from potstill.engine.models.router import load_router
+from potstill.engine.models.weights import load_net, read_tensors, save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.router import load_router
-from potstill.engine.nets.weights import load_net, read_tensors, save_net
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")

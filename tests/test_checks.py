@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from potstill.engine import train
-from potstill.engine.checks import BadSetting
-from potstill.engine.config import METHOD_CONFIGS, Config, load
-from potstill.engine.errors import UserError
+from potstill.engine.common.checks import BadSetting
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import METHOD_CONFIGS, Config, load
+from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import Sampler
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

@@ -14,9 +14,9 @@ import yaml
 
 from potstill import __main__, __version__
 from potstill.engine import recipes, settings
-from potstill.engine.config import METHOD_CONFIGS, Config, load, to_yaml
-from potstill.engine.errors import UserError
-from potstill.engine.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
+from potstill.engine.config.tree import METHOD_CONFIGS, Config, load, to_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,7 +113,7 @@ def test_what_only_lists_loads_no_torch_and_works_in_any_folder(tmp_path):
 
 
 LEFT = """
-from potstill.engine.cli import run
+from potstill.engine.common.cli import run
 run(lambda _: [print("seen", flush=True), input(), print("not seen")])
 """
 

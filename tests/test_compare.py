@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from potstill.engine import compare, evaluate, train
-from potstill.engine.config import load
-from potstill.engine.errors import UserError
-from potstill.engine.library import find, text_of
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import find, text_of
+from potstill.engine.config.tree import load
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -139,7 +139,7 @@ def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):
     train.main([recipe, f"run_dir={tmp_path}/together", *small, teacher])
     for k in range(2):
         files = [tmp_path / run / f"student-{k}/student.safetensors" for run in ("apart", "together")]
-        from potstill.engine.nets.weights import read_tensors
+        from potstill.engine.models.weights import read_tensors
 
         a, b = (read_tensors(file)[0] for file in files)
         assert all((a[key] == b[key]).all() for key in a)

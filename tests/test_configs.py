@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from potstill.engine import rehearsal, train
-from potstill.engine.config import METHOD_CONFIGS, Config, load
-from potstill.engine.job import Job
-from potstill.engine.library import find, names, text_of
+from potstill.engine import train
+from potstill.engine.config.library import find, names, text_of
+from potstill.engine.config.tree import METHOD_CONFIGS, Config, load
+from potstill.engine.jobs import rehearsal
+from potstill.engine.jobs.job import Job
 from potstill.engine.training.optim import OptimConfig
 
 SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"

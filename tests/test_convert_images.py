@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
 from potstill.engine.formats.images import DatasetZip, fitted, png
 
 

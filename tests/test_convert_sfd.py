@@ -18,14 +18,14 @@ from test_convert_edm import mutated
 from torch import nn
 
 from potstill.engine import sample
+from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.source import open_models
+from potstill.engine.diffusion.sampling import Sampler, SeedNoise, few_step
 from potstill.engine.formats.edm_pickle import read_net
+from potstill.engine.models.opening import open_models
+from potstill.engine.models.weights import load_net, save_net
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.layers import FourierEmbedding
-from potstill.engine.nets.weights import load_net, save_net
-from potstill.engine.sampling import Sampler, SeedNoise, few_step
 
 SONG = {
     "img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2],

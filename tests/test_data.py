@@ -22,12 +22,12 @@ from PIL import Image
 from rehearse import GPU
 from sklearn.datasets import load_digits
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.files import Zip
 from potstill.engine.data.images import open_images
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sampler import Stream
 from potstill.engine.data.sources import decode
-from potstill.engine.errors import UserError
 
 
 def pixels(n, *shape, seed=0):

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.engine.config import load
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
 from potstill.engine.convert import main
 from potstill.engine.data import hugging_face
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.preflight import missing
+from potstill.engine.jobs.preflight import missing
 
 ROOT = Path(__file__).parent.parent
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)

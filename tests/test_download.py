@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.engine.common import download
+from potstill.engine.common.download import cached_path, fetch
+from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
-from potstill.engine.errors import UserError
-from potstill.engine.formats import download
-from potstill.engine.formats.download import cached_path, fetch
+from potstill.engine.models.weights import load_net, save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import load_net, save_net
 
 DATA = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8).tobytes()
 AGAIN = "potstill convert edm URL OUT"

@@ -22,19 +22,19 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from potstill.engine import evaluate
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.curves import chart, read_curves, short
-from potstill.engine.evaluation.features import Features, Pixels
-from potstill.engine.evaluation.frechet import distance, fitted, frechet
-from potstill.engine.evaluation.generate import generate, one_hot, to_uint8
-from potstill.engine.evaluation.named import load_features
-from potstill.engine.evaluation.pictures import grid, save_png, sheet
-from potstill.engine.evaluation.report import write_report
-from potstill.engine.evaluation.score import labels_for, reference, score
+from potstill.engine.diffusion.sampling import Sampler, ode, one_step
+from potstill.engine.formats.pictures import grid, save_png, sheet
+from potstill.engine.measure.curves import chart, read_curves, short
+from potstill.engine.measure.features import Features, Pixels
+from potstill.engine.measure.frechet import distance, fitted, frechet
+from potstill.engine.measure.named import load_features
+from potstill.engine.measure.report import write_report
+from potstill.engine.measure.score import labels_for, reference, score
+from potstill.engine.models.generate import generate, one_hot, to_uint8
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import Sampler, ode, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {

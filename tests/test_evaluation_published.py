@@ -20,26 +20,26 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from potstill.engine import evaluate
-from potstill.engine.config import load
+from potstill.engine.common import download
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation import features as features_module
-from potstill.engine.evaluation import inception, quality, vision
-from potstill.engine.evaluation.classes import labels_for
-from potstill.engine.evaluation.features import Pixels
-from potstill.engine.evaluation.frechet import Gaussian, distance, fitted, frechet, squared_distance
-from potstill.engine.evaluation.judge import named_features
-from potstill.engine.evaluation.named import load_features
-from potstill.engine.evaluation.quality import kid, precision_recall
-from potstill.engine.evaluation.references import read_reference, write_reference
-from potstill.engine.evaluation.score import reference, score
-from potstill.engine.evaluation.shards import Shards
-from potstill.engine.formats import download
+from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.formats.card import _quality
-from potstill.engine.job import Job
+from potstill.engine.jobs.job import Job
+from potstill.engine.measure import features as features_module
+from potstill.engine.measure import inception, quality, vision
+from potstill.engine.measure.features import Pixels
+from potstill.engine.measure.frechet import Gaussian, distance, fitted, frechet, squared_distance
+from potstill.engine.measure.judge import named_features
+from potstill.engine.measure.named import load_features
+from potstill.engine.measure.quality import kid, precision_recall
+from potstill.engine.measure.references import read_reference, write_reference
+from potstill.engine.measure.score import reference, score
+from potstill.engine.measure.shards import Shards
+from potstill.engine.models.classes import labels_for
+from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import load_net, save_net, weights_hash
-from potstill.engine.sampling import ode, one_step
 from potstill.engine.training.run import Run
 
 ROOT = Path(__file__).parent.parent

@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 
 from potstill.engine import compare
-from potstill.engine.config import load
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.features import Pixels
-from potstill.engine.evaluation.frechet import frechet
-from potstill.engine.evaluation.generate import generate
-from potstill.engine.evaluation.judge import Judge, Thinned, named_features
-from potstill.engine.evaluation.pictures import LINE, grid, save_png, sheet, stacked
-from potstill.engine.job import Job
+from potstill.engine.diffusion.sampling import one_step
+from potstill.engine.formats.pictures import LINE, grid, save_png, sheet, stacked
+from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.preflight import check_complete
+from potstill.engine.measure.features import Pixels
+from potstill.engine.measure.frechet import frechet
+from potstill.engine.measure.judge import Judge, Thinned, named_features
+from potstill.engine.models.generate import generate
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import save_net
-from potstill.engine.preflight import check_complete
-from potstill.engine.sampling import one_step
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benches"))
@@ -155,7 +155,7 @@ def test_the_size_for_a_cpu_fits_and_the_error_without_data_names_the_zip(side):
     assert (full.net.model_channels, small.net.model_channels) == (64, 16)
     assert small.teacher.train.kimg < full.teacher.train.kimg / 10
     for cfg, low, high in ((full, 10e6, 20e6), (small, 1e6, 2e6)):
-        from potstill.engine import build
+        from potstill.engine.jobs import build
 
         with torch.device("meta"):
             size = sum(p.numel() for p in build.build_net(cfg.net, side, 3, 10).parameters())

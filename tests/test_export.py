@@ -17,20 +17,20 @@ import pytest
 import torch
 from torch import nn
 
-from potstill.engine import student as student_file
-from potstill.engine.config import load
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.generate import generate
-from potstill.engine.evaluation.source import open_models
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
+from potstill.engine.diffusion.sampling import Sampler, few_step, ode, one_step
 from potstill.engine.export import Graph, main
 from potstill.engine.formats.onnx import program
-from potstill.engine.job import Job
+from potstill.engine.jobs.job import Job
+from potstill.engine.models import student as student_file
+from potstill.engine.models.generate import generate
+from potstill.engine.models.opening import open_models
+from potstill.engine.models.router import Partition, student_folder, write_manifest
+from potstill.engine.models.student import Student
+from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.router import Partition, student_folder, write_manifest
 from potstill.engine.nets.steps import add_step_condition
-from potstill.engine.nets.weights import read_metadata, save_net
-from potstill.engine.sampling import Sampler, few_step, ode, one_step
-from potstill.engine.student import Student
 
 ROOT = Path(__file__).parent.parent
 SONG = {
@@ -113,7 +113,7 @@ def test_a_clean_process_gets_the_same_images_from_file_and_hub_folder(tmp_path)
     torch.save(torch.cat(list(generate(net, sampler, np.arange(7) % 3, range(7)))), tmp_path / "pixels.pt")
     code = """if True:
         import sys, torch
-        from potstill.engine.student import Student
+        from potstill.engine.models.student import Student
         wanted, pixels = torch.load("wanted.pt"), torch.load("pixels.pt")
         for place in ("safetensors", "safetensors/student.safetensors", "hub", "hub/model.safetensors", "run"):
             student = Student.from_pretrained(place)

@@ -6,19 +6,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Lowest first. Names on one line share a floor and do not see each other.
 FLOORS = [
-    ["potstill.kernels", "potstill.engine.errors", "potstill.engine.strata", "potstill.engine.whole"],
-    ["potstill.engine.checks", "potstill.engine.diffusion", "potstill.engine.cli", "potstill.engine.library"],
-    ["potstill.engine.nets", "potstill.engine.written"],
-    ["potstill.engine.sampling", "potstill.engine.skipping"],
+    ["potstill.kernels", "potstill.engine.common.errors", "potstill.engine.diffusion.strata", "potstill.engine.common.whole"],
+    ["potstill.engine.common.checks", "potstill.engine.diffusion", "potstill.engine.common.cli", "potstill.engine.config.library"],
+    ["potstill.engine.nets", "potstill.engine.config.written"],
+    ["potstill.engine.diffusion.sampling", "potstill.engine.skipping"],
     ["potstill.engine.methods"],
     ["potstill.engine.training", "potstill.engine.data", "potstill.engine.formats"],
     ["potstill.engine.evaluation"],
-    ["potstill.engine.config"],
-    ["potstill.engine.build", "potstill.engine.folder", "potstill.engine.student", "potstill.engine.unused"],
-    ["potstill.engine.preflight"],
-    ["potstill.engine.planned"],
-    ["potstill.engine.job"],
-    ["potstill.engine.rehearsal"],
+    ["potstill.engine.config.tree"],
+    ["potstill.engine.jobs.build", "potstill.engine.jobs.folder", "potstill.engine.models.student", "potstill.engine.config.unused"],
+    ["potstill.engine.jobs.preflight"],
+    ["potstill.engine.jobs.planned"],
+    ["potstill.engine.jobs.job"],
+    ["potstill.engine.jobs.rehearsal"],
     ["potstill.engine.train", "potstill.engine.sample", "potstill.engine.evaluate", "potstill.engine.convert", "potstill.engine.probe", "potstill.engine.compare", "potstill.engine.export", "potstill.engine.recipes", "potstill.engine.settings"],
 ]  # fmt: skip
 

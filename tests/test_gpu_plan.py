@@ -18,7 +18,7 @@ import pytest
 import readme
 import rows
 
-from potstill.engine.library import file_of
+from potstill.engine.config.library import file_of
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"device": "Some GPU", "torch": "2.11.0", "driver": "580.1", "commit": "abc", "date": "2026-01-02 03:04"}

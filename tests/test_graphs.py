@@ -14,9 +14,9 @@ from rehearse import GPU, REHEARSING, Tape, on_host
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from potstill.engine.build import build_method
-from potstill.engine.config import METHOD_CONFIGS
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import METHOD_CONFIGS
+from potstill.engine.jobs.build import build_method
 from potstill.engine.methods.base import Draws, Method
 from potstill.engine.methods.msd import TSM, TSMConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher

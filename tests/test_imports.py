@@ -70,18 +70,18 @@ print(len(dotted))
 
 
 @pytest.mark.parametrize(
-    "first", ["kernels", "kernels.compat", "kernels.score_match", "potstill", "engine.config", "engine", "potstill.kernels.aot"]
+    "first", ["kernels", "kernels.compat", "kernels.score_match", "potstill", "engine.config.tree", "engine", "potstill.kernels.aot"]
 )
 def test_short_names_are_the_same_modules(first):
     """Whatever is imported first, and by whichever name. Registering an op twice would be an error of PyTorch's."""
     code = f"""
 import {first}
-import kernels, engine.student, potstill, potstill.kernels.score_match, kernels.denoise, kernels.modules, engine.nets.ops
+import kernels, engine.models.student, potstill, potstill.kernels.score_match, kernels.denoise, kernels.modules, engine.nets.ops
 from kernels.compat import variational_score_distillation_loss
 from kernels import score_match, denoise
 assert callable(kernels.score_match) and callable(potstill.kernels.denoise)
-assert score_match is potstill.score_match and engine.student.Student is potstill.Student
-assert score_match.__module__ == "potstill.kernels.score_match" and engine.student.Student.__module__ == "potstill.engine.student"
+assert score_match is potstill.score_match and engine.models.student.Student is potstill.Student
+assert score_match.__module__ == "potstill.kernels.score_match" and engine.models.student.Student.__module__ == "potstill.engine.models.student"
 SKIP = ()
 """
     assert int(run(code + SAME)) > 30
@@ -96,7 +96,9 @@ def test_python_m_takes_the_short_name_and_a_name_it_does_not_know_is_the_usual_
 
 def test_pickled_names_do_not_depend_on_the_import():
     made = run("import pickle, engine.config; print(pickle.dumps(engine.config.DataConfig()).hex())")
-    assert run(f"import pickle; print(type(pickle.loads(bytes.fromhex('{made}'))).__module__)", path=[ROOT]) == "potstill.engine.config"
+    assert (
+        run(f"import pickle; print(type(pickle.loads(bytes.fromhex('{made}'))).__module__)", path=[ROOT]) == "potstill.engine.config.tree"
+    )
 
 
 @pytest.fixture

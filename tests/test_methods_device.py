@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from potstill.engine.build import build_method
-from potstill.engine.config import METHOD_CONFIGS
+from potstill.engine.config.tree import METHOD_CONFIGS
+from potstill.engine.jobs.build import build_method
 from potstill.engine.methods.base import modules_of
 from potstill.engine.nets.edm import from_kwargs
 

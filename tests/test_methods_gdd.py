@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, softplus
 from toy import Mixture, apart, batch_of, default_dtype, draws, gradients, largest, learn, pretrained, reached
 
-from potstill.engine.config import RECIPES, load
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import RECIPES, load
 from potstill.engine.diffusion import precond
-from potstill.engine.errors import UserError
 from potstill.engine.methods.base import Batch, frozen
 from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d

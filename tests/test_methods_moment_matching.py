@@ -20,7 +20,7 @@ from toy import (
     reached,
 )
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.moment_matching import WEIGHTS, Alternating, Instant, Jump, MomentMatchingConfig
 from potstill.engine.nets.edm import from_kwargs

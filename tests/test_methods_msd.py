@@ -10,15 +10,15 @@ from torch import nn
 from toy import Mixture, apart, batch_of, default_dtype, gradients, learn, pretrained, reached
 
 from potstill.engine import train
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
-from potstill.engine.errors import UserError
+from potstill.engine.diffusion.sampling import SeedNoise, one_step
 from potstill.engine.methods.dmd import DMD, DMDConfig, Pairs
 from potstill.engine.methods.msd import TSM, TSMConfig, make_partition
+from potstill.engine.models.router import Partition, Router, load_router, student_folder, write_manifest
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.router import Partition, Router, load_router, student_folder, write_manifest
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import SeedNoise, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 8}
@@ -215,8 +215,8 @@ def test_regression_is_the_distance_on_the_pairs():
 @pytest.mark.parametrize(("recipe", "millions"), [("imagenet64_msd_s", 172.8), ("imagenet64_msd_xs", 85.9)])
 def test_smaller_students_have_the_reconstructed_sizes(recipe, millions):
     """The shapes whose parameter shares (58 % and 29 % of 295.9 M) and depths agree with the published ones."""
-    from potstill.engine import build
-    from potstill.engine.config import load
+    from potstill.engine.config.tree import load
+    from potstill.engine.jobs import build
 
     cfg = load(ROOT / f"configs/{recipe}.yaml", [])
     assert cfg.students.net is not None

@@ -25,16 +25,16 @@ from toy import (
     reached,
 )
 
-from potstill.engine.config import RECIPES, load
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.source import sampler_for
-from potstill.engine.job import Job
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import RECIPES, load
+from potstill.engine.diffusion.sampling import Sampler, few_step, ode, one_step
+from potstill.engine.jobs.job import Job
 from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.models.opening import sampler_for
+from potstill.engine.models.weights import load_net, read_tensors, save_net
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.steps import StepAffine, add_step_condition
-from potstill.engine.nets.weights import load_net, read_tensors, save_net
-from potstill.engine.sampling import Sampler, few_step, ode, one_step
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
 

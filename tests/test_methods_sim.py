@@ -18,8 +18,8 @@ from toy import (
     reached,
 )
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion import precond
-from potstill.engine.errors import UserError
 from potstill.engine.methods.base import Batch
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.kernels import Estimate, score_implicit

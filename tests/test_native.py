@@ -13,7 +13,7 @@ import test_kernels_norm_silu as norm
 import torch
 from places import CPU
 
-from potstill.engine import build
+from potstill.engine.jobs import build
 from potstill.kernels import aot, native, norm_silu
 from potstill.kernels._lib import INTERPRET
 

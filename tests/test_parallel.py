@@ -21,7 +21,7 @@ import torch
 from patience import Patience, outlasted, until
 from rehearse import GPU, REHEARSING
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.training import ranks as speech
 from potstill.engine.training.checkpoint import checkpoints, load_newest
 from potstill.engine.training.memory import fitting_micro_batch, peak_memory, sizes

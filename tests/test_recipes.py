@@ -25,11 +25,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from potstill.engine import build
-from potstill.engine.config import Config, load
-from potstill.engine.job import Job
-from potstill.engine.library import find, names, text_of
-from potstill.engine.nets.weights import load_net, read_tensors, save_net
+from potstill.engine.config.library import find, names, text_of
+from potstill.engine.config.tree import Config, load
+from potstill.engine.jobs import build
+from potstill.engine.jobs.job import Job
+from potstill.engine.models.weights import load_net, read_tensors, save_net
 from potstill.engine.training.loop import Interrupted
 from potstill.engine.training.run import Run, TrainConfig
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from potstill.engine import sample
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.generate import generate
-from potstill.engine.evaluation.source import open_models
+from potstill.engine.diffusion.sampling import ode, one_step
+from potstill.engine.models.generate import generate
+from potstill.engine.models.opening import open_models
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import ode, one_step
 
 ROOT = Path(__file__).parent.parent
 TINY = {

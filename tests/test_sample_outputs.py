@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from potstill.engine import sample
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation import outputs
-from potstill.engine.evaluation.generate import Between, generate, slerp
-from potstill.engine.evaluation.pictures import sheet
-from potstill.engine.evaluation.presets import PRESETS
-from potstill.engine.evaluation.source import open_models
+from potstill.engine.diffusion.sampling import SeedNoise, ode, one_step
+from potstill.engine.formats import outputs
+from potstill.engine.formats.pictures import sheet
+from potstill.engine.models.generate import Between, generate, slerp
+from potstill.engine.models.opening import open_models
+from potstill.engine.models.presets import PRESETS
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.weights import save_net
-from potstill.engine.sampling import SeedNoise, ode, one_step
 
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 10, "model_type": "SongUNet", "model_channels": 16}
 TINY |= {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from potstill.engine import build, sample, train
 from potstill.engine import probe as command
+from potstill.engine import sample, train
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation.generate import generate
+from potstill.engine.diffusion.strata import spread, strata
+from potstill.engine.jobs import build
 from potstill.engine.methods.base import Draws, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.gdd import GDDConfig
@@ -24,10 +26,10 @@ from potstill.engine.methods.moment_matching import Alternating, MomentMatchingC
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.models.generate import generate
+from potstill.engine.models.weights import save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.frozen import is_frozen
-from potstill.engine.nets.weights import save_net, weights_hash
-from potstill.engine.sampling import ode, one_step
 from potstill.engine.skipping import freezing, picture
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.blocks import block_names
@@ -45,7 +47,6 @@ from potstill.engine.skipping.plan import (
 )  # fmt: skip
 from potstill.engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
 from potstill.engine.skipping.probe import probe as probed
-from potstill.engine.strata import spread, strata
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
 

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
+from potstill.engine.diffusion.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
 from potstill.engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
 from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
-from potstill.engine.evaluation.source import sampler_for
 from potstill.engine.methods.teacher import EDMLoss, Teacher
+from potstill.engine.models.opening import sampler_for
+from potstill.engine.models.router import Partition, Router
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.router import Partition, Router
-from potstill.engine.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
 from potstill.engine.skipping.apply import Skipping
 
 SD = 0.7  # the data: N(0, SD²), whose denoiser is D(x; σ) = x·SD²/(SD² + σ²)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import Mixture, default_dtype, distance, energy_distance, image, pretrained
 
-from potstill.engine.sampling import ode
+from potstill.engine.diffusion.sampling import ode
 
 
 @pytest.mark.parametrize("label_dim", [0, 4])

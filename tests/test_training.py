@@ -13,7 +13,8 @@ import torch
 from patience import Patience, outlasted, until
 from torch import nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import whole
 from potstill.engine.methods.base import Batch, Method, Turn, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher
@@ -22,7 +23,6 @@ from potstill.engine.training.ema import EMA, ema_decay
 from potstill.engine.training.log import Meter, MetricsFile
 from potstill.engine.training.optim import OptimConfig, learning_rate
 from potstill.engine.training.run import Run, TrainConfig
-from potstill.engine.whole import whole
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import modules_of
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rehearse import GPU, REHEARSING
 
-from potstill.engine import build
+from potstill.engine.jobs import build
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs

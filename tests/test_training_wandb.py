@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from potstill.engine import train as command
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.methods.base import Method, Turn
-from potstill.engine.sampling import one_step
 from potstill.engine.training.loop import Interrupted, LogConfig, train
 from potstill.engine.training.run import Run, TrainConfig
 
@@ -167,7 +167,7 @@ def test_no_login_is_one_sentence(tmp_path, wandb):
 
 
 def test_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("potstill.engine.preflight.installed", lambda package: package != "wandb")
+    monkeypatch.setattr("potstill.engine.jobs.preflight.installed", lambda package: package != "wandb")
     with pytest.raises(UserError, match=r"package wandb, for log.wandb: pip install 'potstill\[wandb\]'"):
         command.main([DIGITS, f"run_dir={tmp_path}/r", "log.wandb=p"])
     assert not (tmp_path / "r").exists()

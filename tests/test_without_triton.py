@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import kernels
-from potstill.engine.errors import UserError
-from potstill.engine.evaluation import source
+from potstill.engine.common.errors import UserError
+from potstill.engine.models import opening as source
 from potstill.engine.training import compile as switch
 from potstill.kernels import compat, cuda, reference
 from potstill.kernels._triton import NO_TRITON

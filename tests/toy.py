@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.diffusion import precond
+from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.methods.base import Batch, Draws, Method, Turn
-from potstill.engine.sampling import Sampler
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels import Estimate

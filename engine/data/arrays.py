@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
-from potstill.engine.errors import UserError
 
 SYNTHETIC = re.compile(r"synthetic:(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 MAX_SYNTHETIC_BYTES = 2**32

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, what_it_is
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 METADATA = "dataset.json"

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.labels import Labels, Reader, Say, from_values, usual
-from potstill.engine.errors import UserError
 
 PREFIX = "hf:"
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.arrays import ArraySource
 from potstill.engine.data.pictures import Header
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
-from potstill.engine.errors import UserError
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 Indices = Sequence[int] | np.ndarray | Tensor

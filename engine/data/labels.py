@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 MAX_CLASSES = 100_000  # a one-hot row has this many numbers at most; a larger label is a mistake, not a class
 NAMES = (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import IN_MEMORY_BYTES, Images
 from potstill.engine.data.progress import cores
-from potstill.engine.errors import UserError
 
 ENDLESS = 2**62
 

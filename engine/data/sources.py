@@ -7,13 +7,13 @@ from typing import Protocol
 
 from PIL import Image
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
 from potstill.engine.data.files import METADATA, Files, Folder, Zip, open_files
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
 from potstill.engine.data.pictures import FORMATS, NO_IMAGE, Header, decode, opened, png_header, refuse_bomb
 from potstill.engine.data.progress import note
 from potstill.engine.data.tars import read_tars, shards_of
-from potstill.engine.errors import UserError
 
 
 class Source(Protocol):

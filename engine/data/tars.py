@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden, opened_for, read_at
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
-from potstill.engine.errors import UserError
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's: key and column meet at the file name's first dot

@@ -11,9 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import save_tensors
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.whole import save_tensors
 
 FILES = Path(__file__).parent / "standalone"
 SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows

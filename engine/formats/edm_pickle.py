@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import iddpm_levels
-from potstill.engine.errors import UserError
+from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.edm_arguments import argument, check_arguments, check_class
 from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
 from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
 from potstill.engine.formats.torch_pickles import Persistent, StoredTensor, read_file
+from potstill.engine.models.weights import load_strictly, read_metadata, read_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
-from potstill.engine.nets.weights import load_strictly, read_metadata, read_tensors
-from potstill.engine.sampling import Sampler
 
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike

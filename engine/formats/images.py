@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from PIL import Image
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 Fit = Literal["centre-crop", "stretch", "pad"]
 Filter = Literal["box", "lanczos"]

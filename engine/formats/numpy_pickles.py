@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 Example = tuple[Tensor, ...]
 

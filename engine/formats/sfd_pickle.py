@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import geometric, karras, vp_uniform
 from potstill.engine.formats.edm_arguments import LISTS, argument, is_number, is_whole
 from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
 from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, StoredTensor
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.steps import FREQUENCIES, frequencies
-from potstill.engine.sampling import Sampler
 
 Weights = dict[str, StoredTensor | Tensor]
 PRECOND = f"{SFD_MODULE}EDMPrecond"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
 from potstill.engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 

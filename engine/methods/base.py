@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.sampling import Sampler
-from potstill.engine.strata import strata
+from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.diffusion.strata import strata
 
 Logs = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)

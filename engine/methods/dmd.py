@@ -22,14 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from potstill.engine.checks import Unused, above, at_least, finite, one_of, window
+from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, window
+from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.perceptual import LPIPS
-from potstill.engine.sampling import one_step
 from potstill.kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
 
 

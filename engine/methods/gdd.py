@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from potstill.engine.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
 from potstill.engine.methods.parts import generate, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
@@ -37,7 +38,6 @@ from potstill.engine.nets.discriminators import ProjectedDiscriminator
 from potstill.engine.nets.features import FeatureNet
 from potstill.engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
 from potstill.engine.nets.ops import definitions
-from potstill.engine.sampling import one_step
 from potstill.engine.skipping.freezing import proposed
 from potstill.engine.skipping.plan import load_plan
 from potstill.kernels import discriminator_adversarial, generator_adversarial

@@ -27,15 +27,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.engine.checks import Unused, above, at_least, finite, one_of, probability, wants
+from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, probability, wants
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.diffusion.solvers import posterior
-from potstill.engine.errors import UserError
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
 from potstill.engine.methods.parts import check_guidance, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.weight_space import MODES, SecondMoment, WeightSpace
-from potstill.engine.sampling import ANCESTRAL, Sampler
 from potstill.kernels import add_noise, denoise, moments
 
 

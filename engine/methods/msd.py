@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.engine.checks import above, finite
+from potstill.engine.common.checks import above, finite
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import heun
 from potstill.engine.diffusion.sigmas import edm_weight, grid_level, lognormal
-from potstill.engine.errors import UserError
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
 from potstill.engine.methods.parts import noise_like
+from potstill.engine.models.router import Partition
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.router import Partition
-from potstill.engine.sampling import heun
 from potstill.kernels import add_noise, denoise
 
 KINDS = ("blocks", "random", "kmeans")

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Draws
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock

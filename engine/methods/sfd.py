@@ -23,7 +23,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from potstill.engine.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
@@ -31,7 +32,6 @@ from potstill.engine.methods.parts import random_labels
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.perceptual import LPIPS
 from potstill.engine.nets.steps import add_step_condition
-from potstill.engine.sampling import Sampler, few_step
 from potstill.kernels import trajectory
 
 

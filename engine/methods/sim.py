@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.engine.checks import Unused, above, finite, one_of, probability, wants
+from potstill.engine.common.checks import Unused, above, finite, one_of, probability, wants
+from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.sampling import one_step
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
 

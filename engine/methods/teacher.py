@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from potstill.engine.checks import above, at_least, finite
+from potstill.engine.common.checks import above, at_least, finite
+from potstill.engine.diffusion.sampling import heun
 from potstill.engine.diffusion.sigmas import edm_weight, lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, Turn
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.sampling import heun
 from potstill.kernels import add_noise, denoise
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.nets import ops
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.features import Tap

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.unet import channels_of
 

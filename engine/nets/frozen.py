@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 KINDS = (("conv", "proj"), ("qkv",), ("skip",))
 FREEZE_LEVELS = range(len(KINDS) + 1)

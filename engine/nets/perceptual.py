@@ -6,7 +6,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.nets.features import planning, rgb
 
 

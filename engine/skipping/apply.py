@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.strata import spread
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
 from potstill.engine.skipping.blocks import blocks_of, skippable
 from potstill.engine.skipping.plan import Plan, SkippingConfig
-from potstill.engine.strata import spread
 from potstill.kernels import Estimate
 
 Levels = Callable[[Tensor], Tensor | None]  # Method.teacher_level: u in [0, 1] -> σ, the quantiles of the law it asks its teacher at

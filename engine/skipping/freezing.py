@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.nets.frozen import KINDS, is_frozen
 from potstill.engine.skipping.plan import Plan
 from potstill.engine.skipping.probe import Profile

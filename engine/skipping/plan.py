@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from potstill.engine.checks import Unused, above, at_least, finite, wants
-from potstill.engine.errors import UserError
+from potstill.engine.common.checks import Unused, above, at_least, finite, wants
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import whole
+from potstill.engine.models.weights import same_weights, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.weights import same_weights, weights_hash
 from potstill.engine.skipping.blocks import block_names
-from potstill.engine.whole import whole
 
 FORMAT = "potstill-plan-1"
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.weights import weights_hash
 from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
 from potstill.engine.skipping.plan import Plan, free_choice, kl_budget, nested_order, prefixes, saved, settled
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import whole
 from potstill.engine.training.ranks import Ranks
-from potstill.engine.whole import whole
 
 Key = tuple[Any, ...]  # where a tensor is in nested dictionaries
 Like = Callable[[Key, torch.Size], Tensor | None]  # the DTensor that a tensor shall be cut like; None: it stays whole

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
 from potstill.kernels._triton import INSTALLED

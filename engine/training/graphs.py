@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Draws, Logs
 from potstill.kernels.tables import owned_by_graph
 

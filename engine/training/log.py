@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import whole
 from potstill.engine.methods.base import Logs
 from potstill.engine.training.ranks import ALONE, Ranks
-from potstill.engine.whole import whole
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
 from potstill.engine.training.compile import cache_in
 from potstill.engine.training.log import LogConfig, Progress, Silent, writers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.checks import above, at_least, finite, one_of, wants
+from potstill.engine.common.checks import above, at_least, finite, one_of, wants
 from potstill.engine.nets.shadow import shadow_of
 from potstill.kernels import AdamEMA
 

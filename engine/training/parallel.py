@@ -30,8 +30,8 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 
-from potstill.engine.checks import at_least, one_of
-from potstill.engine.errors import UserError
+from potstill.engine.common.checks import at_least, one_of
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Alone, Method, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from potstill.engine.errors import UserError
+from potstill.engine.common.errors import UserError
 
 T = TypeVar("T")
 

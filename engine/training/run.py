@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from potstill.engine.checks import BadSetting, above, at_least, finite, one_of, wants
-from potstill.engine.errors import UserError
+from potstill.engine.common.checks import BadSetting, above, at_least, finite, one_of, wants
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Batch, Draws, Method, modules_of
 from potstill.engine.nets.layers import CHECKPOINTING
 from potstill.engine.nets.shadow import give_shadows, renew_stale

@@ -1,0 +1,29 @@
+"""How every command begins and ends: its parser; 0 when done, 2 with one sentence when the user can mend it, else a traceback."""
+
+import io
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+
+from potstill.engine.common.errors import UserError
+
+
+def parser_of(command: str, text: str | None, after: str | None = None) -> ArgumentParser:
+    """The parser of `potstill COMMAND`: `text`, a module's docstring, stands in --help as it is written, `after` at its end."""
+    return ArgumentParser(prog=f"potstill {command}", description=text, epilog=after, formatter_class=RawDescriptionHelpFormatter)
+
+
+def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
+    """Call main(arguments), those of the command line by default; print a UserError as one line on stderr and exit with 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: on Windows a file or pipe may have no σ
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output (head, less) left; Python would try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

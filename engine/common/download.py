@@ -1,0 +1,259 @@
+"""A file from the web, kept in a cache: progress on stderr, resumed where it broke off, its length checked.
+
+An unfinished file lies beside its place as NAME.part, with NAME.part.json saying what it is a part of; the file appears
+under its own name only when it is whole. Nothing is downloaded twice, and a file put there by hand is as good.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from potstill.engine.common.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two downloads of one file at a time are the user's own affair
+    fcntl = None
+
+ATTEMPTS = 5  # in a row that bring nothing new
+PAUSE = 1.0  # seconds before the second attempt, doubled for every other
+TIMEOUT = 30.0
+CHUNK = 1 << 20
+
+
+class Part(NamedTuple):
+    """What an unfinished file is a part of: the server's mark of that version and its length, where it tells them."""
+
+    version: str | None
+    length: int | None
+
+
+class _Broken(Exception):
+    """The server's answer ended early, or there was none."""
+
+
+class _Changed(Exception):
+    """What is on the server is not what the unfinished file is a part of."""
+
+
+def is_url(text: str) -> bool:
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text))
+
+
+def cache_folder() -> Path:
+    """$POTSTILL_CACHE, or ~/.cache/potstill."""
+    return Path(os.environ.get("POTSTILL_CACHE") or "~/.cache/potstill").expanduser()
+
+
+def cached_path(url: str) -> Path:
+    """Where the file of a URL lies, there or not: CACHE/host/path. UserError for what is no http or https address."""
+    parts = urllib.parse.urlsplit(url)
+    names = [name for name in parts.path.split("/") if name not in ("", ".", "..")]
+    if parts.scheme not in ("http", "https") or not parts.hostname or not names:
+        raise UserError(f"wanted the http or https address of a file, got {url}")
+    host = parts.netloc.rpartition("@")[2].replace(":", "_")
+    if parts.query:
+        names[-1] = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{names[-1]}"
+    return cache_folder().joinpath(host, *names)
+
+
+def fetch(url: str, *, command: str, sha256: str | None = None) -> Path:
+    """The file at a URL, from the cache or else from the web.
+
+    command: what to type again, for the error messages. sha256: what the file must have, where that is known.
+    Raises UserError, with where to put the file by hand if the server cannot be reached.
+    """
+    path = cached_path(url)
+    if not path.is_file():
+        part = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "ab") as file, _alone(file, part):
+                if not path.is_file():  # else another process has just finished it
+                    _download(url, part, file, path, command)
+                    if fcntl:
+                        os.replace(part, path)  # before anybody else gets the lock
+            if not path.is_file():  # Windows has no such lock, and moves no file that is open
+                os.replace(part, path)
+            part.unlink(missing_ok=True)
+            _about(part).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; POTSTILL_CACHE names another folder") from error
+    if sha256 and (found := digest(path)) != sha256:
+        raise UserError(f"{path} has the sha256 {found}, wanted {sha256}: remove it and run this again: {command}")
+    return path
+
+
+def digest(path: Path) -> str:
+    """The file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(url: str, part: Path, file: BinaryIO, path: Path, command: str) -> None:
+    """Fill the unfinished file, in as many attempts as bring it further."""
+    failures, most = 0, file.seek(0, os.SEEK_END)
+    while True:
+        try:
+            return _attempt(url, part, file)
+        except urllib.error.HTTPError as error:
+            if error.code not in (408, 429) and error.code < 500:
+                raise UserError(
+                    f"{url} answered {error.code} {error.reason}: correct the address, or put the file at {path} and run "
+                    f"this again: {command}"
+                ) from error
+            reason = f"it answered {error.code} {error.reason}"
+        except _Changed:
+            _empty(file)
+            reason = "it sends something else every time"
+        except _Broken as error:
+            reason = str(error)
+        size = file.seek(0, os.SEEK_END)
+        failures, most = 0 if size > most else failures + 1, max(size, most)
+        if failures >= ATTEMPTS:
+            raise UserError(f"cannot download {url} ({reason}): get it in another way, put it at {path} and run this again: {command}")
+        time.sleep(PAUSE * 2**failures if failures else 0)
+
+
+def _attempt(url: str, part: Path, file: BinaryIO) -> None:
+    """Ask for what is missing and append it."""
+    start = file.seek(0, os.SEEK_END)
+    known = _read_about(part, url) if start else None
+    if known is None:
+        start = _empty(file)
+    elif start == known.length:
+        return  # it broke off between the last byte and its name
+    headers = {"User-Agent": "potstill", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        answer = OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _Changed() if error.code == 416 else error from None
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    with answer:
+        if answer.status == 206 and start:
+            now = _partial(answer, start)
+            if known and now != known:
+                raise _Changed()
+        else:  # the whole file, from servers that cannot send parts
+            start, now = _empty(file), Part(_version(answer), _length(answer))
+            _write_about(part, url, now)
+        _room_for(now.length, start, part)
+        _receive(answer, file, start, now.length, url)
+
+
+def _receive(answer: http.client.HTTPResponse, file: BinaryIO, start: int, length: int | None, url: str) -> None:
+    name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
+    with _bar(name, start, length) as bar:
+        while data := _read(answer):
+            file.write(data)
+            bar.update(len(data))
+    file.flush()
+    if length is not None and file.tell() > length:
+        _empty(file)
+        raise _Broken(f"it sent more than the {length:,} bytes it had announced")
+    if length is not None and file.tell() < length:
+        raise _Broken(f"it broke off after {file.tell():,} of {length:,} bytes")
+
+
+def _read(answer: http.client.HTTPResponse) -> bytes:
+    try:
+        return answer.read(CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Broken(str(error) or type(error).__name__) from error
+
+
+def _empty(file: BinaryIO) -> int:
+    """0, which is where the file then ends."""
+    file.truncate(0)
+    return file.seek(0)
+
+
+def _version(answer: http.client.HTTPResponse) -> str | None:
+    return answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+
+
+def _length(answer: http.client.HTTPResponse) -> int | None:
+    text = answer.headers.get("Content-Length", "")
+    return int(text) if text.isdecimal() else None
+
+
+def _partial(answer: http.client.HTTPResponse, start: int) -> Part:
+    """What a partial answer is a part of; _Changed if it does not begin where it should."""
+    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
+    if not match or int(match[1]) != start or int(match[2]) + 1 != int(match[3]):
+        raise _Changed()
+    return Part(_version(answer), int(match[3]))
+
+
+def _about(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _read_about(part: Path, url: str) -> Part | None:
+    """What the unfinished file is a part of; None if that is not known, and it cannot be gone on with."""
+    try:
+        about = json.loads(_about(part).read_text(encoding="utf-8"))
+        return Part(about["version"], about["length"]) if about["url"] == url else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_about(part: Path, url: str, version: Part) -> None:
+    _about(part).write_text(json.dumps({"url": url, **version._asdict()}), encoding="utf-8")
+
+
+def _room_for(length: int | None, start: int, part: Path) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if length is not None and length - start > free:
+        raise UserError(
+            f"{part.parent} has {free / 2**20:,.0f} MiB free, wanted {(length - start) / 2**20:,.0f}: make room, or name "
+            "another folder in POTSTILL_CACHE"
+        )
+
+
+@contextlib.contextmanager
+def _alone(file: BinaryIO, part: Path) -> Iterator[None]:
+    """While no other process writes this file."""
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is downloading {part}: wait until it is done") from error
+    yield
+
+
+def _bar(name: str, start: int, length: int | None) -> tqdm:
+    return tqdm(
+        total=length, initial=start, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=os.environ.get("RANK", "0") != "0",
+    )  # fmt: skip
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection, but never from https to an address that anybody on the way could answer for."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+            raise UserError(f"{req.full_url} redirects to {newurl}, which is not https: refused")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+OPENER = urllib.request.build_opener(_SafeRedirects)

@@ -1,0 +1,346 @@
+"""The tree of settings: dataclasses that are Hydra's schema, and how a recipe and `key=value`s become one of them.
+
+A key that does not exist is an error that names the nearest one that does.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from potstill.engine.common.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import RECIPES, find
+from potstill.engine.config.written import Recipes, as_written, kind_of
+from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.methods.gdd import GDDConfig
+from potstill.engine.methods.moment_matching import MomentMatchingConfig
+from potstill.engine.methods.msd import KINDS as PARTITIONS
+from potstill.engine.methods.sfd import SFDConfig
+from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.methods.teacher import EDMLoss
+from potstill.engine.skipping.plan import SkippingConfig
+from potstill.engine.training.loop import LogConfig
+from potstill.engine.training.run import TrainConfig
+
+#: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
+ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
+MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
+
+
+@dataclass
+class DataConfig:
+    """The real images; they also say resolution, channels and number of classes."""
+
+    path: str | None = "digits"  # digits | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
+    resolution: int | None = None  # wanted; null: as it comes
+    unlabelled: bool = False  # ignore class labels and class folders
+    flips: bool = False  # mirror half of the images
+    workers: int = 2  # processes that decode images when they do not fit in memory
+    how: str = ""  # how to get the data: printed when it is missing
+
+    def __post_init__(self):
+        at_least(self, 1, "resolution")
+        at_least(self, 0, "workers")
+        wants(self, "path", self.path != "", "a data set, or null for none")
+
+    def unused(self) -> Unused:
+        return {} if self.path else dict.fromkeys(("resolution", "unlabelled", "flips", "workers"), "data.path=null")
+
+
+@dataclass
+class NetConfig:
+    """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data."""
+
+    precond: str = "EDMPrecond"  # preconditioning: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond | GDDPrecond | ECMPrecond
+    model_type: str = "SongUNet"  # SongUNet (DDPM++, NCSN++) | DhariwalUNet (ADM)
+    conditional: bool = True  # on the class, where the data has classes
+    model_channels: int | None = None  # channels that channel_mult multiplies
+    channel_mult: list[int] | None = None  # channels of each resolution, the finest first, in units of model_channels
+    channel_mult_emb: int | None = None  # channels of the embedding of noise level and class, in units of model_channels
+    channel_mult_noise: int | None = None  # channels of the noise level's own embedding, in units of model_channels; SongUNet's
+    num_blocks: int | None = None  # residual blocks for each resolution
+    attn_resolutions: list[int] | None = None  # side lengths in pixels at which there is attention
+    dropout: float | None = None  # probability within the blocks
+    label_dropout: float | None = None  # probability that a class is not told, for guidance
+    augment_dim: int | None = None  # inputs for EDM's augmentation, which this engine does not do: as the weights to be loaded want it
+    embedding_type: str | None = None  # of the noise level: positional (DDPM++) | fourier (NCSN++); SongUNet's
+    encoder_type: str | None = None  # standard (DDPM++) | residual (NCSN++) | skip; SongUNet's
+    decoder_type: str | None = None  # standard | skip; SongUNet's
+    resample_filter: list[int] | None = None  # of changes of resolution: [1,1] (DDPM++) | [1,3,3,1] (NCSN++); SongUNet's
+
+    def __post_init__(self):
+        finite(self)
+        at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
+        at_least(self, 0, "augment_dim")
+        probability(self, "dropout", "label_dropout")
+        wants(
+            self,
+            "channel_mult",
+            self.channel_mult is None or min(self.channel_mult, default=0) >= 1,
+            "a list of numbers from 1, one a resolution",
+        )
+        wants(
+            self, "resample_filter", self.resample_filter is None or sum(self.resample_filter) > 0, "a list of numbers whose sum is above 0"
+        )
+
+
+@dataclass
+class TeacherConfig:
+    """A weight file to start from, or how to train one."""
+
+    checkpoint: str | None = None  # .safetensors; null: train it, or take the one that is already in the run folder
+    how: str = ""  # how to get the checkpoint: printed when it is missing
+    loss: EDMLoss = field(default_factory=EDMLoss)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        wants(self, "checkpoint", self.checkpoint != "", "a weight file, or null to train a teacher")
+
+
+@dataclass
+class EvalConfig:
+    """The Frechet distance at the end of a run and, with train.eval_kimg, within it."""
+
+    features: str = "pixels"  # pixels | inception[:FILE|URL] | dinov2:FILE | clip:FILE | a TorchScript file
+    n: int | None = None  # images generated; null: as many as the data has, at most 50,000
+    batch: int = 512  # images at a time; changes no image
+    seed: int = 0  # of the first image; the next one has the next
+
+    def __post_init__(self):
+        at_least(self, 2, "n")
+        wants(self, "n", self.n is None or self.n <= MOST_IMAGES, f"at most {MOST_IMAGES:,} images")
+        at_least(self, 1, "batch")
+        seed(self, "seed")
+        wants(self, "features", self.features != "", "the name or file of a feature net, such as pixels")
+
+
+@dataclass
+class StudentsConfig:
+    """Multi-student distillation (MSD): every student has its own share of the classes."""
+
+    count: int = 1  # how many
+    partition: str = "blocks"  # of the classes among them: blocks | random | kmeans (of the classes' mean images)
+    net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
+    tsm: TrainConfig = field(default_factory=TrainConfig)
+    start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM; null: from the teacher
+
+    def __post_init__(self):
+        at_least(self, 1, "count")
+        one_of(self, "partition", PARTITIONS)
+
+    def unused(self) -> Unused:
+        return {"partition": "students.count=1"} if self.count == 1 else {}
+
+
+@dataclass
+class Config:
+    """What holds for the whole run."""
+
+    run_dir: str | None = None  # where everything is written; null: runs/<name of the recipe>
+    seed: int = 0  # of every random number: weights, order of the images, noise
+    device: str = "auto"  # auto (a GPU where there is one) | cpu | cuda | cuda:1
+    precision: str = "auto"  # of the U-Nets: auto | fp32 | bf16; weights and losses are always float32
+    tf32: bool | None = None  # float32 convolutions and products on GPUs with 10-bit mantissas; null: PyTorch's (convolutions)
+    cudnn_benchmark: bool | None = None  # cuDNN times its convolutions on every new shape; null: on GPUs, unless deterministic
+    deterministic: bool = False  # only algorithms that give the same bits every time; slower on GPUs
+    rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
+    profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    net: NetConfig = field(default_factory=NetConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    method: Any = MISSING  # which one, by name: method=sid; its own settings are method.…
+    students: StudentsConfig = field(default_factory=StudentsConfig)
+    student: int | None = None  # of several students train this one only, as a job of its own; null: all in turn
+    train: TrainConfig = field(default_factory=TrainConfig)
+    skipping: SkippingConfig = field(default_factory=SkippingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        seed(self, "seed")
+        wants(self, "student", self.student is None or 0 <= self.student < self.students.count, f"0 … {self.students.count - 1}")
+
+
+METHOD_CONFIGS: dict[str, type] = {
+    "dmd": DMDConfig,
+    "sim": SIMConfig,
+    "moment_matching": MomentMatchingConfig,
+    "gdd": GDDConfig,
+    "sfd": SFDConfig,
+}
+
+
+class _Groups(SearchPathPlugin):
+    """Lets a recipe anywhere on disk use our groups (method=…, net=…), and keeps its words as they are written."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for place in search_path.get_path():
+            if place.provider == "main" and "://" not in place.path:
+                place.path = f"{Recipes.scheme()}://{place.path}"
+        search_path.append("potstill", f"{Recipes.scheme()}://{RECIPES}")
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in METHOD_CONFIGS.items():
+        store.store(group="method", name=f"{name}_schema", node=node)
+    for plugin in (_Groups, Recipes):
+        Plugins.instance().register(plugin)
+
+
+_register()
+
+
+def load(recipe: str | Path, overrides: list[str]) -> Config:
+    """The settings of a recipe, by name or path, with `key=value` overrides. UserError for whatever does not fit the schema."""
+    recipe = find(recipe)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"wanted key=value, got {override!r}; e.g. train.batch=64")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
+        try:
+            written = [as_written(one, _kind) for one in overrides]
+            tree = _composed(recipe, [one for one in written if not ABSENT.match(one)])
+            OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
+            tree.merge_with(*[_nested(one) for one in written if ABSENT.match(one)])
+            if unknown := list(_unknown(tree)):
+                raise UserError(_no_such_setting(unknown[0], recipe))
+            config = OmegaConf.to_object(tree)
+        except BadSetting as error:
+            raise error.at(_place(tree)) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_sentence(error, recipe)) from error
+        except YAMLError as error:
+            raise UserError(f"{recipe} is not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
+    if type(config.method) not in METHOD_CONFIGS.values():
+        raise UserError(
+            f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}"
+        )
+    config.run_dir = config.run_dir or f"runs/{recipe.stem}"
+    return config
+
+
+def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
+    """What Hydra makes of recipe and overrides. It stumbles over some input in ways of its own, which are the user's to mend too."""
+    try:
+        return compose(recipe.stem, overrides=overrides)
+    except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
+        given = f" with {' '.join(overrides)}" if overrides else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Hydra cannot compose {recipe}{given}: {reason}; wanted a recipe as in {RECIPES}, and key=value of settings"
+        ) from error
+
+
+def _unknown(tree: DictConfig, path: str = "") -> Iterator[str]:
+    """Names within dataclasses that these do not have: `+key=value` can add some."""
+    kind = OmegaConf.get_type(tree)
+    for name in tree:
+        if dataclasses.is_dataclass(kind) and name not in {f.name for f in dataclasses.fields(kind)}:
+            yield f"{path}{name}"
+        elif not OmegaConf.is_missing(tree, name) and isinstance(tree[name], DictConfig):
+            yield from _unknown(tree[name], f"{path}{name}.")
+
+
+def _place(tree: DictConfig) -> str:
+    """The dotted name of the innermost branch whose own check fails."""
+    for name in tree:
+        branch = tree[name] if not OmegaConf.is_missing(tree, name) else None
+        if not isinstance(branch, DictConfig):
+            continue
+        try:
+            OmegaConf.to_object(branch)
+        except BadSetting:
+            inner = _place(branch)
+            return f"{name}.{inner}" if inner else str(name)
+    return ""
+
+
+def _nested(override: str) -> dict[str, Any]:
+    """{"a": {"b": value}} of a.b=value."""
+    parsed = OverridesParser.create().parse_override(override)
+    tree: Any = parsed.value()
+    for name in reversed(parsed.key_or_group.split(".")):
+        tree = {name: tree}
+    return tree
+
+
+def _kind(key: str) -> Any:
+    return kind_of(Config, key, {"method": list(METHOD_CONFIGS.values())})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings, as they are stored in a run folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def differences(a: DictConfig, b: DictConfig) -> list[str]:
+    """Keys (dotted) whose values differ between two trees."""
+    flat_a, flat_b = flat(OmegaConf.to_container(a)), flat(OmegaConf.to_container(b))
+    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as {"a.b.c": value}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _sentence(error: Exception, recipe: Path) -> str:
+    """What went wrong, from the innermost of Hydra's nested errors."""
+    if isinstance(error, OverrideParseException | MissingConfigException):
+        return " ".join(str(error).split())
+    inner: BaseException = error
+    while isinstance(inner.__cause__, HydraException | OmegaConfBaseException):
+        inner = inner.__cause__
+    key = getattr(inner, "full_key", None)
+    message = str(inner).splitlines()[0]
+    unknown = isinstance(inner, AttributeError | KeyError) or "not in" in message
+    if key and unknown:
+        return _no_such_setting(key, recipe)
+    if isinstance(error, ConfigCompositionException) and not key:
+        return " ".join(str(error).split())
+    return f"{recipe.name}: {key}: {message}" if key else f"{recipe.name}: {message}"
+
+
+def _no_such_setting(key: str, recipe: Path) -> str:
+    near = difflib.get_close_matches(key, _known_keys(recipe), 1, 0.3)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{recipe.name}: there is no setting {key!r}{hint}"
+
+
+def _known_keys(recipe: Path) -> list[str]:
+    """Every key that could be set: those of the recipe if it composes, else the schema's."""
+    try:
+        tree = OmegaConf.to_container(compose(recipe.stem))
+    except (HydraException, OmegaConfBaseException):
+        tree = OmegaConf.to_container(OmegaConf.structured(Config))
+        assert isinstance(tree, dict)
+        tree["method"] = {k: None for node in METHOD_CONFIGS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
+    keys = list(flat(tree))
+    parents = {key.rpartition(".")[0] for key in keys} - {""}
+    return keys + sorted(parents)

@@ -1,0 +1,73 @@
+"""Settings that were given and do nothing in this run, said once before it begins.
+
+A setting is given where it differs from the schema's default. Which of them do nothing is known in two places: a settings
+dataclass says it of its own (`unused()`), and `across` of what follows from elsewhere: a teacher's file, the data, the ranks.
+"""
+
+import dataclasses
+import inspect
+from typing import Any
+
+from potstill.engine.common.checks import Unused
+from potstill.engine.config.tree import Config, flat
+from potstill.engine.nets.denoiser import Denoiser
+
+
+def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
+    """All of them with their reasons, in one sentence; "" where there are none."""
+    names: dict[str, list[str]] = {}
+    for name, why in unused(cfg, teacher, ranks).items():
+        names.setdefault(why, []).append(name)
+    parts = [f"{', '.join(found)} ({why})" for why, found in names.items()]
+    return f"these settings do nothing here: {'; '.join(parts)}" if parts else ""
+
+
+def unused(cfg: Config, teacher: Denoiser, ranks: int = 1) -> Unused:
+    """{dotted name: why} of what was given and does nothing."""
+    rules = across(cfg, teacher, ranks)
+    for branch in ("data", "method", "students", "skipping"):
+        part = getattr(cfg, branch)
+        rules |= {f"{branch}.{name}": why for name, why in (part.unused() if hasattr(part, "unused") else {}).items()}
+    found = {name: [why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")] for name in given(cfg)}
+    return {name: reasons[0] for name, reasons in found.items() if reasons}
+
+
+def given(cfg: Config) -> dict[str, Any]:
+    """The settings that differ from the schema's defaults: {dotted name: value}."""
+    default = Config(method=type(cfg.method)())
+    ours, theirs = flat(dataclasses.asdict(cfg)), flat(dataclasses.asdict(default))
+    return {name: value for name, value in ours.items() if name not in theirs or theirs[name] != value}
+
+
+def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
+    """What one branch of the settings, the teacher's file or the number of ranks makes of another; names may be whole branches."""
+    rules: Unused = {}
+    if (file := cfg.teacher.checkpoint) is not None:
+        why = f"teacher.checkpoint={file}"
+        rules |= dict.fromkeys([f"net.{name}" for name in contradicted(cfg, teacher)], f"the net in {file} is another")
+        rules |= dict.fromkeys(("teacher.train", "teacher.loss.P_mean", "teacher.loss.P_std"), why)
+    if "teacher" in cfg.teacher.train.optim:
+        rules["teacher.train.optim.student"] = "teacher.train.optim.teacher is given"
+    if cfg.students.net is None:
+        rules["students.tsm"] = "students.net=null"
+    if not cfg.data.path:
+        rules |= dict.fromkeys(("eval.features", "eval.n", "eval.seed", "train.eval_kimg"), "data.path=null")
+    for name, stage in (("teacher.train", cfg.teacher.train), ("students.tsm", cfg.students.tsm), ("train", cfg.train)):
+        if ranks == 1:
+            rules |= dict.fromkeys((f"{name}.parallel", f"{name}.fsdp"), "one process; torchrun starts several")
+        elif stage.parallel != "fsdp":
+            rules[f"{name}.fsdp"] = f"{name}.parallel={stage.parallel}"
+    return rules
+
+
+def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
+    """Settings of the net that are not what the teacher's file says of it, as far as it says anything."""
+    signature = inspect.signature(type(teacher.model)).parameters
+    said = {name: one.default for name, one in signature.items()} | teacher.kwargs
+    said |= {"precond": teacher.precond, "model_type": type(teacher.model).__name__, "conditional": bool(teacher.label_dim)}
+    ours = {name: value for name, value in vars(cfg.net).items() if value is not None}
+    return [name for name, value in ours.items() if name not in said or _plain(said[name]) != value]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,203 @@
+"""From noise to images with any net: one step, few steps or a whole ODE, described by data that fits in a weight file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from potstill.engine.common.checks import above, at_least, one_of, wants
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sigmas import karras, with_zero
+from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
+
+ONE_STEP, ANCESTRAL = "one_step", "ancestral"
+CHURNED = ("euler", "heun")  # they remember nothing, so noise may come between their steps
+
+
+class Sampled(Protocol):
+    """What images are sampled from: a denoiser, the router of several, or a denoiser some of whose layers are skipped."""
+
+    img_channels: int
+    img_resolution: int
+    label_dim: int
+    training: bool
+
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **how: Any) -> Tensor: ...
+
+
+class SeedNoise:
+    """Standard normals with one generator per sample, so that neither the batch nor its size changes an image."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def normal(self, *shape: int) -> Tensor:
+        """[len(seeds), *shape]; the next numbers of every sample's own stream."""
+        return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in self.generators])
+
+
+@dataclass
+class Sampler:
+    """How a net is sampled.
+
+    solver: "one_step" (x = D(σ z; σ) at the only level), "ancestral" (posterior sampling with fresh noise, ends with D at
+    the last level), or a name of `solvers.SOLVERS` (an ODE walk over `sigmas`, whose last level may be 0).
+
+    Of an ODE walk: `afs` makes the first step without the net (SFD's analytical first step), `lower_order_final` lets
+    DPM-Solver++ end with lower orders, and `step_condition` is the number of levels that is told to a net with a step
+    condition (`engine.nets.steps`); None for all other nets. `churn` = (S_churn, S_min, S_max, S_noise) makes a walk with
+    euler or heun EDM's stochastic sampler.
+
+    `rho` is the exponent of the Karras levels `sigmas`, from which another number of them follows; None: they are no such
+    levels.
+
+    A walk goes over the levels nearest to `sigmas` that its net knows (`levels`): the same for all nets but iDDPM's.
+    """
+
+    solver: str
+    sigmas: list[float]
+    afs: bool = False
+    lower_order_final: bool = False
+    step_condition: int | None = None
+    churn: tuple[float, float, float, float] | None = None
+    rho: float | None = 7.0
+
+    def __post_init__(self):
+        one_of(self, "solver", (ONE_STEP, ANCESTRAL, *SOLVERS))
+        least = 2 if self.solver in SOLVERS else 1
+        falling = all(math.isfinite(s) and s >= 0 for s in self.sigmas) and sorted(self.sigmas, reverse=True) == list(self.sigmas)
+        fits = len(self.sigmas) == 1 if self.solver == ONE_STEP else len(self.sigmas) >= least
+        levels = "one noise level" if self.solver == ONE_STEP else f"{least} or more noise levels"
+        wants(self, "sigmas", fits and falling and self.sigmas[0] > 0, f"{levels}, the first above 0 and none above the one before")
+        at_least(self, 2, "step_condition")
+        above(self, 0, "rho")
+        if self.afs and self.solver not in SOLVERS:
+            raise ValueError(f"afs wants an ODE solver ({', '.join(SOLVERS)}), got {self.solver!r}")
+        if self.churn is not None:
+            if self.afs or self.step_condition is not None:
+                raise ValueError("churn wants neither afs nor a step condition")
+            self.churn = _checked_churn(self.churn, self.solver)
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        if self.solver in (ONE_STEP, ANCESTRAL):
+            return len(self.sigmas)
+        steps = len(self.sigmas) - 1 - self.afs
+        return EVALUATIONS[self.solver] * steps - (1 if self.solver == "heun" and self.sigmas[-1] == 0 else 0)
+
+    def __call__(self, net: Sampled, labels: Tensor | None, noise: Any) -> Tensor:
+        """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws)."""
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        sigmas = self.levels(net)
+        x = noise.normal(*shape) * sigmas[0].float()
+        if self.solver == ONE_STEP:
+            return net(x, sigmas[0].float(), labels)
+        if self.solver == ANCESTRAL:
+            return self._ancestral(net, x, labels, sigmas, noise)
+        if self.churn:
+            step = churned(
+                SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn, known=partial(nearest_level, net)
+            )
+            return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
+        return self.states(net, x, labels)[-1].float()
+
+    def levels(self, net: Sampled) -> Tensor:
+        """The noise levels at which the net is asked, float64 on the host: `sigmas` [T], or what an iDDPM net knows nearest to
+        them, as in EDM's code. A generator in one step is asked at the level that it was trained at.
+        """
+        walks = self.solver != ONE_STEP
+        known = [nearest_level(net, sigma) if walks else sigma for sigma in self.sigmas]
+        return torch.tensor(known, dtype=torch.float64, device="cpu")  # also where nets are planned on "meta"
+
+    def states(self, net: Sampled, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+        """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
+        assert self.solver in SOLVERS and not self.churn
+        told = {} if self.step_condition is None else {"steps": self.step_condition}
+        sigmas, passed = self.levels(net), []
+        begin_walk(net)
+        if self.afs:
+            passed = [x.double()]
+            x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]
+        walk = trajectory(SOLVERS[self.solver], lambda x, s: net(x, s, labels, **told), x, sigmas, lower_final=self.lower_order_final)
+        return passed + walk
+
+    def with_nfe(self, nfe: int) -> "Sampler":
+        """The same walk over as many Karras levels between its ends as cost `nfe` evaluations, one a step. UserError where its
+        own levels are none, so that others would be a guess.
+        """
+        assert EVALUATIONS.get(self.solver) == 1 and self.sigmas[-1] > 0
+        levels = nfe + 1 + self.afs
+        if nfe == self.nfe:
+            return self
+        if self.rho is None or not self._of_karras(self.rho):
+            raise UserError(f"this student's noise levels follow no Karras schedule: it is sampled with NFE {self.nfe} only, got {nfe}")
+        sigmas = karras(levels, self.sigmas[-1], self.sigmas[0], self.rho).tolist()
+        return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
+
+    def _of_karras(self, rho: float) -> bool:
+        """Are `sigmas` the levels that `rho` makes between their ends? Not in files that are older than `rho` and had another."""
+        made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], rho)
+        return torch.allclose(made, torch.tensor(self.sigmas, dtype=torch.float64, device="cpu"), rtol=1e-5, atol=0)
+
+    def _ancestral(self, net: Sampled, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
+        begin_walk(net)
+        step = ancestral(lambda: noise.normal(*x.shape[1:]))
+        x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
+        return net(x.float(), sigmas[-1].float(), labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a weight file: JSON's types. Without churn, and with EDM's rho, there is no word of them: older readers know it all."""
+        usual = {"churn": None, "rho": 7.0}
+        return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
+
+
+def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, float, float]:
+    if solver not in CHURNED:
+        raise ValueError(f"churn wants the solver {' or '.join(CHURNED)}, got {solver!r}")
+    if len(churn) != 4 or not churn[0] >= 0 or not 0 <= churn[1] <= churn[2] or not churn[3] > 0:
+        raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
+    s_churn, s_min, s_max, s_noise = map(float, churn)
+    return s_churn, s_min, s_max, s_noise
+
+
+def nearest_level(net: Any, sigma: float) -> float:
+    """σ as `net` knows it (`Denoiser.round_sigma`); 0, where a walk ends, stays."""
+    known = getattr(net, "round_sigma", None)
+    return sigma if known is None or not sigma > 0 else known(sigma)
+
+
+def begin_walk(net: Any) -> None:
+    """Tell a net that remembers from one evaluation to the next (`engine.skipping`) that what comes is another walk."""
+    if (restart := getattr(net, "restart", None)) is not None:
+        restart()
+
+
+def one_step(sigma: float) -> Sampler:
+    """x = D(σ z; σ)."""
+    return Sampler(ONE_STEP, [float(sigma)])
+
+
+def ode(solver: str, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Sampler:
+    """`steps` steps of an ODE solver from sigma_max over the Karras levels to 0."""
+    return Sampler(solver, with_zero(karras(steps, sigma_min, sigma_max, rho)).tolist())
+
+
+def heun(net: Any, steps: int) -> Sampler:
+    """EDM's deterministic sampler of a teacher; an iDDPM net's schedule ends where the net does, as in EDM's code."""
+    if getattr(net, "precond", None) == "iDDPMPrecond":
+        return ode("heun", steps, max(0.002, net.sigma_min), min(80.0, net.sigma_max))
+    return ode("heun", steps)
+
+
+def few_step(
+    num_steps: int, *, afs: bool = True, step_condition: bool = False,
+    sigma_min: float = 0.006, sigma_max: float = 80.0, rho: float = 7.0,
+) -> Sampler:  # fmt: skip
+    """SFD's sampler (2409.19681): Euler over `num_steps` Karras levels, the last of which is the image itself."""
+    sigmas = karras(num_steps, sigma_min, sigma_max, rho).tolist()
+    return Sampler("euler", sigmas, afs=afs, step_condition=num_steps if step_condition else None, rho=rho)

@@ -1,0 +1,163 @@
+"""What a run checks before it trains anything; --dry-run does the very same.
+
+A value that no run can use is an error of its own dataclass (`engine.common.checks`). Here is what depends on something else: the device,
+the number of ranks, other settings, files, packages.
+"""
+
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from potstill.engine.common.download import cached_path, is_url
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import Config
+from potstill.engine.data.sources import is_there
+from potstill.engine.jobs import build
+from potstill.engine.measure import inception
+from potstill.engine.measure.named import check_features
+from potstill.engine.methods.base import Method
+from potstill.engine.models.opening import device_named
+from potstill.engine.models.router import student_folder
+from potstill.engine.training.checkpoint import checkpoints
+from potstill.engine.training.compile import check_compile
+from potstill.engine.training.graphs import check_graphs
+from potstill.engine.training.parallel import check_shares
+from potstill.engine.training.run import TrainConfig
+from potstill.kernels import cuda
+
+
+def check_settings(cfg: Config, ranks: int = 1) -> None:
+    """UserError for settings that do not go with one another, with this device or with so many ranks."""
+    device = device_named(cfg.device)
+    if device.type == "cuda" and (without := cuda.lacking("noising")):
+        raise UserError(f"device={cfg.device}: {without}")
+    for name, stage in stages(cfg):
+        if ranks > 1:
+            statistics = name == "train" and has_batch_statistics(cfg)
+            check_shares(stage.batch, stage.micro_batch, ranks, stage.parallel, stage.fsdp, name, statistics=statistics)
+            check_fsdp(cfg, stage, name)
+        check_compile(stage.compile, device, f"{name}.compile")
+        check_graphs(stage.graphs, device, name, ranks)
+    build.precision(cfg.precision, device)
+    build.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
+    if cfg.data.path and not cfg.rehearse:
+        check_features(cfg.eval.features)
+
+
+def stages(cfg: Config) -> Iterator[tuple[str, TrainConfig]]:
+    """What this run trains, by the names of its settings: the teacher, students' common start, the student."""
+    if not cfg.teacher.checkpoint:
+        yield "teacher.train", cfg.teacher.train
+    if cfg.students.net:
+        yield "students.tsm", cfg.students.tsm
+    yield "train", cfg.train
+
+
+def has_batch_statistics(cfg: Config) -> bool:
+    """GDD's batch norms, instant moment matching's halves."""
+    return getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
+
+
+def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
+    """UserError for what sharded nets cannot do."""
+    if stage.parallel != "fsdp":
+        return
+    if stage.micro_batch == "auto":
+        raise UserError(f"{name}.micro_batch=auto cannot try sizes with sharded nets, which do not survive it: give a number")
+    if stage.compile == "net":
+        raise UserError(f"{name}.compile=net wants whole nets, and {name}.parallel=fsdp cuts them at every block: use blocks, or ddp")
+    if name == "train" and (cfg.skipping.plan or cfg.skipping.cache > 1):
+        if cfg.skipping.guard_iterations:
+            raise UserError(
+                "skipping compares gradients of whole nets, which train.parallel=fsdp does not have: use ddp, or do without "
+                "with skipping.guard_iterations=0"
+            )
+        if stage.fsdp.teacher == "shard":
+            raise UserError("a teacher that leaves out layers cannot be sharded: use train.fsdp.teacher=replicate")
+    if stage.fsdp.teacher == "shard" and has_batch_statistics(cfg) and name == "train":  # the same two look at weights
+        raise UserError(
+            f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
+            f"that shards do not know: use {name}.fsdp.teacher=replicate"
+        )
+
+
+def check_optimizers(cfg: Config, method: Method) -> None:
+    """UserError for an optimiser of a net that is not trained; "student"'s is for all that have none of their own."""
+    known = {"teacher.train": {"teacher"}, "students.tsm": set(), "train": set(method.nets)}
+    for name, stage in stages(cfg):
+        wanted = known[name] | {"student"}
+        if unknown := [net for net in stage.optim if net not in wanted]:
+            raise UserError(f"{name}.optim wants {' or '.join(sorted(wanted))}, which are trained here, got {unknown[0]!r}")
+
+
+def check_no_plan(cfg: Config) -> None:
+    """UserError for a plan of layers to skip where the teacher is yet to be trained: it cannot be that one's."""
+    if cfg.skipping.plan:
+        raise UserError(
+            f"skipping.plan={cfg.skipping.plan} was made for one teacher, and this run would train another: give teacher.checkpoint=FILE, or "
+            "train the teacher first and probe it (potstill probe)"
+        )
+
+
+def data_is_there(cfg: Config) -> bool:
+    """Are there images to open? A rehearsal makes its own."""
+    return cfg.rehearse or bool(cfg.data.path and is_there(cfg.data.path))
+
+
+def missing(cfg: Config) -> list[str]:
+    """What a run needs and does not find on disk, with the commands that get it."""
+    wants = []
+    path = cfg.data.path
+    if path and not is_there(path):
+        other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
+        wants.append(f"data: nothing at {path}. " + (cfg.data.how or other))
+    checkpoint = cfg.teacher.checkpoint
+    if checkpoint and not Path(checkpoint).expanduser().is_file():
+        wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))
+    plan = cfg.skipping.plan
+    if plan and not Path(plan).expanduser().is_file():
+        unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
+        wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
+    if (begun := begun_in(cfg)) and not checkpoints(begun):
+        wants.append(f"students.start: no checkpoint in {begun}. potstill train RECIPE of the stage before makes some")
+    return wants + missing_packages(cfg)
+
+
+def begun_in(cfg: Config) -> Path | None:
+    """Where the checkpoints lie that the students (of several, the first one of this run) go on from."""
+    if not cfg.students.start:
+        return None
+    folder = Path(cfg.students.start).expanduser()
+    return (student_folder(folder, cfg.student or 0) if cfg.students.count > 1 else folder) / "checkpoints"
+
+
+def missing_packages(cfg: Config) -> list[str]:
+    """Optional packages that the settings ask for, where they are not installed."""
+    method, wants = cfg.method, []
+    timm = [name for name in getattr(method, "features", []) if name.startswith("timm:")]
+    if timm and not installed("timm"):
+        wants.append(f"package timm, for {', '.join(timm)}: pip install 'potstill[timm]', or use method.features=[teacher]")
+    if (name := build.lpips_setting(method)) and not installed("lpips"):
+        without = {"lpips": "method.lpips=0", "regression": "method.regression_metric=l2"}[name]
+        wants.append(f"package lpips, for method.{name}: pip install 'potstill[lpips]', or set {without}")
+    if cfg.log.wandb and not installed("wandb"):
+        wants.append("package wandb, for log.wandb: pip install 'potstill[wandb]', or set log.wandb=null")
+    return wants
+
+
+def installed(package: str) -> bool:
+    return package in sys.modules or find_spec(package) is not None
+
+
+def check_complete(cfg: Config) -> None:
+    """UserError with every missing thing and the commands that get it, in one message."""
+    if wants := missing(cfg):
+        are = "thing is" if len(wants) == 1 else "things are"
+        raise UserError(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
+
+
+def unfetched(features: str) -> str | None:
+    """The address that these features must be downloaded from before they can be tried; None where they lie on disk."""
+    url = inception.URL if features == "inception" else features.partition(":")[2]
+    return url if is_url(url) and not cached_path(url).is_file() else None

@@ -1,0 +1,131 @@
+"""What a recipe would cost, before it runs: sizes on paper (--dry-run), or a few iterations for real (rehearse=true)."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from potstill.engine.config.tree import Config, to_yaml
+from potstill.engine.data.sampler import Stream
+from potstill.engine.jobs import build, preflight
+from potstill.engine.jobs.job import Job
+from potstill.engine.models.opening import device_named
+from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.training.run import Run
+
+#: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def dry_run(cfg: Config) -> None:
+    """Make every check that the run makes before it trains, then print the settings and, as comments, sizes and what is missing."""
+    net, method, *_ = Job(cfg, on_paper=True).planned
+    print(to_yaml(cfg), end="")
+    for line in preflight.missing(cfg):
+        print(f"# missing {line}")
+    if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
+        print(f"# will be downloaded: {url}")
+    checkpoint = cfg.teacher.checkpoint
+    there = checkpoint and Path(checkpoint).expanduser().is_file()
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"# teacher: {parameters:,} parameters ({checkpoint if there else 'not there yet' if checkpoint else 'to be trained'})")
+    trained = {name: sum(p.numel() for p in one.parameters() if p.requires_grad) for name, one in method.nets.items()}
+    for note in method.notes:
+        print(f"# {note}")
+    print("# trained: " + ", ".join(f"{name} {n:,}" for name, n in trained.items()))
+    # weights, gradients, two Adam moments in float32; the teacher's weights; the EMA
+    print(f"# memory without activations: {(16 * sum(trained.values()) + 8 * parameters) / 2**30:.2f} GiB")
+    print(f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}")
+
+
+def rehearse(cfg: Config) -> None:
+    """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
+    preflight.check_settings(cfg)
+    device = device_named(cfg.device)
+    dtype, _ = build.precision(cfg.precision, device)
+    for note in (build.set_tf32(cfg.tf32, device), build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)):
+        if note:
+            print(note, file=sys.stderr)
+    images = build.build_images(cfg)
+    assert images is not None
+    batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
+    if device.type == "cpu" and batch > 8:
+        batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
+    net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)
+    net.compute_dtype = dtype
+    set_checkpointing(net, cfg.train.activation_checkpointing)
+    method = build.build_method(cfg.method, net)
+    for one in method.nets.values():
+        one.to(device)
+    period = max(turn.every for turn in method.turns if turn.every < 50)
+    # On a GPU every turn is run eagerly three times and then captured before the clock starts.
+    warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
+    settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
+    run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
+    print(
+        f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr
+    )
+    flops = counted(run, stream, period)
+    for step in range(period, period + warmup):
+        run.take(*stream.at(step))
+    synchronize(device)
+    start = time.perf_counter()
+    for step in range(period + warmup, period + warmup + timed):
+        run.take(*stream.at(step))
+    synchronize(device)
+    seconds = (time.perf_counter() - start) / timed
+    hours = seconds / batch * cfg.train.kimg * 1000 / 3600
+    print(
+        json.dumps(
+            {
+                "images_per_second": round(batch / seconds, 2),
+                "seconds_per_iteration": round(seconds, 4),
+                "batch": batch,
+                "peak_memory_gib": peak_gib(device),
+                "parameters": sum(p.numel() for p in net.parameters()),
+                "projected_hours": round(hours, 2),
+                "graphs": run.graph_report(),
+                "gflop_per_image": round(flops / batch / 1e9, 2),
+                "mfu": mfu(flops / seconds, device),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+            }
+        )
+    )
+
+
+def counted(run: Run, stream: Stream, iterations: int) -> float:
+    """Floating-point operations of one iteration: convolutions, matrix products and attention, forward and backward."""
+    graphs, run.graphs = run.graphs, None
+    with FlopCounterMode(display=False) as counter:
+        for step in range(iterations):
+            run.take(*stream.at(step))
+    run.graphs = graphs
+    return counter.get_total_flops() / iterations
+
+
+def mfu(flops_per_second: float, device: torch.device) -> float | None:
+    """The share of the GPU's dense bf16 peak that is reached; None where the peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
+    return None if peak is None else round(flops_per_second / peak, 4)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(device: torch.device) -> float | None:
+    """The most memory so far: of the GPU's allocator, or of the whole process on a CPU; None where nobody says (Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

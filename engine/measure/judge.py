@@ -1,0 +1,82 @@
+"""One set of real images and several features at once: what a comparison measures every net against.
+
+A net's images are made once and shown to all features. Beside every distance stands its floor, real against real.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.measure.features import KINDS, Features
+from potstill.engine.measure.frechet import moments, squared_distance
+from potstill.engine.measure.named import load_features
+from potstill.engine.measure.score import Device, Images, check_fit, labels_for, reference
+from potstill.engine.models.generate import generate
+
+
+class Judge:
+    """Fréchet distances in several features from the same real images, at the same n and seeds."""
+
+    def __init__(self, images: Images, features: Sequence[Features], *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu"):
+        """Reads all images once per features. UserError where features do not take them."""
+        self.images, self.n, self.seed, self.batch, self.device = images, n, seed, batch, device
+        settings = {"n": n, "seed": seed, "batch": batch, "device": device}
+        self.features = {one.title: one for one in features}
+        self.references = {one.title: reference(images, one.to(device), **settings) for one in features}
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Real against real by title."""
+        return {title: one.floor for title, one in self.references.items() if one.floor is not None}  # all: there are images
+
+    @property
+    def floor_kind(self) -> str:
+        return next(iter(self.references.values())).floor_kind
+
+    def scores(self, net: Any, sampler: Sampler) -> dict[str, float]:
+        """Distances by title of n images of this net, which is on the device and in eval mode."""
+        check_fit(net, self.images)
+        labels, _ = labels_for(net, self.images, self.n)
+        seeds = range(self.seed, self.seed + self.n)
+        shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
+        fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
+        return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}
+
+
+class Thinned:
+    """At most `most` of some images, evenly taken from all of them."""
+
+    def __init__(self, images: Images, most: int):
+        self.index = np.arange(min(most, len(images))) * len(images) // min(most, len(images))
+        self._all, self.name = images, f"{len(self.index):,} of {images.name}"
+        self.resolution, self.channels, self.label_dim = images.resolution, images.channels, images.label_dim
+        self.labels = None if images.labels is None else images.labels[self.index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, i: int) -> np.ndarray:
+        return self._all.read(int(self.index[i]))
+
+
+def named_features(text: str) -> list[Features]:
+    """Features by name, as in engine.measure.features, or NAME:FILE, several with commas between them.
+
+    A distance in the features of NAME:FILE is called FD-NAME; NAME is none of the known networks, as inception and dinov2 are.
+    """
+    found = []
+    for part in text.split(","):
+        name, colon, file = part.partition(":")
+        if colon and name not in KINDS and not Path(part).is_file():
+            one = load_features(file)
+            one.title = f"FD-{name}"
+        else:
+            one = load_features(part)
+        found.append(one)
+    if len({one.title for one in found}) < len(found):
+        raise UserError(f"features wants different names, got {', '.join(one.title for one in found)}: write NAME:FILE")
+    return found

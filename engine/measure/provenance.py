@@ -1,0 +1,46 @@
+"""What a number was measured with: a fingerprint of the real images, and the versions of the tools."""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+from potstill.engine.measure.shards import Shards
+
+PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity")
+
+
+class Fingerprint:
+    """The sha256 of all images' sha256s in their order, each of the bytes [C, H, W] uint8: the same for zip and folder."""
+
+    def __init__(self):
+        self.digests: list[bytes] = []
+
+    def add(self, images: Sequence[np.ndarray]) -> None:
+        self.digests += [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+
+    def of_all(self, shards: Shards, total: int, batch: int, device: torch.device) -> str:
+        """In hexadecimal, of all processes' images."""
+        mine = torch.tensor([list(d) for d in self.digests], dtype=torch.uint8, device=device).reshape(-1, 32)
+        whole = shards.gathered(mine, total, batch)
+        return hashlib.sha256(whole.cpu().numpy().tobytes()).hexdigest()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def tools() -> dict[str, str]:
+    """Versions of what took part, as far as it is installed."""
+    return dict(_versions())

@@ -1,0 +1,193 @@
+"""How far a net's images are from the data, and how far the data are from themselves at the same number of images."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import Sampled, Sampler
+from potstill.engine.measure.features import Features
+from potstill.engine.measure.frechet import Gaussian, moments, squared_distance
+from potstill.engine.measure.provenance import Fingerprint, tools
+from potstill.engine.measure.quality import check_neighbours, kid, precision_recall
+from potstill.engine.measure.shards import ALONE, Shards
+from potstill.engine.models.classes import labels_for
+from potstill.engine.models.generate import generate
+
+Device = torch.device | str
+FD, KID, PR = METRICS = ("fd", "kid", "pr")
+
+
+class Images(Protocol):
+    """The real images, as engine.data opens them."""
+
+    name: str
+    resolution: int
+    channels: int
+    label_dim: int  # 0: no labels
+    labels: np.ndarray | None  # [N] int64
+
+    def __len__(self) -> int: ...
+    def read(self, i: int) -> np.ndarray: ...  # [C, H, W] uint8
+
+
+@dataclass
+class Reference:
+    """What a score is measured against: all real images in some features, and the floor at n of them."""
+
+    gaussian: Gaussian
+    n: int
+    floor: float | None  # None where there are no images to measure it with
+    floor_kind: str
+    data: str  # the name of the data or file
+    images: int | None  # how many
+    sha256: str  # of the images (engine.measure.provenance) or the file
+    seen: Tensor | None = None  # the real images' features [N, D], for the metrics that want more than a Gaussian
+
+
+def reference(
+    images: Images, features: Features, *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu",
+    shards: Shards = ALONE, keep: bool = False,
+) -> Reference:  # fmt: skip
+    """All real images in these features, and the floor: what images of the very distribution of the data would score.
+
+    Where the data allow it, the floor is the distance between two disjoint draws of n images; otherwise that of n images,
+    drawn with replacement, from all. `seed` chooses the draws; `keep` keeps the features of all.
+    """
+    rng, total = np.random.default_rng(seed), len(images)
+    fingerprint, kept = Fingerprint(), [] if keep else None
+
+    def fitted(indices: np.ndarray, kind: str = "real", fingerprint: Fingerprint | None = None, kept: list | None = None):
+        mine = indices[shards.mine(len(indices), batch)]
+        return moments(_read(images, mine, batch, device, fingerprint), features, kept=kept, shards=shards).gaussian(kind)
+
+    _measure(features, images, device)
+    whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept)
+    if total >= 2 * n:
+        order = rng.permutation(total)
+        first, second = (fitted(np.sort(half)) for half in (order[:n], order[n : 2 * n]))
+        floor, kind = squared_distance(first, second), f"two disjoint draws of {n} real images"
+    else:
+        drawn = np.sort(rng.integers(total, size=n))
+        floor = squared_distance(whole, fitted(drawn))
+        kind = f"{n} real images drawn with replacement against all {total}"
+    seen = shards.gathered(_joined(kept, features), total, batch) if kept is not None else None
+    sha256 = fingerprint.of_all(shards, total, batch, features.device)
+    return Reference(whole, n, floor, kind, images.name, total, sha256, seen)
+
+
+def score(
+    net: Sampled, sampler: Sampler, images: Images | None, features: Features, *,
+    n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", against: Reference | None = None,
+    labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, shards: Shards = ALONE,
+    progress: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Fréchet distance ("fd") of n generated images from all real ones, and what is needed to read and repeat it.
+
+    Seeds are seed … seed + n - 1. `labels`: see labels_for. `metrics`: kid and pr (precision and recall) want a reference
+    that kept its features. best_of > 1 evaluates as often, every time with the next n seeds, and reports the smallest
+    distance, marked as such. `against` saves computing the real side again; `progress` is the title of a bar on stderr.
+    UserError where net and data do not fit.
+    """
+    if images is not None:
+        check_fit(net, images)
+    if against is None:
+        if images is None:
+            raise ValueError("score wants images or a reference")
+        keep = set(metrics) != {FD}
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=keep)
+    if against.n != n:
+        raise ValueError(f"wanted a reference for n = {n}, got one whose floor is for {against.n}")
+    if PR in metrics:
+        check_neighbours(min(n, against.images or n))  # now, and not after n images have been generated
+    start, mine = time.perf_counter(), shards.mine(n, batch)
+    tries, labels_kind = [], "none"
+    for first in range(seed, seed + best_of * n, n):
+        classes, labels_kind = labels_for(net, images, n, labels, seed=first)
+        own = None if classes is None else classes[mine]
+        batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
+        kept = None if set(metrics) == {FD} else []
+        _measure(features, net, device)
+        fake = moments(_shown(batches, len(mine), progress), features, kept=kept, shards=shards).gaussian("generated")
+        found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
+        if kept is not None:
+            found |= _more(metrics, against, shards.gathered(_joined(kept, features), n, batch), seed)
+        tries.append(found | {"nfe": sampler.nfe, "n": n, "seeds": f"{first}-{first + n - 1}"})
+    found = min(tries, key=lambda one: one["fd"])
+    if best_of > 1:
+        found |= {"best_of": best_of, "fd_all": [one["fd"] for one in tries], "seeds_all": f"{seed}-{seed + best_of * n - 1}"}
+    found |= {
+        "labels": labels_kind,
+        "solver": sampler.solver,
+        "features": features.title,
+        "features_sha256": features.sha256,
+        "num_features": features.num_features,
+        "data": against.data,
+        "reference_images": against.images,
+        "reference_sha256": against.sha256,
+        "floor": against.floor,
+        "floor_kind": against.floor_kind,
+        "seconds": round(time.perf_counter() - start, 3),
+        "processes": shards.world,
+        "tools": tools(),
+    }
+    fewest = min(n, against.images or n)
+    if fewest <= features.num_features:
+        found["warning"] = (
+            f"{fewest} images give a singular covariance of {features.num_features} features: compare only with distances at the same n"
+        )
+    return found
+
+
+def check_fit(net: Sampled, images: Images) -> None:
+    """UserError unless the net makes images of the data's size, and knows the data's classes."""
+    wanted, got = (images.channels, images.resolution), (net.img_channels, net.img_resolution)
+    if wanted != got:
+        raise UserError(
+            f"the net makes {got[0]}x{got[1]}x{got[1]} images, {images.name} has {wanted[0]}x{wanted[1]}x{wanted[1]}: "
+            "evaluate it on data of its own size (potstill convert images makes them)"
+        )
+    if net.label_dim and images.label_dim > net.label_dim:
+        raise UserError(f"the net knows {net.label_dim} classes, {images.name} has {images.label_dim}")
+
+
+def _more(metrics: Sequence[str], against: Reference, fake: Tensor, seed: int) -> dict[str, Any]:
+    if against.seen is None:
+        raise UserError("kid and pr compare images, and a reference file holds none: leave --reference out, and name --data")
+    found = kid(against.seen, fake, seed=seed) if KID in metrics else {}
+    return found | (precision_recall(against.seen, fake) if PR in metrics else {})
+
+
+def _measure(features: Features, source: Any, device: Device) -> None:
+    """Let the features see an image of this size, which a process without a share would never do."""
+    c, r = (source.channels, source.resolution) if hasattr(source, "channels") else (source.img_channels, source.img_resolution)
+    with torch.no_grad():
+        features.to(device).measure(torch.zeros(1, c, r, r, dtype=torch.uint8, device=device))
+
+
+def _joined(kept: list[Tensor], features: Features) -> Tensor:
+    """[n, D] float64 of this process, n = 0 without a share."""
+    return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
+
+
+def _read(images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None) -> Iterator[Tensor]:
+    """Real images [<= batch, C, H, W] uint8 on the device."""
+    for start in range(0, len(indices), batch):
+        chosen = [images.read(int(i)) for i in indices[start : start + batch]]
+        if fingerprint:
+            fingerprint.add(chosen)
+        yield torch.from_numpy(np.stack(chosen)).to(device)
+
+
+def _shown(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
+    """The same batches, with a bar on stderr if that is a terminal."""
+    with tqdm(total=n, desc=title, unit="img", disable=None if title else True, leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))

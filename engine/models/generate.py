@@ -1,0 +1,117 @@
+"""Images from seeds: every image has its own generator, so it is the same image in whatever batch it is made."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.whole import save_tensors, whole
+from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
+
+
+class PortableNoise(SeedNoise):
+    """Drawn on the CPU and moved: a seed is the same image on every machine (CUDA's generator is another stream)."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str):
+        super().__init__(seeds)
+        self.device = device
+
+    def normal(self, *shape: int) -> Tensor:
+        return super().normal(*shape).to(self.device)
+
+
+class Between(NamedTuple):
+    """A point on the way from the noise of one seed (t = 0) to that of another (t = 1)."""
+
+    start: int
+    end: int
+    t: float
+
+
+class BetweenNoise:
+    """The noise at such points: interpolated on the sphere, so that it keeps the length of normal noise."""
+
+    def __init__(self, points: Sequence[Between], device: torch.device | str):
+        self.ends = [SeedNoise([p.start for p in points]), SeedNoise([p.end for p in points])]
+        self.t, self.device = torch.tensor([p.t for p in points], dtype=torch.float64), device
+
+    def normal(self, *shape: int) -> Tensor:
+        a, b = (end.normal(*shape).double() for end in self.ends)
+        return slerp(a, b, self.t).float().to(self.device)
+
+
+def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> PortableNoise | BetweenNoise:
+    """The noise of whole seeds, or of points between them."""
+    numbers = [seed for seed in seeds if not isinstance(seed, Between)]
+    return PortableNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation of a and b [n, …] at t [n]: a at 0, b at 1, at constant speed along the arc between."""
+    norms = a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1)
+    angle = ((a * b).flatten(1).sum(1) / norms).clamp(-1, 1).acos()
+    of_a, of_b = (torch.sin(s * angle) / torch.sin(angle) for s in (1 - t, t))
+    rest = [1] * (a.ndim - 1)
+    return of_a.view(-1, *rest) * a + of_b.view(-1, *rest) * b
+
+
+def generate(
+    net: Sampled,
+    sampler: Sampler,
+    labels: np.ndarray | None,
+    seeds: Sequence[int | Between],
+    *,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[Tensor]:
+    """Images as uint8 tensors [n, C, H, W] on the device, n <= batch, one image per seed in the order of the seeds.
+
+    seeds: or points between two seeds. labels: class of each image [len(seeds)], or None. `net` is on the device and in eval mode. Convolutions and matrix
+    products may add in another order for another batch size, so between batch sizes a pixel can differ in its last float32
+    bits, and rarely by one of 255. UserError if the net's output is not finite.
+    """
+    if net.training:
+        raise ValueError("generate wants net.eval(), got a net in training mode (its dropout would show)")
+    if labels is not None and len(labels) != len(seeds):
+        raise ValueError(f"wanted one label per seed, got {len(labels)} labels for {len(seeds)} seeds")
+    for start in range(0, len(seeds), batch):
+        chosen = seeds[start : start + batch]
+        classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
+        noise = noise_of(chosen, device)
+        images = _sample(net, sampler, classes, noise)
+        if not bool(images.isfinite().all()):
+            bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+            raise UserError(f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken")
+        yield to_uint8(images)
+
+
+@torch.no_grad()
+def _sample(net: Sampled, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
+    return sampler(net, labels, noise)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0 … 255 with EDM's rounding: x·127.5 + 128, clipped and truncated."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def one_hot(labels: np.ndarray, label_dim: int) -> Tensor:
+    """Classes [n] as rows of the identity, [n, label_dim] float32."""
+    classes = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    return torch.zeros(len(classes), label_dim).scatter_(1, classes[:, None], 1.0)  # torch.eye is 40 GB for 100,000 classes
+
+
+def write_pairs(
+    path: Path, net: Sampled, sampler: Sampler, labels: np.ndarray | None, n: int, batch: int, device: torch.device | str
+) -> None:
+    """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
+    y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
+    tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
+    with whole(path) as part:
+        save_tensors(tensors, part)

@@ -1,0 +1,180 @@
+"""What a user points at, a run folder or a weight file, as nets with the way to sample them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import CHURNED, Sampler, ode
+from potstill.engine.diffusion.solvers import SOLVERS
+from potstill.engine.models.router import MANIFEST, Router, load_router
+from potstill.engine.models.weights import load_net
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.kernels import cuda
+
+STUDENT, TEACHER = "student", "teacher"
+ROLES = (STUDENT, TEACHER)
+EDM_SIGMAS = (0.002, 80.0)  # 2206.00364, Table 1
+
+
+@dataclass
+class Model:
+    """A net in eval mode on its device, how it is sampled, and the metadata of its file."""
+
+    role: str
+    path: Path
+    net: Denoiser | Router
+    sampler: Sampler
+    metadata: dict[str, Any]
+
+
+def weight_files(where: Path) -> dict[str, Path]:
+    """The weight files of a run folder by role (a teacher elsewhere is found through config.yaml), or the file itself.
+
+    A file's role, which only its metadata tell, is the key "" here.
+    """
+    if where.is_file():
+        return {"": where}
+    if not where.is_dir():
+        raise UserError(f"no run folder or weight file at {where}")
+    given = (settings(where).get("teacher") or {}).get("checkpoint")
+    merged = where / MANIFEST
+    found = {STUDENT: merged if merged.is_file() else where / "student.safetensors", TEACHER: where / "teacher.safetensors"}
+    if given and not found[TEACHER].is_file():
+        found[TEACHER] = Path(given)
+    found = {role: path for role, path in found.items() if path.is_file()}
+    if not found:
+        raise UserError(
+            f"{where} holds neither student.safetensors nor teacher.safetensors: wanted a run folder that "
+            "potstill train has finished, or a .safetensors file"
+        )
+    return found
+
+
+def settings(where: Path) -> dict[str, Any]:
+    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none."""
+    path = (where if where.is_dir() else where.parent) / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} wants to be a mapping of settings, got {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def open_models(
+    where: Path,
+    which: str | None = None,
+    *,
+    steps: int | None = None,
+    solver: str | None = None,
+    of_teacher: dict[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Model]:
+    """The nets at `where`, or only the one that is `which`. UserError where there is none such.
+
+    `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so;
+    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there.
+    """
+    files = weight_files(where)
+    if which and which not in files and "" not in files:
+        raise UserError(f"{where} holds no {which}.safetensors, only a {next(iter(files))}'s")
+    found = []
+    for role, path in files.items():
+        if which and role not in (which, ""):
+            continue
+        net, metadata = load_router(path) if path.suffix == ".json" else load_net(path)
+        role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)
+        if which and role != which:
+            raise UserError(f"{path} is a {role}'s weight file, wanted a {which}'s")
+        how: dict[str, Any] = {"steps": steps, "solver": solver} | ((of_teacher or {}) if role == TEACHER else {})
+        sampler = sampler_for(role, net, metadata, **how, source=path)
+        found.append(Model(role, path, net.to(device).eval(), sampler, metadata))
+    if of_teacher and all(model.role != TEACHER for model in found):
+        raise UserError(f"presets and churn are for teachers, and {where} holds a student: leave them out")
+    return found
+
+
+def sampler_for(
+    role: str,
+    net: Denoiser | Router,
+    metadata: dict[str, Any],
+    *,
+    steps: int | None,
+    solver: str | None,
+    churn: tuple[float, float, float, float] | None = None,
+    source: Path,
+) -> Sampler:
+    """How a net is sampled: as its file says, unless steps or solver are given; a teacher's default is EDM's Heun.
+
+    A student is trained for the noise levels in its file: another number of steps wants the name of an ODE solver too,
+    unless the student knows of steps (SFD-v), which are then network evaluations.
+    """
+    if steps is not None and steps < 1:
+        raise UserError(f"wanted at least 1 step, got {steps}")
+    if solver is not None and solver not in SOLVERS:
+        raise UserError(f"solver wants one of {', '.join(SOLVERS)}, got {solver!r}")
+    own = own_sampler(metadata, source)
+    if churn:
+        walk = sampler_for(role, net, metadata, steps=steps, solver=solver, source=source)
+        if walk.solver not in CHURNED or walk.afs or walk.step_condition is not None:
+            raise UserError(f"{source} is sampled by {walk.solver}, churn wants a walk with {' or '.join(CHURNED)}")
+        lift, low, high, noise = churn
+        return replace(walk, churn=(lift, low, min(high, walk.levels(net)[0].item()), noise))
+    if role == STUDENT and own is None and solver is None:
+        raise UserError(f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver")
+    if own and steps is None and solver is None:
+        return own
+    if role == STUDENT and solver is None and own and own.sigmas[-1] > 0 and own.solver in SOLVERS:
+        assert steps is not None  # else the file's own way is taken, above
+        if own.step_condition is None and steps != own.nfe:
+            raise UserError(f"{source} was distilled for {own.nfe} evaluations, got {steps}: leave steps out, or name a solver")
+        return own.with_nfe(steps)
+    walks = own is not None and own.solver in SOLVERS
+    if role == STUDENT and solver is None and own and not walks:
+        if steps == len(own.sigmas):
+            return own
+        raise UserError(
+            f"{source} was distilled for {len(own.sigmas)} step{'s' * (len(own.sigmas) > 1)}, got {steps}: "
+            "leave steps out, or name a solver to use it as a denoiser"
+        )
+    default = 18 if net.img_resolution <= 32 else 40  # EDM's for CIFAR-10 and for 64 pixels
+    count = steps or (len(own.sigmas) - 1 if own and walks else default)
+    name = solver or (own.solver if own and walks and role == STUDENT else "heun")
+    low, high = (EDM_SIGMAS[0], own.sigmas[0]) if own and walks else EDM_SIGMAS
+    walk = ode(name, count, max(low, net.sigma_min), min(high, net.sigma_max))
+    return replace(walk, step_condition=own.step_condition if own else None)
+
+
+def own_sampler(metadata: dict[str, Any], source: Path) -> Sampler | None:
+    """How a weight file says that it is sampled, None where it says nothing. UserError for a way that is not known here."""
+    found = metadata.get("sampler")
+    if found is None:
+        return None
+    try:
+        return Sampler(**found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source} names a way of sampling that this version does not know: {error}") from error
+
+
+def device_named(name: str) -> torch.device:
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:1. UserError for what this machine lacks, Triton included."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device wants auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"no device {name} here: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and (without := cuda.lacking("norm_silu")):
+        raise UserError(f"device={name}: {without}")
+    return device

@@ -1,0 +1,54 @@
+"""How EDM's authors sampled their published teachers: steps of Heun's method and, for ImageNet-64, churn.
+
+Sources: the commands beside the published nets, and 2206.00364, Tables 2 and 5.
+"""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.solvers import SOLVERS
+
+Churn = tuple[float, float, float, float]
+IMAGENET_CHURN: Churn = (40, 0.05, 50, 1.003)
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": {"solver": "heun", "steps": 18},  # 35 evaluations
+    "ffhq64": {"solver": "heun", "steps": 40},  # 79
+    "afhqv2_64": {"solver": "heun", "steps": 40},
+    "imagenet64": {"solver": "heun", "steps": 256, "churn": IMAGENET_CHURN},  # 511
+}
+
+
+def add_options(p: ArgumentParser) -> None:
+    """How a net is sampled, for potstill sample and evaluate."""
+    p.add_argument("--steps", type=int, help="sampling steps, for nets that can be sampled so (default: those of the file)")
+    p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
+    p.add_argument("--preset", choices=list(PRESETS), help="sample the teacher as EDM's authors did for this data set")
+    p.add_argument("--S_churn", type=float, metavar="S", help="EDM's stochastic sampler, for the teacher (default 0: none)")
+    p.add_argument("--S_min", type=float, metavar="SIGMA", help="churn from this noise level on (default 0)")
+    p.add_argument("--S_max", type=float, metavar="SIGMA", help="up to this one (default: no limit)")
+    p.add_argument("--S_noise", type=float, metavar="F", help="with noise times this (default 1)")
+
+
+def how(args: Namespace) -> dict[str, Any]:
+    """The arguments of `open_models` that the options stand for; a preset and churn are the teacher's alone."""
+    preset = PRESETS.get(args.preset, {})
+    of_teacher = preset | {key: v for key in ("steps", "solver") if preset and (v := getattr(args, key)) is not None}
+    if churn := chosen_churn(args, preset.get("churn")):
+        of_teacher |= {"churn": churn}
+    else:
+        of_teacher.pop("churn", None)
+    return {"steps": args.steps, "solver": args.solver, "of_teacher": of_teacher or None}
+
+
+def chosen_churn(args: Namespace, preset: Churn | None) -> Churn | None:
+    own = (args.S_churn, args.S_min, args.S_max, args.S_noise)
+    if own == (None, None, None, None):
+        return preset
+    if args.S_churn is None and preset is None:
+        raise UserError("--S_min, --S_max and --S_noise belong to churn: add --S_churn")
+    base = preset or (0.0, 0.0, float("inf"), 1.0)
+    churn, low, high, noise = (default if value is None else value for value, default in zip(own, base, strict=True))
+    if not churn >= 0 or not 0 <= low <= high or not noise > 0:
+        raise UserError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {churn:g}, {low:g}, {high:g}, {noise:g}")
+    return (churn, low, high, noise) if churn else None

@@ -1,0 +1,179 @@
+"""A student as one object: images from seeds, or from noise of your own.
+
+student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
+images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that `potstill sample` makes
+x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
+"""
+
+# huggingface_hub is optional.
+# pyright: reportMissingImports=false
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
+from potstill.engine.models.generate import PortableNoise, generate
+from potstill.engine.models.hub import WEIGHTS, write_config
+from potstill.engine.models.opening import STUDENT, open_models
+from potstill.engine.models.router import Router
+from potstill.engine.models.weights import save_net
+from potstill.engine.nets.denoiser import Denoiser
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json"]  # what Student reads; pickles and code are not even downloaded
+
+
+class GivenNoise:
+    """Noise that is there already, [N, draws, C, H, W]: one draw after the other."""
+
+    def __init__(self, z: Tensor):
+        self.draws = iter(z.unbind(1))
+
+    def normal(self, *shape: int) -> Tensor:
+        return next(self.draws)
+
+
+class Student(nn.Module):
+    """A net (or the router of several) with the way to sample it, and `metadata`, what its weight file says."""
+
+    def __init__(self, net: Denoiser | Router, sampler: Sampler, metadata: dict[str, Any] | None = None):
+        super().__init__()
+        self.net, self.sampler, self.metadata = net, sampler, metadata or {}
+        self.label_dim, self.shape = net.label_dim, (net.img_channels, net.img_resolution, net.img_resolution)
+        self.draws = sampler.nfe if sampler.solver == ANCESTRAL else 1  # arrays of noise that an image takes
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
+        """The student of a run folder, of a folder that `potstill export` made, in a weight file, or USER/NAME on the hub.
+
+        Only safetensors and JSON are read; nothing of it is executed.
+
+        Args:
+            source: a folder, a file, or a name on the hub, which wants the extra `hub`.
+            revision: a branch, tag or commit of the hub.
+            device: where the net shall be.
+
+        Raises:
+            UserError: nothing of that name, no student in it, or one of a format that is not known.
+        """
+        place = Path(source).expanduser()
+        if not place.exists() and HUB_ID.fullmatch(str(source)):
+            place = _downloaded(str(source), revision)
+        if (place / "model_index.json").is_file():
+            raise UserError(f"{place} is a diffusers pipeline: load it with DiffusionPipeline.from_pretrained")
+        model = open_models(place / WEIGHTS if (place / WEIGHTS).is_file() else place, STUDENT, device=device)[0]
+        return cls(model.net, model.sampler, model.metadata).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Weights and config.json as `from_pretrained` reads them. `potstill export --to hub` adds the model card.
+
+        Raises:
+            UserError: the student is several nets (MSD), which are saved from their run.
+        """
+        if isinstance(self.net, Router):
+            raise UserError("a student of several nets is saved from its run: potstill export RUN --to hub --out DIR")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        more = {k: v for k, v in self.metadata.items() if k not in ("format", "precond", "kwargs")}
+        save_net(folder / WEIGHTS, self.net, **more | {"sampler": self.sampler.to_dict()})
+        write_config(folder, folder / WEIGHTS)
+
+    def generate(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images [N, C, H, W] float32 about in [-1, 1], differentiable in z and in the net's parameters.
+
+        Args:
+            z: standard normals [N, C, H, W], or [N, draws, C, H, W] for a student that draws at every step (`self.draws` > 1).
+            labels: classes [N] of an integer dtype or rows [N, label_dim]; None is "no class", which a net must have learnt.
+
+        Raises:
+            UserError: noise or labels of another shape.
+        """
+        wanted = self.shape if self.draws == 1 else (self.draws, *self.shape)
+        if tuple(z.shape[1:]) != wanted:
+            raise UserError(f"this student wants noise {['N', *wanted]}, got {list(z.shape)}")
+        noise = GivenNoise(z[:, None] if self.draws == 1 else z)
+        return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | np.ndarray | Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.uint8,
+        batch: int = 256,
+    ) -> Tensor:
+        """One image per seed, [N, C, H, W]; a seed is the same image on every device, up to rounding.
+
+        Args:
+            seeds: whole numbers; noise is drawn on the CPU.
+            labels: one class for each seed; by default seed s has class s mod classes, as in `potstill sample`.
+            dtype: uint8, EDM's rounding to 0 … 255; or float32, as the net gives them, about in [-1, 1].
+            batch: images at a time.
+
+        Raises:
+            UserError: classes for a net without, too few of them, or one that there is not.
+        """
+        classes = self._classes(seeds, labels)
+        if dtype == torch.uint8:
+            found = list(generate(self.net, self.sampler, classes, list(seeds), batch=batch, device=self.device))
+            return torch.cat(found) if found else torch.empty(0, *self.shape, dtype=torch.uint8, device=self.device)
+        found = [torch.empty(0, *self.shape, device=self.device)]
+        for start in range(0, len(seeds), batch):
+            here = slice(start, start + batch)
+            rows = None if classes is None else self._rows(torch.from_numpy(classes[here]), len(classes[here]))
+            found.append(self.sampler(self.net, rows, PortableNoise(seeds[here], self.device)))
+        return torch.cat(found).to(dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is; `student.to(device)` moves it."""
+        return next(self.net.parameters()).device
+
+    def _classes(self, seeds: Sequence[int], labels: Any) -> np.ndarray | None:
+        """The class of every seed, int64 [N]; None for a net without classes."""
+        if not self.label_dim:
+            if labels is not None:
+                raise UserError(f"this student knows no classes, got labels {labels}")
+            return None
+        if labels is None:
+            return np.array([seed % self.label_dim for seed in seeds], np.int64)
+        classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        if classes.shape != (len(seeds),) or classes.dtype.kind not in "iu":
+            raise UserError(f"wanted one class for each of {len(seeds)} seeds, got {classes.dtype} {list(classes.shape)}")
+        if len(classes) and not 0 <= classes.min() <= classes.max() < self.label_dim:
+            raise UserError(f"classes are 0 … {self.label_dim - 1}, got {classes.min()} … {classes.max()}")
+        return classes.astype(np.int64)
+
+    def _rows(self, labels: Tensor | None, n: int) -> Tensor | None:
+        """Labels as the net wants them, float32 [N, label_dim]. A class that there is not becomes "no class", without a sync."""
+        if labels is None or not self.label_dim:
+            return None
+        labels = labels.to(self.device)
+        if labels.dim() == 1:
+            labels = labels[:, None] == torch.arange(self.label_dim, device=self.device)
+        if labels.shape[1] != self.label_dim:
+            raise UserError(f"wanted labels [{n}] or [{n}, {self.label_dim}], got {list(labels.shape)}")
+        return labels.float()
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """The folder of a hub repository in Hugging Face's cache."""
+    if find_spec("huggingface_hub") is None:
+        raise UserError(f"no folder or file at {name}; if it is a name on the Hugging Face hub: pip install 'potstill[hub]' and try again")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no folder or file at {name}, and none of that name came from the hub ({reason})") from error
