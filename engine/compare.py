@@ -28,7 +28,7 @@ from PIL import Image
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import find
+from potstill.engine.config.library import family_of, find
 from potstill.engine.config.tree import Config, load
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import save_png, sheet, stacked
@@ -125,10 +125,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
-    """The recipes to compare by method name: the recipe's own, and <its name>_<method>.yaml beside it."""
+    """The recipes to compare by method name: the recipe's own, and <its name>_<method> in its file or beside it."""
     found = {load(recipe, []).method.name: recipe}
-    for path in sorted(recipe.parent.glob(f"{recipe.stem}_*.yaml")):
-        found[path.stem.removeprefix(f"{recipe.stem}_")] = path
+    found |= {path.stem.removeprefix(f"{recipe.stem}_"): path for path in family_of(recipe)}
     if wanted == "all":
         return found
     names = [] if wanted == "teacher" else wanted.split(",")

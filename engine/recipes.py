@@ -15,7 +15,7 @@ from typing import Any
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import RECIPES, find, groups_of, head_of, names
+from potstill.engine.config.library import RECIPES, find, groups_of, head_of, names, text_of
 
 COLUMNS = ("Published", "Cost", "Run by us")  # fields of a head, which every recipe has
 NARROWEST = 8  # characters of a column
@@ -36,10 +36,11 @@ def main(arguments: list[str]) -> None:
 
 def copied(name: str, folder: Path) -> str:
     """Copy a recipe into `folder`; returns what to say. Its groups (data, net, method) are found in the package from anywhere."""
-    recipe, out = find(name), folder / f"{find(name).stem}.yaml"
+    recipe = find(name)
+    out = folder / f"{recipe.stem}.yaml"
     if not folder.is_dir():
         raise UserError(f"--copy wants a folder that exists, got {folder}")
-    text = re.sub(rf"\b(potstill \w+ {recipe.stem})(?= |$)", r"\1.yaml", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = re.sub(rf"\b(potstill \w+ {recipe.stem})(?= |$)", r"\1.yaml", text_of(recipe), flags=re.MULTILINE)
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)

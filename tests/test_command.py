@@ -15,7 +15,7 @@ import yaml
 from potstill import __main__, __version__
 from potstill.engine import recipes, settings
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import FIELD, RECIPES, find, groups_of, head_of, names
+from potstill.engine.config.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
 from potstill.engine.config.tree import METHOD_CONFIGS, Config, load, to_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +156,25 @@ def test_a_recipe_is_found_by_name_from_anywhere_and_a_path_is_a_path(tmp_path, 
     assert to_yaml(load("ffhq64", [])) == to_yaml(load(ROOT / "configs/ffhq64.yaml", []))
 
 
+def test_a_file_holds_recipes_whose_names_go_on_from_its_own(tmp_path):
+    """Each is found by name, and by a path as if it were a file, also in a folder of the user's."""
+    assert file_of(find("digits_sim")) == RECIPES / "digits.yaml"
+    assert load(ROOT / "configs/digits_sim.yaml", []).run_dir == "runs/digits_sim"
+    (tmp_path / "a.yaml").write_text("defaults: [digits_sim, _self_]\n\n--- # a_short\ndefaults: [a, _self_]\ntrain: {kimg: 3}\n")
+    for name, kimg in (("a", 40), ("a_short", 3)):
+        cfg = load(tmp_path / f"{name}.yaml", [])
+        assert (cfg.run_dir, cfg.method.name, cfg.train.kimg) == (f"runs/{name}", "sim", kimg)
+    with pytest.raises(UserError, match=r"no recipe at .*a_long\.yaml"):
+        find(tmp_path / "a_long.yaml")
+    (tmp_path / "a.yaml").write_text("defaults: [digits_sim, _self_]\n--- # another\ntrain: {kimg: 3}\n")
+    with pytest.raises(UserError, match=r"a\.yaml is not readable as YAML: expected a single document"):
+        load(tmp_path / "a.yaml", [])
+
+
+def test_a_recipe_stands_in_one_place():
+    assert len(set(names())) == len(names())
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -175,7 +194,7 @@ def test_a_name_that_is_not_there_names_the_nearest(tmp_path, monkeypatch, given
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_says_what_it_promises(name):
     """One form for all: a title, commands, and fields, of which these have something to say; nothing between them is lost."""
-    head, lines = head_of(RECIPES / f"{name}.yaml"), (RECIPES / f"{name}.yaml").read_text().partition("\ndefaults:")[0].splitlines()
+    head, lines = head_of(find(name)), text_of(find(name)).partition("\ndefaults:")[0].splitlines()
     assert re.search(r"\(2\d{3}\.\d{5}\b", head.title), "which paper"
     assert f"potstill train {name}" in " ".join(head.commands)
     assert set(head.fields) >= set(recipes.COLUMNS)
@@ -183,14 +202,14 @@ def test_every_recipe_says_what_it_promises(name):
     assert max(len(recipes.in_short(head.fields[field])) for field in recipes.COLUMNS) <= 75, "a field's first words stand in a table"
     after = lines[next(i for i, line in enumerate(lines) if line.startswith("#   potstill")) :]
     assert [line for line in after if not line.startswith("#   ") and not FIELD.match(line)] == [], "neither a field nor a field's rest"
-    assert set(groups_of(RECIPES / f"{name}.yaml")) >= {"data", "net", "method"}
+    assert set(groups_of(find(name))) >= {"data", "net", "method"}
 
 
 def test_what_was_run_by_us_is_what_its_file_says():
     """Distances named in the heads, against benches/results."""
     checked = 0
     for name in names():
-        text = head_of(RECIPES / f"{name}.yaml").fields["Run by us"]
+        text = head_of(find(name)).fields["Run by us"]
         for title, value, teacher in re.findall(r"FD-(\w+) ([\d.]+)[^(]*\(teacher ([\d.]+)", text):
             run = json.loads((ROOT / re.findall(r"benches/results/[\w-]+", text)[0] / "compare.json").read_text())
             of = name.partition("_")[2] or "dmd"
@@ -213,7 +232,7 @@ def test_the_table_has_every_recipe_and_fits(capsys, monkeypatch):
 
 def test_one_recipe_in_full(capsys):
     text = said(capsys, "recipes", "cifar10_sfd_nfe3")
-    for line in (RECIPES / "cifar10_sfd_nfe3.yaml").read_text().partition("\ndefaults:")[0].splitlines():
+    for line in text_of(find("cifar10_sfd_nfe3")).partition("\ndefaults:")[0].splitlines():
         assert line.removeprefix("# ").removeprefix("#") in text
     assert "# data=cifar10, teacher=cifar10_uncond_vp, net=ddpmpp_cifar10, method=sfd" in text
     resolved = yaml.safe_load(text.partition("\n\n# data=")[2].partition("\n")[2])
@@ -224,7 +243,7 @@ def test_one_recipe_in_full(capsys):
 
 def test_a_copy_works_where_it_is_and_is_never_written_over(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("ffhq64", "cifar10_sfd_nfe3", "digits_msd"):
+    for name in ("ffhq64", "cifar10_sfd_nfe3", "digits_msd", "fast64_sim"):
         assert f"potstill train {name}.yaml" in said(capsys, "recipes", "--copy", name, ".")
         assert to_yaml(load(f"{name}.yaml", [])) == to_yaml(load(name, []))
         assert f"#   potstill train {name}.yaml" in Path(f"{name}.yaml").read_text()

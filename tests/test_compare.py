@@ -9,7 +9,7 @@ from PIL import Image
 
 from potstill.engine import compare, evaluate, train
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import find
+from potstill.engine.config.library import find, text_of
 from potstill.engine.config.tree import load
 
 ROOT = Path(__file__).parent.parent
@@ -123,8 +123,10 @@ def test_siblings_of_a_recipe_by_name_are_in_the_package_and_of_a_path_beside_it
     ours = compare.siblings(find("digits"), "all")
     assert list(ours) == ["dmd", "gdd", "moment_matching", "msd", "sfd", "sim"]
     for name in ("digits", "digits_sim"):
-        (tmp_path / f"{name}.yaml").write_text(ours["dmd" if name == "digits" else "sim"].read_text())
-    assert list(compare.siblings(tmp_path / "digits.yaml", "all")) == ["dmd", "sim"]
+        (tmp_path / f"{name}.yaml").write_text(text_of(ours["dmd" if name == "digits" else "sim"]))
+    with (tmp_path / "digits.yaml").open("a") as file:
+        file.write(f"--- # digits_gdd\n{text_of(ours['gdd'])}")
+    assert list(compare.siblings(tmp_path / "digits.yaml", "all")) == ["dmd", "gdd", "sim"]
 
 
 def test_students_as_independent_jobs_become_one_model(tmp_path, capsys):

@@ -1,29 +1,102 @@
-"""Every recipe composes, says what it is, and builds its nets and method on paper."""
+"""Every recipe composes, says what it is, builds its nets and method on paper, and means today what it meant yesterday.
 
+golden/recipes.yaml holds what every recipe resolves to: the schema's defaults once, and of each recipe what differs from them.
+A recipe that changes on purpose, and a new one, are written into it by `python -m tests.test_configs`: look at the difference.
+"""
+
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from potstill.engine import train
+from potstill.engine.config.library import find, names, text_of
+from potstill.engine.config.tree import METHOD_CONFIGS, Config, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
+from potstill.engine.training.optim import OptimConfig
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-IDS = [path.stem for path in RECIPES]
+SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"
+#: What the heads of recipes, the README and benches/ choose among groups, besides single settings.
+CHOICES = {
+    **{name: [f"data={name[:6]}_cpu"] for name in names() if name.startswith("fast")},
+    "ffhq64": ["method=sim", "method=dmd2", "method=moment_matching", "method=sfd"],
+}
+CASES = sorted([*names(), *(f"{name} {choice}" for name, choices in CHOICES.items() for choice in choices)])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
-def test_recipe_opens_with_its_command(recipe):
-    head = recipe.read_text().partition("defaults:")[0]
-    assert f"#   potstill train {recipe.stem}" in head
+def differences(tree: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted name: value} where `tree` differs from `defaults`; of a net's optimiser, in which NET is any net, {name: value}."""
+    found: dict[str, Any] = {f"{prefix}{name}": "left out" for name in defaults if name not in tree and name != "NET"}
+    for name, value in tree.items():
+        if "NET" in defaults:
+            found[f"{prefix}{name}"] = differences(value, defaults["NET"])
+        elif isinstance(value, dict) and isinstance(defaults.get(name), dict):
+            found |= differences(value, defaults[name], f"{prefix}{name}.")
+        elif name not in defaults or value != defaults[name]:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def resolved(case: str) -> dict[str, Any]:
+    """The whole tree of a recipe with overrides, of which to_yaml is the text."""
+    name, *overrides = case.split(" ")
+    return dataclasses.asdict(load(name, overrides))
+
+
+def with_defaults(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of this recipe's method in place of those of every method."""
+    return {**defaults, "method": defaults["method"][tree["method"]["name"]]}
+
+
+def write_snapshot() -> None:
+    defaults = dataclasses.asdict(Config())
+    defaults["method"] = {kind.name: dataclasses.asdict(kind()) for kind in METHOD_CONFIGS.values()}
+    for stage in (defaults["teacher"]["train"], defaults["students"]["tsm"], defaults["train"]):
+        stage["optim"] = {"NET": dataclasses.asdict(OptimConfig())}
+    lines = [
+        "# What every recipe resolves to, written by python -m tests.test_configs",
+        yaml.safe_dump({"defaults": defaults}, sort_keys=False, width=140, default_flow_style=None),
+        "recipes:",
+    ]
+    for case in CASES:
+        tree = resolved(case)
+        lines.append(f"  {case}:")
+        for setting in differences(tree, with_defaults(tree, defaults)).items():
+            lines.append("    " + yaml.safe_dump(dict([setting]), default_flow_style=True, width=math.inf)[1:-2])
+    SNAPSHOT.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def snapshot():
+    return yaml.safe_load(SNAPSHOT.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recipe_resolves_to_what_it_did(case, snapshot):
+    tree = resolved(case)
+    assert differences(tree, with_defaults(tree, snapshot["defaults"])) == snapshot["recipes"][case]
+
+
+def test_no_recipe_is_lost(snapshot):
+    assert list(snapshot["recipes"]) == CASES
+
+
+@pytest.mark.parametrize("name", names())
+def test_recipe_opens_with_its_command(name):
+    head = text_of(find(name)).partition("defaults:")[0]
+    assert f"#   potstill train {name}" in head
     assert all(line.startswith("#") for line in head.splitlines() if line)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
-def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(recipe, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", names())
+def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, capsys, monkeypatch):
     jobs = []
     monkeypatch.setattr(rehearsal, "Job", lambda *given, **more: jobs.append(Job(*given, **more)) or jobs[-1])
-    train.main([str(recipe), "--dry-run", f"run_dir={tmp_path}/run"])
+    train.main([name, "--dry-run", f"run_dir={tmp_path}/run"])
     said = capsys.readouterr()
     assert "# trained: " in said.out
     assert "# memory without activations: " in said.out
@@ -35,3 +108,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(recipe, tmp_path
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)
+
+
+if __name__ == "__main__":
+    write_snapshot()

@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.config.library import find, names, text_of
 from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import build
 from potstill.engine.jobs.job import Job
@@ -32,9 +33,8 @@ from potstill.engine.models.weights import load_net, read_tensors, save_net
 from potstill.engine.training.loop import Interrupted
 from potstill.engine.training.run import Run, TrainConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 # Those that want what another recipe leaves behind come last.
-RECIPES = sorted(CONFIGS.glob("*.yaml"), key=lambda path: ("runs/" in path.read_text().partition("defaults:")[2], path.stem))
+RECIPES = sorted(names(), key=lambda name: ("runs/" in text_of(find(name)).partition("defaults:")[2], name))
 ITERATIONS, IMAGES = 2, 20
 CLASSES = {"cifar10": 10, "imagenet64": 8, "fast32": 10, "fast64": 10}  # of the data; AFHQv2 and FFHQ have none
 
@@ -126,7 +126,7 @@ class Place:
 
 @functools.cache
 def settings(name: str) -> Config:
-    return load(CONFIGS / f"{name}.yaml", [])
+    return load(name, [])
 
 
 def iterations(stage: TrainConfig) -> float:
@@ -194,9 +194,9 @@ def weights(folder: Path) -> dict[str, tuple]:
     return {str(path): (about, {name: t.double().sum().item() for name, t in tensors.items()}) for path, (tensors, about) in found.items()}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs_to_its_end(recipe, place, monkeypatch):
-    cfg = place.small(recipe.stem)
+    cfg = place.small(recipe)
     folder = Path(cfg.run_dir)
     cut_off(monkeypatch, len(stages(cfg)) // 2)
     with pytest.raises(Interrupted, match="the same command goes on from there"):

@@ -22,6 +22,7 @@ from benches import ROOT
 from benches import rows as on_disk
 from benches.scripts import sections
 from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import file_of
 from potstill.engine.config.tree import load
 
 FILE = "time_to_quality.json"
@@ -130,7 +131,7 @@ def unavailable(recipe: Path, switch: Switch, settings: list[str], method: str) 
 def recipe_of(recipe: Path, method: str) -> Path:
     """The sibling recipe of a method, the recipe itself where it has none."""
     sibling = recipe.with_name(f"{recipe.stem}_{method}.yaml")
-    return sibling if sibling.exists() else recipe
+    return sibling if file_of(sibling) else recipe
 
 
 def comparison(args: argparse.Namespace, switch: Switch, methods: list[str]) -> dict[str, Any]:

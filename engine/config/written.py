@@ -6,15 +6,18 @@ text settings are quoted in Hydra's own way.
 """
 
 import dataclasses
-import os
+import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
+
+from potstill.engine.config.library import file_of, text_of
 
 OVERRIDE = re.compile(r"(\+{0,2})([^=~@]+)=(.*)", re.DOTALL)
 
@@ -31,16 +34,23 @@ _Words.yaml_implicit_resolvers = {
 
 
 class Recipes(FileConfigSource):
-    """Folders of recipes, read as text: recipes://FOLDER in Hydra's search path."""
+    """Folders of recipes, of which a file may hold several, read as text: recipes://FOLDER in Hydra's search path."""
 
     @staticmethod
     def scheme() -> str:
         return "recipes"
 
+    def is_config(self, config_path: str) -> bool:
+        return file_of(self._recipe(config_path)) is not None
+
     def load_config(self, config_path: str) -> ConfigResult:
-        found = super().load_config(config_path)  # as Hydra reads it, with its checks and its header
-        with open(os.path.join(self.path, self._normalize_file_name(config_path)), encoding="utf-8") as file:
-            return dataclasses.replace(found, config=OmegaConf.create(yaml.load(file, Loader=_Words) or {}))
+        text = text_of(self._recipe(config_path))
+        OmegaConf.load(io.StringIO(text))  # which refuses what is said twice
+        config = OmegaConf.create(yaml.load(text, Loader=_Words) or {})
+        return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, self._get_header_dict(text))
+
+    def _recipe(self, config_path: str) -> Path:
+        return Path(self.path, self._normalize_file_name(config_path))
 
 
 def as_written(override: str, kind: Callable[[str], Any]) -> str:
