@@ -96,15 +96,17 @@ def aot_case(
     return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps, maxnreg)
 
 
-def define(schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `potstill::<schema>`: Triton on CUDA, plain PyTorch on CPU, shapes only under tracing.
+def define(
+    schema: str, *, triton: Callable[..., Any], fake: Callable[..., Any], reference: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Register `potstill::<schema>`: Triton on CUDA, `reference` on CPU, shapes only under tracing.
 
     Args:
         schema: "op(Tensor x, float eps) -> Tensor", as for torch.library.define, with two words of our own:
             "Image x" is a tensor [N, D], "Estimate e" the six fields of an estimate one after the other.
             The implementations get an estimate as one.
         triton: the launcher. It also serves CPU tensors when TRITON_INTERPRET=1.
-        reference: the same numbers in plain PyTorch.
+        reference: the same numbers on CPU tensors; None: the op is for CUDA tensors alone.
         fake: outputs with the right shapes, strides and dtypes; never reads data.
 
     Returns:
@@ -114,7 +116,9 @@ def define(schema: str, *, triton: Callable[..., Any], reference: Callable[..., 
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({spelled}){returns}")
     torch.library.impl(qualified, "CUDA", _grouped(_on_its_device(triton), kinds))
-    torch.library.impl(qualified, "CPU", _grouped(triton if INTERPRET else reference, kinds))
+    on_cpu = triton if INTERPRET else reference
+    if on_cpu is not None:
+        torch.library.impl(qualified, "CPU", _grouped(on_cpu, kinds))
     torch.library.register_fake(qualified, _grouped(fake, kinds))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

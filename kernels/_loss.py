@@ -3,28 +3,21 @@
 A loss is an op `value, nonfinite, saved, images = loss(..., needs)` and an op `grads = loss_backward(saved, g, ...,
 needs)` on flat [N, D] tensors. On CUDA `saved` is a few numbers per sample and the backward kernel reads the inputs
 once more: that moves fewer bytes than writing gradients forward and scaling them backward, and holds no memory in
-between. On CPU the images are there anyway, so `saved` are the gradients of the values and backward scales them.
+between. CPU tensors have no such op: they take kernels/reference.py.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from potstill.kernels import cuda
 from potstill.kernels._args import layout
 from potstill.kernels._lib import INTERPRET, define, parse
 from potstill.kernels.estimate import Estimate, accum
-
-#: Images of up to this many numbers: there PyTorch's own backward is quicker on a CPU than one written in Python.
-FEW = 1 << 15
 
 #: Fields of a flattened Estimate that are images.
 _IMAGE_FIELDS = (Estimate._fields.index("raw"), Estimate._fields.index("x_t"), Estimate._fields.index("raw_uncond"))
@@ -35,8 +28,6 @@ def define_loss(
     *,
     forward: Callable[..., Any],
     backward: Callable[..., Any],
-    reference: Callable[..., Any],
-    plain: Callable[..., Any] | None = None,
     saves: Callable[[int, int], list[tuple[int, ...]]] = lambda n, d: [(n,)],
     makes: int = 0,
 ) -> Callable[..., Any]:
@@ -49,9 +40,6 @@ def define_loss(
         forward: launcher (*arguments, needs) -> (value [N], nonfinite [], saved, images).
         backward: launcher (saved, g [N] of any stride, *arguments, needs) -> gradients [N, D] of the needed images.
             What forward made is at the end of what it saved.
-        reference: the CPU's forward, where `saved` are the gradients of the values. Takes images of any shape.
-        plain: the same through autograd, (*arguments) -> (value, *images): what a CPU does with few numbers, as long
-            as every value is finite. May return None to decline.
         saves: shapes of what the forward launcher saves, given N and D.
         makes: how many images without gradient the loss returns besides.
 
@@ -63,11 +51,10 @@ def define_loss(
     arguments = schema.partition("(")[2].removesuffix(")")
 
     def fake_forward(*given: Any) -> Any:
-        *args, needs = given
+        *args, _ = given
         images = [a for a in _images(args, kinds) if a is not None]
         (n, d), like, acc = images[0].shape, images[0], accum(*images)
-        kept = [(n, d)] * sum(needs) if like.device.type == "cpu" and not INTERPRET else saves(n, d)
-        saved = [like.new_empty(shape, dtype=acc) for shape in kept]
+        saved = [like.new_empty(shape, dtype=acc) for shape in saves(n, d)]
         made = [like.new_empty((n, d), dtype=acc) for _ in range(makes)]
         return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), saved, made
 
@@ -75,21 +62,14 @@ def define_loss(
         *args, needs = given
         return [a.new_empty(a.shape) for a, needed in zip(_images(args, kinds), needs, strict=True) if needed]
 
-    def reference_backward(saved: Any, g: Any, *given: Any) -> Any:
-        *args, needs = given
-        wanted = [a for a, needed in zip(_images(args, kinds), needs, strict=True) if needed]
-        return [torch.mul(s, g[:, None]).to(a.dtype) for s, a in zip(saved, wanted, strict=False)]  # what forward made comes last
-
     forward_op = define(
         f"{name}({arguments}, bool[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
         triton=forward,
-        reference=reference,
         fake=fake_forward,
     )
     backward_op = define(
         f"{name}_backward(Tensor[] saved, Tensor g, {arguments}, bool[] needs) -> Tensor[]",
         triton=backward,
-        reference=reference_backward,
         fake=fake_backward,
     )
 
@@ -125,63 +105,14 @@ def define_loss(
             return None, None, *grads
 
     def loss(*args: Any) -> Any:
-        if not is_compiling() and plain_on_cpu(args[0]):
-            return (few(plain, args) if plain else None) or kept(reference, args, _images(args, kinds))
         return Loss.apply(*_distinct(_spread(args)))
 
     return loss
 
 
-def few(plain: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """(value, nonfinite, *made) through PyTorch's own autograd, for few numbers; None for many, or if any is not finite."""
-    first = args[0].raw if isinstance(args[0], Estimate) else args[0]
-    if isinstance(first, Tensor) and first.numel() > FEW:
-        return None
-    outputs = plain(*args)
-    if outputs is None or not math.isfinite(outputs[0].detach().sum().item()):
-        return None
-    return outputs[0], torch.zeros((), dtype=torch.int32), *outputs[1:]
-
-
-def kept(function: Callable[..., Any], args: Sequence[Any], images: Sequence[Tensor | None]) -> Any:
-    """(value, nonfinite, *made) of function(*args, needs) on eager CPU tensors, differentiable in the images.
-
-    No layouts, no dispatcher and as little autograd as will do: with a few small images these cost more than the loss.
-    """
-    needs = [t is not None and t.requires_grad for t in images]
-    if True not in needs or not torch.is_grad_enabled():
-        with torch.no_grad():
-            value, nonfinite, _, made = function(*args, [False] * len(needs))
-        return value, nonfinite, *made
-    return _Kept.apply(function, args, needs, *[t for t, needed in zip(images, needs, strict=True) if needed])
-
-
-class _Kept(Function):
-    @staticmethod
-    def forward(ctx, function, args, needs, *wanted):
-        value, nonfinite, ctx.units, made = function(*args, needs)
-        ctx.set_materialize_grads(False)
-        if made:
-            ctx.mark_non_differentiable(*made)
-        return value, nonfinite, *made
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g, *_):
-        if g is None:
-            return None, None, None, *[None] * len(ctx.units)
-        return None, None, None, *[torch.mul(u, g.view(-1, *(1,) * (u.ndim - 1))) for u in ctx.units]
-
-
-def on_reference(op: str, t: Tensor) -> bool:
-    """Whether a user asked for the plain PyTorch definition of `op` on this CUDA tensor (see kernels.cuda)."""
-    return t.is_cuda and cuda.chosen(op) == "reference"
-
-
-def plain_on_cpu(first: Any) -> bool:
-    """Whether this argument is an ordinary CPU tensor that nobody is watching: no subclass, no dispatch mode."""
-    t = first.raw if isinstance(first, Estimate) else first
-    return not INTERPRET and type(t) in (Tensor, Parameter) and t.device.type == "cpu" and not _len_torch_dispatch_stack()
+def uses_reference(op: str, t: Tensor) -> bool:
+    """Whether `op` of this tensor is computed by kernels/reference.py: on a CPU, and on CUDA where a user asked for it."""
+    return cuda.chosen(op) == "reference" if t.is_cuda else not INTERPRET
 
 
 def _image_slots(kinds: list[str]) -> list[int]:

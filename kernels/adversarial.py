@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
-from potstill.kernels import cpu, reference
+from potstill.kernels import reference
 from potstill.kernels._args import check_choice
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
-from potstill.kernels._loss import few, kept, on_reference, plain_on_cpu
+from potstill.kernels._lib import AotCase, aot_case, define, rows, tl_dtype
+from potstill.kernels._loss import uses_reference
 from potstill.kernels._tl import is_finite, load, total
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Losses, accum
@@ -129,30 +128,17 @@ def _backward(saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[
 
 def _fake_forward(logits: list[Tensor], signs: list[int], form: str, needs: list[bool]):
     like, n, acc = logits[0], logits[0].shape[0], accum(*logits)
-    if like.device.type == "cpu" and not INTERPRET:
-        saved = [logit.new_empty(logit.shape, dtype=acc) for logit, needed in zip(logits, needs, strict=True) if needed]
-    else:
-        saved = [like.new_empty(n, dtype=torch.int8)]
-    return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), saved, []
-
-
-def _reference_backward(
-    saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[int], form: str, needs: list[bool]
-) -> list[Tensor]:
-    wanted = [logit for logit, needed in zip(logits, needs, strict=True) if needed]
-    return [torch.mul(s, g[:, None]).to(logit.dtype) for s, logit in zip(saved, wanted, strict=True)]
+    return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), [like.new_empty(n, dtype=torch.int8)], []
 
 
 _forward_op = define(
     "adversarial(Tensor[] logits, int[] signs, str form, bool[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
     triton=_forward,
-    reference=cpu.adversarial,
     fake=_fake_forward,
 )
 _backward_op = define(
     "adversarial_backward(Tensor[] saved, Tensor g, Tensor[] logits, int[] signs, str form, bool[] needs) -> Tensor[]",
     triton=_backward,
-    reference=_reference_backward,
     fake=lambda saved, g, logits, signs, form, needs: [logit.new_empty(logit.shape) for logit, k in zip(logits, needs, strict=True) if k],
 )
 
@@ -182,9 +168,6 @@ class _Adversarial(Function):
 
 
 def _adversarial(logits: Sequence[Tensor], signs: list[int], form: str) -> Losses:
-    if not is_compiling() and plain_on_cpu(logits[0]):
-        args = (logits, signs, form)
-        return Losses(*(few(cpu.plain_adversarial, args) or kept(cpu.adversarial, args, logits)))
     return Losses(*_Adversarial.apply(signs, form, *logits))
 
 
@@ -220,7 +203,7 @@ def generator_adversarial(logits: Sequence[Tensor] | Tensor, *, kind: str = "sof
     """
     nets = _checked("generator_adversarial", "logits", logits)
     check_choice("generator_adversarial", "kind", kind, ("softplus", "hinge"))
-    if on_reference("adversarial", nets[0]):
+    if uses_reference("adversarial", nets[0]):
         return reference.generator_adversarial(nets, kind=kind)
     return _adversarial(nets, [-1] * len(nets), "softplus" if kind == "softplus" else "linear")
 
@@ -243,7 +226,7 @@ def discriminator_adversarial(
     reals = _checked("discriminator_adversarial", "real_logits", real_logits)
     _check_pair("discriminator_adversarial", "real_logits[0]", reals[0], "fake_logits[0]", fakes[0])
     check_choice("discriminator_adversarial", "kind", kind, ("softplus", "hinge"))
-    if on_reference("adversarial", fakes[0]):
+    if uses_reference("adversarial", fakes[0]):
         return reference.discriminator_adversarial(fakes, reals, kind=kind)
     return _adversarial(fakes + reals, [1] * len(fakes) + [-1] * len(reals), kind)
 

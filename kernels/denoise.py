@@ -12,7 +12,7 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
+from potstill.kernels import reference
 from potstill.kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import (
@@ -30,7 +30,7 @@ from potstill.kernels._lib import (
     splits,
     tl_dtype,
 )
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
@@ -106,8 +106,6 @@ _denoise = define_loss(
     "denoise(Estimate e, Image target, Tensor? weight, bool mean)",
     forward=_forward,
     backward=_backward,
-    reference=cpu.denoise,
-    plain=cpu.plain_denoise,
 )
 
 
@@ -130,7 +128,7 @@ def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None =
     check_choice("denoise", "reduction", reduction, ("mean", "sum"))
     if weight is not None:
         weight = check_per_sample("denoise", "weight", weight, "target", target)
-    if on_reference("denoise", target):
+    if uses_reference("denoise", target):
         return reference.denoise(e, target, weight, reduction=reduction)
     return Losses(*_denoise(e, target, weight, reduction == "mean"))
 

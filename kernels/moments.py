@@ -12,7 +12,7 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
+from potstill.kernels import reference
 from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import (
@@ -28,7 +28,7 @@ from potstill.kernels._lib import (
     splits,
     tl_dtype,
 )
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
@@ -89,8 +89,6 @@ _moments = define_loss(
     "moments(Image x, Estimate real, Estimate fake, Tensor? weight, bool mean)",
     forward=_forward,
     backward=_backward,
-    reference=cpu.moments,
-    plain=cpu.plain_moments,
 )
 
 
@@ -122,7 +120,7 @@ def moments(
     check_choice("moments", "reduction", reduction, ("mean", "sum"))
     if weight is not None:
         weight = check_per_sample("moments", "weight", weight, "x", x)
-    if on_reference("moments", x):
+    if uses_reference("moments", x):
         return reference.moments(x, real, fake, weight, reduction=reduction)
     return Losses(*_moments(x, real, shared(fake, real), weight, reduction == "mean"))
 

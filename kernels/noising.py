@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from potstill.kernels import reference
 from potstill.kernels._args import Layout, check_constant, check_image, check_per_sample, check_root, layout
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import BLOCK, INTERPRET, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
-from potstill.kernels._loss import on_reference
+from potstill.kernels._lib import BLOCK, REGISTERS, AotCase, aot_case, define, power_of_2, tl_dtype
+from potstill.kernels._loss import uses_reference
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum, per_sample
 
@@ -49,7 +49,7 @@ class Normals(NamedTuple):
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The numbers themselves, [N, ...] float32."""
-        if on_reference("noising", self.seed):
+        if uses_reference("noising", self.seed):
             return reference.normals(self.seed, self.offset, shape)
         return _normals_op(self.seed, self.offset, list(shape))
 
@@ -375,7 +375,7 @@ def _drawn(noise: Tensor | Normals) -> tuple[Tensor | None, Tensor | None, Tenso
 
 def _native(x: Tensor) -> bool:
     """Whether PyTorch's own ops do: on a CPU, where a compiler or autograd knows them better than ours, or as asked for."""
-    return (not x.is_cuda and not INTERPRET) or on_reference("noising", x)
+    return uses_reference("noising", x)
 
 
 def _plain_add_noise(x: Tensor, sigma: Tensor, noise: Tensor | Normals) -> Tensor:

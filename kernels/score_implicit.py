@@ -18,7 +18,7 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import _score_cuda, cpu, cuda, reference
+from potstill.kernels import _score_cuda, cuda, reference
 from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import (
@@ -36,7 +36,7 @@ from potstill.kernels._lib import (
     splits,
     tl_dtype,
 )
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, store_raw, through_x_t, total
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
@@ -177,8 +177,6 @@ _score_implicit = define_loss(
     "score_implicit(Image x, Estimate real, Estimate fake, Tensor? weight, str distance, float alpha, float c, str detach)",
     forward=cuda.choose("score_implicit", triton=_forward, cuda=_score_cuda.implicit_forward),
     backward=cuda.choose("score_implicit", triton=_backward, cuda=_score_cuda.implicit_backward),
-    reference=cpu.score_implicit,
-    plain=cpu.plain_score_implicit,
     saves=lambda n, d: [(3, n)],
 )
 
@@ -230,7 +228,7 @@ def score_implicit(
         raise ValueError("score_implicit: wanted detach='normaliser' with distance='huber', got 'l2', which has none")
     if weight is not None:
         weight = check_per_sample("score_implicit", "weight", weight, "x", x)
-    if on_reference("score_implicit", x):
+    if uses_reference("score_implicit", x):
         return reference.score_implicit(x, real, fake, distance=distance, alpha=alpha, c=c, weight=weight, detach=detach)
     return Losses(*_score_implicit(x, real, shared(fake, real), weight, distance, alpha, c, detach or ""))
 

@@ -14,7 +14,7 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import _score_cuda, cpu, cuda, reference
+from potstill.kernels import _score_cuda, cuda, reference
 from potstill.kernels._args import check_constant_estimate, check_estimate, check_root
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import (
@@ -31,7 +31,7 @@ from potstill.kernels._lib import (
     splits,
     tl_dtype,
 )
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean_difference, clean_pair, is_finite, part, total
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
@@ -121,7 +121,6 @@ _score_match = define_loss(
     "score_match(Image x, Estimate real, Estimate fake, float eps)",
     forward=cuda.choose("score_match", triton=_forward, cuda=_score_cuda.match_forward),
     backward=cuda.choose("score_match", triton=_backward, cuda=_score_cuda.match_backward),
-    reference=cpu.score_match,
 )
 
 
@@ -133,14 +132,13 @@ _score_match_weighted = define_loss(
     "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
     forward=_forward_weighted,
     backward=_backward_weighted,
-    reference=cpu.score_match_weighted,
 )
 
 
 @takes_inference_tensors
 def weighted(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, *, eps: float, plus: float) -> Losses:
     """The same with g_i multiplied by a weight [N] and `plus` added to its normaliser: what kernels.compat needs."""
-    if on_reference("score_match_weighted", x):
+    if uses_reference("score_match_weighted", x):
         return reference.score_match(x, real, fake, eps=eps, weight=weight, plus=plus)
     return Losses(*_score_match_weighted(x, real, fake, weight, eps, plus))
 
@@ -166,7 +164,7 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
     fake = check_estimate("score_match", "fake", fake, "x", x)
     check_constant_estimate("score_match", "real", real, "x")
     check_constant_estimate("score_match", "fake", fake, "x")
-    if on_reference("score_match", x):
+    if uses_reference("score_match", x):
         return reference.score_match(x, real, fake, eps=eps)
     return Losses(*_score_match(x, real, shared(fake, real), eps))
 

@@ -15,7 +15,7 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
+from potstill.kernels import reference
 from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import (
@@ -33,7 +33,7 @@ from potstill.kernels._lib import (
     splits,
     tl_dtype,
 )
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
@@ -151,8 +151,6 @@ _trajectory = define_loss(
     "trajectory(Image x, Estimate e, Tensor sigma, Tensor sigma_next, Image target, str metric, float c, bool mean)",
     forward=_forward,
     backward=_backward,
-    reference=cpu.trajectory,
-    plain=cpu.plain_trajectory,
     makes=1,
 )
 
@@ -195,7 +193,7 @@ def trajectory(
     sigma_next = check_per_sample("trajectory", "sigma_next", sigma_next, "x", x, scalar=True)
     check_choice("trajectory", "metric", metric, ("l1", "l2", "huber"))
     check_choice("trajectory", "reduction", reduction, ("mean", "sum"))
-    if on_reference("trajectory", x):
+    if uses_reference("trajectory", x):
         return reference.trajectory(x, e, sigma, sigma_next, target, metric=metric, c=c, reduction=reduction)
     e = e._replace(x_t=None) if e.x_t is x else e
     value, nonfinite, x_next = _trajectory(x, e, sigma, sigma_next, target, metric, c, reduction == "mean")

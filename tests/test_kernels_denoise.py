@@ -14,6 +14,7 @@ from kernel_cases import (
     flat,
     fused_as_exact_as_plain,
     left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -121,6 +122,7 @@ def test_bad_input():
         denoise(x, x, torch.ones(2, dtype=torch.int64))
 
 
+@of_ops
 def test_opcheck():
     d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
     args = flat(d.estimate("net"), d.image("target"), d.positive("weight"), True, [True, True, True, False])

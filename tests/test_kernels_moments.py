@@ -14,6 +14,7 @@ from kernel_cases import (
     flat,
     fused_as_exact_as_plain,
     left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -78,6 +79,7 @@ def test_bad_input():
         moments(x, x, x, reduction="none")
 
 
+@of_ops
 def test_opcheck():
     d, ops = Drawn(Case((3, 3, 8, 8), F32)), torch.ops.potstill
     args = flat(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True, [True] + [False] * 6)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kernel_cases import CPU, F16, F32, F64, assert_no_worse, poisoned_memory
+from kernel_cases import CPU, F16, F32, F64, assert_no_worse, of_ops, poisoned_memory
 from places import everywhere, on_gpu
 from rehearse import REHEARSING
 
@@ -202,6 +202,7 @@ def test_bad_input():
         noised_input(x, sigma, noise, sigma, dtype=torch.int32)
 
 
+@of_ops
 def test_opcheck():
     ops, seed = torch.ops.potstill, torch.tensor(3)
     x, sigma, noise = torch.randn(2, 12), torch.rand(2), torch.randn(2, 12)

@@ -17,6 +17,7 @@ from kernel_cases import (
     flat,
     fused_as_exact_as_plain,
     left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -179,6 +180,7 @@ def test_bad_input():
         score_implicit(x, Estimate(x, x, c.clone().requires_grad_(), c), x)
 
 
+@of_ops
 def test_opcheck():
     d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
     real, fake = d.estimate("real"), d.estimate("fake")

@@ -14,6 +14,7 @@ from kernel_cases import (
     flat,
     fused_as_exact_as_plain,
     left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -130,6 +131,7 @@ def test_bad_input():
         trajectory(x, x, s, s, x, metric="lpips")
 
 
+@of_ops
 def test_opcheck():
     d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
     e = d.estimate("net", "x")
