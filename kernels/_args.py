@@ -1,7 +1,7 @@
 """What the public functions do before a kernel sees their tensors: say what is wrong, and flatten to [N, D]."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,6 +121,19 @@ class Layout(NamedTuple):
             return t_nd.view(self.shape)
         n, c, h, w = self.shape
         return t_nd.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def flattened(*given: Tensor | Estimate) -> tuple[Layout, list[Any]]:
+    """The layout that these images and estimates have in common, and the same with every image as contiguous [N, D]."""
+    common = layout(*[t for one in given for t in (one.images if isinstance(one, Estimate) else [one])])
+    flat = []
+    for one in given:
+        if isinstance(one, Estimate):
+            raw, x_t, uncond = map(common.flat, one.images)
+            flat.append(Estimate(raw, x_t, one.c_skip, one.c_out, uncond, one.guidance))  # pyright: ignore[reportArgumentType]
+        else:
+            flat.append(common.flat(one))
+    return common, flat
 
 
 def layout(*images: Tensor | None) -> Layout:

@@ -1,13 +1,16 @@
-"""How an op of this package is registered and launched: one schema, its CUDA, CPU and fake implementations."""
+"""How an op of this package is registered and launched, and what its launchers have in common."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from potstill.kernels import cuda
 from potstill.kernels._triton import INSTALLED, tl, triton
 from potstill.kernels.estimate import Estimate
 
@@ -65,6 +68,17 @@ REGISTERS = 128
 SIZES = {"": "i32", ", D % 16 = 0": "i32:16"}
 
 
+def fp32(names: str) -> dict[str, str]:
+    """The types of these pointers to float32."""
+    return dict.fromkeys(names.split(), "*fp32")
+
+
+def aot_variants() -> Iterator[tuple[str, str, bool, str]]:
+    """(what to call it, dtype of raw outputs, with guidance, size): what the kernels of most losses are compiled for."""
+    for dtype, guided, (even, size) in product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
+        yield f"[{dtype}{', guided' if guided else ''}{even}]", dtype, guided, size
+
+
 def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
     """The types of an estimate's fields: raw output in `dtype`, x_t and coefficients in float32."""
     uncond = f"*{dtype}" if guided else None
@@ -97,29 +111,37 @@ def aot_case(
 
 
 def define(
-    schema: str, *, triton: Callable[..., Any], fake: Callable[..., Any], reference: Callable[..., Any] | None = None
+    schema: str, *, launchers: Mapping[str, Callable[..., Any]], shapes: Callable[..., Any], cpu: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
-    """Register `potstill::<schema>`: Triton on CUDA, `reference` on CPU, shapes only under tracing.
+    """Register `potstill::<schema>` and return the op. CUDA tensors take the launcher of the backend in force at each call.
 
     Args:
         schema: "op(Tensor x, float eps) -> Tensor", as for torch.library.define, with two words of our own:
             "Image x" is a tensor [N, D], "Estimate e" the six fields of an estimate one after the other.
-            The implementations get an estimate as one.
-        triton: the launcher. It also serves CPU tensors when TRITON_INTERPRET=1.
-        reference: the same numbers on CPU tensors; None: the op is for CUDA tensors alone.
-        fake: outputs with the right shapes, strides and dtypes; never reads data.
-
-    Returns:
-        The op's default overload, callable.
+            The functions below get an estimate as one.
+        launchers: "triton", and "cuda" where csrc/ has the op; of those by name that kernels/cuda.py chooses. They serve
+            CPU tensors as well when TRITON_INTERPRET=1.
+        shapes: outputs with the right shapes, strides and dtypes; never reads data.
+        cpu: the same numbers on CPU tensors, and on CUDA with the backend "reference"; None: the caller turns to the
+            reference before.
     """
     name, kinds, spelled, returns = parse(schema)
+    family = name.removesuffix("_backward")
+
+    def launch(*flat: Any) -> Any:
+        device = _first_tensor(flat).device
+        backend = cuda.chosen(family)
+        launcher = cpu if backend == "reference" else launchers[backend]
+        assert launcher is not None, f"{name} has no launcher for the backend {backend}"
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+            return launcher(*_grouped(flat, kinds))
+
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({spelled}){returns}")
-    torch.library.impl(qualified, "CUDA", _grouped(_on_its_device(triton), kinds))
-    on_cpu = triton if INTERPRET else reference
-    if on_cpu is not None:
-        torch.library.impl(qualified, "CPU", _grouped(on_cpu, kinds))
-    torch.library.register_fake(qualified, _grouped(fake, kinds))
+    torch.library.impl(qualified, "CUDA", launch)
+    if INTERPRET or cpu is not None:
+        torch.library.impl(qualified, "CPU", launch if INTERPRET or cpu is None else cpu)
+    torch.library.register_fake(qualified, lambda *flat: shapes(*_grouped(flat, kinds)))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -132,29 +154,10 @@ def parse(schema: str) -> tuple[str, list[str], str, str]:
     return name, [a[0] for a in split], ", ".join(words.get(a[0], " ".join(a)).format(a[1]) for a in split), returns
 
 
-def _grouped(function: Callable[..., Any], kinds: list[str]) -> Callable[..., Any]:
-    """function(x, estimate, ...) as seen by the dispatcher, which passes an estimate's fields one by one."""
-    if "Estimate" not in kinds:
-        return function
-    slots, at = [], 0
-    for kind in kinds:
-        slots.append((at, kind == "Estimate"))
-        at += len(Estimate._fields) if kind == "Estimate" else 1
-
-    def implementation(*flat: Any) -> Any:
-        return function(*(Estimate(*flat[i : i + 6]) if grouped else flat[i] for i, grouped in slots))
-
-    return implementation
-
-
-def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the one the tensors are on."""
-
-    def launch(*arguments: Any) -> Any:
-        with torch.cuda.device(_first_tensor(arguments).device):
-            return launcher(*arguments)
-
-    return launch
+def _grouped(flat: Sequence[Any], kinds: list[str]) -> list[Any]:
+    """Arguments with estimates as one, of those as the dispatcher passes them, field by field."""
+    rest = iter(flat)
+    return [Estimate(*islice(rest, len(Estimate._fields))) if kind == "Estimate" else next(rest) for kind in kinds]
 
 
 def _first_tensor(arguments: Any) -> Tensor:
@@ -166,8 +169,8 @@ def _first_tensor(arguments: Any) -> Tensor:
     raise AssertionError("an op without a tensor argument")
 
 
-#: What the forward of a loss returns: value [N], nonfinite [], tensors saved for backward, images made besides.
-Outputs = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
+#: What the forward launcher of a loss returns: value [N], nonfinite [], what backward needs per sample, images made besides.
+Outputs = tuple[Tensor, ...]
 
 
 def results(like: Tensor, acc: torch.dtype, coefs: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,11 +179,10 @@ def results(like: Tensor, acc: torch.dtype, coefs: tuple[int, ...]) -> tuple[Ten
     return like.new_empty(like.shape[0], dtype=acc), nonfinite, like.new_empty(coefs, dtype=acc)
 
 
-def empty_gradients(e: Estimate, needs: Sequence[bool]) -> tuple[Estimate, list[Tensor]]:
-    """Memory for the gradients of an estimate's raw, x_t and raw_uncond: where the kernel finds it, and as a list."""
-    images = (e.raw, e.x_t, e.raw_uncond)
-    room = [t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(images, needs, strict=True)]
-    return Estimate(room[0], room[1], None, None, room[2]), [t for t in room if t is not None]  # pyright: ignore[reportArgumentType]
+def empty_gradients(e: Estimate, needs: Sequence[bool]) -> Estimate:
+    """Memory for the gradients of an estimate's raw, x_t and raw_uncond, those that are needed."""
+    raw, x_t, uncond = (t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(e.images, needs, strict=True))
+    return Estimate(raw, x_t, None, None, uncond)  # pyright: ignore[reportArgumentType]
 
 
 #: Elements of one sample that one program handles at a time.

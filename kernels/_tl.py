@@ -91,6 +91,14 @@ def part(pid, D, S: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def block_of(pid, D, chunks, BLOCK: tl.constexpr):
+    """Sample of program pid, where its block of numbers lies, and which of them there are; `chunks` programs a sample."""
+    n = (pid // chunks).to(tl.int64)
+    offset = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)
+    return n, n * D + offset, offset < D
+
+
+@triton.jit
 def total(partials_ptr, k, n, valid, N, S: tl.constexpr):
     """Sum number k of the samples n over their S parts; partials are [K, N, S]."""
     at = (k * N + n[:, None]) * S + tl.arange(0, S)[None, :]

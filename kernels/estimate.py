@@ -61,6 +61,13 @@ def shared(fake: Estimate, real: Estimate) -> Estimate:
     return fake._replace(x_t=None) if fake.x_t is not None and fake.x_t is real.x_t else fake
 
 
+def without_common_part(real: Estimate, fake: Estimate) -> tuple[Estimate, Estimate]:
+    """Both without c_skip·x_t where it is the same in both, so that it cancels in the difference of their D."""
+    if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
+        return real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)
+    return real, fake
+
+
 class Losses(NamedTuple):
     """One number per sample, and how many samples were left out of it."""
 

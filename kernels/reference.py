@@ -5,7 +5,6 @@ returns one number per sample; `_losses` adds what all of them share: a sample w
 zero gradient.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -219,49 +218,4 @@ def discriminator_adversarial(fake_logits: Sequence[Tensor], real_logits: Sequen
 def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + sigma·noise, in at least float32."""
     dtype = accum(x)
-    return x.to(dtype) + per_sample(sigma.to(dtype).expand(x.shape[0]), x) * noise.to(dtype)
-
-
-_MASK = 0xFFFFFFFF
-
-
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words from four counter and two key words, all held in int64."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, as the 64-bit product is meant to
-        c0, c1, c2, c3 = (b >> 32) & _MASK ^ c1 ^ k0, b & _MASK, (a >> 32) & _MASK ^ c3 ^ k1, a & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return [c0, c1, c2, c3]
-
-
-def normals(seed: Tensor, offset: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normals [N, ...] in float32 as a function of seed, offset and position: what the kernels draw.
-
-    Images [N, C, H, W] are numbered plane by plane, anything else as one plane: pixels 4q to 4q + 3 of channel c of
-    sample n come from the counter (q, c, n, offset) by Box-Muller, so sample n does not depend on the batch size.
-    """
-    n, c = shape[0], shape[1] if len(shape) == 4 else 1
-    p = math.prod(shape[1:]) // c
-    quads = torch.arange(-(-p // 4), device=seed.device)
-    zero = torch.zeros((n, c, len(quads)), dtype=torch.int64, device=seed.device)
-    channel = torch.arange(c, device=seed.device)[:, None]
-    sample = torch.arange(n, device=seed.device)[:, None, None]
-    words = philox((zero + quads, zero + channel, zero + sample, zero + (offset & _MASK)), (seed & _MASK, (seed >> 32) & _MASK))
-    u = [w.to(torch.float32) * 2.0**-32 + 2.0**-33 for w in words]  # in (0, 1]: 6.6 sigma at most
-    drawn = []
-    for u1, u2 in (u[:2], u[2:]):
-        radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
-        drawn += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(drawn, -1).flatten(2)[:, :, :p].reshape(*shape)
-
-
-@takes_inference_tensors
-def noised_input(
-    x: Tensor, sigma: Tensor, noise: Tensor, c_in: Tensor, *, dtype: torch.dtype, channels: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """x_t = x + sigma·noise, and c_in·x_t in `dtype` with zero channels appended up to `channels`."""
-    x_t = add_noise(x, sigma, noise)
-    scaled = (per_sample(c_in.to(x_t.dtype).expand(x.shape[0]), x) * x_t).to(dtype)
-    return x_t, scaled if channels is None else F.pad(scaled, (0, 0, 0, 0, 0, channels - x.shape[1]))
+    return torch.addcmul(x.to(dtype), noise.to(dtype), per_sample(sigma.to(dtype).expand(x.shape[0]), x))

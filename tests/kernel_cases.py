@@ -6,7 +6,7 @@ in that dtype), plus 1e-6 of the largest number; for the values and for every gr
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -200,6 +200,21 @@ def flat(*args: object) -> list[object]:
     for a in args:
         spread += list(a) if isinstance(a, Estimate) else [a]
     return [a.flatten(1) if isinstance(a, Tensor) and a.ndim > 1 else a for a in spread]
+
+
+def opchecked(name: str, args: list[Any], needs: list[bool]) -> None:
+    """torch.library.opcheck of a loss's two ops, of the forward one with gradients for the images that `needs` says."""
+    op, backward = getattr(torch.ops.potstill, name).default, getattr(torch.ops.potstill, f"{name}_backward").default
+    args = [Estimate(*flat(a)) if isinstance(a, Estimate) else flat(a)[0] for a in args]
+    _, _, *saved = op(*flat(*args))
+    torch.library.opcheck(backward, [saved, torch.ones(()).expand(3), *flat(*args), needs])
+    images: list[Tensor | None] = []
+    for a in args:
+        images += a.images if isinstance(a, Estimate) else [a] if isinstance(a, Tensor) and a.ndim > 1 else []
+    for t, needed in zip(images, needs, strict=True):
+        if needed and t is not None:
+            t.requires_grad_()
+    torch.library.opcheck(op, [t for a in args for t in (a if isinstance(a, Estimate) else [a])])
 
 
 def left_out(

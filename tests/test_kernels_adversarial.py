@@ -147,10 +147,12 @@ def test_bad_input():
 @of_ops
 def test_opcheck():
     nets, ops = logits([(4,), (5,)]), torch.ops.potstill
-    args = (nets, [1, -1], "softplus", [True, False])
+    args = nets, 1, "softplus"
+    _, _, keep = ops.adversarial.default(*args)
+    torch.library.opcheck(ops.adversarial_backward.default, [keep, torch.ones(()).expand(4), *args, [True, False]])
+    for logit in nets:
+        logit.requires_grad_()
     torch.library.opcheck(ops.adversarial.default, args)
-    _, _, saved, _ = ops.adversarial.default(*args)
-    torch.library.opcheck(ops.adversarial_backward.default, [saved, torch.ones(()).expand(4), *args])
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd functions are all static:DeprecationWarning")  # Dynamo's own

@@ -11,10 +11,10 @@ from kernel_cases import (
     Case,
     Drawn,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
     left_out,
     of_ops,
+    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -124,11 +124,8 @@ def test_bad_input():
 
 @of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
-    args = flat(d.estimate("net"), d.image("target"), d.positive("weight"), True, [True, True, True, False])
-    torch.library.opcheck(ops.denoise.default, args)
-    _, _, saved, _ = ops.denoise.default(*args)
-    torch.library.opcheck(ops.denoise_backward.default, [saved, torch.ones(()).expand(3), *args])
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
+    opchecked("denoise", [d.estimate("net"), d.image("target"), d.positive("weight"), True], [True, True, True, False])
 
 
 @everywhere("denoise")

@@ -11,10 +11,10 @@ from kernel_cases import (
     Case,
     Drawn,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
     left_out,
     of_ops,
+    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -81,11 +81,9 @@ def test_bad_input():
 
 @of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32)), torch.ops.potstill
-    args = flat(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True, [True] + [False] * 6)
-    torch.library.opcheck(ops.moments.default, args)
-    _, _, saved, _ = ops.moments.default(*args)
-    torch.library.opcheck(ops.moments_backward.default, [saved, torch.ones(()).expand(3), *args])
+    d = Drawn(Case((3, 3, 8, 8), F32))
+    args = [d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True]
+    opchecked("moments", args, [True] + [False] * 6)
 
 
 @everywhere("moments")

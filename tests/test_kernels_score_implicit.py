@@ -14,10 +14,10 @@ from kernel_cases import (
     Case,
     Drawn,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
     left_out,
     of_ops,
+    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -182,14 +182,11 @@ def test_bad_input():
 
 @of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
     real, fake = d.estimate("real"), d.estimate("fake")
     assert isinstance(fake, Estimate)
-    needs = [True, True, True, False, True, False, True]
-    args = flat(d.image("x"), real, fake._replace(x_t=None), None, "huber", 1.0, 0.03, "", needs)
-    torch.library.opcheck(ops.score_implicit.default, args)
-    _, _, saved, _ = ops.score_implicit.default(*args)
-    torch.library.opcheck(ops.score_implicit_backward.default, [saved, torch.ones(()).expand(3), *args])
+    args = [d.image("x"), real, fake._replace(x_t=None), None, "huber", 1.0, 0.03, ""]
+    opchecked("score_implicit", args, [True, True, True, False, True, False, True])
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])

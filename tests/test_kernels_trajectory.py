@@ -11,10 +11,10 @@ from kernel_cases import (
     Case,
     Drawn,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
     left_out,
     of_ops,
+    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -133,14 +133,11 @@ def test_bad_input():
 
 @of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
     e = d.estimate("net", "x")
     assert isinstance(e, Estimate)
-    needs = [False, True, False, True, False]
-    args = flat(d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True, needs)
-    torch.library.opcheck(ops.trajectory.default, args)
-    _, _, saved, made = ops.trajectory.default(*args)
-    torch.library.opcheck(ops.trajectory_backward.default, [[*saved, *made], torch.ones(()).expand(3), *args])
+    args = [d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True]
+    opchecked("trajectory", args, [False, True, False, True, False])
 
 
 @everywhere("trajectory")
