@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.kernels import reference
+from potstill.kernels._aot import AotCase, aot_case
 from potstill.kernels._args import check_choice
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import AotCase, aot_case, define, rows, tl_dtype
+from potstill.kernels._lib import define, rows, tl_dtype
 from potstill.kernels._loss import uses_reference
 from potstill.kernels._tl import is_finite, load, total
 from potstill.kernels._triton import tl, triton

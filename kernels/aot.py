@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from potstill import kernels
-from potstill.kernels._lib import AotCase
+from potstill.kernels._aot import AotCase
 from potstill.kernels._triton import INSTALLED, triton
 
 ARCHITECTURES = (80, 90)  # A100, and H100/H200

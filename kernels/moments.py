@@ -11,22 +11,10 @@ Source: arXiv 2406.04103, Alg. 2.
 from torch import Tensor
 
 from potstill.kernels import reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
 from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    REGISTERS,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_variants,
-    fp32,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
+from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
 from potstill.kernels._triton import tl, triton

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.kernels import reference
+from potstill.kernels._aot import SIZES, AotCase, aot_case, fp32
 from potstill.kernels._args import check_constant, check_image, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import BLOCK, SIZES, AotCase, aot_case, cdiv, define, fp32, tl_dtype
+from potstill.kernels._lib import BLOCK, cdiv, define, tl_dtype
 from potstill.kernels._loss import uses_reference
 from potstill.kernels._tl import block_of, load
 from potstill.kernels._triton import tl, triton

@@ -17,24 +17,10 @@ Source: huber arXiv 2410.16794 (SIM), l2 arXiv 2404.04057 (SiD; alpha = 1 is SIM
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_gradients, aot_variants, fp32
 from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_gradients,
-    aot_variants,
-    cdiv,
-    empty_gradients,
-    fp32,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
+from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import block_of, clean_pair, is_finite, load, part, store_raw, through_x_t, total
 from potstill.kernels._triton import tl, triton

@@ -15,23 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
 from potstill.kernels._args import check_constant_estimate, check_estimate, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    REGISTERS,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_variants,
-    cdiv,
-    fp32,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
+from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, cdiv, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import block_of, clean_difference, clean_pair, is_finite, part, total
 from potstill.kernels._triton import tl, triton

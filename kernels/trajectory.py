@@ -16,24 +16,10 @@ import itertools
 from torch import Tensor
 
 from potstill.kernels import reference
+from potstill.kernels._aot import SIZES, AotCase, aot_case, aot_estimate, aot_gradients, fp32
 from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_gradients,
-    cdiv,
-    empty_gradients,
-    fp32,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
+from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import block_of, clean, is_finite, load, noisy, part, store_raw, total, weights
 from potstill.kernels._triton import tl, triton
