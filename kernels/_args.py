@@ -1,4 +1,4 @@
-"""What the public functions do before a kernel sees their tensors: say what is wrong, and flatten to [N, D]."""
+"""The checks of the public functions' arguments, and images as [N, D], the shape in which kernels read them."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -86,13 +86,13 @@ def check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None
 
 
 class Layout(NamedTuple):
-    """How images [N, C, H, W] lie in memory, so that one can be seen as [N, D] without a copy and back."""
+    """The memory format of images [N, C, H, W]: how to see one as [N, D] without a copy, and back."""
 
     shape: torch.Size
     channels_last: bool
 
     def flat(self, t: Tensor | None) -> Tensor | None:
-        """[N, C, H, W] -> contiguous [N, D]; copies only what lies differently."""
+        """[N, C, H, W] -> contiguous [N, D]; copies an image of another memory format."""
         if t is None:
             return None
         t = t.permute(0, 2, 3, 1) if self.channels_last else t

@@ -21,9 +21,9 @@ ABSENT = ("amsgrad", "maximize")
 class Group(dict[str, Any]):
     """One parameter group: torch.optim's dictionary, with its tensors in `part` and where its rates lie in `rates`.
 
-    A rate is always a tensor of one element on the device. A float32 or float64 one that is given is kept as it is, as in
-    torch.optim, so that it may be written into; of anything else the value is taken, in float64. Tensors read earlier keep
-    their values. The other numbers are floats; a captured step goes on with those it was captured with.
+    A rate is always a tensor of one element on the device. A float32 or float64 tensor stays the caller's, as in torch.optim,
+    so the caller may write into it; any other value is copied to a new float64 tensor. Tensors read earlier keep their
+    values. The other numbers are floats; a captured step goes on with those it was captured with.
 
     Raises:
         ValueError: what is assigned is no number where there must be one, or an option AdamEMA does not have.
@@ -50,7 +50,7 @@ class Group(dict[str, Any]):
             value = number("beta1", beta1), number("beta2", beta2)
         super().__setitem__(name, value)
         if name in RATES:
-            self.point()
+            self.refresh_addresses()
 
     def update(self, *others: Any, **options: Any) -> None:
         for name, value in dict(*others, **options).items():
@@ -77,7 +77,7 @@ class Group(dict[str, Any]):
         else:
             self[name] = number(name, value) if name in RATES else value
 
-    def point(self) -> None:
+    def refresh_addresses(self) -> None:
         """Bring `rates` up to date with where the tensors lie."""
         given = [self[name] for name in RATES if name in self]
         where = [n for t in given for n in (t.data_ptr(), t.element_size())]
@@ -107,7 +107,7 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"AdamEMA wanted {name} as a number or a tensor of one element, got {value!r}") from error
 
 
-def deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor | None] | None) -> None:
+def split_over_groups(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor | None] | None) -> None:
     """Cut a list over all parameters into one list a group, under the group's key `name`."""
     if tensors is None:
         return

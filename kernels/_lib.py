@@ -45,8 +45,8 @@ if INTERPRET:
 _ESTIMATE = "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
 
 
-#: Registers a thread may have at most, of kernels for which ptxas would else now and then spill a word, at 32 to 48 registers,
-#: for one more block on a multiprocessor: told how many it may take, it takes the one or two more.
+#: The most registers a thread may have. Without this limit ptxas stops some kernels at 32 to 48 registers and spills a word,
+#: to fit one more block on a multiprocessor; with it, ptxas takes the one or two registers more.
 REGISTERS = 128
 
 
@@ -133,7 +133,7 @@ _MAX_SPLITS = 256
 
 
 def splits(n: int, d: int) -> int:
-    """Into how many parts (a power of two) the D numbers of a sample are cut, so few samples still fill a GPU.
+    """The number of parts (a power of two) of the D numbers of a sample, so that a small batch still fills a GPU.
 
     A function of the shape alone, so the order of summation and thus the result does not depend on the device.
     """
@@ -152,10 +152,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rows(s: int) -> int:
-    """How many samples the finishing program of a reduction takes at a time, given `s` parts each."""
+    """The number of samples that the finishing program of a reduction reads at a time, given `s` parts each."""
     return max(1, 2048 // s)
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:
-    """The Triton dtype sums are kept in."""
+    """The Triton dtype of sums."""
     return tl.float64 if dtype is torch.float64 else tl.float32

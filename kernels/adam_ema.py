@@ -21,7 +21,7 @@ from torch import Tensor
 
 from potstill.kernels import cuda
 from potstill.kernels._adam import LAUNCHERS
-from potstill.kernels._groups import RATES, Group, check_companions, check_options, check_params, deal
+from potstill.kernels._groups import RATES, Group, check_companions, check_options, check_params, split_over_groups
 from potstill.kernels._lib import INTERPRET
 from potstill.kernels.tables import Flags, Part, local, same_layout
 
@@ -75,8 +75,8 @@ class AdamEMA(torch.optim.Optimizer):
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
-        deal(groups, "ema", ema)
-        deal(groups, "shadow", shadow)
+        split_over_groups(groups, "ema", ema)
+        split_over_groups(groups, "shadow", shadow)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": False,
             "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -86,7 +86,7 @@ class AdamEMA(torch.optim.Optimizer):
 
     @property
     def nonfinite(self) -> Tensor:
-        """How many steps were left out because a gradient was not finite: 0-dim int32 on the device."""
+        """The number of steps skipped because a gradient was not finite: 0-dim int32 on the device."""
         return self._all_flags.nonfinite
 
     @property
@@ -126,7 +126,7 @@ class AdamEMA(torch.optim.Optimizer):
         return [group.part for group in self._own_groups()]
 
     def _own_groups(self) -> list[Any]:
-        """param_groups; what somebody has put in the place of one of ours is taken over."""
+        """param_groups, after it took over the options of groups that somebody has put in the place of ours."""
         for i, group in enumerate(self.param_groups):
             if not isinstance(group, Group):
                 params = [id(p) for p in group["params"]]
@@ -138,7 +138,7 @@ class AdamEMA(torch.optim.Optimizer):
         return self.param_groups
 
     def _part(self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device) -> Part:
-        """State of every parameter, made now: a captured step must not allocate it. What a copy brought is kept."""
+        """Make the state of every parameter now, since a captured step must not allocate it. State from a copy stays."""
         steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         for p, step in zip(params, steps.unbind(), strict=True):
             state = self.state[p]
@@ -216,7 +216,7 @@ class AdamEMA(torch.optim.Optimizer):
         flags.grad_scale = _scalar(self, "grad_scale", grad_scale)
         flags.found_inf = _scalar(self, "found_inf", found_inf)
         for group in self._own_groups():
-            group.point()
+            group.refresh_addresses()
             group.part.params = [local(p) for p in group["params"]]
             group.part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
         device = flags.flag.device
@@ -237,7 +237,7 @@ class AdamEMA(torch.optim.Optimizer):
     def _step_fused(self, check: Callable[..., None], coefs: Callable[..., None], update: Callable[..., None]) -> None:
         flags = self._all_flags
         for part in self._parts:
-            part.point()
+            part.refresh_addresses()
         if self._skips:
             for part in self._parts:
                 check(part, flags)
@@ -308,7 +308,7 @@ def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | Non
 
 
 def _like_param(p: Tensor) -> Tensor:
-    """The gradient, laid out in memory as its parameter."""
+    """The gradient, in the memory format of its parameter."""
     assert p.grad is not None
     if not same_layout(local(p.grad), local(p)):
         p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)

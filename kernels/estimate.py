@@ -1,4 +1,4 @@
-"""What a denoising network says about the clean image (Estimate), and what a loss says about a batch (Losses)."""
+"""The input and the output of the losses: a network's estimate of the clean image (Estimate), and numbers per sample (Losses)."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from potstill.kernels._inference import takes_inference_tensors
 
 
 def accum(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype sums are taken in: float64 where any of the tensors is, else float32."""
+    """The dtype of sums: float64 where any of the tensors is, else float32."""
     for t in tensors:
         if t is not None and t.dtype is torch.float64:
             return torch.float64
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
     @property
     def images(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What of it is an image and can have a gradient: raw, x_t, raw_uncond."""
+        """The fields that are images and can have a gradient: raw, x_t, raw_uncond."""
         return self.raw, self.x_t, self.raw_uncond
 
     @takes_inference_tensors
@@ -69,7 +69,7 @@ def without_common_part(real: Estimate, fake: Estimate) -> tuple[Estimate, Estim
 
 
 class Losses(NamedTuple):
-    """One number per sample, and how many samples were left out of it."""
+    """One number per sample, and the count of samples without one."""
 
     value: Tensor  # [N] float32, differentiable; a sample whose value is not finite has value 0 and gradient 0
     nonfinite: Tensor  # [] int32, on the device: how many those are

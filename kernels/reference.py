@@ -41,21 +41,21 @@ def _losses(formula: Callable[..., Tensor], images: Sequence[Estimate | Tensor],
 
     Args:
         formula: of the images or estimates, in their own dtypes, and of numbers [N], in the dtype of accumulation.
-        images: they decide in which dtype sums are taken.
+        images: images and estimates; their dtypes decide the dtype of the sums.
         each: one number per sample each, or None.
     """
     dtype = accum(*[t for given in images for t in (given.images if isinstance(given, Estimate) else [given])])
     inputs = [*images, *[None if t is None else t.to(dtype) for t in each]]
     with torch.no_grad():
         finite_n = formula(*inputs).isfinite()
-    value_n = torch.where(finite_n, formula(*[_only(finite_n, given) for given in inputs]), 0)
+    value_n = torch.where(finite_n, formula(*[_zeros_where_not(finite_n, given) for given in inputs]), 0)
     return Losses(value_n, (~finite_n).sum(dtype=torch.int32))
 
 
-def _only(finite_n: Tensor, given: Any) -> Any:
+def _zeros_where_not(finite_n: Tensor, given: Any) -> Any:
     """The tensors of an input with zeros in the samples that are not finite."""
     if isinstance(given, Estimate):
-        return Estimate(*[_only(finite_n, field) for field in given])
+        return Estimate(*[_zeros_where_not(finite_n, field) for field in given])
     return torch.where(per_sample(finite_n, given), given, 0) if isinstance(given, Tensor) else given
 
 

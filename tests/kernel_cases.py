@@ -202,7 +202,7 @@ def flat(*args: object) -> list[object]:
     return [a.flatten(1) if isinstance(a, Tensor) and a.ndim > 1 else a for a in spread]
 
 
-def opchecked(name: str, args: list[Any], needs: list[bool]) -> None:
+def check_ops(name: str, args: list[Any], needs: list[bool]) -> None:
     """torch.library.opcheck of a loss's two ops, of the forward one with gradients for the images that `needs` says."""
     op, backward = getattr(torch.ops.potstill, name).default, getattr(torch.ops.potstill, f"{name}_backward").default
     args = [Estimate(*flat(a)) if isinstance(a, Estimate) else flat(a)[0] for a in args]
@@ -217,7 +217,7 @@ def opchecked(name: str, args: list[Any], needs: list[bool]) -> None:
     torch.library.opcheck(op, [t for a in args for t in (a if isinstance(a, Estimate) else [a])])
 
 
-def left_out(
+def assert_left_out(
     loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], poison: str, number: float, place: torch.device = CPU
 ) -> None:
     """One number of sample 1 spoiled: value and gradients of that sample are 0, those of the others as before."""

@@ -13,11 +13,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
     fused_as_exact_as_plain,
-    left_out,
     of_ops,
-    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -151,7 +151,7 @@ def test_upstream_gradient_of_stride_0(distance, place):
 @everywhere("score_implicit")
 def test_left_out(distance, poison, number, place):
     loss = with_(score_implicit, distance=distance, weight=poison == "weight")
-    left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number, place)
+    assert_left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number, place)
 
 
 def test_module():
@@ -186,7 +186,7 @@ def test_opcheck():
     real, fake = d.estimate("real"), d.estimate("fake")
     assert isinstance(fake, Estimate)
     args = [d.image("x"), real, fake._replace(x_t=None), None, "huber", 1.0, 0.03, ""]
-    opchecked("score_implicit", args, [True, True, True, False, True, False, True])
+    check_ops("score_implicit", args, [True, True, True, False, True, False, True])
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])

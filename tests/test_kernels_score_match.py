@@ -10,11 +10,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
     fused_as_exact_as_plain,
-    left_out,
     of_ops,
-    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -75,7 +75,7 @@ def test_upstream_gradient_of_stride_0(place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("score_match")
 def test_left_out(poison, number, place):
-    left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
+    assert_left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
 
 
 @everywhere("score_match")
@@ -143,7 +143,7 @@ def test_bad_input():
 def test_opcheck():
     d = Drawn(Case((3, 3, 8, 8), F32))
     args = [d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), 1e-6, 0.1]
-    opchecked("score_match", args, [True] + [False] * 6)
+    check_ops("score_match", args, [True] + [False] * 6)
 
 
 @everywhere("score_match")

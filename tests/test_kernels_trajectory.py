@@ -10,11 +10,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
     fused_as_exact_as_plain,
-    left_out,
     of_ops,
-    opchecked,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -106,7 +106,7 @@ def test_upstream_gradient_of_stride_0(metric, place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("trajectory")
 def test_left_out(metric, poison, number, place):
-    left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number, place)
+    assert_left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number, place)
 
 
 def test_module():
@@ -137,7 +137,7 @@ def test_opcheck():
     e = d.estimate("net", "x")
     assert isinstance(e, Estimate)
     args = [d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True]
-    opchecked("trajectory", args, [False, True, False, True, False])
+    check_ops("trajectory", args, [False, True, False, True, False])
 
 
 @everywhere("trajectory")
