@@ -57,8 +57,8 @@ def define_loss(
         return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), like.new_empty(coefs(n), dtype=acc), *made
 
     def backward_shapes(saved: list[Tensor], g: Tensor, *args: Any) -> list[Tensor]:
-        *args, needs = args
-        return [t.new_empty(t.shape) for t, needed in zip(_images(args, kinds), needs, strict=True) if needed]
+        *inputs, needs = args
+        return [t.new_empty(t.shape) for t, needed in zip(_images(inputs, kinds), needs, strict=True) if needed]
 
     tensors = ", ".join(["Tensor"] * (3 + makes))
     op = define(f"{name}({arguments}) -> ({tensors})", launchers=forward, shapes=forward_shapes)

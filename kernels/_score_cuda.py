@@ -37,7 +37,7 @@ def match_forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | No
     return value, nonfinite, coef
 
 
-def match_backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *_: Any) -> list[Tensor]:
+def match_backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *options: Any) -> list[Tensor]:
     dx = torch.empty_like(x, dtype=torch.float32)
     _, real, fake = _cast(x, *without_common_part(real, fake))
     if x.shape[0] > 0:

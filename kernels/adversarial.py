@@ -148,7 +148,7 @@ def _setup_context(ctx: Any, inputs: tuple[list[Tensor], int, str], output: tupl
 
 @once_differentiable
 def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[list[Tensor | None], None, None]:
-    (keep, *logits), (needs, *_) = ctx.saved_tensors, ctx.needs_input_grad
+    (keep, *logits), needs = ctx.saved_tensors, ctx.needs_input_grad[0]
     if g is None:
         return [None] * len(logits), None, None
     made = iter(_adversarial_backward(keep, g, logits, ctx.fakes, ctx.form, needs))

@@ -116,11 +116,6 @@ def _gradient_kernel(
         tl.store(d_fake_ptrs.x_t + i, tl.where(keep, through_x_t(fake, d_fake, n, ACC), 0.0), mask=mask)
 
 
-def _past(distance: str, alpha: float) -> float:
-    """The share of delta in the second factor."""
-    return 1 - alpha if distance == "l2" else 0.0
-
-
 def _forward(
     x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, distance: str, alpha: float, c: float,
     detach: str,
@@ -128,7 +123,10 @@ def _forward(
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coefs = results(x, acc, (3, n))
     if n > 0:
-        past, partials = _past(distance, alpha), x.new_empty((3, n, s), dtype=acc)
+        past, partials = (
+            1 - alpha if distance == "l2" else 0.0,
+            x.new_empty((3, n, s), dtype=acc),
+        )  # past: delta's share in the second factor
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, past, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
         _finish_kernel[(1,)](
             partials, weight, value, coefs, nonfinite, n, d, past, c,
