@@ -22,7 +22,6 @@ from potstill.kernels import (
     discriminator_adversarial,
     generator_adversarial,
     moments,
-    noised_input,
     score_implicit,
     score_match,
     trajectory,
@@ -108,13 +107,6 @@ def eager_add_noise(i: Inputs) -> Tensor:
     return i.x + per(i.sigma) * i.noise
 
 
-def eager_noised_input(i: Inputs) -> tuple[Tensor, Tensor]:
-    x_t = i.x + per(i.sigma) * i.noise
-    net_input = (per(i.weight) * x_t).to(torch.bfloat16)
-    net_input = F.pad(net_input, (0, 0, 0, 0, 0, 8 - i.x.shape[1]))
-    return x_t, net_input.contiguous(memory_format=torch.channels_last)
-
-
 class Bench(NamedTuple):
     ours: Callable[[Inputs], Any]
     eager: Callable[[Inputs], Any]
@@ -157,12 +149,6 @@ BENCHES = {
         "logits real_logits | logits real_logits logits real_logits",
     ),
     "add_noise": Bench(lambda i: add_noise(i.x, i.sigma, i.noise), eager_add_noise, "x", "x noise x | x x"),
-    "noised_input": Bench(
-        lambda i: noised_input(i.x, i.sigma, i.noise, i.weight, channels=8),
-        eager_noised_input,
-        "x",
-        "x noise x padded | x padded x",
-    ),
 }
 
 
@@ -172,9 +158,8 @@ def tensors(i: Inputs, name: str) -> list[Tensor]:
 
 
 def bytes_moved(bench: Bench, i: Inputs) -> int:
-    padded = i.x.shape[0] * 8 * i.x[0, 0].numel() * 2  # eight bfloat16 channels
     names = bench.moved.replace("|", " ").split()
-    return sum(padded if n == "padded" else sum(t.nbytes for t in tensors(i, n)) for n in names)
+    return sum(t.nbytes for n in names for t in tensors(i, n))
 
 
 def counted(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +177,6 @@ def stepping(function: Callable[[Inputs], Any], bench: Bench, copies: list[Input
         if isinstance(out, Tensor):
             out = counted(out) if guard and out.ndim == 1 else (out,)
         total = out[0].mean()
-        if len(out) > 1 and out[1].is_floating_point():
-            total = total + out[1].mean()
         wanted = [t for name in bench.wrt.split() for t in tensors(i, name)]
         return [out[0].detach(), *torch.autograd.grad(total, wanted)]
 
@@ -209,7 +192,7 @@ def agree(ours: harness.Run, eager: harness.Run) -> None:
 def cases():
     """On a GPU shape by shape, the most telling first: what there is no time for is then the same of all."""
     for name, shape in itertools.product(BENCHES, CPU_SHAPES):
-        if use(name, shape, CPU_SHAPES) and not (name == "noised_input" and shape[1] == 1):
+        if use(name, shape, CPU_SHAPES):
             yield pytest.param(name, shape, harness.CPU, id=f"{name}-{'x'.join(map(str, shape))}-cpu")
     for shape, name in itertools.product(GPU_SHAPES, BENCHES):
         if use(name, shape, GPU_SHAPES):

@@ -26,11 +26,12 @@ __global__ void __launch_bounds__(SCORE_THREADS)
 }
 
 __global__ void __launch_bounds__(SCORE_THREADS) values_kernel(
-    const float* partials, float* value, float* coef, int* nonfinite, int samples, int64_t d, int parts, float eps) {
+    const float* partials, const float* weight, float* value, float* coef, int* nonfinite, int samples, int64_t d, int parts,
+    float eps, float plus) {
   float bad[1] = {0.0f};
   for (int n = threadIdx.x; n < samples; n += SCORE_THREADS) {
     const float gap = total(partials, 0, n, samples, parts) / d;
-    const float scale = 1.0f / fmaxf(gap, eps);
+    const float scale = (weight ? weight[n] : 1.0f) / (fmaxf(gap, eps) + plus);
     const float v = 0.5f * total(partials, 1, n, samples, parts) / d * scale * scale;
     const bool ok = finite(gap) && finite(v);
     value[n] = ok ? v : 0.0f;
@@ -62,7 +63,7 @@ void score_match(
     Tensor x, Tensor raw, std::optional<Tensor> x_t, std::optional<Tensor> c_skip, std::optional<Tensor> c_out,
     std::optional<Tensor> uncond, double guidance, Tensor raw_f, std::optional<Tensor> x_t_f,
     std::optional<Tensor> c_skip_f, std::optional<Tensor> c_out_f, std::optional<Tensor> uncond_f, double guidance_f,
-    double eps, Tensor partials, Tensor value, Tensor coef, Tensor nonfinite) {
+    std::optional<Tensor> weight, double eps, double plus, Tensor partials, Tensor value, Tensor coef, Tensor nonfinite) {
   const int samples = static_cast<int>(x.size(0)), parts = static_cast<int>(partials.size(2));
   const int64_t d = x.size(1);
   with_float_type(raw.scalar_type(), [&](auto* type) {
@@ -74,8 +75,8 @@ void score_match(
     launch(v ? sums_kernel<F, LANES<F>> : sums_kernel<F, 1>, dim3(samples * parts), SCORE_THREADS, 0, x,
            pointer<float>(x), real, fake, pointer<float>(partials), samples, d, parts);
   });
-  launch(values_kernel, dim3(1), SCORE_THREADS, 0, x, pointer<float>(partials), pointer<float>(value),
-         pointer<float>(coef), pointer<int>(nonfinite), samples, d, parts, eps);
+  launch(values_kernel, dim3(1), SCORE_THREADS, 0, x, pointer<float>(partials), pointer<float>(weight),
+         pointer<float>(value), pointer<float>(coef), pointer<int>(nonfinite), samples, d, parts, eps, plus);
 }
 
 void score_difference(
@@ -101,7 +102,7 @@ void score_difference(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cuda, m) {
   m.def("score_match(Tensor x, " ESTIMATE("real") ESTIMATE("fake")
-        "float eps, Tensor(a!) partials, Tensor(b!) value, Tensor(c!) coef, Tensor(d!) nonfinite) -> ()");
+        "Tensor? weight, float eps, float plus, Tensor(a!) partials, Tensor(b!) value, Tensor(c!) coef, Tensor(d!) nonfinite) -> ()");
   m.def("score_difference(" ESTIMATE("real") ESTIMATE("fake")
         "Tensor coef, Tensor g, int parts, Tensor(a!) dx) -> ()");
 }

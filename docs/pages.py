@@ -43,7 +43,7 @@ PAGE: dict[str, list[str]] = {
     "Losses as modules": [
         "ScoreMatchLoss", "ScoreImplicitLoss", "DenoiseLoss", "MomentsLoss", "TrajectoryLoss", "AdversarialLoss",
     ],
-    "Noise and network input": ["add_noise", "noised_input", "NoisedInput", "Normals"],
+    "Noise": ["add_noise"],
     "Nets and optimiser": ["norm_silu", "AdamEMA"],
     "Students": ["Student", "UserError"],
     "Choosing the implementation": ["set_backend"],
@@ -97,7 +97,7 @@ def signature(name: str, thing: Any) -> str:
 
 #: Names as the sources write them.
 SHORTER = [
-    (r"torch\.Tensor", "Tensor"), (r"(collections\.abc|typing|pathlib|numpy)\.", ""), (r"potstill\.[a-z_.]+\.", ""), (r"'(Normals|Student)'", r"\1"),
+    (r"torch\.Tensor", "Tensor"), (r"(collections\.abc|typing|pathlib|numpy)\.", ""), (r"potstill\.[a-z_.]+\.", ""), (r"'(Student)'", r"\1"),
 ]  # fmt: skip
 
 

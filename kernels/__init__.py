@@ -14,7 +14,7 @@ from potstill.kernels.adversarial import discriminator_adversarial, generator_ad
 from potstill.kernels.denoise import denoise
 from potstill.kernels.estimate import Estimate, Losses
 from potstill.kernels.moments import moments
-from potstill.kernels.noising import NoisedInput, Normals, add_noise, noised_input
+from potstill.kernels.noising import add_noise
 from potstill.kernels.norm_silu import norm_silu
 from potstill.kernels.score_implicit import score_implicit
 from potstill.kernels.score_match import score_match
@@ -24,14 +24,11 @@ __all__ = [
     "AdamEMA",
     "Estimate",
     "Losses",
-    "NoisedInput",
-    "Normals",
     "add_noise",
     "denoise",
     "discriminator_adversarial",
     "generator_adversarial",
     "moments",
-    "noised_input",
     "norm_silu",
     "score_implicit",
     "score_match",

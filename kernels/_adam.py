@@ -13,8 +13,9 @@ import struct
 import torch
 
 from potstill.kernels import cuda
+from potstill.kernels._aot import AotCase, aot_case
 from potstill.kernels._groups import Group
-from potstill.kernels._lib import AotCase, aot_case, cdiv
+from potstill.kernels._lib import cdiv
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.tables import CHUNK, COEFS, Flags, Part
 

@@ -1,7 +1,7 @@
-"""What the public functions do before a kernel sees their tensors: say what is wrong, and flatten to [N, D]."""
+"""The checks of the public functions' arguments, and images as [N, D], the shape in which kernels read them."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ def check_constant(op: str, name: str, t: Tensor | None, wrt: str) -> None:
 
 def check_per_sample(op: str, name: str, v: Tensor, ref_name: str, ref: Tensor, *, scalar: bool = False) -> Tensor:
     """v, one constant per sample of the reference, as a contiguous [N]. `scalar` also takes a 0-d tensor."""
-    if _is_row(v, ref.shape[0], ref.device):
-        return v
     n = ref.shape[0]
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
@@ -52,17 +50,6 @@ def check_per_sample(op: str, name: str, v: Tensor, ref_name: str, ref: Tensor, 
             raise ValueError(f"{op}: wanted {name} [N] with N = {n} of {ref_name}, got {tuple(v.shape)}")
         v = v.expand(n)
     return v.contiguous()
-
-
-def _is_row(v: Tensor, n: int, device: torch.device) -> bool:
-    return (
-        isinstance(v, Tensor)
-        and v.shape == (n,)
-        and v.is_floating_point()
-        and not v.requires_grad
-        and v.device == device
-        and v.is_contiguous()
-    )
 
 
 def check_estimate(op: str, name: str, e: Estimate | Tensor, ref_name: str, ref: Tensor) -> Estimate:
@@ -82,19 +69,15 @@ def check_estimate(op: str, name: str, e: Estimate | Tensor, ref_name: str, ref:
             raise ValueError(f"{op}: wanted all or none of {name}.x_t, c_skip and c_out, got {given} of them")
         return e
     check_image(op, f"{name}.x_t", x_t, ref_name, ref)
-    n, device = ref.shape[0], ref.device
-    if _is_row(c_skip, n, device) and _is_row(c_out, n, device):
-        return e
     c_skip = check_per_sample(op, f"{name}.c_skip", c_skip, ref_name, ref)
     c_out = check_per_sample(op, f"{name}.c_out", c_out, ref_name, ref)
     return e._replace(c_skip=c_skip, c_out=c_out)
 
 
 def check_constant_estimate(op: str, name: str, e: Estimate, wrt: str) -> None:
-    if e.raw.requires_grad or e.x_t is not None or e.raw_uncond is not None:
-        check_constant(op, f"{name}.raw", e.raw, wrt)
-        check_constant(op, f"{name}.x_t", e.x_t, wrt)
-        check_constant(op, f"{name}.raw_uncond", e.raw_uncond, wrt)
+    """The op has no gradient for the images of an estimate."""
+    for field, image in zip(("raw", "x_t", "raw_uncond"), e.images, strict=True):
+        check_constant(op, f"{name}.{field}", image, wrt)
 
 
 def check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None:
@@ -103,13 +86,13 @@ def check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None
 
 
 class Layout(NamedTuple):
-    """How images [N, C, H, W] lie in memory, so that one can be seen as [N, D] without a copy and back."""
+    """The memory format of images [N, C, H, W]: how to see one as [N, D] without a copy, and back."""
 
     shape: torch.Size
     channels_last: bool
 
     def flat(self, t: Tensor | None) -> Tensor | None:
-        """[N, C, H, W] -> contiguous [N, D]; copies only what lies differently."""
+        """[N, C, H, W] -> contiguous [N, D]; copies an image of another memory format."""
         if t is None:
             return None
         t = t.permute(0, 2, 3, 1) if self.channels_last else t
@@ -121,6 +104,19 @@ class Layout(NamedTuple):
             return t_nd.view(self.shape)
         n, c, h, w = self.shape
         return t_nd.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def flattened(*given: Tensor | Estimate) -> tuple[Layout, list[Any]]:
+    """The layout that these images and estimates have in common, and the same with every image as contiguous [N, D]."""
+    common = layout(*[t for one in given for t in (one.images if isinstance(one, Estimate) else [one])])
+    flat = []
+    for one in given:
+        if isinstance(one, Estimate):
+            raw, x_t, uncond = map(common.flat, one.images)
+            flat.append(Estimate(raw, x_t, one.c_skip, one.c_out, uncond, one.guidance))  # pyright: ignore[reportArgumentType]
+        else:
+            flat.append(common.flat(one))
+    return common, flat
 
 
 def layout(*images: Tensor | None) -> Layout:

@@ -1,4 +1,4 @@
-"""What was made under torch.inference_mode, in ops with a gradient."""
+"""Tensors made under torch.inference_mode as constants of ops with a gradient."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -12,14 +12,14 @@ R = TypeVar("R")
 
 
 def takes_inference_tensors(op: Callable[P, R]) -> Callable[P, R]:
-    """op, for which what was made under torch.inference_mode is a constant like any other.
+    """Let op take tensors made under torch.inference_mode as constants.
 
-    Autograd saves no such tensor for backward, so where there will be one they are copied; nothing else is. What
-    torch.compile makes of op cannot ask: there PyTorch's own error stands.
+    Autograd does not save such tensors for backward. So they are copied if there will be a backward, and nothing else is
+    copied. Code compiled by torch.compile cannot ask what a tensor is: there PyTorch's own error stands.
     """
 
     @wraps(op)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def with_copies(*args: P.args, **kwargs: P.kwargs) -> R:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             tensors = _tensors((*args, *kwargs.values()))
             made = {id(t): t for t in tensors if t.is_inference()}
@@ -28,7 +28,7 @@ def takes_inference_tensors(op: Callable[P, R]) -> Callable[P, R]:
                 args, kwargs = _replaced(args, copies), _replaced(kwargs, copies)
         return op(*args, **kwargs)
 
-    return called
+    return with_copies
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -1,13 +1,16 @@
-"""How an op of this package is registered and launched: one schema, its CUDA, CPU and fake implementations."""
+"""How an op of this package is registered and launched, and what its launchers have in common."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from potstill.kernels import cuda
 from potstill.kernels._triton import INSTALLED, tl, triton
 from potstill.kernels.estimate import Estimate
 
@@ -42,80 +45,43 @@ if INTERPRET:
 _ESTIMATE = "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out, Tensor? {0}_raw_uncond, float {0}_guidance"
 
 
-class AotCase(NamedTuple):
-    """One kernel in one shipped configuration, as `triton.compile(ASTSource(kernel, signature, constexprs))` wants it.
-
-    Every kernel module has `aot_cases() -> list[AotCase]`; `kernels/aot.py` compiles them for sm_80 and sm_90.
-    """
-
-    name: str  # "score_match.partials[bf16]"
-    kernel: Any  # the triton.JITFunction
-    signature: dict[str, Any]  # argument -> "*bf16", "i32", "i32:16", "fp32", "constexpr", or a (named) tuple of those
-    constexprs: dict[Any, Any]  # argument, or (argument position, position inside it), -> value
-    num_warps: int
-    maxnreg: int | None = None
-
-
-#: Registers a thread may have at most, of kernels for which ptxas would else now and then spill a word, at 32 to 48 registers,
-#: for one more block on a multiprocessor: told how many it may take, it takes the one or two more.
+#: The most registers a thread may have. Without this limit ptxas stops some kernels at 32 to 48 registers and spills a word,
+#: to fit one more block on a multiprocessor; with it, ptxas takes the one or two registers more.
 REGISTERS = 128
 
 
-#: Triton compiles a kernel once more for integers that 16 divides (:16), and once more for a 1, which is then a constant.
-SIZES = {"": "i32", ", D % 16 = 0": "i32:16"}
-
-
-def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
-    """The types of an estimate's fields: raw output in `dtype`, x_t and coefficients in float32."""
-    uncond = f"*{dtype}" if guided else None
-    return Estimate(f"*{dtype}", "*fp32" if own_x_t else None, "*fp32", "*fp32", uncond, "fp32")  # pyright: ignore[reportArgumentType]
-
-
-def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
-    """The types of where its gradients go."""
-    return aot_estimate(dtype, guided=guided, own_x_t=own_x_t)._replace(c_skip=None, c_out=None)
-
-
-def aot_case(
-    name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, maxnreg: int | None = None, **constexprs: Any
-) -> AotCase:
-    """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer, 1 the number 1."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = dict(constexprs)
-    for argument, kind in arguments.items():
-        position = kernel.arg_names.index(argument)
-        if isinstance(kind, tuple):
-            constants |= {(position, j): k for j, k in enumerate(kind) if not isinstance(k, str)}
-            spelled = [k if isinstance(k, str) else "constexpr" for k in kind]
-            signature[argument] = type(kind)(*spelled) if hasattr(kind, "_fields") else tuple(spelled)
-        else:
-            signature[argument] = kind if isinstance(kind, str) else "constexpr"
-            if not isinstance(kind, str):
-                constants[argument] = kind
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps, maxnreg)
-
-
-def define(schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `potstill::<schema>`: Triton on CUDA, plain PyTorch on CPU, shapes only under tracing.
+def define(
+    schema: str, *, launchers: Mapping[str, Callable[..., Any]], shapes: Callable[..., Any], cpu: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """Register `potstill::<schema>` and return the op. CUDA tensors take the launcher of the backend in force at each call.
 
     Args:
         schema: "op(Tensor x, float eps) -> Tensor", as for torch.library.define, with two words of our own:
             "Image x" is a tensor [N, D], "Estimate e" the six fields of an estimate one after the other.
-            The implementations get an estimate as one.
-        triton: the launcher. It also serves CPU tensors when TRITON_INTERPRET=1.
-        reference: the same numbers in plain PyTorch.
-        fake: outputs with the right shapes, strides and dtypes; never reads data.
-
-    Returns:
-        The op's default overload, callable.
+            The functions below get an estimate as one.
+        launchers: "triton", and "cuda" where csrc/ has the op; of those by name that kernels/cuda.py chooses. They serve
+            CPU tensors as well when TRITON_INTERPRET=1.
+        shapes: outputs with the right shapes, strides and dtypes; never reads data.
+        cpu: the same numbers on CPU tensors, and on CUDA with the backend "reference"; None: the caller turns to the
+            reference before.
     """
     name, kinds, spelled, returns = parse(schema)
+    family = name.removesuffix("_backward")
+
+    def launch(*flat: Any) -> Any:
+        device = _first_tensor(flat).device
+        backend = cuda.chosen(family)
+        launcher = cpu if backend == "reference" else launchers[backend]
+        assert launcher is not None, f"{name} has no launcher for the backend {backend}"
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+            return launcher(*_grouped(flat, kinds))
+
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({spelled}){returns}")
-    torch.library.impl(qualified, "CUDA", _grouped(_on_its_device(triton), kinds))
-    torch.library.impl(qualified, "CPU", _grouped(triton if INTERPRET else reference, kinds))
-    torch.library.register_fake(qualified, _grouped(fake, kinds))
+    torch.library.impl(qualified, "CUDA", launch)
+    if INTERPRET or cpu is not None:
+        torch.library.impl(qualified, "CPU", launch if INTERPRET or cpu is None else cpu)
+    torch.library.register_fake(qualified, lambda *flat: shapes(*_grouped(flat, kinds)))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -128,29 +94,10 @@ def parse(schema: str) -> tuple[str, list[str], str, str]:
     return name, [a[0] for a in split], ", ".join(words.get(a[0], " ".join(a)).format(a[1]) for a in split), returns
 
 
-def _grouped(function: Callable[..., Any], kinds: list[str]) -> Callable[..., Any]:
-    """function(x, estimate, ...) as seen by the dispatcher, which passes an estimate's fields one by one."""
-    if "Estimate" not in kinds:
-        return function
-    slots, at = [], 0
-    for kind in kinds:
-        slots.append((at, kind == "Estimate"))
-        at += len(Estimate._fields) if kind == "Estimate" else 1
-
-    def implementation(*flat: Any) -> Any:
-        return function(*(Estimate(*flat[i : i + 6]) if grouped else flat[i] for i, grouped in slots))
-
-    return implementation
-
-
-def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the one the tensors are on."""
-
-    def launch(*arguments: Any) -> Any:
-        with torch.cuda.device(_first_tensor(arguments).device):
-            return launcher(*arguments)
-
-    return launch
+def _grouped(flat: Sequence[Any], kinds: list[str]) -> list[Any]:
+    """Arguments with estimates as one, of those as the dispatcher passes them, field by field."""
+    rest = iter(flat)
+    return [Estimate(*islice(rest, len(Estimate._fields))) if kind == "Estimate" else next(rest) for kind in kinds]
 
 
 def _first_tensor(arguments: Any) -> Tensor:
@@ -162,8 +109,8 @@ def _first_tensor(arguments: Any) -> Tensor:
     raise AssertionError("an op without a tensor argument")
 
 
-#: What the forward of a loss returns: value [N], nonfinite [], tensors saved for backward, images made besides.
-Outputs = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]
+#: What the forward launcher of a loss returns: value [N], nonfinite [], what backward needs per sample, images made besides.
+Outputs = tuple[Tensor, ...]
 
 
 def results(like: Tensor, acc: torch.dtype, coefs: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,11 +119,10 @@ def results(like: Tensor, acc: torch.dtype, coefs: tuple[int, ...]) -> tuple[Ten
     return like.new_empty(like.shape[0], dtype=acc), nonfinite, like.new_empty(coefs, dtype=acc)
 
 
-def empty_gradients(e: Estimate, needs: Sequence[bool]) -> tuple[Estimate, list[Tensor]]:
-    """Memory for the gradients of an estimate's raw, x_t and raw_uncond: where the kernel finds it, and as a list."""
-    images = (e.raw, e.x_t, e.raw_uncond)
-    room = [t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(images, needs, strict=True)]
-    return Estimate(room[0], room[1], None, None, room[2]), [t for t in room if t is not None]  # pyright: ignore[reportArgumentType]
+def empty_gradients(e: Estimate, needs: Sequence[bool]) -> Estimate:
+    """Memory for the gradients of an estimate's raw, x_t and raw_uncond, those that are needed."""
+    raw, x_t, uncond = (t.new_empty(t.shape) if needed and t is not None else None for t, needed in zip(e.images, needs, strict=True))
+    return Estimate(raw, x_t, None, None, uncond)  # pyright: ignore[reportArgumentType]
 
 
 #: Elements of one sample that one program handles at a time.
@@ -187,7 +133,7 @@ _MAX_SPLITS = 256
 
 
 def splits(n: int, d: int) -> int:
-    """Into how many parts (a power of two) the D numbers of a sample are cut, so few samples still fill a GPU.
+    """The number of parts (a power of two) of the D numbers of a sample, so that a small batch still fills a GPU.
 
     A function of the shape alone, so the order of summation and thus the result does not depend on the device.
     """
@@ -206,10 +152,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rows(s: int) -> int:
-    """How many samples the finishing program of a reduction takes at a time, given `s` parts each."""
+    """The number of samples that the finishing program of a reduction reads at a time, given `s` parts each."""
     return max(1, 2048 // s)
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:
-    """The Triton dtype sums are kept in."""
+    """The Triton dtype of sums."""
     return tl.float64 if dtype is torch.float64 else tl.float32

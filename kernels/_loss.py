@@ -1,232 +1,121 @@
-"""What every per-sample loss of this package shares: two registered ops and one autograd.Function around them.
+"""What the per-sample losses share: two ops a loss for CUDA tensors, and the gradient that one has by the other.
 
-A loss is an op `value, nonfinite, saved, images = loss(..., needs)` and an op `grads = loss_backward(saved, g, ...,
-needs)` on flat [N, D] tensors. On CUDA `saved` is a few numbers per sample and the backward kernel reads the inputs
-once more: that moves fewer bytes than writing gradients forward and scaling them backward, and holds no memory in
-between. On CPU the images are there anyway, so `saved` are the gradients of the values and backward scales them.
+    value, nonfinite, coefs, *made = potstill::<loss>(...)
+    gradients = potstill::<loss>_backward([coefs, *made], g, ..., needs)
+
+Images are flat [N, D] here. Forward leaves a few numbers per sample behind and the backward kernel reads the inputs once
+more: that moves fewer bytes than writing gradients forward and scaling them backward, and holds no memory in between.
+CPU tensors take kernels/reference.py, which autograd differentiates.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from potstill.kernels import cuda
-from potstill.kernels._args import layout
-from potstill.kernels._lib import INTERPRET, define, parse
+from potstill.kernels._lib import INTERPRET, NAMESPACE, define, parse
 from potstill.kernels.estimate import Estimate, accum
 
-#: Images of up to this many numbers: there PyTorch's own backward is quicker on a CPU than one written in Python.
-FEW = 1 << 15
+Launcher = Callable[..., Any]
 
-#: Fields of a flattened Estimate that are images.
-_IMAGE_FIELDS = (Estimate._fields.index("raw"), Estimate._fields.index("x_t"), Estimate._fields.index("raw_uncond"))
+
+def uses_reference(op: str, t: Tensor) -> bool:
+    """Whether `op` of this tensor is computed by kernels/reference.py: on a CPU, and on CUDA where a user asked for it."""
+    return cuda.chosen(op) == "reference" if t.is_cuda else not INTERPRET
 
 
 def define_loss(
     schema: str,
     *,
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    reference: Callable[..., Any],
-    plain: Callable[..., Any] | None = None,
-    saves: Callable[[int, int], list[tuple[int, ...]]] = lambda n, d: [(n,)],
+    forward: Mapping[str, Launcher],
+    backward: Mapping[str, Launcher],
+    coefs: Callable[[int], tuple[int, ...]] = lambda n: (n,),
     makes: int = 0,
-) -> Callable[..., Any]:
-    """Register `potstill::<loss>` and `potstill::<loss>_backward`, and return the differentiable function.
+) -> Launcher:
+    """Register `potstill::<loss>`, differentiable once, and `potstill::<loss>_backward`; returns the first.
 
     Args:
-        schema: "loss(Image x, Estimate real, float eps)": what the loss is a function of. Gradients may be asked for
-            every image, those inside estimates included; `needs` says for which, in the order of the arguments
-            (an estimate: raw, x_t, raw_uncond).
-        forward: launcher (*arguments, needs) -> (value [N], nonfinite [], saved, images).
-        backward: launcher (saved, g [N] of any stride, *arguments, needs) -> gradients [N, D] of the needed images.
-            What forward made is at the end of what it saved.
-        reference: the CPU's forward, where `saved` are the gradients of the values. Takes images of any shape.
-        plain: the same through autograd, (*arguments) -> (value, *images): what a CPU does with few numbers, as long
-            as every value is finite. May return None to decline.
-        saves: shapes of what the forward launcher saves, given N and D.
-        makes: how many images without gradient the loss returns besides.
-
-    Returns:
-        function(*arguments as in the schema, estimates as one) -> (value, nonfinite, *images).
+        schema: "loss(Image x, Estimate real, float eps)". Gradients may be asked for every image, those inside estimates
+            included; `needs` says for which, in the order of the arguments (an estimate: raw, x_t, raw_uncond).
+        forward: by backend, launcher(*arguments) -> (value [N], nonfinite [], coefs, *made).
+        backward: by backend, launcher([coefs, *made], g [N] of any stride, *arguments, needs) -> gradients [N, D] of the
+            images that need one.
+        coefs: shape of what forward leaves behind per sample, given N.
+        makes: how many images [N, D] without gradient the loss returns besides.
     """
-    name, kinds, *_ = parse(schema + " -> Tensor")
-    slots = _image_slots(kinds)
+    name, kinds, *_ = parse(schema)
     arguments = schema.partition("(")[2].removesuffix(")")
 
-    def fake_forward(*given: Any) -> Any:
-        *args, needs = given
-        images = [a for a in _images(args, kinds) if a is not None]
-        (n, d), like, acc = images[0].shape, images[0], accum(*images)
-        kept = [(n, d)] * sum(needs) if like.device.type == "cpu" and not INTERPRET else saves(n, d)
-        saved = [like.new_empty(shape, dtype=acc) for shape in kept]
-        made = [like.new_empty((n, d), dtype=acc) for _ in range(makes)]
-        return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), saved, made
+    def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
+        images = [t for t in _images(args, kinds) if t is not None]
+        like, acc = images[0], accum(*images)
+        made = [like.new_empty(like.shape, dtype=acc) for _ in range(makes)]
+        n = like.shape[0]
+        return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), like.new_empty(coefs(n), dtype=acc), *made
 
-    def fake_backward(saved: Any, g: Any, *given: Any) -> Any:
-        *args, needs = given
-        return [a.new_empty(a.shape) for a, needed in zip(_images(args, kinds), needs, strict=True) if needed]
+    def backward_shapes(saved: list[Tensor], g: Tensor, *args: Any) -> list[Tensor]:
+        *inputs, needs = args
+        return [t.new_empty(t.shape) for t, needed in zip(_images(inputs, kinds), needs, strict=True) if needed]
 
-    def reference_backward(saved: Any, g: Any, *given: Any) -> Any:
-        *args, needs = given
-        wanted = [a for a, needed in zip(_images(args, kinds), needs, strict=True) if needed]
-        return [torch.mul(s, g[:, None]).to(a.dtype) for s, a in zip(saved, wanted, strict=False)]  # what forward made comes last
-
-    forward_op = define(
-        f"{name}({arguments}, bool[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
-        triton=forward,
-        reference=reference,
-        fake=fake_forward,
-    )
+    tensors = ", ".join(["Tensor"] * (3 + makes))
+    op = define(f"{name}({arguments}) -> ({tensors})", launchers=forward, shapes=forward_shapes)
     backward_op = define(
         f"{name}_backward(Tensor[] saved, Tensor g, {arguments}, bool[] needs) -> Tensor[]",
-        triton=backward,
-        reference=reference_backward,
-        fake=fake_backward,
+        launchers=backward,
+        shapes=backward_shapes,
     )
-
-    class Loss(Function):
-        @staticmethod
-        def forward(ctx, where, constants, *tensors):
-            images = [where[i] for i in slots if where[i] >= 0]
-            lay = layout(*[tensors[k] for k in images])
-            flat = [lay.flat(t) if k in images else t for k, t in enumerate(tensors)]
-            needs = [where[i] >= 0 and ctx.needs_input_grad[2 + where[i]] for i in slots]
-            args = [flat[k] if k >= 0 else constants[i] for i, k in enumerate(where)]
-            value, nonfinite, saved, made = forward_op(*args, needs)
-            ctx.set_materialize_grads(False)  # else the count of non-finite samples gets a gradient: a launch
-            ctx.save_for_backward(*saved, *made, *flat)
-            ctx.saves, ctx.needs, ctx.layout = len(saved) + len(made), needs, lay
-            ctx.where, ctx.constants = where, constants
-            made = [lay.image(m) for m in made]
-            ctx.mark_non_differentiable(nonfinite, *made)
-            return value, nonfinite, *made
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, g, *_):
-            saved, flat = list(ctx.saved_tensors[: ctx.saves]), list(ctx.saved_tensors[ctx.saves :])
-            grads: list[Tensor | None] = [None] * len(flat)
-            if g is not None:
-                args = [flat[k] if k >= 0 else ctx.constants[i] for i, k in enumerate(ctx.where)]
-                made = iter(backward_op(saved, g, *args, ctx.needs))
-                for i, needed in zip(slots, ctx.needs, strict=True):
-                    if needed:
-                        grad, k = ctx.layout.image(next(made)), ctx.where[i]
-                        grads[k] = grad if grads[k] is None else grads[k] + grad
-            return None, None, *grads
-
-    def loss(*args: Any) -> Any:
-        if not is_compiling() and plain_on_cpu(args[0]):
-            return (few(plain, args) if plain else None) or kept(reference, args, _images(args, kinds))
-        return Loss.apply(*_distinct(_spread(args)))
-
-    return loss
+    differentiate(op, backward_op, _image_positions(kinds))
+    return op
 
 
-def few(plain: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """(value, nonfinite, *made) through PyTorch's own autograd, for few numbers; None for many, or if any is not finite."""
-    first = args[0].raw if isinstance(args[0], Estimate) else args[0]
-    if isinstance(first, Tensor) and first.numel() > FEW:
-        return None
-    outputs = plain(*args)
-    if outputs is None or not math.isfinite(outputs[0].detach().sum().item()):
-        return None
-    return outputs[0], torch.zeros((), dtype=torch.int32), *outputs[1:]
+def differentiate(op: Any, backward_op: Launcher, images: Sequence[int]) -> None:
+    """Give an op (value, nonfinite, *saved) its gradients in the arguments at the positions `images`, by `backward_op`."""
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, nonfinite, *saved = output
+        ctx.set_materialize_grads(False)  # else the count of non-finite samples gets a gradient: a launch
+        ctx.mark_non_differentiable(nonfinite, *saved)
+        given = [a if isinstance(a, Tensor) else None for a in inputs]
+        ctx.save_for_backward(*saved, *given)
+        ctx.saves, ctx.constants = len(saved), [None if isinstance(a, Tensor) else a for a in inputs]
 
-def kept(function: Callable[..., Any], args: Sequence[Any], images: Sequence[Tensor | None]) -> Any:
-    """(value, nonfinite, *made) of function(*args, needs) on eager CPU tensors, differentiable in the images.
-
-    No layouts, no dispatcher and as little autograd as will do: with a few small images these cost more than the loss.
-    """
-    needs = [t is not None and t.requires_grad for t in images]
-    if True not in needs or not torch.is_grad_enabled():
-        with torch.no_grad():
-            value, nonfinite, _, made = function(*args, [False] * len(needs))
-        return value, nonfinite, *made
-    return _Kept.apply(function, args, needs, *[t for t, needed in zip(images, needs, strict=True) if needed])
-
-
-class _Kept(Function):
-    @staticmethod
-    def forward(ctx, function, args, needs, *wanted):
-        value, nonfinite, ctx.units, made = function(*args, needs)
-        ctx.set_materialize_grads(False)
-        if made:
-            ctx.mark_non_differentiable(*made)
-        return value, nonfinite, *made
-
-    @staticmethod
     @once_differentiable
-    def backward(ctx, g, *_):
-        if g is None:
-            return None, None, None, *[None] * len(ctx.units)
-        return None, None, None, *[torch.mul(u, g.view(-1, *(1,) * (u.ndim - 1))) for u in ctx.units]
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * len(ctx.constants)
+        if g is not None:
+            saved, given = list(ctx.saved_tensors[: ctx.saves]), ctx.saved_tensors[ctx.saves :]
+            needs = [ctx.needs_input_grad[i] for i in images]
+            args = [constant if t is None else t for t, constant in zip(given, ctx.constants, strict=True)]
+            made = iter(backward_op(saved, g, *args, needs))
+            for i, needed in zip(images, needs, strict=True):
+                gradients[i] = next(made) if needed else None
+        return tuple(gradients)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op._schema.name.partition('::')[2]}", backward, setup_context=setup_context)
 
 
-def on_reference(op: str, t: Tensor) -> bool:
-    """Whether a user asked for the plain PyTorch definition of `op` on this CUDA tensor (see kernels.cuda)."""
-    return t.is_cuda and cuda.chosen(op) == "reference"
-
-
-def plain_on_cpu(first: Any) -> bool:
-    """Whether this argument is an ordinary CPU tensor that nobody is watching: no subclass, no dispatch mode."""
-    t = first.raw if isinstance(first, Estimate) else first
-    return not INTERPRET and type(t) in (Tensor, Parameter) and t.device.type == "cpu" and not _len_torch_dispatch_stack()
-
-
-def _image_slots(kinds: list[str]) -> list[int]:
+def _image_positions(kinds: list[str]) -> list[int]:
     """Where the images are among the arguments of an op, an estimate counting as its six fields."""
-    slots, at = [], 0
+    fields = [Estimate._fields.index(name) for name in ("raw", "x_t", "raw_uncond")]
+    found, at = [], 0
     for kind in kinds:
         if kind == "Estimate":
-            slots += [at + field for field in _IMAGE_FIELDS]
+            found += [at + field for field in fields]
         elif kind == "Image":
-            slots.append(at)
+            found.append(at)
         at += len(Estimate._fields) if kind == "Estimate" else 1
-    return slots
+    return found
 
 
-def _images(args: Any, kinds: list[str]) -> list[Any]:
-    """The images among grouped arguments, in the order of `_image_slots`."""
+def _images(args: Sequence[Any], kinds: list[str]) -> list[Any]:
+    """The images among arguments, estimates as one, in the order of `_image_positions`."""
     images = []
     for a, kind in zip(args, kinds, strict=True):
         if kind == "Estimate":
-            images += [a.raw, a.x_t, a.raw_uncond]
+            images += a.images
         elif kind == "Image":
             images.append(a)
     return images
-
-
-def _spread(args: tuple[Any, ...]) -> list[Any]:
-    """Grouped arguments as the op's schema counts them: an estimate as its six fields."""
-    flat: list[Any] = []
-    for a in args:
-        flat.extend(a) if isinstance(a, Estimate) else flat.append(a)
-    return flat
-
-
-def _distinct(args: list[Any]) -> tuple[Any, ...]:
-    """(where, constants, *tensors): each tensor once, and for each argument which tensor it is, or -1.
-
-    One x_t serves two estimates, one sigma two coefficients; Dynamo wants each tensor once in Function.apply.
-    """
-    tensors: list[Tensor] = []
-    where = []
-    for a in args:
-        k = -1
-        if isinstance(a, Tensor):
-            k = next((k for k, t in enumerate(tensors) if t is a), len(tensors))
-            if k == len(tensors):
-                tensors.append(a)
-        where.append(k)
-    return tuple(where), tuple(None if isinstance(a, Tensor) else a for a in args), *tensors

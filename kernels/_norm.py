@@ -10,7 +10,7 @@ once; a larger one is read twice, the second time mostly from L2.
 import torch
 from torch import Tensor
 
-from potstill.kernels._lib import INTERPRET, AotCase, aot_case, cdiv, power_of_2, tl_dtype
+from potstill.kernels._lib import INTERPRET, cdiv, power_of_2, tl_dtype
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum
 
@@ -81,7 +81,7 @@ def _at(row, channel, C: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.const
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, y_ptr, mean_ptr, rstd_ptr, scale_n, shift_n, add_n, eps,
     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
@@ -158,7 +158,7 @@ def _dh(
 
 
 @triton.jit
-def _backward_kernel(
+def backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, dx_ptr, dadd_ptr, sums_ptr,
     scale_n, shift_n, add_n, N,
     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
@@ -219,7 +219,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _parameters_kernel(
+def parameters_kernel(
     sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dshift_ptr, scale_n, C,
     N: tl.constexpr, ROWS: tl.constexpr, CB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +294,7 @@ def forward(x, weight, bias, scale, shift, add, groups, eps, silu):
         return y, mean, rstd
     channels_last = not x.is_contiguous()
     p = plan(c, h * w, groups, x.element_size(), channels_last, "forward")
-    _forward_kernel[(n * (groups // p["KG"]),)](
+    forward_kernel[(n * (groups // p["KG"]),)](
         x, weight, bias, scale, shift, add, y, mean, rstd, _stride(scale), _stride(shift), _stride(add), eps,
         C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
         ASM=ASM and x.dtype != torch.float64, **p,
@@ -312,7 +312,7 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, w
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
     channels_last = not x.is_contiguous()
     p = plan(c, h * w, groups, x.element_size(), channels_last, "backward")
-    _backward_kernel[(n * (groups // p["KG"]),)](
+    backward_kernel[(n * (groups // p["KG"]),)](
         dy, x, mean, rstd, weight, bias, scale, shift, add, dx, out[4] if want_add else None, sums,
         _stride(scale), _stride(shift), _stride(add), n,
         C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
@@ -320,7 +320,7 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, w
     )  # fmt: skip
     if sums is not None:
         dweight, dbias, dscale, dshift, _ = (t if t.numel() else None for t in out)
-        _parameters_kernel[(cdiv(c, 32),)](
+        parameters_kernel[(cdiv(c, 32),)](
             sums, weight, bias, scale if params else None, dweight, dbias, dscale, dshift, _stride(scale), c,
             N=n, ROWS=32, CB=32, ACC=tl_dtype(mean.dtype), num_warps=4,
         )  # fmt: skip
@@ -332,65 +332,3 @@ def gradients(x, weight, bias, scale, shift, add, wanted) -> list[Tensor]:
     params, *each = wanted
     given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
-
-
-#: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
-SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
-ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
-
-
-def _aot_norm(
-    c: int, resolution: int, dtype: str, modulated: bool, channels_last: bool, weights: str = "fp32", plain: bool = False, frozen: bool = False,
-) -> list[AotCase]:  # fmt: skip
-    """Forward and backward as the nets launch them: float32 weights; plain: before attention, no SiLU and nothing added."""
-    image, given, stats = f"*{dtype}", f"*{dtype}" if modulated else None, "*fp32"
-    size, groups = {"fp32": 4, "bf16": 2, "fp16": 2}[dtype], min(32, c // 4)
-    added = None if modulated or plain else image
-    strides = dict.fromkeys(("scale_n", "shift_n", "add_n"), "i32:16")  # widths of embeddings, or 0
-    parameters = {"weight_ptr": f"*{weights}", "bias_ptr": f"*{weights}", "scale_ptr": given, "shift_ptr": given, "add_ptr": added}
-    fixed = {"C": c, "HW": resolution**2, "G": groups, "CHANNELS_LAST": channels_last, "SILU": not plain, "ACC": tl.float32}
-    words = ["plain" if plain else "scale+shift" if modulated else "add", *["NCHW"] * (not channels_last)]
-    words += [f"{weights} weights"] * (weights != "fp32") + ["frozen"] * frozen
-    name = f"[{c}x{resolution}x{resolution} {dtype} {' '.join(words)}]"
-    plans = [plan(c, resolution**2, groups, size, channels_last, d) for d in ("forward", "backward")]
-    return [
-        aot_case(
-            f"norm_silu.forward{name}", _forward_kernel,
-            {"x_ptr": image} | parameters | {"y_ptr": image, "mean_ptr": stats, "rstd_ptr": stats} | strides | {"eps": "fp32"},
-            ASM=True, **fixed, **plans[0],
-        ),
-        aot_case(
-            f"norm_silu.backward{name}", _backward_kernel,
-            {"dy_ptr": image, "x_ptr": image, "mean_ptr": stats, "rstd_ptr": stats} | parameters
-            | {"dx_ptr": image, "dadd_ptr": added, "sums_ptr": None if frozen else stats} | strides | {"N": "i32"},
-            ASM=True, **fixed, **plans[1],
-        ),
-    ]  # fmt: skip
-
-
-def aot_cases() -> list[AotCase]:
-    """Every width in bfloat16 channels-last at the largest of its resolutions; a few in float32, in NCHW, with 16-bit weights."""
-    cases = [
-        aot_case(
-            "norm_silu.parameters", _parameters_kernel,
-            dict.fromkeys(("sums_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
-            | {"dscale_ptr": "*bf16", "dshift_ptr": "*bf16", "scale_n": "i32", "C": "i32"},
-            N=64, ROWS=32, CB=32, ACC=tl.float32,
-        ),
-        aot_case(
-            "norm_silu.parameters[add]", _parameters_kernel,
-            dict.fromkeys(("sums_ptr", "weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"), "*fp32")
-            | {"scale_ptr": None, "dscale_ptr": None, "dshift_ptr": None, "scale_n": "i32:16", "C": "i32:16"},
-            N=64, ROWS=32, CB=32, ACC=tl.float32,
-        ),
-    ]  # fmt: skip
-    for modulated, shapes in ((False, SONG), (True, ADM)):
-        for c, resolution in shapes:
-            cases += _aot_norm(c, resolution, "bf16", modulated, True)
-    cases += _aot_norm(128, 64, "fp32", False, True)
-    cases += _aot_norm(256, 32, "fp16", False, False)
-    cases += _aot_norm(64, 8, "fp32", False, False)
-    cases += _aot_norm(256, 16, "bf16", False, True, plain=True)
-    cases += _aot_norm(256, 16, "bf16", False, True, weights="bf16")
-    cases += _aot_norm(256, 16, "bf16", False, True, frozen=True)[1:]
-    return cases

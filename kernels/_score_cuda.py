@@ -3,12 +3,14 @@
 They take float32 x and x_t, and raw outputs of one dtype; what comes otherwise is cast first. float64 is Triton's alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from potstill.kernels import cuda
 from potstill.kernels._lib import Outputs, empty_gradients, results, splits
-from potstill.kernels.estimate import Estimate, accum
+from potstill.kernels.estimate import Estimate, accum, without_common_part
 
 
 def _cast(x: Tensor, real: Estimate, fake: Estimate) -> tuple[Tensor, Estimate, Estimate]:
@@ -26,59 +28,43 @@ def _cast(x: Tensor, real: Estimate, fake: Estimate) -> tuple[Tensor, Estimate, 
     return x.float(), one(real), one(fake)
 
 
-def _like(made: list[Tensor], needed: list[Tensor]) -> list[Tensor]:
-    return [m.to(t.dtype) for m, t in zip(made, needed, strict=True)]
-
-
-def match_forward(x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]) -> Outputs:
+def match_forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, eps: float, plus: float) -> Outputs:
     value, nonfinite, coef = results(x, torch.float32, (x.shape[0],))
     x, real, fake = _cast(x, real, fake)
     if x.shape[0] > 0:
-        partials = x.new_empty(2, x.shape[0], splits(*x.shape))
-        cuda.library().score_match(x, *real, *fake, eps, partials, value, coef, nonfinite)
-    return value, nonfinite, [coef], []
+        weight, partials = None if weight is None else weight.float(), x.new_empty(2, x.shape[0], splits(*x.shape))
+        cuda.library().score_match(x, *real, *fake, weight, eps, plus, partials, value, coef, nonfinite)
+    return value, nonfinite, coef
 
 
-def match_backward(
-    saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]
-) -> list[Tensor]:
+def match_backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *options: Any) -> list[Tensor]:
     dx = torch.empty_like(x, dtype=torch.float32)
-    _, real, fake = _cast(x, real, fake)
-    if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
-        real, fake = real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)  # c_skip·x_t cancels
+    _, real, fake = _cast(x, *without_common_part(real, fake))
     if x.shape[0] > 0:
         cuda.library().score_difference(*real, *fake, saved[0], g.float(), splits(*x.shape), dx)
     return [dx.to(x.dtype)]
 
 
 def implicit_forward(
-    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, distance: str, alpha: float, c: float,
-    detach: str, needs: list[bool],
-) -> Outputs:  # fmt: skip
+    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, distance: str, alpha: float, c: float, detach: str
+) -> Outputs:
     value, nonfinite, coefs = results(x, torch.float32, (3, x.shape[0]))
     x, real, fake = _cast(x, real, fake)
     if x.shape[0] > 0:
-        partials = x.new_empty(3, x.shape[0], splits(*x.shape))
-        cuda.library().score_implicit(
-            x, *real, *fake, None if weight is None else weight.float(), distance == "huber",
-            1 - alpha if distance == "l2" else 0.0, c, detach == "factor", detach == "normaliser", partials, value,
-            coefs, nonfinite,
-        )  # fmt: skip
-    return value, nonfinite, [coefs], []
+        weight, partials = None if weight is None else weight.float(), x.new_empty(3, x.shape[0], splits(*x.shape))
+        past = 1 - alpha if distance == "l2" else 0.0
+        flags = distance == "huber", past, c, detach == "factor", detach == "normaliser"
+        cuda.library().score_implicit(x, *real, *fake, weight, *flags, partials, value, coefs, nonfinite)
+    return value, nonfinite, coefs
 
 
-def implicit_backward(
-    saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, distance: str,
-    alpha: float, c: float, detach: str, needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
-    needed = [t for t, need in zip((x, *real.images, *fake.images), needs, strict=True) if need and t is not None]
+def implicit_backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *options: Any) -> list[Tensor]:
+    needs, images = options[-1], (x, *real.images, *fake.images)
+    needed = [t for t, need in zip(images, needs, strict=True) if need and t is not None]
     x, real, fake = _cast(x, real, fake)
     dx = torch.empty_like(x) if needs[0] else None
-    d_real, made_real = empty_gradients(real, needs[1:4])
-    d_fake, made_fake = empty_gradients(fake, needs[4:7])
+    of_real, of_fake = empty_gradients(real, needs[1:4]).images, empty_gradients(fake, needs[4:7]).images
     if x.shape[0] > 0:
-        cuda.library().score_implicit_grad(
-            x, *real, *fake, saved[0], g.float(), splits(*x.shape), dx, d_real.raw, d_real.x_t, d_real.raw_uncond,
-            d_fake.raw, d_fake.x_t, d_fake.raw_uncond,
-        )  # fmt: skip
-    return _like(([] if dx is None else [dx]) + made_real + made_fake, needed)
+        cuda.library().score_implicit_grad(x, *real, *fake, saved[0], g.float(), splits(*x.shape), dx, *of_real, *of_fake)
+    made = [t for t in (dx, *of_real, *of_fake) if t is not None]
+    return [m.to(t.dtype) for m, t in zip(made, needed, strict=True)]

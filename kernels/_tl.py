@@ -83,11 +83,19 @@ def through_x_t(e, d, n, ACC: tl.constexpr):
 
 @triton.jit
 def part(pid, D, S: tl.constexpr, BLOCK: tl.constexpr):
-    """Which sample program pid works on, which of its S parts, and where in the D numbers that part begins and ends."""
+    """The sample of program pid, the number of its part (of S), and the first and last index of that part in the D numbers."""
     n = (pid // S).to(tl.int64)
     s = pid % S
     per_part = tl.cdiv(tl.cdiv(D, S), BLOCK) * BLOCK
     return n, s, s * per_part, tl.minimum(D, (s + 1) * per_part)
+
+
+@triton.jit
+def block_of(pid, D, chunks, BLOCK: tl.constexpr):
+    """The sample of program pid, the indices of its block, and the mask of those inside the sample; `chunks` programs a sample."""
+    n = (pid // chunks).to(tl.int64)
+    offset = (pid % chunks) * BLOCK + tl.arange(0, BLOCK)
+    return n, n * D + offset, offset < D
 
 
 @triton.jit
@@ -105,7 +113,7 @@ def is_finite(v):
 
 @triton.jit
 def weights(weight_ptr, n, valid, D, MEAN: tl.constexpr, ACC: tl.constexpr):
-    """What the sum over a sample's D numbers is multiplied by: its weight, 1/D for a mean."""
+    """The factors of the sums over D numbers: a sample's weight, and 1/D for a mean."""
     w = tl.full(n.shape, 1.0, ACC)
     if MEAN:
         w = w / D

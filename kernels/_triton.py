@@ -1,6 +1,6 @@
 """Triton, for the kernel modules: the real one where it is installed, else as much as they name when they are imported.
 
-Without Triton (macOS, Windows) everything on CPU tensors works. A launch on CUDA tensors is where the lack of it is told.
+Without Triton (macOS, Windows) everything on CPU tensors works. A launch on CUDA tensors raises an error that says how to get it.
 """
 
 from collections.abc import Callable

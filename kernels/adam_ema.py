@@ -13,7 +13,7 @@ Sources: arXiv 1412.6980 Alg. 1; arXiv 1711.05101 Alg. 2 (decoupled).
 # torch._foreach_* and torch._fused_adam_ are what torch.optim itself is made of.
 # pyright: reportPrivateImportUsage=false
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from potstill.kernels import cuda
 from potstill.kernels._adam import LAUNCHERS
-from potstill.kernels._groups import ABSENT, RATES, Group, check_absent, number
+from potstill.kernels._groups import RATES, Group, check_companions, check_options, check_params, split_over_groups
 from potstill.kernels._lib import INTERPRET
-from potstill.kernels.tables import Flags, Part, dense, local, same_layout
+from potstill.kernels.tables import Flags, Part, local, same_layout
 
 
 class AdamEMA(torch.optim.Optimizer):
@@ -75,8 +75,8 @@ class AdamEMA(torch.optim.Optimizer):
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             groups = [{"params": groups}]
-        _deal(groups, "ema", ema)
-        _deal(groups, "shadow", shadow)
+        split_over_groups(groups, "ema", ema)
+        split_over_groups(groups, "shadow", shadow)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": False,
             "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -86,7 +86,7 @@ class AdamEMA(torch.optim.Optimizer):
 
     @property
     def nonfinite(self) -> Tensor:
-        """How many steps were left out because a gradient was not finite: 0-dim int32 on the device."""
+        """The number of steps skipped because a gradient was not finite: 0-dim int32 on the device."""
         return self._all_flags.nonfinite
 
     @property
@@ -108,13 +108,13 @@ class AdamEMA(torch.optim.Optimizer):
 
     def _own(self, options: dict[str, Any], ema: list[Tensor] | None, shadow: list[Tensor | None] | None) -> Group:
         """torch.optim's group as one of ours."""
-        _check_options(options)
+        check_options(options)
         params = options["params"]
         device = local(params[0]).device
         flags = self._flags or Flags(device)
-        _check_params(params, flags.flag.device)
-        _check_companions("ema", ema, params, lambda p: (p.dtype,))
-        _check_companions("shadow", shadow, params, lambda p: (torch.bfloat16, torch.float16))
+        check_params(params, flags.flag.device)
+        check_companions("ema", ema, params, lambda p: (p.dtype,))
+        check_companions("shadow", shadow, params, lambda p: (torch.bfloat16, torch.float16))
         group = Group(options | {"capturable": device.type == "cuda"}, device)
         group.part = self._part(params, ema, shadow, device)
         self._flags = flags
@@ -126,7 +126,7 @@ class AdamEMA(torch.optim.Optimizer):
         return [group.part for group in self._own_groups()]
 
     def _own_groups(self) -> list[Any]:
-        """param_groups; what somebody has put in the place of one of ours is taken over."""
+        """param_groups, after it took over the options of groups that somebody has put in the place of ours."""
         for i, group in enumerate(self.param_groups):
             if not isinstance(group, Group):
                 params = [id(p) for p in group["params"]]
@@ -138,7 +138,7 @@ class AdamEMA(torch.optim.Optimizer):
         return self.param_groups
 
     def _part(self, params: list[Tensor], ema: list[Tensor] | None, shadow: list[Tensor | None] | None, device: torch.device) -> Part:
-        """State of every parameter, made now: a captured step must not allocate it. What a copy brought is kept."""
+        """Make the state of every parameter now, since a captured step must not allocate it. State from a copy stays."""
         steps = torch.zeros(len(params), dtype=torch.float32, device=device)
         for p, step in zip(params, steps.unbind(), strict=True):
             state = self.state[p]
@@ -216,7 +216,7 @@ class AdamEMA(torch.optim.Optimizer):
         flags.grad_scale = _scalar(self, "grad_scale", grad_scale)
         flags.found_inf = _scalar(self, "found_inf", found_inf)
         for group in self._own_groups():
-            group.point()
+            group.refresh_addresses()
             group.part.params = [local(p) for p in group["params"]]
             group.part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
         device = flags.flag.device
@@ -237,7 +237,7 @@ class AdamEMA(torch.optim.Optimizer):
     def _step_fused(self, check: Callable[..., None], coefs: Callable[..., None], update: Callable[..., None]) -> None:
         flags = self._all_flags
         for part in self._parts:
-            part.point()
+            part.refresh_addresses()
         if self._skips:
             for part in self._parts:
                 check(part, flags)
@@ -286,7 +286,7 @@ class AdamEMA(torch.optim.Optimizer):
             ValueError: the state is of an Adam with amsgrad or maximize, or of other parameters.
         """
         for group in state_dict["param_groups"]:
-            _check_options(group)
+            check_options(group)
         groups = self._own_groups()
         states = [{p: self.state[p] for p in group["params"]} for group in groups]
         super().load_state_dict(state_dict)
@@ -301,65 +301,6 @@ class AdamEMA(torch.optim.Optimizer):
                 self.state[p] = tensors
 
 
-def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Tensor | None] | None) -> None:
-    """Cut a list over all parameters into one list a group, under the group's key `name`."""
-    if tensors is None:
-        return
-    tensors = list(tensors)
-    at = 0
-    for i, group in enumerate(groups):
-        group = groups[i] = dict(group)
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group[name] = tensors[at : at + len(group["params"])]
-        at += len(group["params"])
-    if at != len(tensors):
-        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {at}, got {len(tensors)}")
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    for name in ABSENT:
-        check_absent(name, group.get(name))
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= number(name, group[name]) < float("inf"):
-            raise ValueError(f"AdamEMA wanted {name} in [0.0, inf), got {group[name]}")
-    for name, value in zip(("beta1", "beta2"), group["betas"], strict=True):
-        if not 0.0 <= number(name, value) < 1.0:
-            raise ValueError(f"AdamEMA wanted {name} in [0, 1), got {value}")
-    if not 0.0 <= number("ema_decay", group.get("ema_decay", 0.0)) <= 1.0:
-        raise ValueError(f"AdamEMA wanted ema_decay in [0, 1], got {group['ema_decay']}")
-
-
-def _check_params(params: Sequence[Tensor], device: torch.device) -> None:
-    for p in map(local, params):
-        if p.device != device:
-            raise ValueError(f"AdamEMA wanted all parameters on one device, {device}, got one on {p.device}")
-        if not dense(p):
-            raise ValueError(f"AdamEMA wanted parameters without gaps in memory, got strides {p.stride()} of {p.shape}")
-        if (device.type == "cuda" or INTERPRET) and p.dtype != torch.float32:
-            raise ValueError(f"AdamEMA wanted float32 parameters (16-bit weights are their shadow), got {p.dtype}")
-
-
-def _check_companions(
-    name: str, tensors: Sequence[Tensor | None] | None, params: Sequence[Tensor], dtypes: Callable[[Tensor], tuple]
-) -> None:
-    """One tensor a parameter, with the same memory layout, on the same device, of one of these dtypes."""
-    if tensors is None:
-        return
-    if len(tensors) != len(params):
-        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, {len(params)}, got {len(tensors)}")
-    there = [(local(t), local(p)) for t, p in zip(tensors, params, strict=True) if t is not None]
-    if name != "shadow" and len(there) < len(params):
-        raise ValueError(f"AdamEMA wanted one {name} tensor a parameter, got None for {len(params) - len(there)} of {len(params)}")
-    for t, p in there:
-        if t.dtype not in dtypes(p) or t.device != p.device or not same_layout(t, p):
-            raise ValueError(
-                f"AdamEMA wanted {name} {tuple(p.shape)} with strides {p.stride()} on {p.device} of dtype "
-                f"{' or '.join(map(str, dtypes(p)))}, got {tuple(t.shape)} with {t.stride()} on {t.device} of {t.dtype}"
-            )
-    if name == "shadow" and len({t.dtype for t, _ in there}) > 1:
-        raise ValueError(f"AdamEMA wanted one dtype in {name}, got {sorted({str(t.dtype) for t, _ in there})}")
-
-
 def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | None:
     """The argument of step(), or the attribute a GradScaler has set, as 0-dim float32."""
     value = getattr(optimizer, name, None) if given is None else given
@@ -367,7 +308,7 @@ def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | Non
 
 
 def _like_param(p: Tensor) -> Tensor:
-    """The gradient, laid out in memory as its parameter."""
+    """The gradient, in the memory format of its parameter."""
     assert p.grad is not None
     if not same_layout(local(p.grad), local(p)):
         p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)

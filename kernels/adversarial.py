@@ -15,18 +15,18 @@ Source: arXiv 2405.20750 (GDD), arXiv 2405.14867 (DMD2).
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
-from potstill.kernels import cpu, reference
+from potstill.kernels import reference
+from potstill.kernels._aot import AotCase, aot_case
 from potstill.kernels._args import check_choice
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import INTERPRET, AotCase, aot_case, define, rows, tl_dtype
-from potstill.kernels._loss import few, kept, on_reference, plain_on_cpu
+from potstill.kernels._lib import define, rows, tl_dtype
+from potstill.kernels._loss import uses_reference
 from potstill.kernels._tl import is_finite, load, total
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Losses, accum
@@ -97,95 +97,70 @@ def _gradient_kernel(
                 tl.store(gradients[net] + n * size + j, tl.where(keep, d * (g * signs[net] / size), 0.0), mask=mask)
 
 
-def _typed(signs: Sequence[int]) -> tuple[float, ...]:
-    return tuple(float(s) for s in signs)
+def _options(logits: list[Tensor], fakes: int, form: str, acc: torch.dtype) -> tuple[tuple[int, ...], tuple[float, ...], dict[str, Any]]:
+    """Logits per net, its sign in the exponent, and the constants of both kernels; the first `fakes` nets' logits push up."""
+    signs = (1.0,) * fakes + (-1.0,) * (len(logits) - fakes)
+    constants = {"SOFTPLUS": form == "softplus", "HINGE": form == "hinge", "BLOCK": _BLOCK, "ACC": tl_dtype(acc), "num_warps": 4}
+    return tuple(logit.shape[1] for logit in logits), signs, constants
 
 
-def _forward(logits: list[Tensor], signs: list[int], form: str, needs: list[bool]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    like, n, acc = logits[0], logits[0].shape[0], accum(*logits)
-    value, sums, keep = like.new_empty(n, dtype=acc), like.new_empty(n, dtype=acc), like.new_empty(n, dtype=torch.int8)
-    nonfinite = like.new_empty((), dtype=torch.int32) if n else like.new_zeros((), dtype=torch.int32)
-    if n > 0:
-        _forward_kernel[(n,)](
-            tuple(logits), tuple(logit.shape[1] for logit in logits), _typed(signs), sums,
-            SOFTPLUS=form == "softplus", HINGE=form == "hinge", BLOCK=_BLOCK, ACC=tl_dtype(acc), num_warps=4,
-        )  # fmt: skip
-        _finish_kernel[(1,)](sums, value, keep, nonfinite, n, ROWS=rows(1), num_warps=4)
-    return value, nonfinite, [keep], []
+def _forward(logits: list[Tensor], fakes: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    n, acc = logits[0].shape[0], accum(*logits)
+    value, nonfinite, keep = _shapes(logits, fakes, form)
+    if n == 0:
+        return value, nonfinite.zero_(), keep
+    sums, (sizes, signs, constants) = torch.empty_like(value), _options(logits, fakes, form, acc)
+    _forward_kernel[(n,)](tuple(logits), sizes, signs, sums, **constants)
+    _finish_kernel[(1,)](sums, value, keep, nonfinite, n, ROWS=rows(1), num_warps=4)
+    return value, nonfinite, keep
 
 
-def _backward(saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[int], form: str, needs: list[bool]) -> list[Tensor]:
-    n, room = (
-        logits[0].shape[0],
-        [logit.new_empty(logit.shape) if needed else None for logit, needed in zip(logits, needs, strict=True)],
-    )
-    if n > 0:
-        _gradient_kernel[(n,)](
-            tuple(logits), tuple(room), tuple(logit.shape[1] for logit in logits), _typed(signs), saved[0], g, g.stride(0),
-            SOFTPLUS=form == "softplus", HINGE=form == "hinge", BLOCK=_BLOCK, ACC=tl_dtype(g.dtype), num_warps=4,
-        )  # fmt: skip
-    return [r for r in room if r is not None]
+def _shapes(logits: list[Tensor], fakes: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    like, n = logits[0], logits[0].shape[0]
+    return like.new_empty(n, dtype=accum(*logits)), like.new_empty((), dtype=torch.int32), like.new_empty(n, dtype=torch.int8)
 
 
-def _fake_forward(logits: list[Tensor], signs: list[int], form: str, needs: list[bool]):
-    like, n, acc = logits[0], logits[0].shape[0], accum(*logits)
-    if like.device.type == "cpu" and not INTERPRET:
-        saved = [logit.new_empty(logit.shape, dtype=acc) for logit, needed in zip(logits, needs, strict=True) if needed]
-    else:
-        saved = [like.new_empty(n, dtype=torch.int8)]
-    return like.new_empty(n, dtype=acc), like.new_empty((), dtype=torch.int32), saved, []
+def _backward(keep: Tensor, g: Tensor, logits: list[Tensor], fakes: int, form: str, needs: list[bool]) -> list[Tensor]:
+    room = [logit.new_empty(logit.shape) if needed else None for logit, needed in zip(logits, needs, strict=True)]
+    if len(g) > 0:
+        sizes, signs, constants = _options(logits, fakes, form, g.dtype)
+        _gradient_kernel[(len(g),)](tuple(logits), tuple(room), sizes, signs, keep, g, g.stride(0), **constants)
+    return [t for t in room if t is not None]
 
 
-def _reference_backward(
-    saved: list[Tensor], g: Tensor, logits: list[Tensor], signs: list[int], form: str, needs: list[bool]
-) -> list[Tensor]:
-    wanted = [logit for logit, needed in zip(logits, needs, strict=True) if needed]
-    return [torch.mul(s, g[:, None]).to(logit.dtype) for s, logit in zip(saved, wanted, strict=True)]
-
-
-_forward_op = define(
-    "adversarial(Tensor[] logits, int[] signs, str form, bool[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
-    triton=_forward,
-    reference=cpu.adversarial,
-    fake=_fake_forward,
+_adversarial = define(
+    "adversarial(Tensor[] logits, int fakes, str form) -> (Tensor, Tensor, Tensor)", launchers={"triton": _forward}, shapes=_shapes
 )
-_backward_op = define(
-    "adversarial_backward(Tensor[] saved, Tensor g, Tensor[] logits, int[] signs, str form, bool[] needs) -> Tensor[]",
-    triton=_backward,
-    reference=_reference_backward,
-    fake=lambda saved, g, logits, signs, form, needs: [logit.new_empty(logit.shape) for logit, k in zip(logits, needs, strict=True) if k],
+_adversarial_backward = define(
+    "adversarial_backward(Tensor keep, Tensor g, Tensor[] logits, int fakes, str form, bool[] needs) -> Tensor[]",
+    launchers={"triton": _backward},
+    shapes=lambda keep, g, logits, fakes, form, needs: [t.new_empty(t.shape) for t, needed in zip(logits, needs, strict=True) if needed],
 )
 
 
-class _Adversarial(Function):
-    @staticmethod
-    def forward(ctx, signs, form, *logits):
-        flat = [logit.reshape(logit.shape[0], logit.shape[1:].numel()).contiguous() for logit in logits]
-        needs = list(ctx.needs_input_grad[2:])
-        value, nonfinite, saved, _ = _forward_op(flat, signs, form, needs)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(nonfinite)
-        ctx.save_for_backward(*saved, *flat)
-        ctx.saves, ctx.signs, ctx.form, ctx.needs = len(saved), signs, form, needs
-        ctx.shapes = [logit.shape for logit in logits]
-        return value, nonfinite
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g, _):
-        gradients: list[Tensor | None] = [None] * len(ctx.shapes)
-        if g is not None:
-            saved, flat = list(ctx.saved_tensors[: ctx.saves]), list(ctx.saved_tensors[ctx.saves :])
-            made = iter(_backward_op(saved, g, flat, ctx.signs, ctx.form, ctx.needs))
-            gradients = [next(made).view(s) if k else None for s, k in zip(ctx.shapes, ctx.needs, strict=True)]
-        return None, None, *gradients
+def _setup_context(ctx: Any, inputs: tuple[list[Tensor], int, str], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, ctx.fakes, ctx.form = inputs
+    _, nonfinite, keep = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(nonfinite, keep)
+    ctx.save_for_backward(keep, *logits)
 
 
-def _adversarial(logits: Sequence[Tensor], signs: list[int], form: str) -> Losses:
-    if not is_compiling() and plain_on_cpu(logits[0]):
-        args = (logits, signs, form)
-        return Losses(*(few(cpu.plain_adversarial, args) or kept(cpu.adversarial, args, logits)))
-    return Losses(*_Adversarial.apply(signs, form, *logits))
+@once_differentiable
+def _differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[list[Tensor | None], None, None]:
+    (keep, *logits), needs = ctx.saved_tensors, ctx.needs_input_grad[0]
+    if g is None:
+        return [None] * len(logits), None, None
+    made = iter(_adversarial_backward(keep, g, logits, ctx.fakes, ctx.form, needs))
+    return [next(made) if needed else None for needed in needs], None, None
+
+
+torch.library.register_autograd("potstill::adversarial", _differentiate, setup_context=_setup_context)
+
+
+def _flat(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Each as contiguous [N, its logits]."""
+    return [logit.reshape(logit.shape[0], logit.shape[1:].numel()).contiguous() for logit in logits]
 
 
 def _checked(op: str, name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
@@ -220,9 +195,9 @@ def generator_adversarial(logits: Sequence[Tensor] | Tensor, *, kind: str = "sof
     """
     nets = _checked("generator_adversarial", "logits", logits)
     check_choice("generator_adversarial", "kind", kind, ("softplus", "hinge"))
-    if on_reference("adversarial", nets[0]):
+    if uses_reference("adversarial", nets[0]):
         return reference.generator_adversarial(nets, kind=kind)
-    return _adversarial(nets, [-1] * len(nets), "softplus" if kind == "softplus" else "linear")
+    return Losses(*_adversarial(_flat(nets), 0, "softplus" if kind == "softplus" else "linear")[:2])
 
 
 @takes_inference_tensors
@@ -243,9 +218,9 @@ def discriminator_adversarial(
     reals = _checked("discriminator_adversarial", "real_logits", real_logits)
     _check_pair("discriminator_adversarial", "real_logits[0]", reals[0], "fake_logits[0]", fakes[0])
     check_choice("discriminator_adversarial", "kind", kind, ("softplus", "hinge"))
-    if on_reference("adversarial", fakes[0]):
+    if uses_reference("adversarial", fakes[0]):
         return reference.discriminator_adversarial(fakes, reals, kind=kind)
-    return _adversarial(fakes + reals, [1] * len(fakes) + [-1] * len(reals), kind)
+    return Losses(*_adversarial(_flat(fakes + reals), len(fakes), kind)[:2])
 
 
 def aot_cases() -> list[AotCase]:

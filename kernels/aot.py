@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from potstill import kernels
-from potstill.kernels._lib import AotCase
+from potstill.kernels._aot import AotCase
 from potstill.kernels._triton import INSTALLED, triton
 
 ARCHITECTURES = (80, 90)  # A100, and H100/H200
@@ -31,7 +31,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 class Usage(NamedTuple):
-    """What one kernel takes on one architecture. `problem` is empty, or why it failed."""
+    """The registers and shared memory of one kernel on one architecture. `problem` is empty, or the reason why it failed."""
 
     name: str
     arch: int
@@ -105,8 +105,8 @@ def _spills(ptx: str, folder: Path) -> int:
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target
     (folder / "a.ptx").write_text(ptx)
-    told = _run(tool("ptxas"), "-v", f"--gpu-name={target[1]}", str(folder / "a.ptx"), "-o", str(folder / "b.cubin"))
-    return max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", told))
+    report = _run(tool("ptxas"), "-v", f"--gpu-name={target[1]}", str(folder / "a.ptx"), "-o", str(folder / "b.cubin"))
+    return max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
 
 
 def _run(*command: str) -> str:

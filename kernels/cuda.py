@@ -2,16 +2,15 @@
 
     potstill.set_backend("cuda")                  # for the process; or POTSTILL_BACKEND=cuda in the environment
 
-`auto` takes Triton unless the benchmarks found the CUDA version of that op faster (FASTER_IN_CUDA), or there is no Triton.
-CPU tensors take the definition, and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is
-optional: setup.py builds it where it finds nvcc and a PyTorch with CUDA. Ops that it does not have (IN_CUDA) take Triton.
+`auto` takes for each op what the table AUTO says, and the CUDA C++ where there is no Triton. CPU tensors take the definition,
+and norm_silu the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is optional: setup.py builds it
+where it finds nvcc and a PyTorch with CUDA. Ops that it does not have take Triton.
 """
 
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,11 +21,21 @@ BACKENDS = ("auto", "triton", "cuda", "reference")
 #: Where setup.py puts the compiled csrc/.
 LIBRARY = Path(__file__).parent / "_cuda.so"
 
-#: Ops that csrc/ has. The others are Triton or the definition.
-IN_CUDA = frozenset({"adam_ema", "norm_silu", "score_implicit", "score_match"})
 
-#: Ops for which `auto` means the CUDA version. Empty until benches/ has compared the two on a GPU.
-FASTER_IN_CUDA: frozenset[str] = frozenset()
+class Choice(NamedTuple):
+    """What `auto` takes for an op, and why."""
+
+    backend: str  # "triton" or "cuda"
+    evidence: str  # the file under benches/results that compares the two on a GPU, or "unmeasured", which means Triton
+
+
+#: The ops that csrc/ has. All others are Triton or the definition.
+AUTO = {
+    "adam_ema": Choice("triton", "unmeasured"),
+    "norm_silu": Choice("triton", "unmeasured"),
+    "score_implicit": Choice("triton", "unmeasured"),
+    "score_match": Choice("triton", "unmeasured"),
+}
 
 _backend: str | None = None
 
@@ -79,28 +88,14 @@ def chosen(op: str) -> str:
     name = backend()
     if name == "reference":
         return name
+    if op not in AUTO:
+        return "triton"
     if name == "auto":
-        name = "cuda" if (op in FASTER_IN_CUDA or not INSTALLED) and built() else "triton"
-    return name if op in IN_CUDA else "triton"
+        name = AUTO[op].backend if INSTALLED else "cuda"
+        return name if built() else "triton"
+    return name
 
 
 def lacking(op: str) -> str | None:
     """The sentence on what `op` wants for CUDA tensors and does not find here, or None."""
     return NO_TRITON if chosen(op) == "triton" and not INSTALLED else None
-
-
-def choose(
-    op: str, *, triton: Callable[..., Any], cuda: Callable[..., Any], reference: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """One launcher out of several with the same arguments and outputs; it asks for the choice at every call.
-
-    Without `reference`, whoever calls the op has already turned to the definition where that is the choice.
-    """
-    implementations = {"triton": triton, "cuda": cuda, "reference": reference}
-
-    def launch(*args: Any) -> Any:
-        implementation = implementations[chosen(op)]
-        assert implementation is not None, f"{op} has no reference launcher"
-        return implementation(*args)
-
-    return launch

@@ -8,30 +8,15 @@ Source: arXiv 2206.00364 Eq. 3 and 8 (w = lambda(sigma)); arXiv 2405.14867 and 2
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
-
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
-from potstill.kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root
+from potstill.kernels import reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_gradients, aot_variants, fp32
+from potstill.kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_gradients,
-    cdiv,
-    empty_gradients,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
-from potstill.kernels._loss import define_loss, on_reference
-from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
+from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
+from potstill.kernels._loss import define_loss, uses_reference
+from potstill.kernels._tl import block_of, clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
 
@@ -69,10 +54,7 @@ def _finish_kernel(
 
 @triton.jit
 def _gradient_kernel(e, de, target_ptr, coef_ptr, g_ptr, g_stride, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    n = (tl.program_id(0) // chunks).to(tl.int64)
-    offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < D
-    i = n * D + offset
+    n, i, mask = block_of(tl.program_id(0), D, chunks, BLOCK)
     error = clean(e, noisy(e, i, mask, ACC), n, i, mask, ACC) - load(target_ptr, i, mask, ACC)
     coef = tl.load(coef_ptr + n).to(ACC)
     d = coef * tl.load(g_ptr + n * g_stride).to(ACC) * error
@@ -81,33 +63,31 @@ def _gradient_kernel(e, de, target_ptr, coef_ptr, g_ptr, g_stride, D, chunks, BL
         tl.store(de.x_t + i, tl.where(coef != 0, through_x_t(e, d, n, ACC), 0.0), mask=mask)
 
 
-def _forward(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool, needs: list[bool]) -> Outputs:
+def _forward(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool) -> Outputs:
     (n, d), s, acc = target.shape, splits(*target.shape), accum(*e.images, target)
     value, nonfinite, coef = results(target, acc, (n,))
     if n > 0:
         partials = target.new_empty((1, n, s), dtype=acc)
         _partials_kernel[(n * s,)](e, target, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
         _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
-    return value, nonfinite, [coef], []
+    return value, nonfinite, coef
 
 
 def _backward(
     saved: list[Tensor], g: Tensor, e: Estimate, target: Tensor, weight: Tensor | None, mean: bool, needs: list[bool]
 ) -> list[Tensor]:
     (coef,), (n, d) = saved, target.shape
-    de, made = empty_gradients(e, needs[:3])
+    de = empty_gradients(e, needs[:3])
     if n > 0:
         chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](e, de, target, coef, g, g.stride(0), d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
-    return made
+    return [t for t in de.images if t is not None]
 
 
 _denoise = define_loss(
     "denoise(Estimate e, Image target, Tensor? weight, bool mean)",
-    forward=_forward,
-    backward=_backward,
-    reference=cpu.denoise,
-    plain=cpu.plain_denoise,
+    forward={"triton": _forward},
+    backward={"triton": _backward},
 )
 
 
@@ -130,28 +110,20 @@ def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None =
     check_choice("denoise", "reduction", reduction, ("mean", "sum"))
     if weight is not None:
         weight = check_per_sample("denoise", "weight", weight, "target", target)
-    if on_reference("denoise", target):
+    if uses_reference("denoise", target):
         return reference.denoise(e, target, weight, reduction=reduction)
-    return Losses(*_denoise(e, target, weight, reduction == "mean"))
+    _, (e, target) = flattened(e, target)
+    return Losses(*_denoise(*e, target, weight, reduction == "mean")[:2])
 
 
 def aot_cases() -> list[AotCase]:
     """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; the rest in float32."""
-    finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32"}
-    finish |= {"coef_ptr": "*fp32", "nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
+    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
     cases = [aot_case("denoise.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
-        name = f"[{dtype}{', guided' if guided else ''}{even}]"
-        e, one = {"e": aot_estimate(dtype, guided=guided), "target_ptr": "*fp32"}, {"BLOCK": BLOCK, "ACC": tl.float32}
-        sums = {"partials_ptr": "*fp32", "N": size, "D": size}
-        grads = {
-            "de": aot_gradients(dtype, guided=guided),
-            "coef_ptr": "*fp32",
-            "g_ptr": "*fp32",
-            "g_stride": size,
-            "D": size,
-            "chunks": "i32",
-        }
+    for name, dtype, guided, size in aot_variants():
+        e, one = {"e": aot_estimate(dtype, guided=guided)} | fp32("target_ptr"), {"BLOCK": BLOCK, "ACC": tl.float32}
+        sums = fp32("partials_ptr") | {"N": size, "D": size}
+        grads = fp32("coef_ptr g_ptr") | {"de": aot_gradients(dtype, guided=guided), "g_stride": size, "D": size, "chunks": "i32"}
         cases.append(aot_case(f"denoise.partials{name}", _partials_kernel, e | sums, S=16, **one))
         cases.append(aot_case(f"denoise.gradient{name}", _gradient_kernel, e | grads, **one))
     return cases

@@ -1,4 +1,4 @@
-"""What a denoising network says about the clean image (Estimate), and what a loss says about a batch (Losses)."""
+"""The input and the output of the losses: a network's estimate of the clean image (Estimate), and numbers per sample (Losses)."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from potstill.kernels._inference import takes_inference_tensors
 
 
 def accum(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype sums are taken in: float64 where any of the tensors is, else float32."""
+    """The dtype of sums: float64 where any of the tensors is, else float32."""
     for t in tensors:
         if t is not None and t.dtype is torch.float64:
             return torch.float64
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
     @property
     def images(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What of it is an image and can have a gradient: raw, x_t, raw_uncond."""
+        """The fields that are images and can have a gradient: raw, x_t, raw_uncond."""
         return self.raw, self.x_t, self.raw_uncond
 
     @takes_inference_tensors
@@ -61,8 +61,15 @@ def shared(fake: Estimate, real: Estimate) -> Estimate:
     return fake._replace(x_t=None) if fake.x_t is not None and fake.x_t is real.x_t else fake
 
 
+def without_common_part(real: Estimate, fake: Estimate) -> tuple[Estimate, Estimate]:
+    """Both without c_skip·x_t where it is the same in both, so that it cancels in the difference of their D."""
+    if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
+        return real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)
+    return real, fake
+
+
 class Losses(NamedTuple):
-    """One number per sample, and how many samples were left out of it."""
+    """One number per sample, and the count of samples without one."""
 
     value: Tensor  # [N] float32, differentiable; a sample whose value is not finite has value 0 and gradient 0
     nonfinite: Tensor  # [] int32, on the device: how many those are

@@ -8,27 +8,14 @@ Source: arXiv 2406.04103, Alg. 2.
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
-
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
-from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root
+from potstill.kernels import reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
+from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    REGISTERS,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
-from potstill.kernels._loss import define_loss, on_reference
+from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, results, rows, splits, tl_dtype
+from potstill.kernels._loss import define_loss, uses_reference
 from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
@@ -66,31 +53,20 @@ def _finish_kernel(
     tl.store(nonfinite_ptr, tl.sum(bad, 0))
 
 
-def _forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool, needs: list[bool]) -> Outputs:
+def _forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool) -> Outputs:
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:
         partials = x.new_empty((1, n, s), dtype=acc)
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4, maxnreg=REGISTERS)
         _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
-    return value, nonfinite, [coef], []
-
-
-def _backward(
-    saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool,
-    needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
-    dx = x.new_empty(x.shape)
-    difference(saved[0], g, real, fake, dx)
-    return [dx]
+    return value, nonfinite, coef
 
 
 _moments = define_loss(
     "moments(Image x, Estimate real, Estimate fake, Tensor? weight, bool mean)",
-    forward=_forward,
-    backward=_backward,
-    reference=cpu.moments,
-    plain=cpu.plain_moments,
+    forward={"triton": _forward},
+    backward={"triton": difference},
 )
 
 
@@ -122,23 +98,19 @@ def moments(
     check_choice("moments", "reduction", reduction, ("mean", "sum"))
     if weight is not None:
         weight = check_per_sample("moments", "weight", weight, "x", x)
-    if on_reference("moments", x):
+    if uses_reference("moments", x):
         return reference.moments(x, real, fake, weight, reduction=reduction)
-    return Losses(*_moments(x, real, shared(fake, real), weight, reduction == "mean"))
+    _, (x, real, fake) = flattened(x, real, shared(fake, real))
+    return Losses(*_moments(x, *real, *fake, weight, reduction == "mean")[:2])
 
 
 def aot_cases() -> list[AotCase]:
     """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    finish = {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32", "coef_ptr": "*fp32"}
-    finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
+    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
     cases = [aot_case("moments.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
-        name = f"moments.partials[{dtype}{', guided' if guided else ''}{even}]"
-        sums = {
-            "x_ptr": "*fp32",
-            "real": aot_estimate(dtype, guided=guided),
-            "fake": aot_estimate(dtype, own_x_t=False),
-        }
-        sums |= {"partials_ptr": "*fp32", "N": size, "D": size}
-        cases.append(aot_case(name, _partials_kernel, sums, maxnreg=REGISTERS, S=16, BLOCK=BLOCK, ACC=tl.float32))
+    for name, dtype, guided, size in aot_variants():
+        sums = {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
+        sums |= fp32("x_ptr partials_ptr") | {"N": size, "D": size}
+        one = {"maxnreg": REGISTERS, "S": 16, "BLOCK": BLOCK, "ACC": tl.float32}
+        cases.append(aot_case(f"moments.partials{name}", _partials_kernel, sums, **one))
     return cases

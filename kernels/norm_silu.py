@@ -64,28 +64,28 @@ def _cuda_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, s
     return dx, *out
 
 
-def _fake_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+def _forward_shapes(x, weight, bias, scale, shift, add, groups, eps, silu):
     mean = x.new_empty(x.shape[0], groups, dtype=accum(x))
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-def _fake_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+def _backward_shapes(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
     return torch.empty_like(x), *gradients(x, weight, bias, scale, shift, add, wanted)
 
 
 _GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"
 _forward_op = define(
     f"norm_silu(Tensor x, {_GIVEN}, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
-    triton=cuda.choose("norm_silu", triton=_norm.forward, cuda=_cuda_forward, reference=_cpu_forward),
-    reference=_cpu_forward,
-    fake=_fake_forward,
+    launchers={"triton": _norm.forward, "cuda": _cuda_forward},
+    shapes=_forward_shapes,
+    cpu=_cpu_forward,
 )
 _backward_op = define(
-    f"norm_silu_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_GIVEN}, bool silu, bool[4] wanted)"
+    f"norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_GIVEN}, bool silu, bool[4] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=cuda.choose("norm_silu", triton=_norm.backward, cuda=_cuda_backward, reference=_cpu_backward),
-    reference=_cpu_backward,
-    fake=_fake_backward,
+    launchers={"triton": _norm.backward, "cuda": _cuda_backward},
+    shapes=_backward_shapes,
+    cpu=_cpu_backward,
 )
 
 

@@ -1,11 +1,12 @@
 """Every loss in plain PyTorch, differentiated by autograd: the specification the fused kernels are held to.
 
-Nothing here is fast. A formula sees clean images D already formed, in float32 or float64, and returns one number per
-sample; `_losses` adds what all of them share: a sample whose value is not finite counts as 0 with zero gradient.
+CPU tensors are computed by it, and CUDA tensors with the backend "reference". A formula takes images and estimates and
+returns one number per sample; `_losses` adds what all of them share: a sample whose value is not finite counts as 0 with
+zero gradient.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +24,39 @@ def denoised(estimate: Estimate | Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)
+    """[N, ...] -> [N]."""
+    return x.sum(tuple(range(1, x.ndim)))
 
 
 def _mean(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(1) if x.ndim > 1 else x
+    """[N, ...] -> [N]."""
+    return x.mean(tuple(range(1, x.ndim))) if x.ndim > 1 else x
 
 
 _REDUCTIONS = {"mean": _mean, "sum": _sum}
 
 
-def _losses(formula: Callable[..., Tensor], *tensors: Tensor) -> Losses:
-    """formula(*tensors) [N]; non-finite samples become 0 by replacing their inputs, so no NaN meets the backward."""
+def _losses(formula: Callable[..., Tensor], images: Sequence[Estimate | Tensor], *each: Tensor | None) -> Losses:
+    """formula(*images, *each) [N]; the inputs of samples whose value is not finite are replaced by 0, so no NaN meets the backward.
+
+    Args:
+        formula: of the images or estimates, in their own dtypes, and of numbers [N], in the dtype of accumulation.
+        images: images and estimates; their dtypes decide the dtype of the sums.
+        each: one number per sample each, or None.
+    """
+    dtype = accum(*[t for given in images for t in (given.images if isinstance(given, Estimate) else [given])])
+    inputs = [*images, *[None if t is None else t.to(dtype) for t in each]]
     with torch.no_grad():
-        finite_n = formula(*tensors).isfinite()
-    dtype = accum(*tensors)
-    clean = [torch.where(per_sample(finite_n, t), t.to(dtype), torch.zeros((), dtype=dtype, device=t.device)) for t in tensors]
-    value_n = torch.where(finite_n, formula(*clean), 0)
+        finite_n = formula(*inputs).isfinite()
+    value_n = torch.where(finite_n, formula(*[_zeros_where_not(finite_n, given) for given in inputs]), 0)
     return Losses(value_n, (~finite_n).sum(dtype=torch.int32))
+
+
+def _zeros_where_not(finite_n: Tensor, given: Any) -> Any:
+    """The tensors of an input with zeros in the samples that are not finite."""
+    if isinstance(given, Estimate):
+        return Estimate(*[_zeros_where_not(finite_n, field) for field in given])
+    return torch.where(per_sample(finite_n, given), given, 0) if isinstance(given, Tensor) else given
 
 
 @takes_inference_tensors
@@ -49,16 +65,19 @@ def score_match(
 ) -> Losses:
     """DMD (arXiv 2311.18828 Eq. 7-8): 0.5·mean((x - sg(x - g))²), g = (fake - real) / max(mean|x - real|, eps).
 
+    Its value is 0.5·mean(g²) and its gradient g/(C·H·W), that of mean(g·x): x - (x - g) would round g to the last bit of x.
     Others multiply g by a weight [N] and add a little to its normaliser, `plus`.
     """
 
-    def formula(x: Tensor, real: Tensor, fake: Tensor, weight_n: Tensor | None = None) -> Tensor:
-        g = ((fake - real) / per_sample(_mean((x - real).abs()).clamp(min=eps) + plus, x)).detach()
-        if weight_n is not None:
-            g = g * per_sample(weight_n.detach(), x)
-        return 0.5 * _mean((x - (x - g).detach()) ** 2)
+    def formula(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight_n: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            d_real = denoised(real)
+            scale_n = 1 / (_mean((x - d_real).abs()).clamp(min=eps) + plus)
+            g = (denoised(fake) - d_real) * per_sample(scale_n if weight_n is None else weight_n * scale_n, x)
+        along_n = _mean(g * x)
+        return 0.5 * _mean(g**2) + (along_n - along_n.detach())
 
-    return _losses(formula, x, denoised(real).detach(), denoised(fake).detach(), *([] if weight is None else [weight]))
+    return _losses(formula, (x, real, fake), weight)
 
 
 @takes_inference_tensors
@@ -79,30 +98,32 @@ def score_implicit(
     l2:     w · <delta, (D_real - x) - alpha·delta>,       w = 1 / max(mean|x - D_real|, 1e-5) by default
     """
 
-    def formula(x: Tensor, real: Tensor, fake: Tensor, weight_n: Tensor | None = None) -> Tensor:
-        delta = real - fake
-        towards = fake - x + (1 - alpha if distance == "l2" else 0) * delta
+    def formula(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight_n: Tensor | None) -> Tensor:
+        d_real, d_fake = denoised(real), denoised(fake)
+        delta = d_real - d_fake
+        towards = d_fake - x + (1 - alpha if distance == "l2" else 0) * delta
         if distance == "huber":
             norm_n = (_sum(delta**2) + c**2).sqrt()
             first = delta / per_sample(norm_n.detach() if detach == "normaliser" else norm_n, x)
         else:
             first = delta
             if weight_n is None:
-                weight_n = 1 / _mean((x - real).abs()).detach().clamp(min=1e-5)
+                weight_n = 1 / _mean((x - d_real).detach().abs()).clamp(min=1e-5)
         value_n = _sum((first.detach() if detach == "factor" else first) * towards)
         return value_n if weight_n is None else weight_n * value_n
 
-    return _losses(formula, x, denoised(real), denoised(fake), *([] if weight is None else [weight]))
+    return _losses(formula, (x, real, fake), weight)
 
 
 @takes_inference_tensors
 def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None = None, *, reduction: str = "mean") -> Losses:
     """w · |D - target|², the mean or the sum over C, H, W."""
 
-    def formula(d: Tensor, target: Tensor, weight_n: Tensor | float = 1.0) -> Tensor:
-        return weight_n * _REDUCTIONS[reduction]((d - target) ** 2)
+    def formula(estimate: Estimate | Tensor, target: Tensor, weight_n: Tensor | None) -> Tensor:
+        value_n = _REDUCTIONS[reduction]((denoised(estimate) - target) ** 2)
+        return value_n if weight_n is None else weight_n * value_n
 
-    return _losses(formula, denoised(estimate), target.detach(), *([] if weight is None else [weight]))
+    return _losses(formula, (estimate, target.detach()), weight)
 
 
 @takes_inference_tensors
@@ -116,10 +137,13 @@ def moments(
 ) -> Losses:
     """Moment matching (arXiv 2406.04103, Alg. 2): w · <x, sg(fake - real)>, the mean or the sum over C, H, W."""
 
-    def formula(x: Tensor, real: Tensor, fake: Tensor, weight_n: Tensor | float = 1.0) -> Tensor:
-        return weight_n * _REDUCTIONS[reduction](x * (fake - real))
+    def formula(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, weight_n: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            towards_real = denoised(fake) - denoised(real)
+        value_n = _REDUCTIONS[reduction](x * towards_real)
+        return value_n if weight_n is None else weight_n * value_n
 
-    return _losses(formula, x, denoised(real).detach(), denoised(fake).detach(), *([] if weight is None else [weight]))
+    return _losses(formula, (x, real, fake), weight)
 
 
 def euler(x: Tensor, d: Tensor, ratio_n: Tensor) -> Tensor:
@@ -143,21 +167,24 @@ def trajectory(
 
     l1: sum|e|.   l2: sum e².   huber: sqrt(sum e² + c²) - c.   reduction "mean" divides each by C·H·W.
     """
-    d = denoised(estimate)
-    x, target = x.detach().to(d.dtype), target.detach().to(d.dtype)
-    ratio_n = ((sigma_next.to(d.dtype) - sigma.to(d.dtype)) / sigma.to(d.dtype)).expand(x.shape[0])
+    x, target = x.detach(), target.detach()
+    dtype = accum(x, target, *(estimate.images if isinstance(estimate, Estimate) else [estimate]))
+    ratio_n = ((sigma_next.to(dtype) - sigma.to(dtype)) / sigma.to(dtype)).expand(x.shape[0])
 
-    def formula(x: Tensor, d: Tensor, target: Tensor, ratio_n: Tensor) -> Tensor:
-        e = euler(x, d, ratio_n) - target
+    def formula(x: Tensor, estimate: Estimate | Tensor, target: Tensor, ratio_n: Tensor) -> Tensor:
+        e = euler(x, denoised(estimate), ratio_n) - target
         if metric == "l1":
             value_n = _sum(e.abs())
         elif metric == "l2":
             value_n = _sum(e**2)
         else:
-            value_n = _sum(e**2) / ((_sum(e**2) + c**2).sqrt() + c)  # sqrt(s + c²) - c, without the cancellation
+            square_n = _sum(e**2)
+            value_n = square_n / ((square_n + c**2).sqrt() + c)  # sqrt(s + c²) - c, without the cancellation
         return value_n / x.shape[1:].numel() if reduction == "mean" else value_n
 
-    return _losses(formula, x, d, target, ratio_n), euler(x, d, ratio_n).detach()
+    with torch.no_grad():
+        x_next = euler(x.to(dtype), denoised(estimate), ratio_n)
+    return _losses(formula, (x, estimate, target), ratio_n), x_next
 
 
 def _penalty(kind: str, logits: Tensor) -> Tensor:
@@ -169,10 +196,10 @@ def generator_adversarial(logits: Sequence[Tensor], *, kind: str = "softplus") -
     """Per sample, sum over nets of the mean over that net's logits of softplus(-l), or of -l for hinge."""
 
     def formula(*logits: Tensor) -> Tensor:
-        terms = [_mean(F.softplus(-logit) if kind == "softplus" else -logit) for logit in logits]
+        terms = [_mean(F.softplus(-logit) if kind == "softplus" else -logit) for logit in map(denoised, logits)]
         return torch.stack(terms).sum(0)
 
-    return _losses(formula, *logits)
+    return _losses(formula, logits)
 
 
 @takes_inference_tensors
@@ -181,59 +208,14 @@ def discriminator_adversarial(fake_logits: Sequence[Tensor], real_logits: Sequen
     fakes = len(fake_logits)
 
     def formula(*logits: Tensor) -> Tensor:
-        terms = [_mean(_penalty(kind, -logit if i < fakes else logit)) for i, logit in enumerate(logits)]
+        terms = [_mean(_penalty(kind, -logit if i < fakes else logit)) for i, logit in enumerate(map(denoised, logits))]
         return torch.stack(terms).sum(0)
 
-    return _losses(formula, *fake_logits, *real_logits)
+    return _losses(formula, [*fake_logits, *real_logits])
 
 
 @takes_inference_tensors
 def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + sigma·noise, in at least float32."""
     dtype = accum(x)
-    return x.to(dtype) + per_sample(sigma.to(dtype).expand(x.shape[0]), x) * noise.to(dtype)
-
-
-_MASK = 0xFFFFFFFF
-
-
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> list[Tensor]:
-    """Philox4x32 (Salmon et al., SC 2011): four 32-bit words from four counter and two key words, all held in int64."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, as the 64-bit product is meant to
-        c0, c1, c2, c3 = (b >> 32) & _MASK ^ c1 ^ k0, b & _MASK, (a >> 32) & _MASK ^ c3 ^ k1, a & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return [c0, c1, c2, c3]
-
-
-def normals(seed: Tensor, offset: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normals [N, ...] in float32 as a function of seed, offset and position: what the kernels draw.
-
-    Images [N, C, H, W] are numbered plane by plane, anything else as one plane: pixels 4q to 4q + 3 of channel c of
-    sample n come from the counter (q, c, n, offset) by Box-Muller, so sample n does not depend on the batch size.
-    """
-    n, c = shape[0], shape[1] if len(shape) == 4 else 1
-    p = math.prod(shape[1:]) // c
-    quads = torch.arange(-(-p // 4), device=seed.device)
-    zero = torch.zeros((n, c, len(quads)), dtype=torch.int64, device=seed.device)
-    channel = torch.arange(c, device=seed.device)[:, None]
-    sample = torch.arange(n, device=seed.device)[:, None, None]
-    words = philox((zero + quads, zero + channel, zero + sample, zero + (offset & _MASK)), (seed & _MASK, (seed >> 32) & _MASK))
-    u = [w.to(torch.float32) * 2.0**-32 + 2.0**-33 for w in words]  # in (0, 1]: 6.6 sigma at most
-    drawn = []
-    for u1, u2 in (u[:2], u[2:]):
-        radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
-        drawn += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(drawn, -1).flatten(2)[:, :, :p].reshape(*shape)
-
-
-@takes_inference_tensors
-def noised_input(
-    x: Tensor, sigma: Tensor, noise: Tensor, c_in: Tensor, *, dtype: torch.dtype, channels: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """x_t = x + sigma·noise, and c_in·x_t in `dtype` with zero channels appended up to `channels`."""
-    x_t = add_noise(x, sigma, noise)
-    scaled = (per_sample(c_in.to(x_t.dtype).expand(x.shape[0]), x) * x_t).to(dtype)
-    return x_t, scaled if channels is None else F.pad(scaled, (0, 0, 0, 0, 0, channels - x.shape[1]))
+    return torch.addcmul(x.to(dtype), noise.to(dtype), per_sample(sigma.to(dtype).expand(x.shape[0]), x))

@@ -14,30 +14,15 @@ Source: huber arXiv 2410.16794 (SIM), l2 arXiv 2404.04057 (SiD; alpha = 1 is SIM
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
-
 from torch import Tensor
 
-from potstill.kernels import _score_cuda, cpu, cuda, reference
-from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root
+from potstill.kernels import _score_cuda, reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_gradients, aot_variants, fp32
+from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_gradients,
-    cdiv,
-    empty_gradients,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
-from potstill.kernels._loss import define_loss, on_reference
-from potstill.kernels._tl import clean_pair, is_finite, load, part, store_raw, through_x_t, total
+from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
+from potstill.kernels._loss import define_loss, uses_reference
+from potstill.kernels._tl import block_of, clean_pair, is_finite, load, part, store_raw, through_x_t, total
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
 
@@ -109,10 +94,7 @@ def _gradient_kernel(
     x_ptr, real, fake, dx_ptr, d_real_ptrs, d_fake_ptrs, coefs_ptr, g_ptr, g_stride, N, D, chunks,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // chunks).to(tl.int64)
-    offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < D
-    i = n * D + offset
+    n, i, mask = block_of(tl.program_id(0), D, chunks, BLOCK)
     w = tl.load(coefs_ptr + 2 * N + n).to(ACC)
     keep = w != 0
     g = tl.load(g_ptr + n * g_stride).to(ACC)
@@ -134,26 +116,24 @@ def _gradient_kernel(
         tl.store(d_fake_ptrs.x_t + i, tl.where(keep, through_x_t(fake, d_fake, n, ACC), 0.0), mask=mask)
 
 
-def _past(distance: str, alpha: float) -> float:
-    """The share of delta in the second factor."""
-    return 1 - alpha if distance == "l2" else 0.0
-
-
 def _forward(
     x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, distance: str, alpha: float, c: float,
-    detach: str, needs: list[bool],
+    detach: str,
 ) -> Outputs:  # fmt: skip
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coefs = results(x, acc, (3, n))
     if n > 0:
-        past, partials = _past(distance, alpha), x.new_empty((3, n, s), dtype=acc)
+        past, partials = (
+            1 - alpha if distance == "l2" else 0.0,
+            x.new_empty((3, n, s), dtype=acc),
+        )  # past: delta's share in the second factor
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, past, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
         _finish_kernel[(1,)](
             partials, weight, value, coefs, nonfinite, n, d, past, c,
             HUBER=distance == "huber", FACTOR=detach == "factor", NORMALISER=detach == "normaliser",
             S=s, ROWS=rows(s), num_warps=4,
         )  # fmt: skip
-    return value, nonfinite, [coefs], []
+    return value, nonfinite, coefs
 
 
 def _backward(
@@ -162,24 +142,21 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     (coefs,), (n, d) = saved, x.shape
     dx = x.new_empty(x.shape) if needs[0] else None
-    d_real, made_real = empty_gradients(real, needs[1:4])
-    d_fake, made_fake = empty_gradients(fake, needs[4:7])
+    d_real, d_fake = empty_gradients(real, needs[1:4]), empty_gradients(fake, needs[4:7])
     if n > 0:
         chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](
             x, real, fake, dx, d_real, d_fake, coefs, g, g.stride(0), n, d, chunks,
             BLOCK=BLOCK, ACC=tl_dtype(coefs.dtype), num_warps=4,
         )  # fmt: skip
-    return ([] if dx is None else [dx]) + made_real + made_fake
+    return [t for t in (dx, *d_real.images, *d_fake.images) if t is not None]
 
 
 _score_implicit = define_loss(
     "score_implicit(Image x, Estimate real, Estimate fake, Tensor? weight, str distance, float alpha, float c, str detach)",
-    forward=cuda.choose("score_implicit", triton=_forward, cuda=_score_cuda.implicit_forward),
-    backward=cuda.choose("score_implicit", triton=_backward, cuda=_score_cuda.implicit_backward),
-    reference=cpu.score_implicit,
-    plain=cpu.plain_score_implicit,
-    saves=lambda n, d: [(3, n)],
+    forward={"triton": _forward, "cuda": _score_cuda.implicit_forward},
+    backward={"triton": _backward, "cuda": _score_cuda.implicit_backward},
+    coefs=lambda n: (3, n),
 )
 
 
@@ -230,39 +207,26 @@ def score_implicit(
         raise ValueError("score_implicit: wanted detach='normaliser' with distance='huber', got 'l2', which has none")
     if weight is not None:
         weight = check_per_sample("score_implicit", "weight", weight, "x", x)
-    if on_reference("score_implicit", x):
+    if uses_reference("score_implicit", x):
         return reference.score_implicit(x, real, fake, distance=distance, alpha=alpha, c=c, weight=weight, detach=detach)
-    return Losses(*_score_implicit(x, real, shared(fake, real), weight, distance, alpha, c, detach or ""))
+    _, (x, real, fake) = flattened(x, real, shared(fake, real))
+    return Losses(*_score_implicit(x, *real, *fake, weight, distance, alpha, c, detach or "")[:2])
 
 
 def aot_cases() -> list[AotCase]:
     """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    finish = {"partials_ptr": "*fp32", "weight_ptr": None, "value_ptr": "*fp32", "coefs_ptr": "*fp32"}
-    finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "past": "fp32", "c": "fp32"}
+    finish = fp32("partials_ptr value_ptr coefs_ptr") | {"weight_ptr": None, "nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
+    finish |= {"past": "fp32", "c": "fp32"}
+    flags = {"FACTOR": False, "NORMALISER": False, "S": 16, "ROWS": rows(16)}
     cases = [
-        aot_case(
-            f"score_implicit.finish[{'huber' if huber else 'l2'}]",
-            _finish_kernel,
-            finish,
-            HUBER=huber,
-            FACTOR=False,
-            NORMALISER=False,
-            S=16,
-            ROWS=rows(16),
-        )
-        for huber in (False, True)
+        aot_case(f"score_implicit.finish[{distance}]", _finish_kernel, finish, HUBER=distance == "huber", **flags)
+        for distance in ("l2", "huber")
     ]
-    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
-        name = f"[{dtype}{', guided' if guided else ''}{even}]"
-        pair = {
-            "x_ptr": "*fp32",
-            "real": aot_estimate(dtype, guided=guided),
-            "fake": aot_estimate(dtype, own_x_t=False),
-        }
-        sums = {"partials_ptr": "*fp32", "N": size, "D": size, "past": "fp32"}
-        grads = {"dx_ptr": "*fp32", "d_real_ptrs": aot_gradients(dtype, guided=guided)}
-        grads |= {"d_fake_ptrs": aot_gradients(dtype, own_x_t=False), "coefs_ptr": "*fp32", "g_ptr": "*fp32"}
-        grads |= {"g_stride": size, "N": size, "D": size, "chunks": "i32"}
+    for name, dtype, guided, size in aot_variants():
+        pair = fp32("x_ptr") | {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
+        sums = fp32("partials_ptr") | {"N": size, "D": size, "past": "fp32"}
+        grads = {"d_real_ptrs": aot_gradients(dtype, guided=guided), "d_fake_ptrs": aot_gradients(dtype, own_x_t=False)}
+        grads |= fp32("dx_ptr coefs_ptr g_ptr") | {"g_stride": size, "N": size, "D": size, "chunks": "i32"}
         one = {"BLOCK": BLOCK, "ACC": tl.float32}
         cases.append(aot_case(f"score_implicit.partials{name}", _partials_kernel, pair | sums, S=16, **one))
         cases.append(aot_case(f"score_implicit.gradient{name}", _gradient_kernel, pair | grads, **one))

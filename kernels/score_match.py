@@ -10,31 +10,19 @@ Source: arXiv 2311.18828, Eq. 7 and 8; arXiv 2405.14867 keeps it.
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
+from typing import Any
 
 from torch import Tensor
 
-from potstill.kernels import _score_cuda, cpu, cuda, reference
-from potstill.kernels._args import check_constant_estimate, check_estimate, check_root
+from potstill.kernels import _score_cuda, reference
+from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
+from potstill.kernels._args import check_constant_estimate, check_estimate, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    REGISTERS,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    cdiv,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
-from potstill.kernels._loss import define_loss, on_reference
-from potstill.kernels._tl import clean_difference, clean_pair, is_finite, part, total
+from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, cdiv, results, rows, splits, tl_dtype
+from potstill.kernels._loss import define_loss, uses_reference
+from potstill.kernels._tl import block_of, clean_difference, clean_pair, is_finite, part, total
 from potstill.kernels._triton import tl, triton
-from potstill.kernels.estimate import Estimate, Losses, accum, shared
+from potstill.kernels.estimate import Estimate, Losses, accum, shared, without_common_part
 
 
 @triton.jit
@@ -74,75 +62,47 @@ def _finish_kernel(partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr,
 
 @triton.jit
 def _difference_kernel(real, fake, coef_ptr, g_ptr, g_stride, dx_ptr, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    n = (tl.program_id(0) // chunks).to(tl.int64)
-    offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < D
-    i = n * D + offset
+    n, i, mask = block_of(tl.program_id(0), D, chunks, BLOCK)
     difference = clean_difference(real, fake, n, i, mask, ACC)
     coef = tl.load(coef_ptr + n).to(ACC)
     dx = coef * tl.load(g_ptr + n * g_stride).to(ACC) * difference
     tl.store(dx_ptr + i, tl.where(coef == 0, 0.0, dx), mask=mask)  # 0, not 0·NaN, for the samples left out
 
 
-def _forward_weighted(
-    x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, eps: float, plus: float, needs: list[bool]
-) -> Outputs:
+def _forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, eps: float, plus: float) -> Outputs:
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:
         partials = x.new_empty((2, n, s), dtype=acc)
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4, maxnreg=REGISTERS)
         _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, eps, plus, S=s, ROWS=rows(s), num_warps=4)
-    return value, nonfinite, [coef], []
+    return value, nonfinite, coef
 
 
-def _forward(x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]) -> Outputs:
-    return _forward_weighted(x, real, fake, None, eps, 0.0, needs)
-
-
-def difference(coef: Tensor, g: Tensor, real: Estimate, fake: Estimate, dx: Tensor) -> None:
-    """dx [N, D] = coef_n·g_n·(D_fake - D_real)."""
-    n, d = dx.shape
-    if n == 0:
-        return
-    if fake.x_t is None and fake.c_skip is not None and fake.c_skip is real.c_skip:
-        real, fake = real._replace(x_t=None, c_skip=None), fake._replace(c_skip=None)  # c_skip·x_t cancels
-    chunks = cdiv(d, BLOCK)
-    _difference_kernel[(n * chunks,)](real, fake, coef, g, g.stride(0), dx, d, chunks, BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4)
-
-
-def _backward(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, eps: float, needs: list[bool]) -> list[Tensor]:
-    dx = x.new_empty(x.shape)
-    difference(saved[0], g, real, fake, dx)
+def difference(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *_: Any) -> list[Tensor]:
+    """[dx], dx [N, D] = coef_n·g_n·(D_fake - D_real), with `saved` = [coef]: the backward launcher, of `moments` too."""
+    (coef,), dx, (n, d) = saved, x.new_empty(x.shape), x.shape
+    if n > 0:
+        real, fake = without_common_part(real, fake)
+        chunks, acc = cdiv(d, BLOCK), tl_dtype(coef.dtype)
+        _difference_kernel[(n * chunks,)](real, fake, coef, g, g.stride(0), dx, d, chunks, BLOCK=BLOCK, ACC=acc, num_warps=4)
     return [dx]
 
 
 _score_match = define_loss(
-    "score_match(Image x, Estimate real, Estimate fake, float eps)",
-    forward=cuda.choose("score_match", triton=_forward, cuda=_score_cuda.match_forward),
-    backward=cuda.choose("score_match", triton=_backward, cuda=_score_cuda.match_backward),
-    reference=cpu.score_match,
-)
-
-
-def _backward_weighted(saved: list[Tensor], g: Tensor, x: Tensor, real: Estimate, fake: Estimate, *_) -> list[Tensor]:
-    return _backward(saved, g, x, real, fake, 0.0, [True])
-
-
-_score_match_weighted = define_loss(
-    "score_match_weighted(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
-    forward=_forward_weighted,
-    backward=_backward_weighted,
-    reference=cpu.score_match_weighted,
+    "score_match(Image x, Estimate real, Estimate fake, Tensor? weight, float eps, float plus)",
+    forward={"triton": _forward, "cuda": _score_cuda.match_forward},
+    backward={"triton": difference, "cuda": _score_cuda.match_backward},
 )
 
 
 @takes_inference_tensors
 def weighted(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, *, eps: float, plus: float) -> Losses:
     """The same with g_i multiplied by a weight [N] and `plus` added to its normaliser: what kernels.compat needs."""
-    if on_reference("score_match_weighted", x):
+    if uses_reference("score_match", x):
         return reference.score_match(x, real, fake, eps=eps, weight=weight, plus=plus)
-    return Losses(*_score_match_weighted(x, real, fake, weight, eps, plus))
+    _, (x, real, fake) = flattened(x, real, shared(fake, real))
+    return Losses(*_score_match(x, *real, *fake, weight, eps, plus)[:2])
 
 
 @takes_inference_tensors
@@ -166,35 +126,26 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
     fake = check_estimate("score_match", "fake", fake, "x", x)
     check_constant_estimate("score_match", "real", real, "x")
     check_constant_estimate("score_match", "fake", fake, "x")
-    if on_reference("score_match", x):
+    if uses_reference("score_match", x):
         return reference.score_match(x, real, fake, eps=eps)
-    return Losses(*_score_match(x, real, shared(fake, real), eps))
+    _, (x, real, fake) = flattened(x, real, shared(fake, real))
+    return Losses(*_score_match(x, *real, *fake, None, eps, 0.0)[:2])
 
 
 def aot_cases() -> list[AotCase]:
     """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    cases = [
-        aot_case(
-            "score_match.finish",
-            _finish_kernel,
-            {"partials_ptr": "*fp32", "weight_ptr": "*fp32", "value_ptr": "*fp32", "coef_ptr": "*fp32"}
-            | {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "eps": "fp32", "plus": "fp32"},
-            S=16,
-            ROWS=rows(16),
-        )
-    ]
-    for dtype, guided, (even, size) in itertools.product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
-        name = f"[{dtype}{', guided' if guided else ''}{even}]"
+    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {
+        "nonfinite_ptr": "*i32",
+        "N": "i32",
+        "D": "i32",
+        "eps": "fp32",
+        "plus": "fp32",
+    }
+    cases = [aot_case("score_match.finish", _finish_kernel, finish, S=16, ROWS=rows(16))]
+    for name, dtype, guided, size in aot_variants():
         pair = {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
-        sums = {"x_ptr": "*fp32", "partials_ptr": "*fp32", "N": size, "D": size}
-        scaled = {
-            "coef_ptr": "*fp32",
-            "g_ptr": "*fp32",
-            "g_stride": size,  # 0 of a mean
-            "dx_ptr": "*fp32",
-            "D": size,
-            "chunks": "i32",
-        }
+        sums = fp32("x_ptr partials_ptr") | {"N": size, "D": size}
+        scaled = fp32("coef_ptr g_ptr dx_ptr") | {"g_stride": size, "D": size, "chunks": "i32"}  # the stride of a mean is 0
         one = {"BLOCK": BLOCK, "ACC": tl.float32}
         cases.append(aot_case(f"score_match.partials{name}", _partials_kernel, sums | pair, maxnreg=REGISTERS, S=16, **one))
         cases.append(aot_case(f"score_match.difference{name}", _difference_kernel, scaled | pair, **one))

@@ -1,4 +1,4 @@
-"""Lists of tensors as device tables of addresses and chunks, so that one launch walks a whole network."""
+"""Lists of tensors as device tables of addresses and chunks, so that one launch updates a whole network."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,7 +81,7 @@ class Addresses:
             self._copied = [torch.cuda.Event() for _ in range(2)]
             self._turn = 0
             self._spare: list[tuple[Tensor, Tensor]] = []
-            self._kept: list[Tensor] = []
+            self._never_freed: list[Tensor] = []
 
     def __call__(self, values: list[int]) -> Tensor:
         """The table holding `values`, in the order of the current stream."""
@@ -109,7 +109,7 @@ class Addresses:
         if not self._spare:
             raise RuntimeError("each CUDA graph of an AdamEMA step wants an eager step of that optimiser before its capture, got none")
         pinned, table = self._spare.pop()
-        (self._kept if _owner is None else _owner).extend((pinned, table))
+        (self._never_freed if _owner is None else _owner).extend((pinned, table))
         pinned.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         table.copy_(pinned, non_blocking=True)
         return table
@@ -136,7 +136,7 @@ class Part:
         self.addresses = Addresses(len(params), steps.device)
         self._aligned = False
 
-    def point(self) -> None:
+    def refresh_addresses(self) -> None:
         """Bring the tables up to date with where parameters and this step's gradients are."""
         where = [p.data_ptr() for p in self.params]
         if where != self.where:

@@ -15,26 +15,13 @@ import itertools
 
 from torch import Tensor
 
-from potstill.kernels import cpu, reference
-from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root
+from potstill.kernels import reference
+from potstill.kernels._aot import SIZES, AotCase, aot_case, aot_estimate, aot_gradients, fp32
+from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import (
-    BLOCK,
-    SIZES,
-    AotCase,
-    Outputs,
-    aot_case,
-    aot_estimate,
-    aot_gradients,
-    cdiv,
-    empty_gradients,
-    results,
-    rows,
-    splits,
-    tl_dtype,
-)
-from potstill.kernels._loss import define_loss, on_reference
-from potstill.kernels._tl import clean, is_finite, load, noisy, part, store_raw, total, weights
+from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
+from potstill.kernels._loss import define_loss, uses_reference
+from potstill.kernels._tl import block_of, clean, is_finite, load, noisy, part, store_raw, total, weights
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
 
@@ -100,10 +87,7 @@ def _gradient_kernel(
     e, de, x_next_ptr, target_ptr, coef_ptr, g_ptr, g_stride, D, chunks,
     L1: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    n = (tl.program_id(0) // chunks).to(tl.int64)
-    offset = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
-    mask = offset < D
-    i = n * D + offset
+    n, i, mask = block_of(tl.program_id(0), D, chunks, BLOCK)
     error = load(x_next_ptr, i, mask, ACC) - load(target_ptr, i, mask, ACC)
     if L1:
         error = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)).to(ACC)
@@ -114,7 +98,6 @@ def _gradient_kernel(
 
 def _forward(
     x: Tensor, e: Estimate, sigma: Tensor, sigma_next: Tensor, target: Tensor, metric: str, c: float, mean: bool,
-    needs: list[bool],
 ) -> Outputs:  # fmt: skip
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *e.images, target)
     value, nonfinite, coef = results(x, acc, (n,))
@@ -129,7 +112,7 @@ def _forward(
             partials, sigma, sigma_next, value, coef, nonfinite, n, d, c,
             L1=l1, HUBER=metric == "huber", MEAN=mean, S=s, ROWS=rows(s), num_warps=4,
         )  # fmt: skip
-    return value, nonfinite, [coef], [x_next]
+    return value, nonfinite, coef, x_next
 
 
 def _backward(
@@ -137,22 +120,20 @@ def _backward(
     metric: str, c: float, mean: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     (coef, x_next), (n, d) = saved, x.shape
-    de, made = empty_gradients(e, needs[1:4])
+    de = empty_gradients(e, needs[1:4])
     if n > 0:
         chunks = cdiv(d, BLOCK)
         _gradient_kernel[(n * chunks,)](
             e, de, x_next, target, coef, g, g.stride(0), d, chunks,
             L1=metric == "l1", BLOCK=BLOCK, ACC=tl_dtype(coef.dtype), num_warps=4,
         )  # fmt: skip
-    return made
+    return [t for t in de.images if t is not None]
 
 
 _trajectory = define_loss(
     "trajectory(Image x, Estimate e, Tensor sigma, Tensor sigma_next, Image target, str metric, float c, bool mean)",
-    forward=_forward,
-    backward=_backward,
-    reference=cpu.trajectory,
-    plain=cpu.plain_trajectory,
+    forward={"triton": _forward},
+    backward={"triton": _backward},
     makes=1,
 )
 
@@ -195,11 +176,11 @@ def trajectory(
     sigma_next = check_per_sample("trajectory", "sigma_next", sigma_next, "x", x, scalar=True)
     check_choice("trajectory", "metric", metric, ("l1", "l2", "huber"))
     check_choice("trajectory", "reduction", reduction, ("mean", "sum"))
-    if on_reference("trajectory", x):
+    if uses_reference("trajectory", x):
         return reference.trajectory(x, e, sigma, sigma_next, target, metric=metric, c=c, reduction=reduction)
-    e = e._replace(x_t=None) if e.x_t is x else e
-    value, nonfinite, x_next = _trajectory(x, e, sigma, sigma_next, target, metric, c, reduction == "mean")
-    return Losses(value, nonfinite), x_next
+    layout, (x, e, target) = flattened(x, e._replace(x_t=None) if e.x_t is x else e, target)
+    value, nonfinite, _, x_next = _trajectory(x, *e, sigma, sigma_next, target, metric, c, reduction == "mean")
+    return Losses(value, nonfinite), layout.image(x_next)
 
 
 def aot_cases() -> list[AotCase]:
@@ -208,17 +189,16 @@ def aot_cases() -> list[AotCase]:
     for metric, dtype, (even, size) in itertools.product(("l1", "l2", "huber"), ("fp32", "bf16", "fp16"), SIZES.items()):
         name = f"[{metric}, {dtype}{even}]"
         e = aot_estimate(dtype, own_x_t=False)
-        sums = {"x_ptr": "*fp32", "e": e, "sigma_ptr": "*fp32", "sigma_next_ptr": "*fp32", "target_ptr": "*fp32"}
-        sums |= {"x_next_ptr": "*fp32", "partials_ptr": "*fp32", "N": size, "D": size}
-        grads = {"e": e, "de": aot_gradients(dtype, own_x_t=False), "x_next_ptr": "*fp32", "target_ptr": "*fp32"}
-        grads |= {"coef_ptr": "*fp32", "g_ptr": "*fp32", "g_stride": size, "D": size, "chunks": "i32"}
+        sums = {"e": e, "N": size, "D": size} | fp32("x_ptr sigma_ptr sigma_next_ptr target_ptr x_next_ptr partials_ptr")
+        grads = {"e": e, "de": aot_gradients(dtype, own_x_t=False), "g_stride": size, "D": size, "chunks": "i32"}
+        grads |= fp32("x_next_ptr target_ptr coef_ptr g_ptr")
         one = {"L1": metric == "l1", "BLOCK": BLOCK, "ACC": tl.float32}
         if metric != "huber":  # the same as l2
             cases.append(aot_case(f"trajectory.partials{name}", _partials_kernel, sums, S=16, **one))
             cases.append(aot_case(f"trajectory.gradient{name}", _gradient_kernel, grads, **one))
         if dtype == "fp32" and not even:
-            finish = {"partials_ptr": "*fp32", "sigma_ptr": "*fp32", "sigma_next_ptr": "*fp32", "value_ptr": "*fp32"}
-            finish |= {"coef_ptr": "*fp32", "nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "c": "fp32"}
+            finish = fp32("partials_ptr sigma_ptr sigma_next_ptr value_ptr coef_ptr")
+            finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "c": "fp32"}
             flags = {"L1": metric == "l1", "HUBER": metric == "huber", "MEAN": True}
             cases.append(aot_case(f"trajectory.finish[{metric}]", _finish_kernel, finish, S=16, ROWS=rows(16), **flags))
     return cases

@@ -7,8 +7,9 @@ in that dtype), plus 1e-6 of the largest number; for the values and for every gr
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from potstill.kernels._lib import INTERPRET
 F32, F16, F64 = torch.float32, torch.float16, torch.float64
 #: Triton's interpreter rounds float32 to bfloat16 toward zero, so there float16 stands in.
 BF16 = torch.float16 if INTERPRET else torch.bfloat16
+
+#: CPU tensors take no op but under the interpreter, which test_kernels_interpreted.py runs these tests with.
+of_ops = pytest.mark.skipif(not INTERPRET, reason="of an op, which CPU tensors take under TRITON_INTERPRET=1 alone")
 
 #: What spoils a sample.
 SPOILS = (float("nan"), float("inf")) if INTERPRET else (float("nan"), float("inf"), -float("inf"))
@@ -205,7 +209,22 @@ def flat(*args: object) -> list[object]:
     return [a.flatten(1) if isinstance(a, Tensor) and a.ndim > 1 else a for a in spread]
 
 
-def left_out(
+def check_ops(name: str, args: list[Any], needs: list[bool]) -> None:
+    """torch.library.opcheck of a loss's two ops, of the forward one with gradients for the images that `needs` says."""
+    op, backward = getattr(torch.ops.potstill, name).default, getattr(torch.ops.potstill, f"{name}_backward").default
+    args = [Estimate(*flat(a)) if isinstance(a, Estimate) else flat(a)[0] for a in args]
+    _, _, *saved = op(*flat(*args))
+    torch.library.opcheck(backward, [saved, torch.ones(()).expand(3), *flat(*args), needs])
+    images: list[Tensor | None] = []
+    for a in args:
+        images += a.images if isinstance(a, Estimate) else [a] if isinstance(a, Tensor) and a.ndim > 1 else []
+    for t, needed in zip(images, needs, strict=True):
+        if needed and t is not None:
+            t.requires_grad_()
+    torch.library.opcheck(op, [t for a in args for t in (a if isinstance(a, Estimate) else [a])])
+
+
+def assert_left_out(
     loss: Callable[[Drawn], Losses], case: Case, wrt: tuple[str, ...], poison: str, number: float, place: torch.device = CPU
 ) -> None:
     """One number of sample 1 spoiled: value and gradients of that sample are 0, those of the others as before.
@@ -226,6 +245,4 @@ def left_out(
         if name == "value" or name.startswith("gradient"):
             zeros = torch.zeros_like(bad[name][1])
             torch.testing.assert_close(bad[name][1], zeros, rtol=0, atol=0, msg=lambda text, name=name: f"{name} of sample 1: {text}")
-            # not to the bit: on a CPU the clean batch takes the quicker of two ways of writing some losses
-            scale = clean[name][others].abs().max().item()
-            torch.testing.assert_close(bad[name][others], clean[name][others], rtol=0, atol=1e-6 * scale)
+            torch.testing.assert_close(bad[name][others], clean[name][others], rtol=0, atol=0)

@@ -27,7 +27,7 @@ IN_CUDA = frozenset(file.stem for file in (Path(__file__).parent.parent / "csrc"
 def public_ops() -> dict[str, str]:
     """Everything public that launches a kernel -> the module of kernels/ it is in. The rest are named tuples of tensors."""
     found = {name: getattr(kernels, name).__module__.rpartition(".")[2] for name in kernels.__all__}
-    return {name: module for name, module in found.items() if module != Estimate.__module__.rpartition(".")[2] and name != "NoisedInput"}
+    return {name: module for name, module in found.items() if module != Estimate.__module__.rpartition(".")[2]}
 
 
 def backends(module: str) -> list[str]:

@@ -173,7 +173,7 @@ def test_adam_ema_shadows(dtype, on_cpu):
     adam.test_shadows_are_the_parameters_rounded_to_nearest(dtype)
 
 
-MATCH = (1e-6,)  # eps
+MATCH = (None, 1e-6, 0.0)  # weight, eps, plus
 IMPLICIT = (None, "huber", 1.0, 0.03, "")  # weight, distance, alpha, c, detach
 
 
@@ -194,7 +194,7 @@ def score(forward, backward, options, given):
     x, real, fake = given
     images = [x, *real.images, *fake.images]
     needs = [t is not None for t in images]
-    value, _, saved, _ = forward(x, real, fake, *options, needs)
+    value, _, *saved = forward(x, real, fake, *options)
     grads = backward(saved, torch.linspace(-1, 2, len(x)), x, real, fake, *options, needs)
     return value, grads
 
@@ -253,13 +253,15 @@ def test_score_implicit_is_no_worse_than_pytorch(make, options, on_cpu):
 
 
 @needs_compiler
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("make", SCORES.values(), ids=SCORES)
-def test_score_match_is_no_worse_than_pytorch(make, on_cpu):
+def test_score_match_is_no_worse_than_pytorch(make, weighed, on_cpu):
     given = make()
-    exact, (exact_dx, *_) = expected_score(reference.score_match, given)
-    plain, (plain_dx, *_) = expected_score(reference.score_match, given, torch.float32)
+    options = {"weight": torch.rand(len(given[0])), "eps": 1e-6, "plus": 0.5} if weighed else {}
+    exact, (exact_dx, *_) = expected_score(reference.score_match, given, **options)
+    plain, (plain_dx, *_) = expected_score(reference.score_match, given, torch.float32, **options)
     x, real, fake = given
-    value, nonfinite, saved, _ = _score_cuda.match_forward(x, real, fake, *MATCH, [True])
+    value, nonfinite, *saved = _score_cuda.match_forward(x, real, fake, *(options.values() or MATCH))
     (dx,) = _score_cuda.match_backward(saved, torch.linspace(-1, 2, len(x)), x, real, fake, *MATCH, [True])
     assert nonfinite == 0
     assert_no_worse([value, dx], [exact, exact_dx], [plain, plain_dx])
@@ -298,7 +300,7 @@ def test_samples_that_are_not_finite_count_for_nothing(bad, on_cpu):
         (_score_cuda.implicit_forward, _score_cuda.implicit_backward, IMPLICIT),
     ]:
         value, grads = score(forward, backward, options, given)
-        assert forward(*given, *options, [True] * 7)[1] == 1
+        assert forward(*given, *options)[1] == 1
         assert value[1] == 0
         assert value.isfinite().all()
         for g in grads:
@@ -608,7 +610,7 @@ def test_backend_is_chosen_by_name_and_a_missing_build_is_explained(monkeypatch)
 
 def test_auto_takes_cuda_only_where_measured_faster_and_built(monkeypatch):
     monkeypatch.setattr(cuda, "_backend", "auto")
-    monkeypatch.setattr(cuda, "FASTER_IN_CUDA", frozenset({"norm_silu"}))
+    monkeypatch.setitem(cuda.AUTO, "norm_silu", cuda.Choice("cuda", "benches/results/of-a-gpu"))
     for there in (True, False):
         monkeypatch.setattr(cuda, "built", lambda there=there: there)
         assert cuda.chosen("norm_silu") == ("cuda" if there else "triton")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from kernel_cases import BF16, CPU, F16, F32, F64, assert_no_worse, poisoned_memory
+from kernel_cases import BF16, CPU, F16, F32, F64, assert_no_worse, of_ops, poisoned_memory
 from places import everywhere
 from torch.nn import functional as F
 
@@ -144,12 +144,15 @@ def test_bad_input():
         generator_adversarial(a, kind="wasserstein")
 
 
+@of_ops
 def test_opcheck():
     nets, ops = logits([(4,), (5,)]), torch.ops.potstill
-    args = (nets, [1, -1], "softplus", [True, False])
+    args = nets, 1, "softplus"
+    _, _, keep = ops.adversarial.default(*args)
+    torch.library.opcheck(ops.adversarial_backward.default, [keep, torch.ones(()).expand(4), *args, [True, False]])
+    for logit in nets:
+        logit.requires_grad_()
     torch.library.opcheck(ops.adversarial.default, args)
-    _, _, saved, _ = ops.adversarial.default(*args)
-    torch.library.opcheck(ops.adversarial_backward.default, [saved, torch.ones(()).expand(4), *args])
 
 
 @pytest.mark.filterwarnings("ignore:.*autograd functions are all static:DeprecationWarning")  # Dynamo's own

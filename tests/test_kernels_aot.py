@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from potstill.kernels import _norm, aot
-from potstill.kernels._lib import INTERPRET, REGISTERS, SIZES, aot_case
+from potstill.kernels import _norm, _norm_shapes, aot
+from potstill.kernels._aot import SIZES, aot_case
+from potstill.kernels._lib import INTERPRET, REGISTERS
 
 triton = pytest.importorskip("triton", reason="compiles with Triton, and it is not installed")
 tl = triton.language
@@ -88,7 +89,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 128 bytes smem, 412 bytes cm
 
 
 def test_every_kernel_of_the_package_is_compiled_in_some_case():
-    """A kernel that a program launches, `_name_kernel`, and that no case lists would first be compiled by a user."""
+    """A kernel that a program launches, `name_kernel`, and that no case lists would first be compiled by a user."""
     cases = aot.cases()
     listed = {id(c.kernel) for c in cases}
     for module in {c.kernel.fn.__module__ for c in cases}:
@@ -98,7 +99,7 @@ def test_every_kernel_of_the_package_is_compiled_in_some_case():
 
 def test_every_width_of_the_edm_and_adm_networks_is_compiled():
     widths = {128, 192, 256, 384, 512, 576, 768, 960, 1152, 1344, 1536}
-    assert widths == {c for c, _ in _norm.SONG + _norm.ADM}
+    assert widths == {c for c, _ in _norm_shapes.SONG + _norm_shapes.ADM}
     names = [c.name for c in aot.cases() if c.name.startswith("norm_silu.")]
     for direction in ("forward", "backward"):
         assert widths <= {int(n.partition("[")[2].partition("x")[0]) for n in names if direction in n}
@@ -110,7 +111,7 @@ def test_what_the_networks_launch_is_among_the_cases():
     for direction in ("forward", "backward"):
         types, _, divisible = signatures[f"norm_silu.{direction}[256x32x32 bf16 add]"]
         assert (types["x_ptr"], types["weight_ptr"], types["add_ptr"], types["add_n"]) == ("*bf16", "*fp32", "*bf16", "i32")
-        kernel = _norm._forward_kernel if direction == "forward" else _norm._backward_kernel
+        kernel = _norm.forward_kernel if direction == "forward" else _norm.backward_kernel
         assert {(kernel.arg_names.index(a),) for a in ("x_ptr", "weight_ptr", "add_n")} <= divisible.keys()
     for name in ("score_match.partials", "score_match.difference", "score_implicit.partials", "score_implicit.gradient",
                  "moments.partials", "denoise.partials", "denoise.gradient"):  # fmt: skip

@@ -14,11 +14,8 @@ from places import backends, on_gpu, public_ops
 
 from benches.rehearse import REHEARSING
 from potstill import kernels
-from potstill.kernels import Normals
 
 CASE = Case((2, 3, 4, 4) if REHEARSING else (3, 3, 8, 8), BF16)
-#: Inputs that are counters rather than numbers to draw.
-COUNTERS = ("seed", "offset")
 
 
 def losses(*names):
@@ -38,13 +35,6 @@ def losses(*names):
         return outputs
 
     return wrap
-
-
-def normals(d):
-    for name in COUNTERS:
-        if name not in d.tensors:  # a new number is a copy from the host, which waits
-            d.tensors[name] = torch.tensor(len(name), device=d.device)
-    return Normals(*(d.tensors[name] for name in COUNTERS))
 
 
 def differentiated(f):
@@ -79,11 +69,7 @@ OPS = {
     "discriminator_adversarial": losses("a", "b")(
         lambda d: kernels.discriminator_adversarial([d.image("a", raw=True)], [d.image("b", raw=True)])
     ),
-    "Normals": lambda d: [normals(d).draw(CASE.shape)],
-    "add_noise": differentiated(lambda d, x: kernels.add_noise(x, d.positive("sigma"), normals(d))),
-    "noised_input": differentiated(
-        lambda d, x: kernels.noised_input(x, d.positive("sigma"), normals(d), d.positive("c_in"), dtype=BF16, channels=8)
-    ),
+    "add_noise": differentiated(lambda d, x: kernels.add_noise(x, d.positive("sigma"), d.image("noise"))),
     "norm_silu": differentiated(norm),
 }
 RUNS = [pytest.param(name, *place.values, id=f"{name}-{place.id}", marks=place.marks)
@@ -95,10 +81,7 @@ def refilled(d, seed):
     other = Drawn(CASE, d.device, seed)
     with torch.no_grad():
         for name, t in d.tensors.items():
-            if name in COUNTERS:
-                t.add_(1)
-            else:
-                t.copy_(other.positive(name) if t.ndim == 1 else other.image(name))
+            t.copy_(other.positive(name) if t.ndim == 1 else other.image(name))
 
 
 @pytest.mark.parametrize(("op", "place"), RUNS, indirect=["place"])

@@ -1,7 +1,5 @@
 """Other trainers' losses on our kernels, against their published formulas written out in float64."""
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,16 +41,9 @@ def half_mse_to_moved(x: Tensor, g: Tensor) -> Tensor:
     return 0.5 * nn.functional.mse_loss(x, (x - g).detach())
 
 
-@pytest.fixture(params=["fused", "reference"])
-def backend(request, monkeypatch):
-    """As the backend "reference" has it on CUDA tensors, or not."""
-    if request.param == "reference":
-        monkeypatch.setattr(sys.modules["potstill.kernels.score_match"], "on_reference", lambda op, t: True)
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("spread", [1.0, 1e-5])  # the second makes the added 1e-6 visible
-def test_fastgen_vsd(scaled, spread, backend):
+def test_fastgen_vsd(scaled, spread):
     x, teacher, fake = images("x", "teacher", "fake")
     teacher, scale = x + spread * (teacher - x), torch.rand(4) + 0.5
 

@@ -10,10 +10,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
-    left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -95,7 +96,7 @@ def test_upstream_gradient_of_stride_0(place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("denoise")
 def test_left_out(poison, number, place):
-    left_out(with_(denoise), Case((3, 3, 8, 8), F32), ("net", "x_t"), poison, number, place)
+    assert_left_out(with_(denoise), Case((3, 3, 8, 8), F32), ("net", "x_t"), poison, number, place)
 
 
 def test_module():
@@ -121,12 +122,10 @@ def test_bad_input():
         denoise(x, x, torch.ones(2, dtype=torch.int64))
 
 
+@of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
-    args = flat(d.estimate("net"), d.image("target"), d.positive("weight"), True, [True, True, True, False])
-    torch.library.opcheck(ops.denoise.default, args)
-    _, _, saved, _ = ops.denoise.default(*args)
-    torch.library.opcheck(ops.denoise_backward.default, [saved, torch.ones(()).expand(3), *args])
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
+    check_ops("denoise", [d.estimate("net"), d.image("target"), d.positive("weight"), True], [True, True, True, False])
 
 
 @everywhere("denoise")

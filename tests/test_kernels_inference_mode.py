@@ -11,7 +11,7 @@ from places import needs_triton, public_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import kernels
-from potstill.kernels import Losses, Normals, compat, modules, reference
+from potstill.kernels import Losses, compat, modules, reference
 from potstill.kernels._lib import INTERPRET
 
 CASE = Case((2, 4, 4, 4), F32, guided=True)
@@ -22,10 +22,6 @@ class Scheduler:
     """FastGen's."""
 
     alpha = sigma = staticmethod(lambda t: t)
-
-
-def normals(d):
-    return Normals(d.tensors.setdefault("seed", torch.tensor(3)), d.tensors.setdefault("offset", torch.tensor(1)))
 
 
 def norm(d, op=kernels.norm_silu):
@@ -39,10 +35,6 @@ def score(d, op, **options):
 
 def step(d, op):
     return op(d.image("x"), d.estimate("net", "x"), d.positive("s"), d.positive("t"), d.image("y"))
-
-
-def noised(d, op, noise=lambda d: d.image("noise")):
-    return op(d.image("x"), d.positive("sigma"), noise(d), d.positive("c_in"), dtype=F32, channels=8, channels_last=True)
 
 
 #: name -> (what it makes of the inputs drawn, what of them has a gradient)
@@ -59,9 +51,6 @@ CALLS = {
     "generator_adversarial": (lambda d: kernels.generator_adversarial([d.image("a"), d.image("b")]), "b"),
     "discriminator_adversarial": (lambda d: kernels.discriminator_adversarial(d.image("a"), d.image("b"), kind="hinge"), "b"),
     "add_noise": (lambda d: kernels.add_noise(d.image("x"), d.positive("sigma"), d.image("noise")), "x"),
-    "Normals": (lambda d: kernels.add_noise(d.image("x"), d.positive("sigma"), normals(d)), "x"),
-    "noised_input": (lambda d: noised(d, kernels.noised_input), "x"),
-    "noised_input, Normals": (lambda d: noised(d, kernels.noised_input, normals), "x"),
     "norm_silu": (norm, "x"),
     "norm_silu of weight": (norm, "weight"),
     "norm_silu of add": (norm, "add"),
@@ -79,7 +68,6 @@ CALLS = {
     "plain denoise": (lambda d: reference.denoise(d.estimate("net"), d.image("y"), d.positive("w")), "net"),
     "plain moments": (lambda d: score(d, reference.moments), "x"),
     "plain trajectory": (lambda d: step(d, reference.trajectory), "net"),
-    "plain noised_input": (lambda d: noised(d, kernels.noised_input), "x"),
     "plain norm_silu": (lambda d: norm(d, sys.modules[kernels.norm_silu.__module__].plain), "x"),
 }  # fmt: skip
 

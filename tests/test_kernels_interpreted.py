@@ -15,7 +15,7 @@ from potstill.kernels._lib import check_interpreter
 
 HERE = Path(__file__).parent
 #: Finite differences through an interpreter take minutes, and the float64 cases hold the kernels to the reference.
-LEFT_OUT = "not gradcheck and not divergence and not compiles and not bad_input and not module"
+LEFT_OUT = "not gradcheck and not divergence and not bad_input and not module"
 
 
 @needs_triton

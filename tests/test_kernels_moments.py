@@ -10,10 +10,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
-    left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -61,7 +62,7 @@ def test_upstream_gradient_of_stride_0(place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("moments")
 def test_left_out(poison, number, place):
-    left_out(with_(moments), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
+    assert_left_out(with_(moments), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
 
 
 def test_module():
@@ -78,12 +79,11 @@ def test_bad_input():
         moments(x, x, x, reduction="none")
 
 
+@of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32)), torch.ops.potstill
-    args = flat(d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True, [True] + [False] * 6)
-    torch.library.opcheck(ops.moments.default, args)
-    _, _, saved, _ = ops.moments.default(*args)
-    torch.library.opcheck(ops.moments_backward.default, [saved, torch.ones(()).expand(3), *args])
+    d = Drawn(Case((3, 3, 8, 8), F32))
+    args = [d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), True]
+    check_ops("moments", args, [True] + [False] * 6)
 
 
 @everywhere("moments")

@@ -13,10 +13,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
-    left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -150,7 +151,7 @@ def test_upstream_gradient_of_stride_0(distance, place):
 @everywhere("score_implicit")
 def test_left_out(distance, poison, number, place):
     loss = with_(score_implicit, distance=distance, weight=poison == "weight")
-    left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number, place)
+    assert_left_out(loss, Case((3, 3, 8, 8), F32), ("x", "x_t", "real", "fake"), poison, number, place)
 
 
 def test_module():
@@ -179,15 +180,13 @@ def test_bad_input():
         score_implicit(x, Estimate(x, x, c.clone().requires_grad_(), c), x)
 
 
+@of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
     real, fake = d.estimate("real"), d.estimate("fake")
     assert isinstance(fake, Estimate)
-    needs = [True, True, True, False, True, False, True]
-    args = flat(d.image("x"), real, fake._replace(x_t=None), None, "huber", 1.0, 0.03, "", needs)
-    torch.library.opcheck(ops.score_implicit.default, args)
-    _, _, saved, _ = ops.score_implicit.default(*args)
-    torch.library.opcheck(ops.score_implicit_backward.default, [saved, torch.ones(()).expand(3), *args])
+    args = [d.image("x"), real, fake._replace(x_t=None), None, "huber", 1.0, 0.03, ""]
+    check_ops("score_implicit", args, [True, True, True, False, True, False, True])
 
 
 @pytest.mark.parametrize("distance", ["huber", "l2"])

@@ -10,17 +10,18 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
-    left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
 
 from potstill.kernels import Estimate, moments, reference, score_match
-from potstill.kernels._lib import INTERPRET
 from potstill.kernels.modules import ScoreMatchLoss
+from potstill.kernels.score_match import weighted
 
 
 def with_(f, **options):
@@ -52,6 +53,19 @@ def test_eps_bounds_the_normaliser():
     torch.testing.assert_close(x.grad, torch.full_like(x, 2 / 0.5 / 4))
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("plus", [0.0, 0.5])
+@everywhere("score_match")
+def test_weighted_as_exact_as_plain(weighed, plus, place):
+    """What kernels.compat asks for."""
+
+    def with_weight(f):
+        options = {"eps": 0.01, "plus": plus}
+        return lambda d: f(d.image("x"), d.estimate("real"), d.estimate("fake"), weight=d.positive("w") if weighed else None, **options)
+
+    fused_as_exact_as_plain(with_weight(weighted), with_weight(reference.score_match), Case((3, 3, 5, 7), F32), ("x",), place)
+
+
 @everywhere("score_match")
 def test_upstream_gradient_of_stride_0(place):
     summed_like_one_by_one(with_(score_match), Case((3, 3, 5, 7), F32), "x", place)
@@ -61,7 +75,7 @@ def test_upstream_gradient_of_stride_0(place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("score_match")
 def test_left_out(poison, number, place):
-    left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
+    assert_left_out(with_(score_match), Case((3, 3, 8, 8), F32), ("x",), poison, number, place)
 
 
 @everywhere("score_match")
@@ -125,13 +139,11 @@ def test_bad_input():
         score_match(x, y.clone().requires_grad_(), y)
 
 
+@of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32)), torch.ops.potstill
-    args = flat(d.image("x"), d.estimate("real"), d.estimate("fake"), 1e-6, [True] + [False] * 6)
-    torch.library.opcheck(ops.score_match.default, args)
-    _, _, saved, _ = ops.score_match.default(*args)
-    torch.library.opcheck(ops.score_match_backward.default, [saved, torch.ones(()).expand(3), *args])
-    assert (saved[0].shape == (3,)) == INTERPRET
+    d = Drawn(Case((3, 3, 8, 8), F32))
+    args = [d.image("x"), d.estimate("real"), d.estimate("fake"), d.positive("w"), 1e-6, 0.1]
+    check_ops("score_match", args, [True] + [False] * 6)
 
 
 @everywhere("score_match")

@@ -10,10 +10,11 @@ from kernel_cases import (
     SPOILS,
     Case,
     Drawn,
+    assert_left_out,
+    check_ops,
     compiles_in_one_graph,
-    flat,
     fused_as_exact_as_plain,
-    left_out,
+    of_ops,
     summed_like_one_by_one,
 )
 from places import everywhere
@@ -105,7 +106,7 @@ def test_upstream_gradient_of_stride_0(metric, place):
 @pytest.mark.parametrize("number", SPOILS)
 @everywhere("trajectory")
 def test_left_out(metric, poison, number, place):
-    left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number, place)
+    assert_left_out(with_(trajectory, metric=metric), Case((3, 3, 8, 8), F32), ("net",), poison, number, place)
 
 
 def test_module():
@@ -130,15 +131,13 @@ def test_bad_input():
         trajectory(x, x, s, s, x, metric="lpips")
 
 
+@of_ops
 def test_opcheck():
-    d, ops = Drawn(Case((3, 3, 8, 8), F32, guided=True)), torch.ops.potstill
+    d = Drawn(Case((3, 3, 8, 8), F32, guided=True))
     e = d.estimate("net", "x")
     assert isinstance(e, Estimate)
-    needs = [False, True, False, True, False]
-    args = flat(d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True, needs)
-    torch.library.opcheck(ops.trajectory.default, args)
-    _, _, saved, made = ops.trajectory.default(*args)
-    torch.library.opcheck(ops.trajectory_backward.default, [[*saved, *made], torch.ones(()).expand(3), *args])
+    args = [d.image("x"), e._replace(x_t=None), d.positive("s"), d.positive("t"), d.image("y"), "l1", 0.1, True]
+    check_ops("trajectory", args, [False, True, False, True, False])
 
 
 @everywhere("trajectory")

@@ -6,7 +6,6 @@
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ print([name for name, module in sys.modules.items() if name.split(".")[0] == "tr
 
 
 def test_the_ops_that_cuda_serves_are_those_of_csrc():
-    assert cuda.IN_CUDA == IN_CUDA
+    assert cuda.AUTO.keys() == IN_CUDA
 
 
 def test_everything_is_imported_and_nothing_of_triton():
@@ -93,7 +92,7 @@ def test_losses_and_gradients_are_those_with_triton(tmp_path):
     code = "import torch\nfrom test_without_triton import numbers\ntorch.save(numbers(), sys.argv[1])"
     printed(HIDDEN + code, tmp_path / "numbers.pt", TRITON_INTERPRET="0")
     theirs, ours = torch.load(tmp_path / "numbers.pt"), numbers()
-    assert len(ours) > 30 and len(ours) == len(theirs)
+    assert len(ours) > 25 and len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)
 
@@ -106,7 +105,7 @@ torch.library.impl = lambda op, where, function: impl(op, {"CUDA": "CPU", "CPU":
 torch.cuda.device = lambda device: contextlib.nullcontext()
 import potstill.kernels, potstill.kernels.compat
 torch.library.impl = impl
-for name in ("_loss", "noising", "norm_silu", "adversarial", "adam_ema"):
+for name in ("_loss", "norm_silu", "adam_ema"):
     sys.modules[f"potstill.kernels.{name}"].INTERPRET = True
 """
 LAUNCHES = """
@@ -171,23 +170,19 @@ def calls() -> list[str]:
     """The ops of ours that forward passes on CUDA tensors call, which hold no numbers here."""
     with torch.no_grad(), FakeTensorMode(), Seen() as seen:
         x, row = torch.empty(2, 3, 8, 8, device="cuda"), torch.empty(2, device="cuda")
-        counter = torch.zeros((), dtype=torch.int64, device="cuda")
-        e, drawn = kernels.Estimate(x, x, row, row), kernels.Normals(counter, counter)
+        e = kernels.Estimate(x, x, row, row)
         kernels.score_match(x, e, e), kernels.score_implicit(x, e, e), kernels.denoise(e, x), kernels.moments(x, e, e)
         kernels.trajectory(x, e, row, row, x), kernels.generator_adversarial([x]), kernels.discriminator_adversarial([x], [x])
-        drawn.draw([2, 3]), kernels.add_noise(x, row, drawn)
+        kernels.add_noise(x, row, x)
         compat.variational_score_distillation_loss(x, x, x, row)
-        with suppress(RuntimeError):  # `contiguous` of what is not there, when all is computed
-            kernels.noised_input(x, row, x, row)
     return sorted(seen.ops)
 
 
 def test_the_backend_reference_takes_no_kernel_for_cuda_tensors(monkeypatch):
     """All but norm_silu, whose op asks for the backend itself. Of the definitions only who calls them can run without a GPU."""
-    assert len(calls()) == 10
-    monkeypatch.setattr(reference, "_losses", lambda formula, t, *_: kernels.Losses(t.new_empty(2), t.new_empty(())))
+    assert len(calls()) == 7
+    monkeypatch.setattr(reference, "_losses", lambda *_: kernels.Losses(torch.empty(2), torch.empty(())))
     monkeypatch.setattr(reference, "euler", lambda x, *_: x)
-    monkeypatch.setattr(reference, "normals", lambda seed, offset, shape: seed.new_empty(shape, dtype=torch.float32))
     monkeypatch.setattr(cuda, "_backend", "reference")
     assert calls() == []
 
