@@ -30,16 +30,17 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.measure import features as features_module
 from potstill.engine.measure import inception, quality, vision
 from potstill.engine.measure.features import Pixels
-from potstill.engine.measure.frechet import Gaussian, distance, fitted, frechet, squared_distance
+from potstill.engine.measure.frechet import Gaussian, frechet, moments, squared_distance
 from potstill.engine.measure.judge import named_features
 from potstill.engine.measure.named import load_features
 from potstill.engine.measure.quality import kid, precision_recall
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
-from potstill.engine.measure.shards import Shards
+from potstill.engine.measure.shares import gathered, share
 from potstill.engine.models.classes import labels_for
 from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -120,12 +121,14 @@ def test_a_singular_covariance_costs_no_accuracy():
 
 def test_shares_are_whole_batches_and_make_a_whole():
     for total, batch, world in ((10, 3, 2), (1, 5, 3), (12, 4, 3), (0, 4, 2)):
-        shares = [Shards(rank, world).mine(total, batch).tolist() for rank in range(world)]
-        assert sorted(item for share in shares for item in share) == list(range(total))
-        for share in shares:
-            starts = share[::batch]
+        shares = [share(Ranks(rank, world), total, batch).tolist() for rank in range(world)]
+        assert sorted(item for one in shares for item in one) == list(range(total))
+        for one in shares:
+            starts = one[::batch]
             assert all(s % batch == 0 for s in starts)
-    assert Shards(1, 2).mine(10, 3).tolist() == [3, 4, 5, 9]
+    assert share(Ranks(1, 2), 10, 3).tolist() == [3, 4, 5, 9]
+    mine = gathered(Ranks(1, 2, several=False), torch.arange(1, 5), 10, 3)  # with nobody to add the others' rows
+    assert mine.tolist() == [0, 0, 0, 1, 2, 3, 0, 0, 0, 4]
 
 
 @pytest.mark.parallel
@@ -322,7 +325,7 @@ def test_a_reference_of_images_that_are_all_alike(tmp_path, rounding):
     other = Gaussian(torch.ones(4, dtype=torch.float64), torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)))
     assert squared_distance(read_reference(tmp_path / "x.npz"), other) == pytest.approx(4 * 2**2 + 10, rel=1e-5)
     alike = torch.full((50, 1, 2, 2), 131, dtype=torch.uint8)
-    write_reference(tmp_path / "y.npz", fitted([alike], Pixels()).gaussian)
+    write_reference(tmp_path / "y.npz", moments([alike], Pixels()).gaussian("real"))
     assert read_reference(tmp_path / "y.npz").mu.tolist() == pytest.approx([131 / 127.5 - 1] * 4)
 
 
@@ -691,9 +694,3 @@ def test_a_preset_is_the_teacher_s(run_dir, capsys):
     found = evaluated(capsys, run_dir, "--preset", "imagenet64", "--steps", "1", "--n", "10")
     assert (found["student"]["nfe"], found["teacher"]["nfe"]) == (1, 1)
     assert found["teacher"]["churn"] == [40, 0.05, 50, 1.003] and "churn" not in found["student"]
-
-
-def test_a_kept_reference_can_be_asked_again():
-    a, b = random_images(60, (1, 3, 3)), random_images(60, (1, 3, 3), 1)
-    side = fitted(a.split(7), Pixels())
-    assert distance(side, b.split(11)) == pytest.approx(distance(side, [b]), rel=1e-12)

@@ -100,10 +100,6 @@ class Stream:
         uint8 = torch.where(mirrored[:, None, None, None], uint8.flip(3), uint8)
         return uint8.float().div_(127.5).sub_(1), self._one_hot(indices)
 
-    def labels_at(self, step: int) -> Tensor | None:
-        """The labels of `at(step)` without reading an image."""
-        return self._one_hot(self._order.at(step)[0])
-
     def _one_hot(self, indices: Tensor) -> Tensor | None:
         if self._labels is None:
             return None

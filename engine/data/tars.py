@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden, opened_for, read_at
+from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, OpenFile, is_hidden
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
@@ -160,15 +160,15 @@ class Tars:
         self.path, self.shards = path, shards
         self.names = [f"{shards[key.shard].name}/{place.name}" for key, place in images.items()]
         self._places = np.array([(key.shard, place.offset, place.size) for key, place in images.items()], np.int64)
-        self._open()
+        self._bytes = [OpenFile(shard) for shard in shards]
 
     def text(self, key: Key, place: Place) -> bytes:
         """The start of a small file."""
-        return read_at(self._fds[key.shard], min(place.size, LONGEST), place.offset)
+        return self._bytes[key.shard].read(min(place.size, LONGEST), place.offset)
 
     def head(self, i: int, size: int) -> bytes:
         shard, offset, length = self._places[i].tolist()
-        return read_at(self._fds[shard], min(size, length), offset)
+        return self._bytes[shard].read(min(size, length), offset)
 
     def read(self, i: int) -> bytes:
         length = int(self._places[i, 2])
@@ -181,16 +181,6 @@ class Tars:
 
     def title(self, i: int) -> str:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
-
-    def _open(self) -> None:
-        self._fds = [opened_for(self, shard) for shard in self.shards]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_fds"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
-        self._open()
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
