@@ -467,7 +467,7 @@ def test_a_wheel_is_one_package_whatever_an_earlier_build_left(build, checkout):
     (wheel,) = (checkout / "wheels").iterdir()
     names = [name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name]
     assert {name.partition("/")[0] for name in names} == {"potstill"}
-    assert {"potstill/kernels/norm_silu.py", "potstill/configs/digits.yaml"} <= set(names)
+    assert {"potstill/kernels/norm_silu.py", "potstill/configs/digits.yaml", "potstill/engine/measure/report.html"} <= set(names)
     assert not [name for name in names if name.endswith(("old.py", "_cuda.so"))]
 
 

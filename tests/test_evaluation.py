@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import warnings
-import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -472,34 +471,31 @@ def test_a_report_survives_a_strange_summary(tmp_path, text):
     Page(write_report(tmp_path).read_text())
 
 
-def drawn(svg):
-    root = ET.fromstring(svg)
-    points = [tuple(map(float, p.split(","))) for p in root.find("polyline").get("points").split()]
-    return points, [t.text for t in root.iter("text")]
-
-
 def test_a_chart_draws_its_numbers():
-    points, texts = drawn(chart([(0, 1.0), (10, 3.0), (20, 2.0)], levels={"floor": 0.5}))
-    assert [x for x, _ in points] == pytest.approx([52, 200, 348])
+    found = chart([(0, 1.0), (10, 3.0), (20, 2.0)], levels={"floor": 0.5})
+    assert [x for x, _ in found.points] == pytest.approx([52, 200, 348])
     low, high = 0.5 - 0.15, 3 + 0.15
-    assert [y for _, y in points] == pytest.approx([174 - 164 * (v - low) / (high - low) for v in (1, 3, 2)], abs=0.06)
-    assert "floor 0.5" in texts
-    assert {"0", "5", "10", "15", "20"} <= set(texts)
-    points, texts = drawn(chart([(0, 100.0), (1, 1.0), (2, 0.01)]))
-    assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.2)  # logarithmic
-    assert {"0.01", "1", "100"} <= set(texts)
+    assert [y for _, y in found.points] == pytest.approx([174 - 164 * (v - low) / (high - low) for v in (1, 3, 2)])
+    assert found.levels == [(pytest.approx(174 - 164 * (0.5 - low) / (high - low)), "floor 0.5")]
+    assert [text for _, text in found.x_ticks] == ["0", "5", "10", "15", "20"]
+    assert [text for _, text in found.y_ticks] == ["1", "2", "3"]
+    assert [y for y, _ in found.y_ticks] == pytest.approx([found.points[i][1] for i in (0, 2, 1)])
+    found = chart([(0, 100.0), (1, 1.0), (2, 0.01)])
+    assert found.points[0][1] - found.points[1][1] == pytest.approx(found.points[1][1] - found.points[2][1])  # logarithmic
+    assert {"0.01", "1", "100"} <= {text for _, text in found.y_ticks}
+    assert [text for _, text in chart([(0, 1.0), (1, 40.0)]).y_ticks] == ["1", "2", "5", "10", "20"]
 
 
 @pytest.mark.parametrize("curve", [[(5.0, 0.0)], [(5.0, 3.0), (5.0, 3.0)], [(0.0, -1e-9), (1.0, 1e12)], [(0.0, 1e-30), (1.0, 1e30)]])
 def test_a_chart_of_odd_numbers_stays_on_its_paper(curve):
-    points, _ = drawn(chart(curve))
+    points = chart(curve).points
     assert all(0 <= x <= 360 and 0 <= y <= 200 for x, y in points)
 
 
 def test_a_long_curve_is_averaged(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"kimg": {i}, "a": {i % 2}}}\n' for i in range(4801)))
     curve = read_curves(tmp_path / "metrics.jsonl")["a"]
-    points, _ = drawn(chart(curve))
+    points = chart(curve).points
     assert len(curve) == 4801
     assert len(points) == 240
     middle = [y for _, y in points[:-1]]

@@ -3,12 +3,11 @@
 import hashlib
 import platform
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 
+from potstill.engine.common.versions import versions_of
 from potstill.engine.measure.shares import gathered
 from potstill.engine.training.ranks import Ranks
 
@@ -30,17 +29,6 @@ class Fingerprint:
         return hashlib.sha256(gathered(ranks, mine, total, batch).cpu().numpy().tobytes()).hexdigest()
 
 
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def tools() -> dict[str, str]:
     """Versions of what took part, as far as it is installed."""
-    return dict(_versions())
+    return {"python": platform.python_version()} | versions_of(*PACKAGES)
