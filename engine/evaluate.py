@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.download import digest, fetch, is_url
+from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.places import check_writable
 from potstill.engine.data.images import Images, open_images
@@ -169,7 +169,7 @@ def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 def given_reference(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
     """The Gaussian of a file or address, if it is one of these features."""
-    path = fetch(where, command=command) if is_url(where) else Path(where)
+    path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
     features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))

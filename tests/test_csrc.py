@@ -331,7 +331,12 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
-    for name, file in (("engine", "__init__.py"), ("configs", "digits.yaml"), ("tests", "test_nothing.py")):
+    for name, file in (
+        ("engine", "__init__.py"),
+        ("engine/measure", "report.html"),
+        ("configs", "digits.yaml"),
+        ("tests", "test_nothing.py"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).touch()
     return tmp_path
