@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.diffusion.sampling import Sampler, one_step
@@ -150,9 +150,10 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     if sampler := _sampler(found, sigma, path):
         metadata |= {"method": "converted", "sampler": sampler.to_dict()}
     try:
-        save_net(out, found.net, **metadata)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+        with writing(out):
+            save_net(out, found.net, **metadata)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {_described(found)} ({metadata['source']}, sha256 {metadata['sha256'][:12]})")

@@ -671,7 +671,7 @@ def test_all_known_networks_are_described():
         (["RUN", "--reference", "REF"], "is of 4 features, FD-pixels has 64"),
         (["RUN", "--reference", "REF", "--save-reference", "x.npz"], "leave --reference out"),
         (["RUN", "--save-reference", "x.txt"], "ending in .npz"),
-        (["RUN", "--save-reference", "REF/x.npz"], "cannot be written"),
+        (["RUN", "--save-reference", "REF/x.npz"], "cannot write"),
         (["RUN", "--save-reference", "FOLDER.npz"], "is a folder"),
         (["RUN", "--best-of", "0"], "at least 1 evaluation"),
         (["RUN", "--seed", str(2**63 - 10), "--n", "20"], "beyond the last seed"),

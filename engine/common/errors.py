@@ -1,11 +1,31 @@
 """What a user can mend: the commands print it as one sentence and exit with code 2."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class UserError(ValueError):
     """Says what was wanted, what came, and what to do."""
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """UserError for what the system has against reading there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """UserError for what the system has against writing there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def what_it_is(path: Path) -> str:

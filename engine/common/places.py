@@ -14,4 +14,4 @@ def check_writable(out: Path, *, folder: bool = False) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{out} cannot be written: no permission to write in {nearest}")
+        raise UserError(f"cannot write {out}: no permission to write in {nearest}")

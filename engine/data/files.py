@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from potstill.engine.common.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, reading, what_it_is
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 METADATA = "dataset.json"
@@ -89,15 +89,13 @@ class Zip:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with reading(path), zipfile.ZipFile(path) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
                 self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
             ) from error
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
         self.names = sorted(filter(is_image, entries))
         images = [entries[name] for name in self.names]
         self._entries = np.array(
@@ -175,11 +173,8 @@ read_at = getattr(os, "pread", _seek_and_read)
 
 def _start(path: Path, size: int) -> bytes:
     """The first `size` bytes of a file."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(size)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with reading(path), open(path, "rb", buffering=0) as file:
+        return file.read(size)
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -110,14 +110,18 @@ class Images:
         keep = np.flatnonzero(np.isin(self.labels, classes))
         if not len(keep):
             raise UserError(f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}")
-        part = Images(
-            self.source,
-            self.header,
-            self.index[keep],
-            labels=self.labels[keep],
-            label_dim=self.label_dim,
-            classes=self.classes,
-        )
+        return self._part(keep)
+
+    def thinned(self, most: int) -> "Images":
+        """At most `most` of them, evenly taken from all."""
+        n = min(most, len(self))
+        part = self._part(np.arange(n) * len(self) // n)
+        part.name = f"{n:,} of {self.name}"
+        return part
+
+    def _part(self, keep: np.ndarray) -> "Images":
+        labels = None if self.labels is None else self.labels[keep]
+        part = Images(self.source, self.header, self.index[keep], labels=labels, label_dim=self.label_dim, classes=self.classes)
         part._pixels = None if self._pixels is None else self._pixels[keep]
         return part
 

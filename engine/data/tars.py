@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, reading
 from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, OpenFile, is_hidden
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
 
@@ -186,7 +186,7 @@ class Tars:
 def _members(shard: Path) -> list[tarfile.TarInfo]:
     """The plain files in a tar, in their order."""
     try:
-        with tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
+        with reading(shard), tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
             members = list(tar)
             file.seek(max((-(-(m.offset_data + m.size) // 512) * 512 for m in members if m.isreg()), default=0))
             if not members or file.read(512) != bytes(512):  # tarfile passes over an end that is missing
@@ -194,5 +194,3 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
             return [member for member in members if member.isreg()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} is no complete, uncompressed tar ({error}): copy or download it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {shard}: {error.strerror}") from error

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.measure.features import KINDS, Features
 from potstill.engine.measure.frechet import moments, squared_distance
 from potstill.engine.measure.named import load_features
-from potstill.engine.measure.score import Device, Images, check_fit, labels_for, reference
+from potstill.engine.measure.score import Device, check_fit, reference
+from potstill.engine.models.classes import labels_for
 from potstill.engine.models.generate import generate
 
 
@@ -45,22 +45,6 @@ class Judge:
         shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
         fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
         return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}
-
-
-class Thinned:
-    """At most `most` of some images, evenly taken from all of them."""
-
-    def __init__(self, images: Images, most: int):
-        self.index = np.arange(min(most, len(images))) * len(images) // min(most, len(images))
-        self._all, self.name = images, f"{len(self.index):,} of {images.name}"
-        self.resolution, self.channels, self.label_dim = images.resolution, images.channels, images.label_dim
-        self.labels = None if images.labels is None else images.labels[self.index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, i: int) -> np.ndarray:
-        return self._all.read(int(self.index[i]))
 
 
 def named_features(text: str) -> list[Features]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.engine.common.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, reading, what_it_is, writing
 from potstill.engine.common.whole import whole
 from potstill.engine.formats.numpy_pickles import read_arrays
 from potstill.engine.formats.pickles import shown
@@ -31,11 +31,8 @@ def read_reference(path: Path, entry: str | None = None) -> Gaussian:
 
     UserError for all but two float arrays that are a mean and a covariance.
     """
-    try:
-        with path.open("rb") as file:
-            pickled = file.read(1) == b"\x80"
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with reading(path), path.open("rb") as file:
+        pickled = file.read(1) == b"\x80"
     arrays = _entry(path, read_arrays(path), entry) if pickled else _archived(path)
     found = {name: arrays[name] for name in ("mu", "sigma") if isinstance(arrays.get(name), np.ndarray)}
     if len(found) < 2:
@@ -91,8 +88,5 @@ def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
 
 def write_reference(path: Path, gaussian: Gaussian) -> None:
     """As EDM's fid.py writes it; whole or absent."""
-    try:
-        with whole(path) as part, part.open("wb") as file:
-            np.savez(file, mu=gaussian.mu.numpy(), sigma=gaussian.sigma.numpy())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with writing(path), whole(path) as part, part.open("wb") as file:
+        np.savez(file, mu=gaussian.mu.numpy(), sigma=gaussian.sigma.numpy())

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.frechet import Gaussian, moments, squared_distance
@@ -23,19 +24,6 @@ from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
-
-
-class Images(Protocol):
-    """The real images, as engine.data opens them."""
-
-    name: str
-    resolution: int
-    channels: int
-    label_dim: int  # 0: no labels
-    labels: np.ndarray | None  # [N] int64
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> np.ndarray: ...  # [C, H, W] uint8
 
 
 @dataclass
