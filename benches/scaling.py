@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from potstill.engine.common.whole import whole  # noqa: E402
+from potstill.engine.common.writing import whole  # noqa: E402
 
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind

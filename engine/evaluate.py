@@ -22,7 +22,7 @@ import torch
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.places import check_writable
+from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.named import check_features, load_features

@@ -24,7 +24,7 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
-from potstill.engine.models.hub import write_hub, write_safetensors
+from potstill.engine.models.hub import copy_weights, write_hub
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student
@@ -130,7 +130,7 @@ def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
 
 
 def to_safetensors(subject: Subject, folder: Path) -> str:
-    write_safetensors(subject.path, folder)
+    copy_weights(subject.path, folder, "student.safetensors")
     return "weights with their description in their metadata"
 
 

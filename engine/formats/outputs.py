@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from potstill.engine.common.errors import UserError, writing
-from potstill.engine.common.places import check_writable
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import check_writable, whole
 from potstill.engine.formats.images import DatasetZip, png
 from potstill.engine.formats.pictures import default_columns, grid, save_png
 

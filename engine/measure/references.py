@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from potstill.engine.common.errors import UserError, reading, what_it_is, writing
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.formats.numpy_pickles import read_arrays
 from potstill.engine.formats.pickles import shown
 from potstill.engine.measure.frechet import Gaussian

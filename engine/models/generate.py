@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import save_tensors, whole
+from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 
 
@@ -81,17 +81,12 @@ def generate(
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
         classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
-        noise = noise_of(chosen, device)
-        images = _sample(net, sampler, classes, noise)
+        with torch.no_grad():
+            images = sampler(net, classes, noise_of(chosen, device))
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
             raise UserError(f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken")
         yield to_uint8(images)
-
-
-@torch.no_grad()
-def _sample(net: Sampled, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
-    return sampler(net, labels, noise)
 
 
 def to_uint8(images: Tensor) -> Tensor:
