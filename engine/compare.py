@@ -36,7 +36,8 @@ from potstill.engine.jobs import build
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.rehearsal import peak_gib, synchronize
-from potstill.engine.measure.judge import Judge, named_features
+from potstill.engine.measure.judge import Judge
+from potstill.engine.measure.named import features_by_names
 from potstill.engine.measure.plots import plot_comparison
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.teacher import Teacher
@@ -138,7 +139,7 @@ def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
 
 
 def compare(recipe: Path, recipes: dict[str, Path], plan: Plan, folder: Path, overrides: list[str]) -> None:
-    features = named_features(plan.features or load(recipe, overrides).eval.features)
+    features = features_by_names(plan.features or load(recipe, overrides).eval.features)
     job = train_teacher(load(recipe, [*overrides, f"run_dir={folder}"]), plan, folder)
     teacher = job.teacher()
     checkpoint = job.cfg.teacher.checkpoint or f"{folder}/teacher.safetensors"

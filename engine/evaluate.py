@@ -25,7 +25,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import check_features, load_features
+from potstill.engine.measure.named import check_features_name, features_by_name
 from potstill.engine.measure.provenance import tools
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score
@@ -90,7 +90,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     kept = ("features", "batch") if args.reference else tuple(chosen)  # a published reference goes with published numbers
     chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in kept and v is not None}
     chosen |= {k: v for k in chosen if (v := getattr(args, k)) is not None}
-    check_features(chosen["features"])
+    check_features_name(chosen["features"])
     how = presets.how(args)
     models = open_models(args.source, args.which, **how, device=device) if args.source else []
     needed = not args.reference or args.labels == "data"
@@ -102,10 +102,10 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     n, seed, batch = check_numbers(n, chosen["seed"], chosen["batch"], args.best_of)
     for model in models:
         check_model(model, images, args.labels)
-    features = in_turn(ranks, lambda: load_features(chosen["features"], command=args.command)).to(device)
+    features = in_turn(ranks, lambda: features_by_name(chosen["features"], command=args.command)).to(device)
     metrics = args.metrics.split(",")
     if args.reference:
-        against = in_turn(ranks, lambda: given_reference(args.reference, features, models, device, n, args.command))
+        against = in_turn(ranks, lambda: reference_from_file(args.reference, features, models, device, n, args.command))
     else:
         assert images is not None
         against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=metrics != [FD])
@@ -124,12 +124,12 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
             progress=model.role if ranks.first else None,
         )  # fmt: skip
         one |= about(model)
-        say(in_words(model.role, one))
+        say(sentence(model.role, one))
         for note in notes(model, one):
             say(f"note: {note}")
     if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
         found["teacher_of_summary"] = known
-        say(in_words("teacher (summary.json)", known))
+        say(sentence("teacher (summary.json)", known))
     if not models:
         found |= {"reference": {"data": against.data, "sha256": against.sha256, "images": against.images}, "tools": tools()}
     return found | {"floor": floor}
@@ -162,12 +162,12 @@ def check_model(model: Model, images: Images | None, labels: str | None) -> None
 
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What work() gives, first on the first rank: the others then find what it has downloaded."""
+    """The result of work(), which rank 0 calls first: the other ranks then find its downloads in the cache."""
     found = ranks.alone(work)
     return found if ranks.first else work()
 
 
-def given_reference(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
+def reference_from_file(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
     """The Gaussian of a file or address, if it is one of these features."""
     path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
@@ -229,7 +229,7 @@ def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
         yield f"these weights are the best of {chosen['best_of']} by {chosen['metric']}: on the same seeds their distance is flattered"
 
 
-def in_words(role: str, one: dict[str, Any]) -> str:
+def sentence(role: str, one: dict[str, Any]) -> str:
     more = f", best of {one['best_of']}" if "best_of" in one else ""
     kernel = "KID" if one["features"] == "FID" else "kernel distance"  # the I is for Inception
     more += f", {kernel} {one['kid']:.4g}" if "kid" in one else ""

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     check_arguments(args)
     kind, device = out_kind(args.out), device_named(args.device)
     models = chosen_models(args, device)
-    models[-1] = lightened(models[-1], args.plan, args.cache)
+    models[-1] = with_skipping(models[-1], args.plan, args.cache)
     labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
     columns = args.frames if args.strip else None
 
@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def lightened(model: Model, plan: Path | None, cache: int) -> Model:
-    """The same model, or a teacher that leaves out layers. Students are never lightened."""
+def with_skipping(model: Model, plan: Path | None, cache: int) -> Model:
+    """The same model, or a teacher that leaves out layers. Students are never with_skipping."""
     if plan is None and cache == 1:
         return model
     if model.role != TEACHER or not isinstance(model.net, Denoiser):

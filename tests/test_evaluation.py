@@ -28,7 +28,7 @@ from potstill.engine.formats.pictures import grid, save_png, sheet
 from potstill.engine.measure.curves import chart, read_curves, short
 from potstill.engine.measure.features import Features, Pixels
 from potstill.engine.measure.frechet import frechet
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.report import write_report
 from potstill.engine.measure.score import labels_for, reference, score
 from potstill.engine.models.generate import generate, one_hot, to_uint8
@@ -172,7 +172,7 @@ def scripted(module, path):
 
 def test_torchscript_features(tmp_path):
     path = scripted(Means(), tmp_path / "means.pt")
-    features = load_features(str(path))
+    features = features_by_name(str(path))
     images = random_images(5, (3, 6, 6))
     features.measure(images)
     assert (features.title, features.num_features) == ("FD-means", 6)
@@ -184,14 +184,14 @@ def test_torchscript_features(tmp_path):
 
 def test_features_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no features 'inceptoin'.*pixels"):
-        load_features("inceptoin")
+        features_by_name("inceptoin")
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match="no TorchScript file"):
-        load_features(str(tmp_path / "text.pt"))
+        features_by_name(str(tmp_path / "text.pt"))
     images = random_images(4, (3, 6, 6))
     with pytest.raises(UserError, match=r"\[N, D\], got \[1, 3, 6, 6\]"):
-        frechet([images], [images], load_features(str(scripted(Wrong(), tmp_path / "wrong.pt"))))
-    latents, means = random_images(4, (4, 6, 6)), load_features(str(scripted(Means(), tmp_path / "means.pt")))
+        frechet([images], [images], features_by_name(str(scripted(Wrong(), tmp_path / "wrong.pt"))))
+    latents, means = random_images(4, (4, 6, 6)), features_by_name(str(scripted(Means(), tmp_path / "means.pt")))
     with pytest.raises(UserError, match="grey or RGB images, got 4 channels"):
         frechet([latents], [latents], means)
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_is_not_run(tmp_path):
     """torch.save writes a pickle; a feature file must not be one."""
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pickle.pt")
     with pytest.raises(UserError, match="no TorchScript file"):
-        load_features(str(tmp_path / "pickle.pt"))
+        features_by_name(str(tmp_path / "pickle.pt"))
 
 
 # Images from seeds

@@ -31,8 +31,7 @@ from potstill.engine.measure import features as features_module
 from potstill.engine.measure import inception, quality, vision
 from potstill.engine.measure.features import Pixels
 from potstill.engine.measure.frechet import Gaussian, frechet, moments, squared_distance
-from potstill.engine.measure.judge import named_features
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.named import features_by_name, features_by_names
 from potstill.engine.measure.quality import kid, precision_recall
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
@@ -289,8 +288,8 @@ def test_references_of_edm2_are_read_by_the_name_of_their_features(tmp_path, pro
 
 def test_evaluate_asks_a_reference_of_edm2_for_its_own_features(tmp_path, run_dir):
     net, path = fake_inception(tmp_path / "inception.pt"), edm2_reference(tmp_path / "img64.pkl", fd_dinov2=10, fid=2048)
-    features, models = load_features(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
-    found = evaluate.given_reference(str(path), features, models, torch.device("cpu"), 8, "again")
+    features, models = features_by_name(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
+    found = evaluate.reference_from_file(str(path), features, models, torch.device("cpu"), 8, "again")
     assert found.gaussian.mu.tolist() == [1.0] * 2048 and found.data == "img64.pkl"
     assert (vision.NETWORKS["dinov2"].edm2, vision.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
     with pytest.raises(UserError, match="nothing for these features"):
@@ -469,7 +468,7 @@ def fake_inception(path, width=2048):
 
 def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     path, images = fake_inception(tmp_path / "inception.pt"), random_images(3, (1, 8, 8))
-    found = load_features(f"inception:{path}")
+    found = features_by_name(f"inception:{path}")
     found.measure(images)
     assert (found.title, found.num_features) == ("FD-inception (not FID's Inception: another sha256)", 2048)
     assert torch.equal(found(images)[:, 7], images.double().mean((1, 2, 3)).float().double())
@@ -477,11 +476,11 @@ def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     renamed = tmp_path / "renamed.pt"
     renamed.write_bytes(path.read_bytes())
     for name in (f"inception:{path}", str(path), str(renamed)):  # by its sha256, whatever it is called
-        found = load_features(name)
+        found = features_by_name(name)
         found.measure(images)
         assert (found.title, found.edm2, found.num_features) == ("FID", "fid", 2048)
-    assert [one.title for one in named_features(f"inception:{path},X:{path}")] == ["FID", "FD-X"]
-    small = load_features(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
+    assert [one.title for one in features_by_names(f"inception:{path},X:{path}")] == ["FID", "FD-X"]
+    small = features_by_name(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
     with pytest.raises(UserError, match=r"has 2048 features, FD-small .* has 5"):
         small.measure(images)
 
@@ -546,7 +545,7 @@ def scripted(module, path):
 
 def test_a_file_with_nvidias_call_signature_is_asked_for_its_features(tmp_path):
     """Given as a plain path: the features, and no name but the file's."""
-    found, images = load_features(str(scripted(Flagged(""), tmp_path / "vgg16.pt"))), random_images(3, (3, 8, 8))
+    found, images = features_by_name(str(scripted(Flagged(""), tmp_path / "vgg16.pt"))), random_images(3, (3, 8, 8))
     found.measure(images)
     assert (found.title, found.edm2, found.num_features) == ("FD-vgg16", None, 3)
     assert torch.equal(found(images), images.float().mean((2, 3)).double())
@@ -567,28 +566,28 @@ def test_a_file_with_nvidias_call_signature_is_asked_for_its_features(tmp_path):
     ],
 )
 def test_what_is_plainly_no_features_is_refused(tmp_path, net, message):
-    found = load_features(str(scripted(net, tmp_path / "net.pt")))
+    found = features_by_name(str(scripted(net, tmp_path / "net.pt")))
     with pytest.raises(UserError, match=re.escape(message)):
         found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_logits_are_features_like_any_other(tmp_path):
-    found = load_features(str(scripted(Classifier("logits"), tmp_path / "net.pt")))
+    found = features_by_name(str(scripted(Classifier("logits"), tmp_path / "net.pt")))
     found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert (found.title, found.num_features) == ("FD-net", 6)
 
 
 def test_files_of_another_kind_are_told_which_name_to_go_by(tmp_path):
     with pytest.raises(UserError, match=r"no flag return_features in its forward.*by its path alone"):
-        load_features(f"inception:{scripted(Classifier('logits'), tmp_path / 'mine.pt')}")
+        features_by_name(f"inception:{scripted(Classifier('logits'), tmp_path / 'mine.pt')}")
     with pytest.raises(UserError, match="TorchScript without a forward"):
-        load_features(str(scripted(Mute(), tmp_path / "mute.pt")))
+        features_by_name(str(scripted(Mute(), tmp_path / "mute.pt")))
     (tmp_path / "inception.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match="is a pickle, which would have to be executed: wanted the same network as TorchScript"):
-        load_features(f"inception:{tmp_path}/inception.pkl")
+        features_by_name(f"inception:{tmp_path}/inception.pkl")
     torch.save({"a": torch.ones(2)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"known network, inception:FILE, dinov2:FILE, clip:FILE; it is a file of torch\.save"):
-        load_features(f"{tmp_path}/weights.pth")
+        features_by_name(f"{tmp_path}/weights.pth")
 
 
 def test_features_are_looked_at_before_the_training(tmp_path):
@@ -602,8 +601,8 @@ def test_features_are_looked_at_before_the_training(tmp_path):
 
 def test_a_kernel_distance_is_called_kid_with_inception_alone():
     one = {"features": "FD-pixels", "fd": 1.0, "kid": 0.5, "nfe": 1, "n": 10}
-    assert "kernel distance 0.5" in evaluate.in_words("student", one)
-    assert "KID 0.5" in evaluate.in_words("student", one | {"features": "FID"})
+    assert "kernel distance 0.5" in evaluate.sentence("student", one)
+    assert "KID 0.5" in evaluate.sentence("student", one | {"features": "FID"})
 
 
 @pytest.mark.parametrize("title", ["FD-pixels", "FD-fid", "FD-inception (not FID's Inception: another sha256)", "CLIP-FID", "FID"])
@@ -619,12 +618,12 @@ def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "URL", url)
     place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
     with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
-        load_features("inception", command="potstill evaluate X")
+        features_by_name("inception", command="potstill evaluate X")
     fake_inception(place)
     with pytest.raises(UserError, match=r"has the sha256 .* wanted f58cb9b6"):
-        load_features("inception")
+        features_by_name("inception")
     monkeypatch.setattr(inception, "SHA256", download.digest(place))
-    assert load_features("inception").title == "FID"
+    assert features_by_name("inception").title == "FID"
 
 
 def test_a_state_dict_is_read_without_unpickling_it(tmp_path):
@@ -647,7 +646,7 @@ def test_libraries_that_are_not_there_are_named(tmp_path, monkeypatch, module):
     torch.save({}, tmp_path / "x.pth")
     name = f"inception:{tmp_path}/x.pth" if module == "torch_fidelity" else f"clip:{tmp_path}/x.pth"
     with pytest.raises(UserError, match="pip install 'potstill"):
-        load_features(name)
+        features_by_name(name)
 
 
 def test_all_known_networks_are_described():

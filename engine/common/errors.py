@@ -1,4 +1,4 @@
-"""What a user can mend: the commands print it as one sentence and exit with code 2."""
+"""Errors that a user can fix: the commands print them as one sentence and exit with code 2."""
 
 import zipfile
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def writing(path: object) -> Iterator[None]:
 
 
 def what_it_is(path: Path) -> str:
-    """What lies under a name where another file was wanted, by its first bytes, and what to do: the end of a sentence."""
+    """What a file is, by its first bytes, and what to do about it: the end of a sentence that says which file was wanted."""
     try:
         with path.open("rb") as file:
             start = file.read(512)

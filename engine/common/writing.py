@@ -13,9 +13,9 @@ from potstill.engine.common.errors import UserError
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what shall lie at `path` when it is complete: beside it, in folders that are made where there are none.
+    """A temporary file beside `path`, which replaces it when the block ends. Missing folders are made.
 
-    What is at `path` already stays until then, and for good where the writing fails.
+    If the block fails, `path` stays as it was.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An endless, shuffled stream of batches whose step s depends on (seed, s) and on nothing else: it resumes by itself.
+"""An endless, shuffled stream of batches. Step s depends on (seed, s) and on nothing else, so a run resumes without saved state.
 
 The images of an epoch are permuted by a generator seeded with (seed, epoch); step s takes the positions
 s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image comes exactly once an epoch.
@@ -58,7 +58,7 @@ class Order:
 class Stream:
     """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
 
-    batch: images of the global batch; window: this process's part of it, every so many-th image at will (all by default). flips: mirror half of them.
+    batch: images of the global batch. window: the slice of it that this process takes (by default all). flips: mirror half of them.
     A set of at most `memory` bytes is decoded once and lies on the device; batches are gathered there. From a larger
     one `workers` processes read the coming steps ahead (0: this process reads; None: as many as have a core).
     """

@@ -63,7 +63,7 @@ def read_tars(text: str) -> tuple["Tars", Reader]:
     if wanted and len(shards) < int(wanted[3]) + 1 - int(wanted[2]) and "*" not in text:
         raise UserError(f"only {len(shards)} of the shards {text} are there: get the others, or shorten the range")
     columns = _columns(shards)
-    images, others = _parted(columns, text)
+    images, others = _images_and_columns(columns, text)
     tars = Tars(Path(text), shards, images)
     return tars, lambda say: _labels(tars, list(images), others, say)
 
@@ -84,7 +84,7 @@ def _columns(shards: list[Path]) -> dict[str, Column]:
     return columns
 
 
-def _parted(columns: dict[str, Column], text: str) -> tuple[Column, dict[str, Column]]:
+def _images_and_columns(columns: dict[str, Column], text: str) -> tuple[Column, dict[str, Column]]:
     """The images by their samples, and the other columns. KEY.seg.png is no image of its own: its sample has KEY.png."""
     images: Column = {}
     for kind in [kind for kind in columns if f".{kind}" in SUFFIXES]:

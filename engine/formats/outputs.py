@@ -1,6 +1,6 @@
-"""Where images go as they are made: a grid, a folder of PNGs, an .npz or EDM's dataset zip, never all held in memory.
+"""Files that take images as they are made: a grid, a folder of PNGs, an .npz or EDM's dataset zip.
 
-Only a grid keeps them, as the picture that it is. Every file is written beside its place and moved there when it is whole.
+Only a grid holds all images in memory. Every file is written beside its place and moved there when it is whole.
 """
 
 import zipfile

@@ -4,15 +4,12 @@ A net's images are made once and shown to all features. Beside every distance st
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.measure.features import KINDS, Features
+from potstill.engine.measure.features import Features
 from potstill.engine.measure.frechet import moments, squared_distance
-from potstill.engine.measure.named import load_features
 from potstill.engine.measure.score import Device, check_fit, reference
 from potstill.engine.models.classes import labels_for
 from potstill.engine.models.generate import generate
@@ -45,22 +42,3 @@ class Judge:
         shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
         fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
         return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}
-
-
-def named_features(text: str) -> list[Features]:
-    """Features by name, as in engine.measure.features, or NAME:FILE, several with commas between them.
-
-    A distance in the features of NAME:FILE is called FD-NAME; NAME is none of the known networks, as inception and dinov2 are.
-    """
-    found = []
-    for part in text.split(","):
-        name, colon, file = part.partition(":")
-        if colon and name not in KINDS and not Path(part).is_file():
-            one = load_features(file)
-            one.title = f"FD-{name}"
-        else:
-            one = load_features(part)
-        found.append(one)
-    if len({one.title for one in found}) < len(found):
-        raise UserError(f"features wants different names, got {', '.join(one.title for one in found)}: write NAME:FILE")
-    return found

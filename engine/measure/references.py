@@ -33,7 +33,7 @@ def read_reference(path: Path, entry: str | None = None) -> Gaussian:
     """
     with reading(path), path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
-    arrays = _entry(path, read_arrays(path), entry) if pickled else _archived(path)
+    arrays = _pickle_arrays(path, read_arrays(path), entry) if pickled else _npz_arrays(path)
     found = {name: arrays[name] for name in ("mu", "sigma") if isinstance(arrays.get(name), np.ndarray)}
     if len(found) < 2:
         raise UserError(
@@ -61,7 +61,7 @@ def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Gaussian:
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
-def _archived(path: Path) -> dict[str, np.ndarray]:
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """mu and sigma of an .npz, as far as they are there."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -74,7 +74,7 @@ def _archived(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
+def _pickle_arrays(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
     """What EDM2's pickle holds for these features."""
     entries = {name: one for name, one in content.items() if type(one) is dict} if type(content) is dict else {}
     if not entries:

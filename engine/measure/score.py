@@ -66,7 +66,7 @@ def reference(
         drawn = np.sort(rng.integers(total, size=n))
         floor = squared_distance(whole, fitted(drawn))
         kind = f"{n} real images drawn with replacement against all {total}"
-    seen = gathered(ranks, _joined(kept, features), total, batch) if kept is not None else None
+    seen = gathered(ranks, _rows(kept, features), total, batch) if kept is not None else None
     sha256 = fingerprint.of_all(ranks, total, batch, features.device)
     return Reference(whole, n, floor, kind, images.name, total, sha256, seen)
 
@@ -103,10 +103,10 @@ def score(
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
         kept = None if set(metrics) == {FD} else []
         _measure(features, net, device)
-        fake = moments(_shown(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
+        fake = moments(_with_bar(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
         found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
         if kept is not None:
-            found |= _more(metrics, against, gathered(ranks, _joined(kept, features), n, batch), seed)
+            found |= _more(metrics, against, gathered(ranks, _rows(kept, features), n, batch), seed)
         tries.append(found | {"nfe": sampler.nfe, "n": n, "seeds": f"{first}-{first + n - 1}"})
     found = min(tries, key=lambda one: one["fd"])
     if best_of > 1:
@@ -160,7 +160,7 @@ def _measure(features: Features, source: Any, device: Device) -> None:
         features.to(device).measure(torch.zeros(1, c, r, r, dtype=torch.uint8, device=device))
 
 
-def _joined(kept: list[Tensor], features: Features) -> Tensor:
+def _rows(kept: list[Tensor], features: Features) -> Tensor:
     """[n, D] float64 of this process, n = 0 without a share."""
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
 
@@ -174,7 +174,7 @@ def _read(images: Images, indices: np.ndarray, batch: int, device: Device, finge
         yield torch.from_numpy(np.stack(chosen)).to(device)
 
 
-def _shown(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
+def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
     """The same batches, with a bar on stderr if that is a terminal."""
     with tqdm(total=n, desc=title, unit="img", disable=None if title else True, leave=False) as bar:
         for batch in batches:
