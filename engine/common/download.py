@@ -16,6 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import BinaryIO
 
@@ -185,7 +186,7 @@ def _emptied(file: BinaryIO) -> int:
     return file.seek(0)
 
 
-def _version(headers: http.client.HTTPMessage) -> str:
+def _version(headers: Message) -> str:
     """The server's mark of what it sends, "" where it has none."""
     return headers.get("ETag") or headers.get("Last-Modified") or ""
 
