@@ -36,7 +36,8 @@ from potstill.engine.jobs import build
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.rehearsal import peak_gib, synchronize
-from potstill.engine.measure.judge import Judge, Thinned, named_features
+from potstill.engine.measure.judge import Judge
+from potstill.engine.measure.named import features_by_names
 from potstill.engine.measure.plots import plot_comparison
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.teacher import Teacher
@@ -137,7 +138,7 @@ def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
 
 
 def compare(recipe: Path, recipes: dict[str, Path], plan: Plan, folder: Path, overrides: list[str]) -> None:
-    features = named_features(plan.features or load(recipe, overrides).eval.features)
+    features = features_by_names(plan.features or load(recipe, overrides).eval.features)
     job = train_teacher(load(recipe, [*overrides, f"run_dir={folder}"]), plan, folder)
     teacher = job.teacher()
     checkpoint = job.cfg.teacher.checkpoint or f"{folder}/teacher.safetensors"
@@ -278,7 +279,7 @@ def seconds_per_image(method: Any, stage: TrainConfig, job: Job, least: float) -
 def judge_of(job: Job, features: list[Any], plan: Plan) -> Judge:
     if job.images is None:
         raise UserError("compare measures against real images: set data.path")
-    images: Any = job.images if plan.real is None else Thinned(job.images, plan.real)
+    images = job.images if plan.real is None else job.images.thinned(plan.real)
     wanted = job.cfg.eval
     n = wanted.n or min(len(images), 50_000)
     return Judge(images, features, n=n, seed=wanted.seed, batch=wanted.batch, device=job.device)

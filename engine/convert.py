@@ -14,8 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.download import digest, fetch, is_url
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.download import digest, file_at, is_url
+from potstill.engine.common.errors import UserError, writing
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.diffusion.sampling import Sampler, one_step
@@ -144,15 +144,16 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     if sigma is not None and not 0 < sigma < float("inf"):
         raise UserError(f"--one-step wants the noise level of the generator, above 0, got {sigma:g}")
     source = arguments.source
-    path = fetch(source, command=arguments.again) if is_url(source) else Path(source).expanduser()
+    path = file_at(source, command=arguments.again)
     found = read_net(path, net=arguments.net, like=arguments.like)
     metadata = {"source": source if is_url(source) else path.name, "sha256": digest(path), "license": LICENSE}
     if sampler := _sampler(found, sigma, path):
         metadata |= {"method": "converted", "sampler": sampler.to_dict()}
     try:
-        save_net(out, found.net, **metadata)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from error
+        with writing(out):
+            save_net(out, found.net, **metadata)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {_described(found)} ({metadata['source']}, sha256 {metadata['sha256'][:12]})")

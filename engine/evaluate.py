@@ -20,20 +20,20 @@ from typing import Any
 import torch
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.download import digest, fetch, is_url
+from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.places import check_writable
+from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import check_features, load_features
+from potstill.engine.measure.named import check_features_name, features_by_name
 from potstill.engine.measure.provenance import tools
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score
-from potstill.engine.measure.shards import Shards, from_torchrun
 from potstill.engine.models import presets
 from potstill.engine.models.classes import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
 from potstill.engine.models.weights import file_hash
+from potstill.engine.training.ranks import Ranks, meet, one_voice
 
 MOST = 50_000  # images, unless --n asks for more
 
@@ -41,10 +41,14 @@ MOST = 50_000  # images, unless --n asks for more
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     args.command = shlex.join(["potstill", "evaluate", *argv])
-    with from_torchrun(device_named(args.device)) as (shards, device):
-        found = evaluate(args, shards, device)
-        if shards.rank == 0:
-            print(json.dumps(found, allow_nan=False))
+    ranks = meet()
+    with one_voice(ranks):
+        try:
+            found = evaluate(args, ranks, ranks.connect(device_named(args.device)))
+            if ranks.first:
+                print(json.dumps(found, allow_nan=False))
+        finally:
+            ranks.close()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """Scores by role, and the floor they share."""
     check_arguments(args)
     recipe = settings(args.source) if args.source else {}
@@ -86,7 +90,7 @@ def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> 
     kept = ("features", "batch") if args.reference else tuple(chosen)  # a published reference goes with published numbers
     chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in kept and v is not None}
     chosen |= {k: v for k in chosen if (v := getattr(args, k)) is not None}
-    check_features(chosen["features"])
+    check_features_name(chosen["features"])
     how = presets.how(args)
     models = open_models(args.source, args.which, **how, device=device) if args.source else []
     needed = not args.reference or args.labels == "data"
@@ -98,17 +102,17 @@ def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> 
     n, seed, batch = check_numbers(n, chosen["seed"], chosen["batch"], args.best_of)
     for model in models:
         check_model(model, images, args.labels)
-    features = in_turn(shards, lambda: load_features(chosen["features"], command=args.command)).to(device)
+    features = in_turn(ranks, lambda: features_by_name(chosen["features"], command=args.command)).to(device)
     metrics = args.metrics.split(",")
     if args.reference:
-        against = in_turn(shards, lambda: given_reference(args.reference, features, models, device, n, args.command))
+        against = in_turn(ranks, lambda: reference_from_file(args.reference, features, models, device, n, args.command))
     else:
         assert images is not None
-        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=metrics != [FD])
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=metrics != [FD])
     if args.save_reference:
-        save_reference(args.save_reference, against, shards)
+        save_reference(args.save_reference, against, ranks)
     floor = {"fd": against.floor, "kind": against.floor_kind, "n": n}
-    say = print_on_first(shards)
+    say = print_on_first(ranks)
     if against.floor is not None:
         say(f"floor: {features.title} {against.floor:.4g} ({against.floor_kind})")
     found: dict[str, Any] = {}
@@ -116,16 +120,16 @@ def evaluate(args: argparse.Namespace, shards: Shards, device: torch.device) -> 
         labels = (args.labels or (RANDOM if args.reference else None)) if model.net.label_dim else None
         found[model.role] = one = score(
             model.net, model.sampler, images, features, n=n, seed=seed, batch=batch, device=device, against=against,
-            labels=labels, metrics=metrics, best_of=args.best_of, shards=shards,
-            progress=model.role if shards.rank == 0 else None,
+            labels=labels, metrics=metrics, best_of=args.best_of, ranks=ranks,
+            progress=model.role if ranks.first else None,
         )  # fmt: skip
         one |= about(model)
-        say(in_words(model.role, one))
+        say(sentence(model.role, one))
         for note in notes(model, one):
             say(f"note: {note}")
     if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
         found["teacher_of_summary"] = known
-        say(in_words("teacher (summary.json)", known))
+        say(sentence("teacher (summary.json)", known))
     if not models:
         found |= {"reference": {"data": against.data, "sha256": against.sha256, "images": against.images}, "tools": tools()}
     return found | {"floor": floor}
@@ -157,16 +161,15 @@ def check_model(model: Model, images: Images | None, labels: str | None) -> None
         raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
 
 
-def in_turn(shards: Shards, work: Callable[[], Any]) -> Any:
-    """What work() gives, first in the first process: the others then find what it has downloaded."""
-    found = work() if shards.rank == 0 else None
-    shards.wait()
-    return found if shards.rank == 0 else work()
+def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """The result of work(), which rank 0 calls first: the other ranks then find its downloads in the cache."""
+    found = ranks.alone(work)
+    return found if ranks.first else work()
 
 
-def given_reference(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
+def reference_from_file(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
     """The Gaussian of a file or address, if it is one of these features."""
-    path = fetch(where, command=command) if is_url(where) else Path(where)
+    path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
     features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))
@@ -178,8 +181,8 @@ def given_reference(where: str, features: Features, models: Iterable[Model], dev
     return Reference(gaussian, n, None, "not known: a reference file holds no images", path.name, None, digest(path))
 
 
-def save_reference(path: Path, against: Reference, shards: Shards) -> None:
-    if shards.rank == 0:
+def save_reference(path: Path, against: Reference, ranks: Ranks) -> None:
+    if ranks.first:
         write_reference(path, against.gaussian)
         print(f"{path}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
 
@@ -226,7 +229,7 @@ def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
         yield f"these weights are the best of {chosen['best_of']} by {chosen['metric']}: on the same seeds their distance is flattered"
 
 
-def in_words(role: str, one: dict[str, Any]) -> str:
+def sentence(role: str, one: dict[str, Any]) -> str:
     more = f", best of {one['best_of']}" if "best_of" in one else ""
     kernel = "KID" if one["features"] == "FID" else "kernel distance"  # the I is for Inception
     more += f", {kernel} {one['kid']:.4g}" if "kid" in one else ""
@@ -247,8 +250,8 @@ def teacher_of_summary(source: Path, student: dict[str, Any]) -> dict[str, Any] 
     return known if isinstance(known, dict) and "fd" in known and all(known.get(k) == student[k] for k in alike) else None
 
 
-def print_on_first(shards: Shards) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr) if shards.rank == 0 else None
+def print_on_first(ranks: Ranks) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr) if ranks.first else None
 
 
 if __name__ == "__main__":

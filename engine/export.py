@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
-from potstill.engine.models.hub import write_hub, write_safetensors
+from potstill.engine.models.hub import copy_weights, write_hub
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student
@@ -51,14 +51,13 @@ def main(argv: list[str]) -> None:
     subject = found(args.source.expanduser())
     part = out.with_name(out.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        told = FORMATS[args.to](subject, part)
-        library, use = USES[args.to](subject)
-        (part / "README.md").write_text(card(subject.about, library, use), encoding="utf-8")
-        part.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+        with writing(out):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            told = FORMATS[args.to](subject, part)
+            library, use = USES[args.to](subject)
+            (part / "README.md").write_text(card(subject.about, library, use), encoding="utf-8")
+            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -131,7 +130,7 @@ def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
 
 
 def to_safetensors(subject: Subject, folder: Path) -> str:
-    write_safetensors(subject.path, folder)
+    copy_weights(subject.path, folder, "student.safetensors")
     return "weights with their description in their metadata"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
 from potstill.engine.config.library import RECIPES, find, groups_of, head_of, names, text_of
 
 COLUMNS = ("Published", "Cost", "Run by us")  # fields of a head, which every recipe has
@@ -41,13 +41,10 @@ def copied(name: str, folder: Path) -> str:
     if not folder.is_dir():
         raise UserError(f"--copy wants a folder that exists, got {folder}")
     text = re.sub(rf"\b(potstill \w+ {recipe.stem})(?= |$)", r"\1.yaml", text_of(recipe), flags=re.MULTILINE)
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{out} exists: remove it, or copy into another folder") from None
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
+    if out.exists():
+        raise UserError(f"{out} exists: remove it, or copy into another folder")
+    with writing(out), out.open("x", encoding="utf-8") as file:
+        file.write(text)
     return f"{out}: change it, then potstill train {out}"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from potstill.engine.common.cli import parser_of, run
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.outputs import columns_for, open_output, out_kind
 from potstill.engine.formats.pictures import save_png, sheet
 from potstill.engine.models import presets
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     check_arguments(args)
     kind, device = out_kind(args.out), device_named(args.device)
     models = chosen_models(args, device)
-    models[-1] = lightened(models[-1], args.plan, args.cache)
+    models[-1] = with_skipping(models[-1], args.plan, args.cache)
     labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
     columns = args.frames if args.strip else None
 
@@ -48,12 +48,13 @@ def main(argv: list[str]) -> None:
 
     if args.beside is not None:
         grids = {title(model): np.concatenate(list(made(model))) for model in models}
-        write_sheet(args.out, grids, columns or columns_for(labels, len(seeds)))
+        with writing(args.out):
+            save_png(sheet(grids, columns or columns_for(labels, len(seeds))), args.out)
     else:
         numbers = [i if isinstance(seed, Between) else seed for i, seed in enumerate(seeds)]  # frames are counted
-        with open_output(args.out, kind, labels, numbers, columns) as output:
+        with open_output(args.out, kind, labels, numbers, columns) as add:
             for images in made(models[0]):
-                output.add(images)
+                add(images)
     said = "; ".join(describe(model, len(seeds), labels) for model in models)
     print(f"{said} -> {args.out}", file=sys.stderr)
 
@@ -90,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def lightened(model: Model, plan: Path | None, cache: int) -> Model:
-    """The same model, or a teacher that leaves out layers. Students are never lightened."""
+def with_skipping(model: Model, plan: Path | None, cache: int) -> Model:
+    """The same model, or a teacher that leaves out layers. Students are never with_skipping."""
     if plan is None and cache == 1:
         return model
     if model.role != TEACHER or not isinstance(model.net, Denoiser):
@@ -180,13 +181,6 @@ def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: a
     each = args.frames if args.strip else 1
     classes = range(label_dim) if text == "all" else parse_classes(text, label_dim)
     return np.resize(list(classes), len(seeds) // each).repeat(each)
-
-
-def write_sheet(out: Path, grids: dict[str, np.ndarray], columns: int) -> None:
-    try:
-        save_png(sheet(grids, columns), out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def title(model: Model) -> str:

@@ -25,7 +25,7 @@ from potstill.engine.formats.edm_pickle import read_net
 from potstill.engine.jobs import job
 from potstill.engine.jobs.build import rehearsal_data
 from potstill.engine.jobs.folder import prepare
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.references import read_reference
 from potstill.engine.models.router import load_router
 from potstill.engine.models.weights import load_net, read_tensors, save_net
@@ -346,7 +346,7 @@ FEATURES = {name: words for name, words in WHAT.items() if name != "script"}
 DATA = {name: words for name, words in WHAT.items() if name in ("page", "lfs", "empty", "cut zip", "pickle", "safetensors", "picture")}
 READERS = {
     "convert": (read_net, CONVERTED), "weights": (load_net, READ), "reference": (read_reference, REFERENCE),
-    "features": (lambda path: load_features(str(path)), FEATURES), "inception": (lambda path: load_features(f"inception:{path}"), FEATURES),
+    "features": (lambda path: features_by_name(str(path)), FEATURES), "inception": (lambda path: features_by_name(f"inception:{path}"), FEATURES),
     "data": (lambda path: open_images(str(path)), DATA),
 }  # fmt: skip
 

@@ -335,7 +335,12 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
-    for name, file in (("engine", "__init__.py"), ("configs", "digits.yaml"), ("tests", "test_nothing.py")):
+    for name, file in (
+        ("engine", "__init__.py"),
+        ("engine/measure", "report.html"),
+        ("configs", "digits.yaml"),
+        ("tests", "test_nothing.py"),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).touch()
     return tmp_path
@@ -471,7 +476,7 @@ def test_a_wheel_is_one_package_whatever_an_earlier_build_left(build, checkout):
     (wheel,) = (checkout / "wheels").iterdir()
     names = [name for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name]
     assert {name.partition("/")[0] for name in names} == {"potstill"}
-    assert {"potstill/kernels/norm_silu.py", "potstill/configs/digits.yaml"} <= set(names)
+    assert {"potstill/kernels/norm_silu.py", "potstill/configs/digits.yaml", "potstill/engine/measure/report.html"} <= set(names)
     assert not [name for name in names if name.endswith(("old.py", "_cuda.so"))]
 
 

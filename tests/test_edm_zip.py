@@ -77,4 +77,3 @@ def test_a_class_subset_keeps_pictures_and_numbers(tmp_path, pictures):
     assert len(part) == len(where) and part.label_dim == 5
     assert part.labels.tolist() == all_labels[where].tolist()
     np.testing.assert_array_equal(np.stack([part.read(i) for i in range(len(part))]), images[where])
-    assert part.one_hot([0]).shape == (1, 5)

@@ -30,16 +30,16 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.measure import features as features_module
 from potstill.engine.measure import inception, quality, vision
 from potstill.engine.measure.features import Pixels
-from potstill.engine.measure.frechet import Gaussian, distance, fitted, frechet, squared_distance
-from potstill.engine.measure.judge import named_features
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.frechet import Gaussian, frechet, moments, squared_distance
+from potstill.engine.measure.named import features_by_name, features_by_names
 from potstill.engine.measure.quality import kid, precision_recall
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
-from potstill.engine.measure.shards import Shards
+from potstill.engine.measure.shares import gathered, share
 from potstill.engine.models.classes import labels_for
 from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -120,12 +120,14 @@ def test_a_singular_covariance_costs_no_accuracy():
 
 def test_shares_are_whole_batches_and_make_a_whole():
     for total, batch, world in ((10, 3, 2), (1, 5, 3), (12, 4, 3), (0, 4, 2)):
-        shares = [Shards(rank, world).mine(total, batch).tolist() for rank in range(world)]
-        assert sorted(item for share in shares for item in share) == list(range(total))
-        for share in shares:
-            starts = share[::batch]
+        shares = [share(Ranks(rank, world), total, batch).tolist() for rank in range(world)]
+        assert sorted(item for one in shares for item in one) == list(range(total))
+        for one in shares:
+            starts = one[::batch]
             assert all(s % batch == 0 for s in starts)
-    assert Shards(1, 2).mine(10, 3).tolist() == [3, 4, 5, 9]
+    assert share(Ranks(1, 2), 10, 3).tolist() == [3, 4, 5, 9]
+    mine = gathered(Ranks(1, 2, several=False), torch.arange(1, 5), 10, 3)  # with nobody to add the others' rows
+    assert mine.tolist() == [0, 0, 0, 1, 2, 3, 0, 0, 0, 4]
 
 
 @pytest.mark.parallel
@@ -286,8 +288,8 @@ def test_references_of_edm2_are_read_by_the_name_of_their_features(tmp_path, pro
 
 def test_evaluate_asks_a_reference_of_edm2_for_its_own_features(tmp_path, run_dir):
     net, path = fake_inception(tmp_path / "inception.pt"), edm2_reference(tmp_path / "img64.pkl", fd_dinov2=10, fid=2048)
-    features, models = load_features(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
-    found = evaluate.given_reference(str(path), features, models, torch.device("cpu"), 8, "again")
+    features, models = features_by_name(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
+    found = evaluate.reference_from_file(str(path), features, models, torch.device("cpu"), 8, "again")
     assert found.gaussian.mu.tolist() == [1.0] * 2048 and found.data == "img64.pkl"
     assert (vision.NETWORKS["dinov2"].edm2, vision.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
     with pytest.raises(UserError, match="nothing for these features"):
@@ -322,7 +324,7 @@ def test_a_reference_of_images_that_are_all_alike(tmp_path, rounding):
     other = Gaussian(torch.ones(4, dtype=torch.float64), torch.diag(torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)))
     assert squared_distance(read_reference(tmp_path / "x.npz"), other) == pytest.approx(4 * 2**2 + 10, rel=1e-5)
     alike = torch.full((50, 1, 2, 2), 131, dtype=torch.uint8)
-    write_reference(tmp_path / "y.npz", fitted([alike], Pixels()).gaussian)
+    write_reference(tmp_path / "y.npz", moments([alike], Pixels()).gaussian("real"))
     assert read_reference(tmp_path / "y.npz").mu.tolist() == pytest.approx([131 / 127.5 - 1] * 4)
 
 
@@ -466,7 +468,7 @@ def fake_inception(path, width=2048):
 
 def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     path, images = fake_inception(tmp_path / "inception.pt"), random_images(3, (1, 8, 8))
-    found = load_features(f"inception:{path}")
+    found = features_by_name(f"inception:{path}")
     found.measure(images)
     assert (found.title, found.num_features) == ("FD-inception (not FID's Inception: another sha256)", 2048)
     assert torch.equal(found(images)[:, 7], images.double().mean((1, 2, 3)).float().double())
@@ -474,11 +476,11 @@ def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     renamed = tmp_path / "renamed.pt"
     renamed.write_bytes(path.read_bytes())
     for name in (f"inception:{path}", str(path), str(renamed)):  # by its sha256, whatever it is called
-        found = load_features(name)
+        found = features_by_name(name)
         found.measure(images)
         assert (found.title, found.edm2, found.num_features) == ("FID", "fid", 2048)
-    assert [one.title for one in named_features(f"inception:{path},X:{path}")] == ["FID", "FD-X"]
-    small = load_features(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
+    assert [one.title for one in features_by_names(f"inception:{path},X:{path}")] == ["FID", "FD-X"]
+    small = features_by_name(f"inception:{fake_inception(tmp_path / 'small.pt', 5)}")
     with pytest.raises(UserError, match=r"has 2048 features, FD-small .* has 5"):
         small.measure(images)
 
@@ -543,7 +545,7 @@ def scripted(module, path):
 
 def test_a_file_with_nvidias_call_signature_is_asked_for_its_features(tmp_path):
     """Given as a plain path: the features, and no name but the file's."""
-    found, images = load_features(str(scripted(Flagged(""), tmp_path / "vgg16.pt"))), random_images(3, (3, 8, 8))
+    found, images = features_by_name(str(scripted(Flagged(""), tmp_path / "vgg16.pt"))), random_images(3, (3, 8, 8))
     found.measure(images)
     assert (found.title, found.edm2, found.num_features) == ("FD-vgg16", None, 3)
     assert torch.equal(found(images), images.float().mean((2, 3)).double())
@@ -564,28 +566,28 @@ def test_a_file_with_nvidias_call_signature_is_asked_for_its_features(tmp_path):
     ],
 )
 def test_what_is_plainly_no_features_is_refused(tmp_path, net, message):
-    found = load_features(str(scripted(net, tmp_path / "net.pt")))
+    found = features_by_name(str(scripted(net, tmp_path / "net.pt")))
     with pytest.raises(UserError, match=re.escape(message)):
         found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_logits_are_features_like_any_other(tmp_path):
-    found = load_features(str(scripted(Classifier("logits"), tmp_path / "net.pt")))
+    found = features_by_name(str(scripted(Classifier("logits"), tmp_path / "net.pt")))
     found.measure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
     assert (found.title, found.num_features) == ("FD-net", 6)
 
 
 def test_files_of_another_kind_are_told_which_name_to_go_by(tmp_path):
     with pytest.raises(UserError, match=r"no flag return_features in its forward.*by its path alone"):
-        load_features(f"inception:{scripted(Classifier('logits'), tmp_path / 'mine.pt')}")
+        features_by_name(f"inception:{scripted(Classifier('logits'), tmp_path / 'mine.pt')}")
     with pytest.raises(UserError, match="TorchScript without a forward"):
-        load_features(str(scripted(Mute(), tmp_path / "mute.pt")))
+        features_by_name(str(scripted(Mute(), tmp_path / "mute.pt")))
     (tmp_path / "inception.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(UserError, match="is a pickle, which would have to be executed: wanted the same network as TorchScript"):
-        load_features(f"inception:{tmp_path}/inception.pkl")
+        features_by_name(f"inception:{tmp_path}/inception.pkl")
     torch.save({"a": torch.ones(2)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"known network, inception:FILE, dinov2:FILE, clip:FILE; it is a file of torch\.save"):
-        load_features(f"{tmp_path}/weights.pth")
+        features_by_name(f"{tmp_path}/weights.pth")
 
 
 def test_features_are_looked_at_before_the_training(tmp_path):
@@ -599,8 +601,8 @@ def test_features_are_looked_at_before_the_training(tmp_path):
 
 def test_a_kernel_distance_is_called_kid_with_inception_alone():
     one = {"features": "FD-pixels", "fd": 1.0, "kid": 0.5, "nfe": 1, "n": 10}
-    assert "kernel distance 0.5" in evaluate.in_words("student", one)
-    assert "KID 0.5" in evaluate.in_words("student", one | {"features": "FID"})
+    assert "kernel distance 0.5" in evaluate.sentence("student", one)
+    assert "KID 0.5" in evaluate.sentence("student", one | {"features": "FID"})
 
 
 @pytest.mark.parametrize("title", ["FD-pixels", "FD-fid", "FD-inception (not FID's Inception: another sha256)", "CLIP-FID", "FID"])
@@ -616,12 +618,12 @@ def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "URL", url)
     place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
     with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
-        load_features("inception", command="potstill evaluate X")
+        features_by_name("inception", command="potstill evaluate X")
     fake_inception(place)
     with pytest.raises(UserError, match=r"has the sha256 .* wanted f58cb9b6"):
-        load_features("inception")
+        features_by_name("inception")
     monkeypatch.setattr(inception, "SHA256", download.digest(place))
-    assert load_features("inception").title == "FID"
+    assert features_by_name("inception").title == "FID"
 
 
 def test_a_state_dict_is_read_without_unpickling_it(tmp_path):
@@ -644,7 +646,7 @@ def test_libraries_that_are_not_there_are_named(tmp_path, monkeypatch, module):
     torch.save({}, tmp_path / "x.pth")
     name = f"inception:{tmp_path}/x.pth" if module == "torch_fidelity" else f"clip:{tmp_path}/x.pth"
     with pytest.raises(UserError, match="pip install 'potstill"):
-        load_features(name)
+        features_by_name(name)
 
 
 def test_all_known_networks_are_described():
@@ -668,7 +670,7 @@ def test_all_known_networks_are_described():
         (["RUN", "--reference", "REF"], "is of 4 features, FD-pixels has 64"),
         (["RUN", "--reference", "REF", "--save-reference", "x.npz"], "leave --reference out"),
         (["RUN", "--save-reference", "x.txt"], "ending in .npz"),
-        (["RUN", "--save-reference", "REF/x.npz"], "cannot be written"),
+        (["RUN", "--save-reference", "REF/x.npz"], "cannot write"),
         (["RUN", "--save-reference", "FOLDER.npz"], "is a folder"),
         (["RUN", "--best-of", "0"], "at least 1 evaluation"),
         (["RUN", "--seed", str(2**63 - 10), "--n", "20"], "beyond the last seed"),
@@ -691,9 +693,3 @@ def test_a_preset_is_the_teacher_s(run_dir, capsys):
     found = evaluated(capsys, run_dir, "--preset", "imagenet64", "--steps", "1", "--n", "10")
     assert (found["student"]["nfe"], found["teacher"]["nfe"]) == (1, 1)
     assert found["teacher"]["churn"] == [40, 0.05, 50, 1.003] and "churn" not in found["student"]
-
-
-def test_a_kept_reference_can_be_asked_again():
-    a, b = random_images(60, (1, 3, 3)), random_images(60, (1, 3, 3), 1)
-    side = fitted(a.split(7), Pixels())
-    assert distance(side, b.split(11)) == pytest.approx(distance(side, [b]), rel=1e-12)

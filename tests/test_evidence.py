@@ -21,7 +21,8 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.preflight import check_complete
 from potstill.engine.measure.features import Pixels
 from potstill.engine.measure.frechet import frechet
-from potstill.engine.measure.judge import Judge, Thinned, named_features
+from potstill.engine.measure.judge import Judge
+from potstill.engine.measure.named import features_by_names
 from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
@@ -193,17 +194,17 @@ def test_a_judge_says_what_a_plain_distance_says_in_every_features():
 
 def test_thinned_images_are_evenly_taken():
     images = open_images("digits")
-    few = Thinned(images, 10)
+    few = images.thinned(10)
     assert len(few) == 10
     assert few.index.tolist() == [i * 1797 // 10 for i in range(10)]
     np.testing.assert_array_equal(few.read(3), images.read(539))
     assert few.labels[3] == images.labels[539]
-    assert len(Thinned(images, 10**6)) == 1797
+    assert len(images.thinned(10**6)) == 1797
 
 
 def test_a_distance_is_named_after_its_features_and_never_fid(tmp_path):
     traced(torch.nn.Flatten(), torch.zeros(2, 3, 8, 8), tmp_path / "net.pt")
-    assert [f.title for f in named_features(f"FID:{tmp_path}/net.pt,{tmp_path}/net.pt,pixels")] == ["FD-FID", "FD-net", "FD-pixels"]
+    assert [f.title for f in features_by_names(f"FID:{tmp_path}/net.pt,{tmp_path}/net.pt,pixels")] == ["FD-FID", "FD-net", "FD-pixels"]
 
 
 # time to quality

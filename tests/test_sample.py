@@ -177,7 +177,7 @@ def test_seeds_that_are_none(text):
         (["RUN", "--labels", "cat", "--out", "x.png"], "got 'cat'"),
         (["RUN", "--out", "x.jpg"], "ending in .png, .npz or .zip, or a folder, got x.jpg"),
         (["RUN", "--out", "FILE"], "is a file: wanted a folder"),
-        (["RUN", "--out", "FILE/x.png"], "cannot be written"),
+        (["RUN", "--out", "FILE/x.png"], "cannot write"),
         (["RUN/student.safetensors", "--which", "teacher", "--out", "x.png"], "is a student's weight file"),
         (["COLOUR", "--labels", "1", "--out", "x.png"], "knows no classes"),
         (["RUN/broken.safetensors", "--out", "x.png"], "is not a complete safetensors file"),

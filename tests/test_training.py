@@ -14,7 +14,7 @@ from patience import Patience, outlasted, until
 from torch import nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.methods.base import Batch, Method, Turn, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher

@@ -27,7 +27,7 @@ from potstill.engine.diffusion.sampling import ode
 from potstill.engine.diffusion.sigmas import grid_level, karras_at
 from potstill.engine.diffusion.strata import spread
 from potstill.engine.jobs.job import Job
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.score import reference, score
 from potstill.engine.methods.base import integer_at
 from potstill.engine.methods.sfd import SFD, SFDConfig
@@ -150,7 +150,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def sampling_quality(net: Denoiser, plans: dict[float, Plan], images: Any, n: int) -> dict[str, float]:
     """The Fréchet distance of Heun's samples, full and light, from the same noise."""
-    features = load_features("pixels")
+    features = features_by_name("pixels")
     settings = {"n": n, "against": reference(images, features, n=n)}
     variants = {"full": net, **light_teachers(net, plans)}
     return {name: score(one.eval(), ode("heun", 14), images, features, **settings)["fd"] for name, one in variants.items()}

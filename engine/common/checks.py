@@ -1,6 +1,6 @@
-"""What a settings dataclass says of a value that no run can use, in its `__post_init__`: which setting, what it wants, what came.
+"""Checks for the `__post_init__` of a settings dataclass: a BadSetting names the setting, what it wants and what it got.
 
-A dataclass does not know where it stands in the tree of settings. Whoever does (`engine.config.tree.load`) puts the path before the name.
+A dataclass does not know its place in the tree of settings: `engine.config.tree.load` does, and puts the path before the name.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ def finite(cfg: Any) -> None:
 
 
 def at_least(cfg: Any, least: float, *names: str) -> None:
-    """BadSetting where one of these is below `least`; null is left to the setting's meaning of it."""
+    """BadSetting where one of these is below `least`; null always passes."""
     for name in names:
         value = getattr(cfg, name)
         wants(cfg, name, value is None or value >= least, f"at least {least}")
 
 
 def above(cfg: Any, least: float, *names: str) -> None:
-    """BadSetting where one of these is not above `least`; null is left to the setting's meaning of it."""
+    """BadSetting where one of these is not above `least`; null always passes."""
     for name in names:
         value = getattr(cfg, name)
         wants(cfg, name, value is None or value > least, f"more than {least}")
@@ -67,7 +67,7 @@ def one_of(cfg: Any, name: str, known: Collection[str]) -> None:
 
 
 def probability(cfg: Any, *names: str) -> None:
-    """BadSetting for a dropout that is not in [0, 1); null is left to the setting's meaning of it."""
+    """BadSetting for a dropout that is not in [0, 1); null always passes."""
     for name in names:
         value = getattr(cfg, name)
         wants(cfg, name, value is None or 0 <= value < 1, "a probability in [0, 1)")

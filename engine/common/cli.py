@@ -1,4 +1,4 @@
-"""How every command begins and ends: its parser; 0 when done, 2 with one sentence when the user can mend it, else a traceback."""
+"""How every command starts and exits: its parser; code 0 when done, 2 with one sentence for an error that the user can fix."""
 
 import io
 import os

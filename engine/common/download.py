@@ -1,13 +1,12 @@
 """A file from the web, kept in a cache: progress on stderr, resumed where it broke off, its length checked.
 
-An unfinished file lies beside its place as NAME.part, with NAME.part.json saying what it is a part of; the file appears
-under its own name only when it is whole. Nothing is downloaded twice, and a file put there by hand is as good.
+An unfinished file lies beside its place as NAME.part, with the server's mark of that version in NAME.part.version; the file
+appears under its own name only when it is whole. Nothing is downloaded twice, and a file put there by hand is as good.
 """
 
 import contextlib
 import hashlib
 import http.client
-import json
 import os
 import re
 import shutil
@@ -17,8 +16,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -35,19 +35,8 @@ TIMEOUT = 30.0
 CHUNK = 1 << 20
 
 
-class Part(NamedTuple):
-    """What an unfinished file is a part of: the server's mark of that version and its length, where it tells them."""
-
-    version: str | None
-    length: int | None
-
-
 class _Broken(Exception):
-    """The server's answer ended early, or there was none."""
-
-
-class _Changed(Exception):
-    """What is on the server is not what the unfinished file is a part of."""
+    """The server's answer ended early, there was none, or it does not continue the unfinished file."""
 
 
 def is_url(text: str) -> bool:
@@ -71,6 +60,11 @@ def cached_path(url: str) -> Path:
     return cache_folder().joinpath(host, *names)
 
 
+def file_at(where: str, *, command: str) -> Path:
+    """The file at a path, or the one that is fetched from an address."""
+    return fetch(where, command=command) if is_url(where) else Path(where).expanduser()
+
+
 def fetch(url: str, *, command: str, sha256: str | None = None) -> Path:
     """The file at a URL, from the cache or else from the web.
 
@@ -79,18 +73,18 @@ def fetch(url: str, *, command: str, sha256: str | None = None) -> Path:
     """
     path = cached_path(url)
     if not path.is_file():
-        part = path.with_name(path.name + ".part")
+        part, version = (path.with_name(path.name + end) for end in (".part", ".part.version"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab") as file, _alone(file, part):
                 if not path.is_file():  # else another process has just finished it
-                    _download(url, part, file, path, command)
+                    _download(url, file, version, path, command)
                     if fcntl:
                         os.replace(part, path)  # before anybody else gets the lock
             if not path.is_file():  # Windows has no such lock, and moves no file that is open
                 os.replace(part, path)
             part.unlink(missing_ok=True)
-            _about(part).unlink(missing_ok=True)
+            version.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; POTSTILL_CACHE names another folder") from error
     if sha256 and (found := digest(path)) != sha256:
@@ -104,12 +98,12 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(url: str, part: Path, file: BinaryIO, path: Path, command: str) -> None:
+def _download(url: str, file: BinaryIO, version: Path, path: Path, command: str) -> None:
     """Fill the unfinished file, in as many attempts as bring it further."""
     failures, most = 0, file.seek(0, os.SEEK_END)
     while True:
         try:
-            return _attempt(url, part, file)
+            return _attempt(url, file, version)
         except urllib.error.HTTPError as error:
             if error.code not in (408, 429) and error.code < 500:
                 raise UserError(
@@ -117,9 +111,6 @@ def _download(url: str, part: Path, file: BinaryIO, path: Path, command: str) ->
                     f"this again: {command}"
                 ) from error
             reason = f"it answered {error.code} {error.reason}"
-        except _Changed:
-            _empty(file)
-            reason = "it sends something else every time"
         except _Broken as error:
             reason = str(error)
         size = file.seek(0, os.SEEK_END)
@@ -129,14 +120,10 @@ def _download(url: str, part: Path, file: BinaryIO, path: Path, command: str) ->
         time.sleep(PAUSE * 2**failures if failures else 0)
 
 
-def _attempt(url: str, part: Path, file: BinaryIO) -> None:
-    """Ask for what is missing and append it."""
-    start = file.seek(0, os.SEEK_END)
-    known = _read_about(part, url) if start else None
-    if known is None:
-        start = _empty(file)
-    elif start == known.length:
-        return  # it broke off between the last byte and its name
+def _attempt(url: str, file: BinaryIO, version: Path) -> None:
+    """Ask for what is missing and append it; for the whole file where it is not known which version the unfinished one is of."""
+    known = version.read_text(encoding="utf-8") if version.is_file() else ""
+    start = file.seek(0, os.SEEK_END) if known else _emptied(file)
     headers = {"User-Agent": "potstill", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -144,30 +131,43 @@ def _attempt(url: str, part: Path, file: BinaryIO) -> None:
         answer = OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
-        raise _Changed() if error.code == 416 else error from None
+        if error.code != 416:
+            raise error from None
+        if error.headers.get("Content-Range") == f"bytes */{start}" and _version(error.headers) in ("", known):
+            return  # it broke off between the last byte and its name
+        _emptied(file)
+        raise _Broken("it has fewer bytes than before") from error
     except (OSError, http.client.HTTPException) as error:
         raise _Broken(str(getattr(error, "reason", error)) or type(error).__name__) from error
     with answer:
-        if answer.status == 206 and start:
-            now = _partial(answer, start)
-            if known and now != known:
-                raise _Changed()
-        else:  # the whole file, from servers that cannot send parts
-            start, now = _empty(file), Part(_version(answer), _length(answer))
-            _write_about(part, url, now)
-        _room_for(now.length, start, part)
-        _receive(answer, file, start, now.length, url)
+        if answer.status != 206:  # the whole file, also from servers that cannot send parts
+            start = _emptied(file)
+            version.write_text(_version(answer.headers), encoding="utf-8")
+        elif _version(answer.headers) != known or not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            _emptied(file)
+            raise _Broken("it sends something else every time")
+        announced = answer.headers.get("Content-Length", "")
+        _receive(answer, file, start, start + int(announced) if announced.isdecimal() else None, url)
 
 
 def _receive(answer: http.client.HTTPResponse, file: BinaryIO, start: int, length: int | None, url: str) -> None:
-    name = urllib.parse.urlsplit(url).path.rpartition("/")[2]
-    with _bar(name, start, length) as bar:
+    """Append the answer to a file that has `start` bytes and shall have `length`, if that is known."""
+    folder = Path(file.name).parent
+    free, missing = shutil.disk_usage(folder).free, (length or start) - start
+    if missing > free:
+        raise UserError(
+            f"{folder} has {free / 2**20:,.0f} MiB free, wanted {missing / 2**20:,.0f}: make room, or name another folder in POTSTILL_CACHE"
+        )
+    with tqdm(
+        total=length, initial=start, desc=urllib.parse.urlsplit(url).path.rpartition("/")[2], unit="B", unit_scale=True, unit_divisor=1024,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=os.environ.get("RANK", "0") != "0",
+    ) as bar:  # fmt: skip
         while data := _read(answer):
             file.write(data)
             bar.update(len(data))
     file.flush()
     if length is not None and file.tell() > length:
-        _empty(file)
+        _emptied(file)
         raise _Broken(f"it sent more than the {length:,} bytes it had announced")
     if length is not None and file.tell() < length:
         raise _Broken(f"it broke off after {file.tell():,} of {length:,} bytes")
@@ -180,53 +180,15 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
         raise _Broken(str(error) or type(error).__name__) from error
 
 
-def _empty(file: BinaryIO) -> int:
+def _emptied(file: BinaryIO) -> int:
     """0, which is where the file then ends."""
     file.truncate(0)
     return file.seek(0)
 
 
-def _version(answer: http.client.HTTPResponse) -> str | None:
-    return answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-
-
-def _length(answer: http.client.HTTPResponse) -> int | None:
-    text = answer.headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else None
-
-
-def _partial(answer: http.client.HTTPResponse, start: int) -> Part:
-    """What a partial answer is a part of; _Changed if it does not begin where it should."""
-    match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.headers.get("Content-Range", ""))
-    if not match or int(match[1]) != start or int(match[2]) + 1 != int(match[3]):
-        raise _Changed()
-    return Part(_version(answer), int(match[3]))
-
-
-def _about(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _read_about(part: Path, url: str) -> Part | None:
-    """What the unfinished file is a part of; None if that is not known, and it cannot be gone on with."""
-    try:
-        about = json.loads(_about(part).read_text(encoding="utf-8"))
-        return Part(about["version"], about["length"]) if about["url"] == url else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _write_about(part: Path, url: str, version: Part) -> None:
-    _about(part).write_text(json.dumps({"url": url, **version._asdict()}), encoding="utf-8")
-
-
-def _room_for(length: int | None, start: int, part: Path) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if length is not None and length - start > free:
-        raise UserError(
-            f"{part.parent} has {free / 2**20:,.0f} MiB free, wanted {(length - start) / 2**20:,.0f}: make room, or name "
-            "another folder in POTSTILL_CACHE"
-        )
+def _version(headers: Message) -> str:
+    """The server's mark of what it sends, "" where it has none."""
+    return headers.get("ETag") or headers.get("Last-Modified") or ""
 
 
 @contextlib.contextmanager
@@ -238,13 +200,6 @@ def _alone(file: BinaryIO, part: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"another process is downloading {part}: wait until it is done") from error
     yield
-
-
-def _bar(name: str, start: int, length: int | None) -> tqdm:
-    return tqdm(
-        total=length, initial=start, desc=name, unit="B", unit_scale=True, unit_divisor=1024,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=os.environ.get("RANK", "0") != "0",
-    )  # fmt: skip
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):

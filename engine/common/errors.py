@@ -1,6 +1,8 @@
-"""What a user can mend: the commands print it as one sentence and exit with code 2."""
+"""Errors that a user can fix: the commands print them as one sentence and exit with code 2."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -8,8 +10,26 @@ class UserError(ValueError):
     """Says what was wanted, what came, and what to do."""
 
 
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """UserError for what the system has against reading there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """UserError for what the system has against writing there."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def what_it_is(path: Path) -> str:
-    """What lies under a name where another file was wanted, by its first bytes, and what to do: the end of a sentence."""
+    """What a file is, by its first bytes, and what to do about it: the end of a sentence that says which file was wanted."""
     try:
         with path.open("rb") as file:
             start = file.read(512)

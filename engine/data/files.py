@@ -1,6 +1,6 @@
 """Image files in a folder or in a zip: their names in sorted order, and their bytes.
 
-Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read with `read_at`,
+Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read through `OpenFile`,
 which shares no file position, and its directory is kept as a few numbers a file, so a worker process parses nothing.
 """
 
@@ -13,11 +13,11 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from potstill.engine.common.errors import UserError, what_it_is
+from potstill.engine.common.errors import UserError, reading, what_it_is
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 METADATA = "dataset.json"
@@ -89,22 +89,20 @@ class Zip:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with zipfile.ZipFile(path) as archive:
+            with reading(path), zipfile.ZipFile(path) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
                 self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
             ) from error
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
         self.names = sorted(filter(is_image, entries))
         images = [entries[name] for name in self.names]
         self._entries = np.array(
             [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type, e.flag_bits) for e in images],
             np.int64,
         ).reshape(-1, 6)
-        self._open()
+        self._bytes = OpenFile(path)
 
     def head(self, i: int, size: int) -> bytes:
         _, packed, _, _, method, _ = self._entries[i].tolist()
@@ -132,11 +130,11 @@ class Zip:
         offset, _, _, _, method, flags = self._entries[i].tolist()
         if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{self.title(i)} is encrypted or oddly packed, wanted a stored or deflated file")
-        local = read_at(self._fd, 30, offset)
+        local = self._bytes.read(30, offset)
         if len(local) < 30 or local[:4] != b"PK\x03\x04":
             raise UserError(f"{self.title(i)} is not where the zip's directory says: copy or download the zip again")
         name, extra = struct.unpack("<HH", local[26:])
-        return read_at(self._fd, size, offset + 30 + name + extra)
+        return self._bytes.read(size, offset + 30 + name + extra)
 
     def _inflated(self, i: int, data: bytes, limit: int) -> bytes:
         try:
@@ -144,22 +142,20 @@ class Zip:
         except zlib.error as error:
             raise UserError(f"{self.title(i)} is damaged ({error}): copy or download the zip again") from error
 
-    def _open(self) -> None:
-        self._fd = opened_for(self, self.path)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_fd"}
+class OpenFile:
+    """The bytes of a file; a process that it is pickled to opens the file again."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
-        self._open()
+    def __init__(self, path: Path):
+        self.path, self.fd = path, os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows would make line ends of some
+        weakref.finalize(self, os.close, self.fd)
 
+    def __reduce__(self):
+        return OpenFile, (self.path,)
 
-def opened_for(owner: object, path: Path) -> int:
-    """A descriptor to read the bytes of a file with, closed when its owner goes."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows would make line ends of some
-    weakref.finalize(owner, os.close, fd)
-    return fd
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset` on, whoever else is reading."""
+        return read_at(self.fd, size, offset)
 
 
 _reading = threading.Lock()
@@ -172,17 +168,13 @@ def _seek_and_read(fd: int, size: int, offset: int) -> bytes:
         return os.read(fd, size)
 
 
-#: read_at(descriptor, size, offset): at most that many bytes from there on, whoever else is reading.
 read_at = getattr(os, "pread", _seek_and_read)
 
 
 def _start(path: Path, size: int) -> bytes:
     """The first `size` bytes of a file."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(size)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with reading(path), open(path, "rb", buffering=0) as file:
+        return file.read(size)
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, reading
 from potstill.engine.data.labels import Labels, Reader, Say, from_values, usual
 
 PREFIX = "hf:"
@@ -82,10 +82,8 @@ class Encoded:
         cell = self.column[i][self.name]
         if cell is None or (cell.get("bytes") is None and not cell.get("path")):
             raise UserError(f"{self.title(i)} is empty")
-        try:
+        with reading(cell.get("path")):
             return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {cell['path']}: {error.strerror}") from error
 
     def title(self, i: int) -> str:
         return f"image {i} of {self.path}"

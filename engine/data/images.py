@@ -2,19 +2,17 @@
 
     images = open_images("digits")                   # or a zip, a folder, an .npz, "synthetic:64x3x10"
     images.read(7)                                   # uint8 [C, H, W]
-    images.one_hot([7, 8])                           # float32 [2, label_dim], None where there are no labels
+    images.labels                                    # int64 [N], None where there are none
 
 A set that is small once decoded is decoded once (`pixels`); a larger one is read image by image. Pictures of mixed
 sizes are refused with the command that makes them alike (`potstill convert`).
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.arrays import ArraySource
@@ -23,7 +21,6 @@ from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
-Indices = Sequence[int] | np.ndarray | Tensor
 
 
 def open_images(path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True) -> "Images":
@@ -106,25 +103,6 @@ class Images:
             pixels[i] = image
         return pixels
 
-    def batches(self, size: int = 256) -> Iterator[Tensor]:
-        """All of them in order: uint8 [n, C, H, W], n = `size` except for the last."""
-        waiting: list[np.ndarray] = []
-        for image in in_order(self.read, len(self), f"reading {self.name}"):
-            waiting.append(image)
-            if len(waiting) == size:
-                yield torch.from_numpy(np.stack(waiting))
-                waiting.clear()
-        if waiting:
-            yield torch.from_numpy(np.stack(waiting))
-
-    def one_hot(self, indices: Indices) -> Tensor | None:
-        """Labels of these images, float32 [n, label_dim]; None where there are none."""
-        if self.labels is None:
-            return None
-        rows = torch.zeros(len(indices), self.label_dim)
-        labels = torch.from_numpy(self.labels[np.asarray(indices, np.int64)])
-        return rows.scatter_(1, labels[:, None], 1.0)
-
     def subset(self, classes: Sequence[int]) -> "Images":
         """Only the images of these classes. Labels and the width of one-hot rows stay as they are."""
         if self.labels is None:
@@ -132,14 +110,18 @@ class Images:
         keep = np.flatnonzero(np.isin(self.labels, classes))
         if not len(keep):
             raise UserError(f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}")
-        part = Images(
-            self.source,
-            self.header,
-            self.index[keep],
-            labels=self.labels[keep],
-            label_dim=self.label_dim,
-            classes=self.classes,
-        )
+        return self._part(keep)
+
+    def thinned(self, most: int) -> "Images":
+        """At most `most` of them, evenly taken from all."""
+        n = min(most, len(self))
+        part = self._part(np.arange(n) * len(self) // n)
+        part.name = f"{n:,} of {self.name}"
+        return part
+
+    def _part(self, keep: np.ndarray) -> "Images":
+        labels = None if self.labels is None else self.labels[keep]
+        part = Images(self.source, self.header, self.index[keep], labels=labels, label_dim=self.label_dim, classes=self.classes)
         part._pixels = None if self._pixels is None else self._pixels[keep]
         return part
 

@@ -1,6 +1,6 @@
 """Class labels: one number an image, from EDM's dataset.json, from the sub-folder it lies in, or from a column beside it.
 
-Labels that are there are used or refused; what is passed over because it may be no label is told. `say` takes such a note.
+Labels are used or refused, never silently ignored: `say` takes a note on files and columns that may hold labels and are not read.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""An endless, shuffled stream of batches whose step s depends on (seed, s) and on nothing else: it resumes by itself.
+"""An endless, shuffled stream of batches. Step s depends on (seed, s) and on nothing else, so a run resumes without saved state.
 
 The images of an epoch are permuted by a generator seeded with (seed, epoch); step s takes the positions
 s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image comes exactly once an epoch.
@@ -7,7 +7,8 @@ s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image co
 import os
 import signal
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class Order:
 class Stream:
     """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
 
-    batch: images of the global batch; window: this process's part of it, every so many-th image at will (all by default). flips: mirror half of them.
+    batch: images of the global batch. window: the slice of it that this process takes (by default all). flips: mirror half of them.
     A set of at most `memory` bytes is decoded once and lies on the device; batches are gathered there. From a larger
     one `workers` processes read the coming steps ahead (0: this process reads; None: as many as have a core).
     """
@@ -81,12 +82,12 @@ class Stream:
             raise ValueError(f"wanted a seed of at least 0, got {seed}")
         self.images, self.batch, self.window = images, batch, slice(start, stop, stride)
         self.device = torch.device(device)
-        options = _Options(batch, seed, flips, self.window)
-        self._order = Order(len(images), **options._asdict(), device=self.device)
+        order = partial(Order, len(images), batch=batch, seed=seed, flips=flips, window=self.window)
+        self._order = order(device=self.device)
         self._labels = None if images.labels is None else torch.from_numpy(images.labels).to(self.device)
         pixels = images.pixels(memory)
         self._pixels = None if pixels is None else torch.from_numpy(pixels).to(self.device)
-        self._reader = None if self._pixels is not None else _Reader(images, options, workers, self.device)
+        self._reader = None if self._pixels is not None else _Reader(images, order(device=torch.device("cpu")), workers, self.device)
         self._ahead = _Ahead(self._reader.at, self.device) if self._reader and self.device.type == "cuda" else None
 
     def at(self, step: int) -> tuple[Tensor, Tensor | None]:
@@ -99,10 +100,6 @@ class Stream:
             uint8 = self._ahead.at(step) if self._ahead else self._reader.at(step).to(self.device)
         uint8 = torch.where(mirrored[:, None, None, None], uint8.flip(3), uint8)
         return uint8.float().div_(127.5).sub_(1), self._one_hot(indices)
-
-    def labels_at(self, step: int) -> Tensor | None:
-        """The labels of `at(step)` without reading an image."""
-        return self._one_hot(self._order.at(step)[0])
 
     def _one_hot(self, indices: Tensor) -> Tensor | None:
         if self._labels is None:
@@ -172,18 +169,11 @@ class _Ahead:
         self.buffers, self.next = {}, (-1, None, None)
 
 
-class _Options(NamedTuple):
-    batch: int
-    seed: int
-    flips: bool
-    window: slice
-
-
 class _Reader:
     """Reads the images of coming steps in worker processes, one step a worker at a time."""
 
-    def __init__(self, images: Images, options: _Options, workers: int | None, device: torch.device):
-        self.steps = _Steps(images, options)
+    def __init__(self, images: Images, order: Order, workers: int | None, device: torch.device):
+        self.steps = _Steps(images, order)
         self.workers = max(1, min(8, cores() - 1)) if workers is None else workers
         self.pin = device.type == "cuda"
         self.next, self.batches = -1, None
@@ -218,9 +208,8 @@ class _Reader:
 class _Steps(Dataset):
     """Item s is the window of step s; an error travels as a value, so that it arrives as the one sentence it is."""
 
-    def __init__(self, images: Images, options: _Options):
-        self.images = images
-        self.order = Order(len(images), **options._asdict(), device=torch.device("cpu"))
+    def __init__(self, images: Images, order: Order):
+        self.images, self.order = images, order
 
     def __getitem__(self, step: int) -> Tensor | UserError:
         try:

@@ -39,15 +39,15 @@ def open_source(path: str | Path, *, labelled: bool = True) -> Source:
     labelled=False ignores labels, readable or not, and says so where there are none. UserError if there are no pictures, or
     labels that are no classes.
     """
-    source, read_labels = _opened(str(path))
+    source, read_labels = _open(str(path))
     if labelled:
         source.labels = read_labels(note)
-    elif not _there(read_labels):
+    elif not _has_labels(read_labels):
         note(f"{source.path} has no labels that could be ignored: unlabelled changes nothing")
     return source
 
 
-def _opened(text: str) -> tuple[Source, Reader]:
+def _open(text: str) -> tuple[Source, Reader]:
     """Pictures, and how to read their labels."""
     if text == "digits":
         return arrays.digits()
@@ -71,7 +71,7 @@ def _opened(text: str) -> tuple[Source, Reader]:
     return FileSource(files), lambda say: file_labels(files, say)
 
 
-def _there(read_labels: Reader) -> bool:
+def _has_labels(read_labels: Reader) -> bool:
     """Are there labels, even if they cannot be read?"""
     try:
         return read_labels(lambda text: None) is not None
@@ -80,7 +80,7 @@ def _there(read_labels: Reader) -> bool:
 
 
 def is_there(path: str) -> bool:
-    """Is there something at a source's name, as far as can be told without opening it?"""
+    """Does a source of this name exist? It is not opened."""
     if path == "digits" or path.startswith(("synthetic:", hugging_face.PREFIX)):
         return True
     return bool(shards_of(path)) if path.endswith(".tar") else os.path.exists(Path(path).expanduser())

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from potstill.engine.common.errors import UserError
-from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, is_hidden, opened_for, read_at
+from potstill.engine.common.errors import UserError, reading
+from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, OpenFile, is_hidden
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
@@ -63,7 +63,7 @@ def read_tars(text: str) -> tuple["Tars", Reader]:
     if wanted and len(shards) < int(wanted[3]) + 1 - int(wanted[2]) and "*" not in text:
         raise UserError(f"only {len(shards)} of the shards {text} are there: get the others, or shorten the range")
     columns = _columns(shards)
-    images, others = _parted(columns, text)
+    images, others = _images_and_columns(columns, text)
     tars = Tars(Path(text), shards, images)
     return tars, lambda say: _labels(tars, list(images), others, say)
 
@@ -84,7 +84,7 @@ def _columns(shards: list[Path]) -> dict[str, Column]:
     return columns
 
 
-def _parted(columns: dict[str, Column], text: str) -> tuple[Column, dict[str, Column]]:
+def _images_and_columns(columns: dict[str, Column], text: str) -> tuple[Column, dict[str, Column]]:
     """The images by their samples, and the other columns. KEY.seg.png is no image of its own: its sample has KEY.png."""
     images: Column = {}
     for kind in [kind for kind in columns if f".{kind}" in SUFFIXES]:
@@ -160,15 +160,15 @@ class Tars:
         self.path, self.shards = path, shards
         self.names = [f"{shards[key.shard].name}/{place.name}" for key, place in images.items()]
         self._places = np.array([(key.shard, place.offset, place.size) for key, place in images.items()], np.int64)
-        self._open()
+        self._bytes = [OpenFile(shard) for shard in shards]
 
     def text(self, key: Key, place: Place) -> bytes:
         """The start of a small file."""
-        return read_at(self._fds[key.shard], min(place.size, LONGEST), place.offset)
+        return self._bytes[key.shard].read(min(place.size, LONGEST), place.offset)
 
     def head(self, i: int, size: int) -> bytes:
         shard, offset, length = self._places[i].tolist()
-        return read_at(self._fds[shard], min(size, length), offset)
+        return self._bytes[shard].read(min(size, length), offset)
 
     def read(self, i: int) -> bytes:
         length = int(self._places[i, 2])
@@ -182,21 +182,11 @@ class Tars:
     def title(self, i: int) -> str:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
 
-    def _open(self) -> None:
-        self._fds = [opened_for(self, shard) for shard in self.shards]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_fds"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
-        self._open()
-
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
     """The plain files in a tar, in their order."""
     try:
-        with tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
+        with reading(shard), tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
             members = list(tar)
             file.seek(max((-(-(m.offset_data + m.size) // 512) * 512 for m in members if m.isreg()), default=0))
             if not members or file.read(512) != bytes(512):  # tarfile passes over an end that is missing
@@ -204,5 +194,3 @@ def _members(shard: Path) -> list[tarfile.TarInfo]:
             return [member for member in members if member.isreg()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} is no complete, uncompressed tar ({error}): copy or download it again") from error
-    except OSError as error:
-        raise UserError(f"cannot read {shard}: {error.strerror}") from error

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from potstill.engine.common.versions import versions_of
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
 UNKNOWN = (
@@ -91,7 +92,7 @@ def _number(value: float) -> str:
 
 def _made(about: About) -> str:
     summary, metadata = about.summary, about.metadata
-    versions = {"potstill": potstill_version(), **(summary.get("versions") or {})}
+    versions = {"potstill": "unknown"} | versions_of("potstill") | (summary.get("versions") or {})  # unknown: a checkout, not installed
     seconds, seen = summary.get("seconds") or {}, summary.get("images_seen") or {}
     sampler = metadata.get("sampler") or {}
     facts = {
@@ -113,10 +114,3 @@ def _made(about: About) -> str:
 def _sampling(sampler: dict[str, Any]) -> str:
     levels = ", ".join(f"{sigma:.4g}" for sigma in sampler.get("sigmas", []))
     return f"{sampler.get('solver', '?')}, noise levels {levels}" + (", first step without the net" if sampler.get("afs") else "")
-
-
-def potstill_version() -> str:
-    try:
-        return version("potstill")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"

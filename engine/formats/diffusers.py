@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import save_tensors
+from potstill.engine.common.writing import save_tensors
 from potstill.engine.nets.denoiser import Denoiser
 
 FILES = Path(__file__).parent / "standalone"

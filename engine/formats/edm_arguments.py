@@ -50,7 +50,7 @@ def is_whole(value: Any, low: int, high: int) -> TypeGuard[float]:
 
 
 def check_class(own: str, named: str, like: Path) -> None:
-    """Unreadable where a file names another class than --like does: neither may win in silence."""
+    """Unreadable where a file and --like name different classes."""
     if own != named:
         raise Unreadable(f"holds a net of the class {shown(own)}, and --like {like} is one of {named}: leave --like out")
 

@@ -61,7 +61,7 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
         if nets and is_student(chosen := nets[name := _chosen(path, nets, net)]):
             return _student(path, name, chosen, named, like)
         if nets:
-            described = _agreed(chosen, named, like)
+            described = _description_of(chosen, named, like)
             weights = weights_of(chosen)
         else:
             (name, weights), described = _checkpoint(path, content, net), named
@@ -70,7 +70,7 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
                 f"{path} holds weights and does not say of which net: add --like TEACHER.safetensors, a converted net "
                 "of the same architecture"
             )
-        return _fitted(path, name, *described, weights)
+        return _build(path, name, *described, weights)
     except Unreadable as error:
         raise UserError(f"{path} {error}") from error
 
@@ -82,12 +82,12 @@ def _student(path: Path, name: str, net: Inert, named: Description | None, like:
     if named is not None and like is not None:
         check_class(precond, named[0], like)
         check_arguments(precond, found.kwargs, named[1], like)
-    fitted = _fitted(path, name, precond, found.kwargs, found.weights)
+    fitted = _build(path, name, precond, found.kwargs, found.weights)
     check_layers(fitted.net, net)
     return fitted._replace(notes=[*found.notes, *fitted.notes], sampler=found.sampler)
 
 
-def _agreed(net: Persistent, named: Description | None, like: Path | None) -> Description:
+def _description_of(net: Persistent, named: Description | None, like: Path | None) -> Description:
     """What the file says about its net. --like may fill what it leaves out, and contradict nothing."""
     if named is not None and like is not None:
         check_class(net.title, named[0], like)
@@ -244,7 +244,7 @@ def _check_constants(net: Denoiser) -> None:
             raise Unreadable(f"stores another {name} than its net's arguments make: they are another net's")
 
 
-def _fitted(path: Path, name: str, precond: str, kwargs: dict[str, Any], weights: Weights) -> Found:
+def _build(path: Path, name: str, precond: str, kwargs: dict[str, Any], weights: Weights) -> Found:
     """The net of that description with these weights, all of which and no others it must want."""
     notes = []
     if extra := [key for key in weights if UNUSED.fullmatch(key)]:

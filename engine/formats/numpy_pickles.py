@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, reading
 from potstill.engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8
@@ -83,8 +83,8 @@ NUMPY_NAMES = {title: Name(title, call) for title, call in NUMPY_CALLS.items()} 
 
 
 def open_mapped(path: Path) -> memoryview:
-    """The bytes of a file, read as they are looked at. Raises OSError."""
-    with path.open("rb") as file:
+    """The bytes of a file, read as they are looked at. Raises UserError."""
+    with reading(path), path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b"")
 
 
@@ -96,14 +96,12 @@ def read_arrays(path: Path) -> Any:
             raise Unreadable(f"asks for {title}, which no numbers need: refused, and nothing in the file was executed")
         return NUMPY_NAMES[title]
 
+    data = open_mapped(path)
     try:
-        data = open_mapped(path)
         content, end = read_pickle(data, 0, named, Budget(len(data)))
         if end != len(data):
             raise Unreadable(f"has {len(data) - end:,} bytes after the end of its pickle")
         return _plain(content)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Unreadable as error:
         raise UserError(f"{path} {error}; wanted a pickle of numpy arrays and numbers") from error
 

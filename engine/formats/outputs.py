@@ -1,35 +1,24 @@
-"""Where images go as they are made: a grid, a folder of PNGs, an .npz or EDM's dataset zip, never all held in memory.
+"""Files that take images as they are made: a grid, a folder of PNGs, an .npz or EDM's dataset zip.
 
-Only a grid keeps them, as the picture that it is. Every file is written beside its place and moved there when it is whole.
+Only a grid holds all images in memory. Every file is written beside its place and moved there when it is whole.
 """
 
-import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from potstill.engine.common.errors import UserError
-from potstill.engine.common.places import check_writable
+from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.writing import check_writable, whole
 from potstill.engine.formats.images import DatasetZip, png
 from potstill.engine.formats.pictures import default_columns, grid, save_png
 
 MOST_COLUMNS = 40  # with more classes than this a grid is square
 KINDS = (".png", ".npz", ".zip")
 
-
-class Output(Protocol):
-    def add(self, images: np.ndarray) -> None:
-        """The next images, uint8 [n, C, H, W]."""
-        ...
-
-    def close(self, *, finished: bool) -> None:
-        """Put the file in its place, or leave nothing behind."""
-        ...
+Add = Callable[[np.ndarray], None]  # takes the next images, uint8 [n, C, H, W]
 
 
 def out_kind(out: Path) -> str:
@@ -44,106 +33,70 @@ def out_kind(out: Path) -> str:
 
 
 @contextmanager
-def open_output(out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None) -> Iterator[Output]:
-    """For len(seeds) images; what is there is replaced. UserError where the place cannot be written after all."""
-    output = None
-    try:
+def open_output(out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None) -> Iterator[Add]:
+    """What takes the next images, for len(seeds) of them; what is there is replaced. UserError where it cannot be written after all."""
+    with writing(out):
         (out if kind == "folder" else out.parent).mkdir(parents=True, exist_ok=True)
-        output = _opened(out, kind, labels, seeds, columns)
-        yield output
-        output.close(finished=True)
-        output = None
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        if output:
-            output.close(finished=False)
-
-
-def _opened(out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None) -> Output:
-    if kind == "png":
-        return GridFile(out, columns or columns_for(labels, len(seeds)))
-    if kind == "npz":
-        return NpzFile(out, labels, seeds)
-    return ZipFile(out, labels) if kind == "zip" else PngFolder(out, seeds)
-
-
-class GridFile:
-    def __init__(self, out: Path, columns: int):
-        self.out, self.columns, self.images = out, columns, []
-
-    def add(self, images: np.ndarray) -> None:
-        self.images.append(images)
-
-    def close(self, *, finished: bool) -> None:
-        if finished:
-            save_png(grid(np.concatenate(self.images), self.columns), self.out)
-
-
-class PngFolder:
-    """One <seed>.png per image; those made before a failure stay."""
-
-    def __init__(self, out: Path, seeds: Sequence[int]):
-        self.out, self.seeds, self.done = out, seeds, 0
-
-    def add(self, images: np.ndarray) -> None:
-        for image in images:
-            save_png(grid(image[None], 1, scale=1), self.out / f"{self.seeds[self.done]:06d}.png")
-            self.done += 1
-
-    def close(self, *, finished: bool) -> None:
-        pass
-
-
-class NpzFile:
-    """images [N, H, W, C] uint8, seeds [N] and, for a conditional net, labels [N]: what --data reads."""
-
-    def __init__(self, out: Path, labels: np.ndarray | None, seeds: Sequence[int]):
-        self.out, self.labels, self.seeds = out, labels, np.array(seeds)
-        self.part = out.with_name(out.name + ".part")
-        self.zip = zipfile.ZipFile(self.part, "w", zipfile.ZIP_DEFLATED)
-        self.member = None
-
-    def add(self, images: np.ndarray) -> None:
-        if self.member is None:
-            _, c, h, w = images.shape
-            self.member = self.zip.open("images.npy", "w", force_zip64=True)
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.seeds), h, w, c)}
-            np.lib.format.write_array_header_1_0(self.member, header)
-        self.member.write(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).data)
-
-    def close(self, *, finished: bool) -> None:
-        if self.member is not None:
-            self.member.close()
-        if finished:
-            arrays = {"seeds": self.seeds} | ({} if self.labels is None else {"labels": self.labels})
-            for name, array in arrays.items():
-                with self.zip.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-        self.zip.close()
-        if finished:
-            os.replace(self.part, self.out)
-        self.part.unlink(missing_ok=True)
-
-
-class ZipFile:
-    """EDM's dataset zip, in the order of the seeds."""
-
-    def __init__(self, out: Path, labels: np.ndarray | None):
-        self.labels, self.done = labels, 0
-        self.zip = DatasetZip(out, overwrite=True).__enter__()
-
-    def add(self, images: np.ndarray) -> None:
-        for image in images:
-            picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
-            self.zip.add(png(picture), None if self.labels is None else int(self.labels[self.done]))
-            self.done += 1
-
-    def close(self, *, finished: bool) -> None:
-        if finished:
-            self.zip.__exit__(None, None, None)
+        if kind == "png":
+            opened = _grid_file(out, columns or columns_for(labels, len(seeds)))
+        elif kind == "npz":
+            opened = _npz_file(out, labels, seeds)
         else:
-            self.zip.__exit__(UserError, None, None)
+            opened = _edm_zip(out, labels) if kind == "zip" else _png_folder(out, seeds)
+        with opened as add:
+            yield add
+
+
+@contextmanager
+def _grid_file(out: Path, columns: int) -> Iterator[Add]:
+    images: list[np.ndarray] = []
+    yield images.append
+    save_png(grid(np.concatenate(images), columns), out)
+
+
+@contextmanager
+def _png_folder(out: Path, seeds: Sequence[int]) -> Iterator[Add]:
+    """One <seed>.png per image; those made before a failure stay."""
+    waiting = iter(seeds)
+
+    def add(images: np.ndarray) -> None:
+        for image in images:
+            save_png(grid(image[None], 1, scale=1), out / f"{next(waiting):06d}.png")
+
+    yield add
+
+
+@contextmanager
+def _npz_file(out: Path, labels: np.ndarray | None, seeds: Sequence[int]) -> Iterator[Add]:
+    """images [N, H, W, C] uint8, seeds [N] and, for a conditional net, labels [N]: what --data reads."""
+    with whole(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            shape: tuple[int, ...] = ()
+
+            def add(images: np.ndarray) -> None:
+                nonlocal shape
+                if not shape:
+                    shape = (len(seeds), *images.shape[2:], images.shape[1])
+                    np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                member.write(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).data)
+
+            yield add
+        for name, array in ({"seeds": np.array(seeds)} | ({} if labels is None else {"labels": labels})).items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+@contextmanager
+def _edm_zip(out: Path, labels: np.ndarray | None) -> Iterator[Add]:
+    """EDM's dataset zip, in the order of the seeds."""
+    waiting = None if labels is None else iter(labels)
+    with DatasetZip(out, overwrite=True) as archive:
+
+        def add(images: np.ndarray) -> None:
+            for image in images:
+                archive.add(png(grid(image[None], 1, scale=1)), None if waiting is None else int(next(waiting)))
+
+        yield add
 
 
 def columns_for(labels: np.ndarray | None, n: int) -> int:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 
 CELL = 48  # smallest side of a picture in a grid, in screen pixels
 LINE = 2  # between the pictures of a grid

@@ -55,7 +55,7 @@ def student(net: Inert, weights: Weights) -> Student:
         raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted SFD's {PRECOND}")
     sampler = sampler_of(net)
     kwargs = {name: argument(name, net.state[name]) for name in NET if name in net.state}
-    kwargs |= {name: argument(name, value) for name, value in read_off(net, weights).items()}
+    kwargs |= {name: argument(name, value) for name, value in unet_arguments(net, weights).items()}
     if sampler.step_condition is None:
         kept = {name: tensor for name, tensor in weights.items() if not STEPS.search(name)}
         note = "left out the step condition, which is neither trained nor used (use_step_condition is false)"
@@ -104,7 +104,7 @@ def sampler_of(net: Inert) -> Sampler:
     return Sampler("euler", levels.tolist(), afs=afs, step_condition=n if knows else None, rho=None if rho is None else float(rho))
 
 
-def read_off(net: Inert, weights: Weights) -> dict[str, Any]:
+def unet_arguments(net: Inert, weights: Weights) -> dict[str, Any]:
     """The keyword arguments of the U-Net, from the shapes and names of its layers."""
     model = part(net, "model")
     kind = model.title.removeprefix(SFD_MODULE)

@@ -162,10 +162,7 @@ def read_file(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"no file at {path}")
-    try:
-        data = open_mapped(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    data = open_mapped(path)
     try:
         return _archive(data, path) if data[:4] == b"PK\x03\x04" else _pickle(data)
     except Unreadable as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, differences, to_yaml
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.

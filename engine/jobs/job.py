@@ -20,7 +20,7 @@ from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.folder import check_folder, prepare, write_atomically
 from potstill.engine.jobs.planned import plan, taught_sampler
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import load_features
+from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.report import write_report
 from potstill.engine.measure.score import Reference, reference, score
 from potstill.engine.methods.base import Method
@@ -307,7 +307,7 @@ class Job:
 
     @cached_property
     def features(self) -> Features:
-        return load_features(self.cfg.eval.features).to(self.device)
+        return features_by_name(self.cfg.eval.features).to(self.device)
 
     @cached_property
     def _score_settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build
 from potstill.engine.measure import inception
-from potstill.engine.measure.named import check_features
+from potstill.engine.measure.named import check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.router import student_folder
@@ -42,7 +42,7 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
     build.precision(cfg.precision, device)
     build.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
     if cfg.data.path and not cfg.rehearse:
-        check_features(cfg.eval.features)
+        check_features_name(cfg.eval.features)
 
 
 def stages(cfg: Config) -> Iterator[tuple[str, TrainConfig]]:

@@ -27,6 +27,7 @@ class Features(nn.Module):
     """
 
     title: str
+    wants_rgb = True  # grey images are repeated to RGB, others refused
     sha256: str | None = None
     edm2: str | None = None
     num_features: int = 0  # 0 until `measure` has seen an image
@@ -34,6 +35,8 @@ class Features(nn.Module):
 
     def measure(self, images: Tensor) -> None:
         """Learn num_features from the first of some images; UserError where the features do not fit them."""
+        if self.wants_rgb and images.shape[1] not in (1, 3):
+            raise UserError(f"{self.title} wants grey or RGB images, got {images.shape[1]} channels")
         found = self(images[:1])
         if found.ndim != 2 or len(found) != 1:
             raise UserError(f"{self.title} wants to be a map [N, C, H, W] -> [N, D], got {list(found.shape)} for one image")
@@ -45,6 +48,7 @@ class Pixels(Features):
     distance wants the eigenvalues of a D x D matrix: a second for 768 numbers, a minute for 3,072, an hour for 12,288."""
 
     title = "FD-pixels"
+    wants_rgb = False
     most = 16
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,8 +84,6 @@ class Scripted(Features):
         return found.double()
 
     def measure(self, images: Tensor) -> None:
-        if images.shape[1] not in (1, 3):
-            raise UserError(f"{self.title} wants grey or RGB images, got {images.shape[1]} channels")
         try:
             super().measure(images)
             self._check(images)

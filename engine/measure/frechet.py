@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.shards import ALONE, Shards
+from potstill.engine.training.ranks import ALONE, Ranks
 
 
 class Gaussian(NamedTuple):
@@ -38,11 +38,11 @@ class Moments:
         self.sum += features.sum(0)
         self.products.addmm_(features.T, features)
 
-    def merge(self, shards: Shards) -> None:
+    def merge(self, ranks: Ranks) -> None:
         """Make them the sums over all processes."""
         n = self.sum.new_tensor(self.n)
         for tensor in (n, self.sum, self.products):
-            shards.sum_(tensor)
+            ranks.total(tensor)
         self.n = int(n)
 
     def gaussian(self, kind: str) -> Gaussian:
@@ -52,13 +52,6 @@ class Moments:
         mu = self.sum / self.n
         sigma = (self.products - self.n * torch.outer(mu, mu)) / (self.n - 1)
         return Gaussian(mu.cpu(), sigma.cpu())
-
-
-class Fitted(NamedTuple):
-    """One side of a distance, kept: it can be compared with any number of others."""
-
-    gaussian: Gaussian
-    features: Features
 
 
 def squared_distance(a: Gaussian, b: Gaussian) -> float:
@@ -77,21 +70,11 @@ def _root(covariance: Tensor) -> Tensor:
 
 def frechet(real_batches: Iterable[Tensor], fake_batches: Iterable[Tensor], features: Features) -> float:
     """Distance between two streams of uint8 images [n, C, H, W]. UserError for fewer than two on either side."""
-    return distance(fitted(real_batches, features), fake_batches)
-
-
-def fitted(batches: Iterable[Tensor], features: Features, kind: str = "real") -> Fitted:
-    """The Gaussian of a stream of uint8 images."""
-    return Fitted(moments(batches, features).gaussian(kind), features)
-
-
-def distance(side: Fitted, fake_batches: Iterable[Tensor]) -> float:
-    """Distance of a stream of uint8 images [n, C, H, W] from `side`."""
-    return squared_distance(side.gaussian, fitted(fake_batches, side.features, "generated").gaussian)
+    return squared_distance(moments(real_batches, features).gaussian("real"), moments(fake_batches, features).gaussian("generated"))
 
 
 @torch.no_grad()
-def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor] | None = None, shards: Shards = ALONE) -> Moments:
+def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor] | None = None, ranks: Ranks = ALONE) -> Moments:
     """The sums over a stream of uint8 images, all processes' together; `kept` collects this one's features, [n, D] each.
 
     A process that may be left without images has measured the features before.
@@ -106,5 +89,5 @@ def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor]
         if kept is not None:
             kept.append(seen)
     found = found or Moments(features.num_features, features.device)
-    found.merge(shards)
+    found.merge(ranks)
     return found

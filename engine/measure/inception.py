@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from potstill.engine.common.download import cached_path, digest, fetch, is_url
+from potstill.engine.common.download import cached_path, digest, fetch, file_at
 from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.measure.features import Features, Scripted, rgb
 
@@ -30,10 +30,7 @@ NUM_FEATURES = 2048
 
 def load_inception(where: str, command: str) -> Features:
     """From a file or an address; "": NVIDIA's file, from the cache or downloaded, and only if its sha256 is right."""
-    if not where or where == URL:
-        path = _downloaded(command)
-    else:
-        path = fetch(where, command=command) if is_url(where) else Path(where)
+    path = _downloaded(command) if where in ("", URL) else file_at(where, command=command)
     if path.suffix != ".pth" and what_it_is(path) == "it is a pickle":
         raise UserError(f"{path} is a pickle, which would have to be executed: wanted the same network as TorchScript, {URL}")
     return FidelityInception(path) if path.suffix == ".pth" else ScriptedInception(path)
@@ -99,8 +96,6 @@ class FidelityInception(Features):
         return self.net(rgb(images))[0].double()
 
     def measure(self, images: Tensor) -> None:
-        if images.shape[1] not in (1, 3):
-            raise UserError(f"{self.title} wants grey or RGB images, got {images.shape[1]} channels")
         super().measure(images)
         check_width(self)
 

@@ -4,17 +4,14 @@ A net's images are made once and shown to all features. Beside every distance st
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from potstill.engine.common.errors import UserError
+from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.measure.features import KINDS, Features
+from potstill.engine.measure.features import Features
 from potstill.engine.measure.frechet import moments, squared_distance
-from potstill.engine.measure.named import load_features
-from potstill.engine.measure.score import Device, Images, check_fit, labels_for, reference
+from potstill.engine.measure.score import Device, check_fit, reference
+from potstill.engine.models.classes import labels_for
 from potstill.engine.models.generate import generate
 
 
@@ -45,38 +42,3 @@ class Judge:
         shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
         fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
         return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}
-
-
-class Thinned:
-    """At most `most` of some images, evenly taken from all of them."""
-
-    def __init__(self, images: Images, most: int):
-        self.index = np.arange(min(most, len(images))) * len(images) // min(most, len(images))
-        self._all, self.name = images, f"{len(self.index):,} of {images.name}"
-        self.resolution, self.channels, self.label_dim = images.resolution, images.channels, images.label_dim
-        self.labels = None if images.labels is None else images.labels[self.index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, i: int) -> np.ndarray:
-        return self._all.read(int(self.index[i]))
-
-
-def named_features(text: str) -> list[Features]:
-    """Features by name, as in engine.measure.features, or NAME:FILE, several with commas between them.
-
-    A distance in the features of NAME:FILE is called FD-NAME; NAME is none of the known networks, as inception and dinov2 are.
-    """
-    found = []
-    for part in text.split(","):
-        name, colon, file = part.partition(":")
-        if colon and name not in KINDS and not Path(part).is_file():
-            one = load_features(file)
-            one.title = f"FD-{name}"
-        else:
-            one = load_features(part)
-        found.append(one)
-    if len({one.title for one in found}) < len(found):
-        raise UserError(f"features wants different names, got {', '.join(one.title for one in found)}: write NAME:FILE")
-    return found

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("agg")  # a file is all that is wanted, also where there is no display
 from matplotlib import pyplot as plt
 
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 
 AXES = {"seconds": "seconds of training", "images": "thousand images"}
 SCALE = {"seconds": 1.0, "images": 1e-3}

@@ -3,13 +3,13 @@
 import hashlib
 import platform
 from collections.abc import Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 
-from potstill.engine.measure.shards import Shards
+from potstill.engine.common.versions import versions_of
+from potstill.engine.measure.shares import gathered
+from potstill.engine.training.ranks import Ranks
 
 PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity")
 
@@ -23,24 +23,12 @@ class Fingerprint:
     def add(self, images: Sequence[np.ndarray]) -> None:
         self.digests += [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
 
-    def of_all(self, shards: Shards, total: int, batch: int, device: torch.device) -> str:
+    def of_all(self, ranks: Ranks, total: int, batch: int, device: torch.device) -> str:
         """In hexadecimal, of all processes' images."""
         mine = torch.tensor([list(d) for d in self.digests], dtype=torch.uint8, device=device).reshape(-1, 32)
-        whole = shards.gathered(mine, total, batch)
-        return hashlib.sha256(whole.cpu().numpy().tobytes()).hexdigest()
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        return hashlib.sha256(gathered(ranks, mine, total, batch).cpu().numpy().tobytes()).hexdigest()
 
 
 def tools() -> dict[str, str]:
     """Versions of what took part, as far as it is installed."""
-    return dict(_versions())
+    return {"python": platform.python_version()} | versions_of(*PACKAGES)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.common.whole import whole
+from potstill.engine.common.errors import UserError, reading, what_it_is, writing
+from potstill.engine.common.writing import whole
 from potstill.engine.formats.numpy_pickles import read_arrays
 from potstill.engine.formats.pickles import shown
 from potstill.engine.measure.frechet import Gaussian
@@ -31,12 +31,9 @@ def read_reference(path: Path, entry: str | None = None) -> Gaussian:
 
     UserError for all but two float arrays that are a mean and a covariance.
     """
-    try:
-        with path.open("rb") as file:
-            pickled = file.read(1) == b"\x80"
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    arrays = _entry(path, read_arrays(path), entry) if pickled else _archived(path)
+    with reading(path), path.open("rb") as file:
+        pickled = file.read(1) == b"\x80"
+    arrays = _pickle_arrays(path, read_arrays(path), entry) if pickled else _npz_arrays(path)
     found = {name: arrays[name] for name in ("mu", "sigma") if isinstance(arrays.get(name), np.ndarray)}
     if len(found) < 2:
         raise UserError(
@@ -64,7 +61,7 @@ def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Gaussian:
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
-def _archived(path: Path) -> dict[str, np.ndarray]:
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """mu and sigma of an .npz, as far as they are there."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -77,7 +74,7 @@ def _archived(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
+def _pickle_arrays(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
     """What EDM2's pickle holds for these features."""
     entries = {name: one for name, one in content.items() if type(one) is dict} if type(content) is dict else {}
     if not entries:
@@ -91,8 +88,5 @@ def _entry(path: Path, content: Any, entry: str | None) -> dict[str, Any]:
 
 def write_reference(path: Path, gaussian: Gaussian) -> None:
     """As EDM's fid.py writes it; whole or absent."""
-    try:
-        with whole(path) as part, part.open("wb") as file:
-            np.savez(file, mu=gaussian.mu.numpy(), sigma=gaussian.sigma.numpy())
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    with writing(path), whole(path) as part, part.open("wb") as file:
+        np.savez(file, mu=gaussian.mu.numpy(), sigma=gaussian.sigma.numpy())

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,30 +11,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.frechet import Gaussian, moments, squared_distance
 from potstill.engine.measure.provenance import Fingerprint, tools
 from potstill.engine.measure.quality import check_neighbours, kid, precision_recall
-from potstill.engine.measure.shards import ALONE, Shards
+from potstill.engine.measure.shares import gathered, share
 from potstill.engine.models.classes import labels_for
 from potstill.engine.models.generate import generate
+from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
-
-
-class Images(Protocol):
-    """The real images, as engine.data opens them."""
-
-    name: str
-    resolution: int
-    channels: int
-    label_dim: int  # 0: no labels
-    labels: np.ndarray | None  # [N] int64
-
-    def __len__(self) -> int: ...
-    def read(self, i: int) -> np.ndarray: ...  # [C, H, W] uint8
 
 
 @dataclass
@@ -53,7 +42,7 @@ class Reference:
 
 def reference(
     images: Images, features: Features, *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu",
-    shards: Shards = ALONE, keep: bool = False,
+    ranks: Ranks = ALONE, keep: bool = False,
 ) -> Reference:  # fmt: skip
     """All real images in these features, and the floor: what images of the very distribution of the data would score.
 
@@ -64,8 +53,8 @@ def reference(
     fingerprint, kept = Fingerprint(), [] if keep else None
 
     def fitted(indices: np.ndarray, kind: str = "real", fingerprint: Fingerprint | None = None, kept: list | None = None):
-        mine = indices[shards.mine(len(indices), batch)]
-        return moments(_read(images, mine, batch, device, fingerprint), features, kept=kept, shards=shards).gaussian(kind)
+        mine = indices[share(ranks, len(indices), batch)]
+        return moments(_read(images, mine, batch, device, fingerprint), features, kept=kept, ranks=ranks).gaussian(kind)
 
     _measure(features, images, device)
     whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept)
@@ -77,15 +66,15 @@ def reference(
         drawn = np.sort(rng.integers(total, size=n))
         floor = squared_distance(whole, fitted(drawn))
         kind = f"{n} real images drawn with replacement against all {total}"
-    seen = shards.gathered(_joined(kept, features), total, batch) if kept is not None else None
-    sha256 = fingerprint.of_all(shards, total, batch, features.device)
+    seen = gathered(ranks, _rows(kept, features), total, batch) if kept is not None else None
+    sha256 = fingerprint.of_all(ranks, total, batch, features.device)
     return Reference(whole, n, floor, kind, images.name, total, sha256, seen)
 
 
 def score(
     net: Sampled, sampler: Sampler, images: Images | None, features: Features, *,
     n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", against: Reference | None = None,
-    labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, shards: Shards = ALONE,
+    labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, ranks: Ranks = ALONE,
     progress: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet distance ("fd") of n generated images from all real ones, and what is needed to read and repeat it.
@@ -101,12 +90,12 @@ def score(
         if images is None:
             raise ValueError("score wants images or a reference")
         keep = set(metrics) != {FD}
-        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, shards=shards, keep=keep)
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=keep)
     if against.n != n:
         raise ValueError(f"wanted a reference for n = {n}, got one whose floor is for {against.n}")
     if PR in metrics:
         check_neighbours(min(n, against.images or n))  # now, and not after n images have been generated
-    start, mine = time.perf_counter(), shards.mine(n, batch)
+    start, mine = time.perf_counter(), share(ranks, n, batch)
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):
         classes, labels_kind = labels_for(net, images, n, labels, seed=first)
@@ -114,10 +103,10 @@ def score(
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
         kept = None if set(metrics) == {FD} else []
         _measure(features, net, device)
-        fake = moments(_shown(batches, len(mine), progress), features, kept=kept, shards=shards).gaussian("generated")
+        fake = moments(_with_bar(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
         found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
         if kept is not None:
-            found |= _more(metrics, against, shards.gathered(_joined(kept, features), n, batch), seed)
+            found |= _more(metrics, against, gathered(ranks, _rows(kept, features), n, batch), seed)
         tries.append(found | {"nfe": sampler.nfe, "n": n, "seeds": f"{first}-{first + n - 1}"})
     found = min(tries, key=lambda one: one["fd"])
     if best_of > 1:
@@ -134,7 +123,7 @@ def score(
         "floor": against.floor,
         "floor_kind": against.floor_kind,
         "seconds": round(time.perf_counter() - start, 3),
-        "processes": shards.world,
+        "processes": ranks.count,
         "tools": tools(),
     }
     fewest = min(n, against.images or n)
@@ -171,7 +160,7 @@ def _measure(features: Features, source: Any, device: Device) -> None:
         features.to(device).measure(torch.zeros(1, c, r, r, dtype=torch.uint8, device=device))
 
 
-def _joined(kept: list[Tensor], features: Features) -> Tensor:
+def _rows(kept: list[Tensor], features: Features) -> Tensor:
     """[n, D] float64 of this process, n = 0 without a share."""
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
 
@@ -185,7 +174,7 @@ def _read(images: Images, indices: np.ndarray, batch: int, device: Device, finge
         yield torch.from_numpy(np.stack(chosen)).to(device)
 
 
-def _shown(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
+def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
     """The same batches, with a bar on stderr if that is a terminal."""
     with tqdm(total=n, desc=title, unit="img", disable=None if title else True, leave=False) as bar:
         for batch in batches:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from potstill.engine.common.download import digest, fetch, is_url
+from potstill.engine.common.download import digest, file_at
 from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.measure.features import Features, rgb
 
@@ -77,16 +77,10 @@ class Vision(Features):
         x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True)
         return self.net((x - self.mean) / self.std).double()
 
-    def measure(self, images: Tensor) -> None:
-        if images.shape[1] not in (1, 3):
-            raise UserError(f"{self.title} wants grey or RGB images, got {images.shape[1]} channels")
-        super().measure(images)
-
 
 def load_vision(kind: str, where: str, command: str) -> Vision:
     """`kind` of NETWORKS with the weights of a file or an address."""
-    network = NETWORKS[kind]
-    return Vision(network, fetch(where, command=command) if is_url(where) else Path(where))
+    return Vision(NETWORKS[kind], file_at(where, command=command))
 
 
 def resampled(embedding: Tensor, tokens: int) -> Tensor:

@@ -33,7 +33,7 @@ def labels_for(net: Sampled, images: Labelled | None, n: int, how: str | None = 
     if how == BALANCED:
         return np.arange(n) % net.label_dim, BALANCED
     if how == RANDOM:
-        return drawn_by_seed(net, range(seed, seed + n)), RANDOM
+        return classes_of_seeds(net, range(seed, seed + n)), RANDOM
     if how == DATA:
         if images is None or images.labels is None:
             raise UserError("--labels data wants labelled data, and there are none: take balanced or random")
@@ -41,7 +41,7 @@ def labels_for(net: Sampled, images: Labelled | None, n: int, how: str | None = 
     return np.resize(parse_classes(how, net.label_dim), n), how
 
 
-def drawn_by_seed(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
+def classes_of_seeds(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
     """EDM's: a seed's generator gives the noise first and then the class, all equally likely."""
     shape, found = (net.img_channels, net.img_resolution, net.img_resolution), []
     for seed in seeds:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import save_tensors, whole
+from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 
 
@@ -67,12 +67,13 @@ def generate(
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.uint8,
 ) -> Iterator[Tensor]:
-    """Images as uint8 tensors [n, C, H, W] on the device, n <= batch, one image per seed in the order of the seeds.
+    """Images [n, C, H, W] on the device, n <= batch, one per seed in the order of the seeds; uint8, or of another dtype about in [-1, 1].
 
-    seeds: or points between two seeds. labels: class of each image [len(seeds)], or None. `net` is on the device and in eval mode. Convolutions and matrix
-    products may add in another order for another batch size, so between batch sizes a pixel can differ in its last float32
-    bits, and rarely by one of 255. UserError if the net's output is not finite.
+    seeds: also points between two seeds. labels: class of each image [len(seeds)], or None. `net` is on the device and in eval
+    mode. Another batch size can change the order of additions in a convolution or matrix product, and with it the last float32
+    bits of a pixel, rarely its 8-bit value by 1. UserError if the net's output is not finite.
     """
     if net.training:
         raise ValueError("generate wants net.eval(), got a net in training mode (its dropout would show)")
@@ -81,17 +82,12 @@ def generate(
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
         classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
-        noise = noise_of(chosen, device)
-        images = _sample(net, sampler, classes, noise)
+        with torch.no_grad():
+            images = sampler(net, classes, noise_of(chosen, device))
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
             raise UserError(f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken")
-        yield to_uint8(images)
-
-
-@torch.no_grad()
-def _sample(net: Sampled, sampler: Sampler, labels: Tensor | None, noise: PortableNoise | BetweenNoise) -> Tensor:
-    return sampler(net, labels, noise)
+        yield to_uint8(images) if dtype == torch.uint8 else images.to(dtype)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -15,28 +15,17 @@ WEIGHTS = "model.safetensors"
 
 def write_hub(weights: Path, folder: Path) -> None:
     """A student's weight file and its config.json into a folder that exists; of several students, all of theirs."""
-    if weights.name == MANIFEST:
-        first = copy_students(weights, folder)
-        return write_config(folder, first)
-    shutil.copyfile(weights, folder / WEIGHTS)
-    write_config(folder, folder / WEIGHTS)
+    write_config(folder, copy_weights(weights, folder, WEIGHTS))
 
 
-def write_safetensors(weights: Path, folder: Path) -> None:
-    """The weight file as it is, under its own name; of several students all, and the manifest that names them."""
-    if weights.name == MANIFEST:
-        copy_students(weights, folder)
-    else:
-        shutil.copyfile(weights, folder / "student.safetensors")
-
-
-def copy_students(manifest: Path, folder: Path) -> Path:
-    """Copy a manifest and the files it names. Returns the first of the copies."""
-    files = [entry["file"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["students"]]
-    for file in files:
+def copy_weights(weights: Path, folder: Path, name: str) -> Path:
+    """Copy a weight file to `name` in a folder; a manifest and all that it names, as they are called. Returns the first weight file."""
+    if weights.name != MANIFEST:
+        return Path(shutil.copyfile(weights, folder / name))
+    files = [entry["file"] for entry in json.loads(weights.read_text(encoding="utf-8"))["students"]]
+    for file in [MANIFEST, *files]:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(manifest.parent / file, folder / file)
-    shutil.copyfile(manifest, folder / MANIFEST)
+        shutil.copyfile(weights.parent / file, folder / file)
     return folder / files[0]
 
 

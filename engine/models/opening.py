@@ -1,4 +1,4 @@
-"""What a user points at, a run folder or a weight file, as nets with the way to sample them."""
+"""Opens what a user names, a run folder or a weight file: its nets, and how each is sampled."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

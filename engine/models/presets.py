@@ -31,7 +31,7 @@ def add_options(p: ArgumentParser) -> None:
 
 
 def how(args: Namespace) -> dict[str, Any]:
-    """The arguments of `open_models` that the options stand for; a preset and churn are the teacher's alone."""
+    """The options as arguments of `open_models`; a preset and churn apply to the teacher only."""
     preset = PRESETS.get(args.preset, {})
     of_teacher = preset | {key: v for key in ("steps", "solver") if preset and (v := getattr(args, key)) is not None}
     if churn := chosen_churn(args, preset.get("churn")):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.common.download import digest
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import file_hash, load_net
 from potstill.engine.nets.denoiser import Denoiser
 
@@ -109,13 +110,8 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
                 f"{file} is student {meta.get('student')} of partition {meta.get('partition')}, "
                 f"{manifest} wants student {k} of {partition.hash}: students of different partitions do not mix"
             )
-        if sha256 not in (file_hash(file), _digest(file)):  # an earlier potstill took all of the file for the tensors in it
+        if sha256 not in (file_hash(file), digest(file)):  # an earlier potstill took all of the file for the tensors in it
             raise UserError(f"{file} has changed since {manifest} was written: repeat the training command to renew it")
         students.append(net)
         metas.append(meta)
     return Router(students, partition).eval(), metas[0]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

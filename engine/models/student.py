@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
-from potstill.engine.models.generate import PortableNoise, generate
+from potstill.engine.models.generate import generate
 from potstill.engine.models.hub import WEIGHTS, write_config
 from potstill.engine.models.opening import STUDENT, open_models
 from potstill.engine.models.router import Router
@@ -102,7 +102,6 @@ class Student(nn.Module):
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
         return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
 
-    @torch.no_grad()
     def forward(
         self,
         seeds: Sequence[int],
@@ -120,18 +119,11 @@ class Student(nn.Module):
             batch: images at a time.
 
         Raises:
-            UserError: classes for a net without, too few of them, or one that there is not.
+            UserError: classes for a net without, too few of them, or one that there is not; an image that is not finite.
         """
         classes = self._classes(seeds, labels)
-        if dtype == torch.uint8:
-            found = list(generate(self.net, self.sampler, classes, list(seeds), batch=batch, device=self.device))
-            return torch.cat(found) if found else torch.empty(0, *self.shape, dtype=torch.uint8, device=self.device)
-        found = [torch.empty(0, *self.shape, device=self.device)]
-        for start in range(0, len(seeds), batch):
-            here = slice(start, start + batch)
-            rows = None if classes is None else self._rows(torch.from_numpy(classes[here]), len(classes[here]))
-            found.append(self.sampler(self.net, rows, PortableNoise(seeds[here], self.device)))
-        return torch.cat(found).to(dtype)
+        found = generate(self.net, self.sampler, classes, list(seeds), batch=batch, device=self.device, dtype=dtype)
+        return torch.cat([torch.empty(0, *self.shape, dtype=dtype, device=self.device), *found])
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.common.whole import save_tensors, whole
+from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.steps import FREQUENCIES

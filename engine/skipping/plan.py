@@ -16,7 +16,7 @@ import numpy as np
 
 from potstill.engine.common.checks import Unused, above, at_least, finite, wants
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import same_weights, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.blocks import block_names

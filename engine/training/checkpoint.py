@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.training.ranks import Ranks
 
 Key = tuple[Any, ...]  # where a tensor is in nested dictionaries

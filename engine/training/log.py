@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.whole import whole
+from potstill.engine.common.writing import whole
 from potstill.engine.methods.base import Logs
 from potstill.engine.training.ranks import ALONE, Ranks
 

@@ -53,7 +53,7 @@ class Denoiser(Exact, ModelMixin, ConfigMixin):
         net.pop("use_fp16", None)
         kind = net.pop("model_type", "SongUNet" if precond in ("VPPrecond", "VEPrecond") else "DhariwalUNet")
         out = self.img_channels * (2 if precond == "iDDPMPrecond" else 1)
-        self.model = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}[kind](self.img_channels, out, **net)
+        self.model = UNet(self.img_channels, out, **UNETS[kind] | net)
         if precond == "iDDPMPrecond":
             self.register_buffer("u", torch.zeros(int(self.scheme["M"]) + 1, dtype=torch.float32))
 
@@ -97,6 +97,10 @@ SCHEME = {
     "sigma_min": 0.0, "sigma_max": math.inf, "sigma_data": 0.5, "beta_d": 19.9, "beta_min": 0.1, "M": 1000,
     "epsilon_t": 1e-5, "C_1": 0.001, "C_2": 0.008,
 }  # fmt: skip
+UNETS = {
+    "SongUNet": {"adm": False, "model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)},
+    "DhariwalUNet": {"adm": True, "model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)},
+}
 OWN = {"ECMPrecond": {"sigma_min": 0.003}}
 
 
@@ -194,7 +198,8 @@ class Block(nn.Module):
 
     def __init__(self, cin, cout, style, up=False, down=False, attention=False):
         super().__init__()
-        emb, eps, taps, self.adm, project, steps = style
+        emb, taps, self.adm, steps = style
+        eps, project = 1e-5 if self.adm else 1e-6, not self.adm
         resample = {"up": up, "down": down, "taps": taps}
         self.in_channels, self.out_channels, self.scale = cin, cout, 1.0 if self.adm else math.sqrt(0.5)
         self.norm0, self.conv0 = norm(cin, eps), Conv(cin, cout, 3, **resample)
@@ -225,35 +230,33 @@ class Block(nn.Module):
         return self.proj(a.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2))
 
 
-class SongUNet(nn.Module):
-    """DDPM++ and NCSN++."""
+class UNet(nn.Module):
+    """DDPM++ and NCSN++, or ADM (`adm`)."""
 
     def __init__(
-        self, cin, cout, img_resolution, label_dim=0, augment_dim=0, model_channels=128, channel_mult=(1, 2, 2, 2),
-        channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.1, label_dropout=0, embedding_type="positional",
-        channel_mult_noise=1, encoder_type="standard", decoder_type="standard", resample_filter=(1, 1), step_condition=False,
+        self, cin, cout, adm, img_resolution, model_channels, channel_mult, num_blocks, attn_resolutions, label_dim=0, augment_dim=0,
+        channel_mult_emb=4, dropout=0.1, label_dropout=0, embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+        decoder_type="standard", resample_filter=(1, 1), step_condition=False,
     ):  # fmt: skip
         super().__init__()
         emb, noise, taps = model_channels * channel_mult_emb, model_channels * channel_mult_noise, tuple(resample_filter)
-        style = (emb, 1e-6, taps, False, True, step_condition)
-        self.map_noise = Waves(noise, endpoint=True, fourier=embedding_type == "fourier")
-        self.map_label = nn.Linear(label_dim, noise) if label_dim else None
+        fourier, eps, style = embedding_type == "fourier", 1e-5 if adm else 1e-6, (emb, taps, adm, step_condition)
+        self.adm, self.map_noise = adm, Waves(noise, endpoint=not adm, fourier=fourier)
+        self.map_label = nn.Linear(label_dim, emb if adm else noise, bias=not adm) if label_dim else None
         self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
-        self.map_steps = Steps(noise, emb, embedding_type == "fourier", True) if step_condition else None
-        self.enc, self.dec, widths, aux, c, last = nn.ModuleDict(), nn.ModuleDict(), [], cin, model_channels, len(channel_mult) - 1
+        self.map_steps = Steps(noise, emb, fourier, not adm) if step_condition else None
+        self.enc, self.dec, widths, aux, last = nn.ModuleDict(), nn.ModuleDict(), [], cin, len(channel_mult) - 1
+        c = model_channels * (channel_mult[0] if adm else 1)
         for level, mult in enumerate(channel_mult):
             res = img_resolution >> level
-            if level == 0:
-                self.enc[f"{res}x{res}_conv"] = Conv(cin, c, 3)
-            else:
-                self.enc[f"{res}x{res}_down"] = Block(c, c, style, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Conv(aux, aux, 0, down=True, taps=taps)
-                    self.enc[f"{res}x{res}_aux_skip"] = Conv(aux, c, 1)
-                if encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv(aux, c, 3, down=True, taps=taps, fused=True)
-                    aux = c
+            self.enc[f"{res}x{res}_{'down' if level else 'conv'}"] = Block(c, c, style, down=True) if level else Conv(cin, c, 3)
+            if level and encoder_type == "skip":
+                self.enc[f"{res}x{res}_aux_down"] = Conv(aux, aux, 0, down=True, taps=taps)
+                self.enc[f"{res}x{res}_aux_skip"] = Conv(aux, c, 1)
+            if level and encoder_type == "residual":
+                self.enc[f"{res}x{res}_aux_residual"] = Conv(aux, c, 3, down=True, taps=taps, fused=True)
+                aux = c
             widths.append(c)
             for i in range(num_blocks):
                 self.enc[f"{res}x{res}_block{i}"] = Block(c, model_channels * mult, style, attention=res in attn_resolutions)
@@ -267,21 +270,30 @@ class SongUNet(nn.Module):
             else:
                 self.dec[f"{res}x{res}_up"] = Block(c, c, style, up=True)
             for i in range(num_blocks + 1):
-                attention = i == num_blocks and res in attn_resolutions
+                attention = res in attn_resolutions and (adm or i == num_blocks)
                 self.dec[f"{res}x{res}_block{i}"] = Block(c + widths.pop(), wide, style, attention=attention)
                 c = wide
-            if decoder_type == "skip" or level == 0:
+            if not adm and (decoder_type == "skip" or level == 0):
                 if decoder_type == "skip" and level < last:
                     self.dec[f"{res}x{res}_aux_up"] = Conv(cout, cout, 0, up=True, taps=taps)
-                self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm(c, 1e-6), Conv(c, cout, 3)
+                self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm(c, eps), Conv(c, cout, 3)
+        if adm:
+            self.out_norm, self.out_conv = norm(c, eps), Conv(c, cout, 3)
+
+    def embedding(self, c_noise, labels, steps, dtype):
+        """Of noise level, class and number of levels: what the blocks' affine maps read."""
+        cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
+        emb = torch.cat([cos, sin] if self.adm else [sin, cos], 1).to(dtype)
+        if self.map_label is not None and not self.adm:
+            emb = emb + self.map_label(labels.to(dtype) * math.sqrt(labels.shape[1]))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.map_label is not None and self.adm:
+            emb = emb + self.map_label(labels.to(dtype))
+        emb = F.silu(emb)
+        return emb if self.map_steps is None else torch.cat([emb, self.map_steps(steps).expand_as(emb)], 1)
 
     def forward(self, x, c_noise, labels, steps):
-        cos, sin = self.map_noise(c_noise).chunk(2, dim=1)
-        emb, dtype = torch.cat([sin, cos], 1).to(x.dtype), x.dtype
-        if self.map_label is not None:
-            emb = emb + self.map_label(labels.to(dtype) * math.sqrt(labels.shape[1]))
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-        emb = emb if self.map_steps is None else torch.cat([emb, self.map_steps(steps).expand_as(emb)], 1)
+        emb = self.embedding(c_noise, labels, steps, x.dtype)
         skips, aux = [], x
         for name, layer in self.enc.items():
             if "aux_down" in name:
@@ -304,54 +316,4 @@ class SongUNet(nn.Module):
                 out = new if out is None else out + new
             else:
                 x = layer(x if x.shape[1] == layer.in_channels else torch.cat([x, skips.pop()], 1), emb)
-        return out
-
-
-class DhariwalUNet(nn.Module):
-    """ADM."""
-
-    def __init__(
-        self, cin, cout, img_resolution, label_dim=0, augment_dim=0, model_channels=192, channel_mult=(1, 2, 3, 4),
-        channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, label_dropout=0, step_condition=False,
-    ):  # fmt: skip
-        super().__init__()
-        emb = model_channels * channel_mult_emb
-        style = (emb, 1e-5, (1, 1), True, False, step_condition)
-        self.map_noise = Waves(model_channels)
-        self.map_augment = nn.Linear(augment_dim, model_channels, bias=False) if augment_dim else None
-        self.map_layer0, self.map_layer1 = nn.Linear(model_channels, emb), nn.Linear(emb, emb)
-        self.map_label = nn.Linear(label_dim, emb, bias=False) if label_dim else None
-        self.map_steps = Steps(model_channels, emb, False, False) if step_condition else None
-        self.enc, self.dec, widths, c, last = nn.ModuleDict(), nn.ModuleDict(), [], model_channels * channel_mult[0], len(channel_mult) - 1
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            first = Conv(cin, c, 3) if level == 0 else Block(c, c, style, down=True)
-            self.enc[f"{res}x{res}_{'down' if level else 'conv'}"] = first
-            widths.append(c)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = Block(c, model_channels * mult, style, attention=res in attn_resolutions)
-                c = model_channels * mult
-                widths.append(c)
-        for level in range(last, -1, -1):
-            res, wide = img_resolution >> level, model_channels * channel_mult[level]
-            if level == last:
-                self.dec[f"{res}x{res}_in0"] = Block(c, c, style, attention=True)
-                self.dec[f"{res}x{res}_in1"] = Block(c, c, style)
-            else:
-                self.dec[f"{res}x{res}_up"] = Block(c, c, style, up=True)
-            for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = Block(c + widths.pop(), wide, style, attention=res in attn_resolutions)
-                c = wide
-        self.out_norm, self.out_conv = norm(c, 1e-5), Conv(c, cout, 3)
-
-    def forward(self, x, c_noise, labels, steps):
-        emb = self.map_layer1(F.silu(self.map_layer0(self.map_noise(c_noise).to(x.dtype))))
-        emb = F.silu(emb if self.map_label is None else emb + self.map_label(labels.to(x.dtype)))
-        emb = emb if self.map_steps is None else torch.cat([emb, self.map_steps(steps).expand_as(emb)], 1)
-        skips = []
-        for layer in self.enc.values():
-            x = layer(x, emb) if hasattr(layer, "affine") else layer(x)
-            skips.append(x)
-        for layer in self.dec.values():
-            x = layer(x if x.shape[1] == layer.in_channels else torch.cat([x, skips.pop()], 1), emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(F.silu(self.out_norm(x))) if self.adm else out

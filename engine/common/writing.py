@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and for whom the umask says."""
+"""Files that are written: whole or not at all, for whom the umask says, and only where a user may write."""
 
 import os
 from collections.abc import Iterator
@@ -8,12 +8,14 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from potstill.engine.common.errors import UserError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what shall lie at `path` when it is complete: beside it, in folders that are made where there are none.
+    """A temporary file beside `path`, which replaces it when the block ends. Missing folders are made.
 
-    What is at `path` already stays until then, and for good where the writing fails.
+    If the block fails, `path` stays as it was.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,3 +34,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     permissions = path.stat().st_mode & 0o777
     save_file(tensors, path, metadata)
     path.chmod(permissions)
+
+
+def check_writable(out: Path, *, folder: bool = False) -> None:
+    """UserError unless a file (or a folder with files) `out` can come into being; asked before hours of work and not after."""
+    if not folder and out.is_dir():
+        raise UserError(f"{out} is a folder: wanted the name of a file")
+    nearest = out if folder else out.parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot write {out}: no permission to write in {nearest}")
