@@ -207,12 +207,7 @@ class _Index(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
 
 
-def restore(target: Any, state: dict[str, Any], what: str) -> None:
-    """target.load_state_dict(state), told as a UserError when they do not fit."""
-    fitted(target.load_state_dict, state, what)
-
-
-def fitted(load: Callable[[Any], Any], state: dict[str, Any], what: str) -> None:
+def load_fitting(load: Callable[[Any], Any], state: dict[str, Any], what: str) -> None:
     """load(state), told as a UserError when they do not fit."""
     try:
         load(state)

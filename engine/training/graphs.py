@@ -383,9 +383,9 @@ def check_graphs(mode: str, device: torch.device, where: str, ranks: int = 1) ->
         raise UserError(f"{where}.graphs=on wants one process, got {ranks}: what ranks tell one another is not captured; use auto or off")
 
 
-def build_graphs(mode: str, device: torch.device, reset: Callable[[], None]) -> Graphs | None:
+def build_graphs(mode: str, device: torch.device) -> Graphs | None:
     """As train.graphs says; None: everything is eager. `auto` is on where there are CUDA graphs."""
     check_graphs(mode, device, "train")
     if mode == "off" or device.type != "cuda":
         return None
-    return Graphs(CUDA(device), strict=mode == "on", reset=reset)
+    return Graphs(CUDA(device), strict=mode == "on")

@@ -71,7 +71,7 @@ def iterate(
     """The iterations that are left, with their log lines, hooks and checkpoints."""
     cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
     if cfg.micro_batch == "auto":
-        run.micro = fitting_micro_batch(run, batch_at(run.step), progress.say)
+        run.batches.size = fitting_micro_batch(run, batch_at(run.step), progress.say)
     sharded = ShardedWriter(kept, ranks, cfg.keep)
 
     def save() -> Path:

@@ -71,7 +71,7 @@ def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) ->
 def every_turn(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> None:
     """Forward and backward of each on one micro-batch; no step."""
     for turn in run.method.turns:
-        shared = run.method.begin(run.micro_batch(images, labels, 0, size))
+        shared = run.method.begin(run.batches.part(images, labels, run.step, 0, size))
         if (result := turn.loss(shared)) is not None:
             result[0].backward()
         run.forget_gradients()
