@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from potstill.engine.methods.base import Batch, Draws, Method
+from potstill.engine.training.capture import default_generator
 from potstill.engine.training.config import TrainConfig
-from potstill.engine.training.graphs import seed_dropout
 from potstill.engine.training.parallel import largest_part
 from potstill.engine.training.ranks import Ranks
 
@@ -63,6 +63,13 @@ class Batches:
     def seed_dropout(self, step: int) -> None:
         """Dropout of iteration `step` draws other masks on every rank."""
         seed_dropout(self.device, mixed(self.seed, step, 1 + 16 * self.ranks.rank))
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """torch.manual_seed for the host and the one device in use; for all devices it costs milliseconds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        default_generator(device).manual_seed(seed)
 
 
 def mixed(seed: int, step: int, stream: int) -> int:

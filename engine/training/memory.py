@@ -49,22 +49,22 @@ def sizes(share: int) -> Iterator[int]:
 
 def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> int:
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
-    kept, others = [(t, t.clone()) for t in state_of(run)], run.method.others
+    before, others = [(t, t.clone()) for t in state_of(run)], run.method.others
     run.method.others = Alone()  # a rank without memory must not leave the others waiting
     try:
         if torch.backends.cudnn.benchmark:
             every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
         torch.cuda.reset_peak_memory_stats(run.device)
         every_turn(run, images, labels, size)
-        return torch.cuda.max_memory_allocated(run.device) + to_come(run)
+        return torch.cuda.max_memory_allocated(run.device) + moments_to_come(run)
     except torch.OutOfMemoryError:
         return 0
     finally:
         run.method.others = others
         run.forget_gradients()
         with torch.no_grad():
-            for t, before in kept:
-                t.copy_(before)
+            for t, value in before:
+                t.copy_(value)
         torch.cuda.empty_cache()
 
 
@@ -85,8 +85,8 @@ def state_of(run: "Run") -> Iterator[Tensor]:
     yield from run.method.state.parameters()
 
 
-def to_come(run: "Run") -> int:
-    """Bytes of the optimiser states that are only made in the first step: two moments for every weight that trains."""
+def moments_to_come(run: "Run") -> int:
+    """Bytes of the optimiser states that the first step makes: two moments for every weight that trains."""
     sizes = [p.nbytes for one in run.trained.values() if not one.optimizer.state for p in one.net.parameters() if p.requires_grad]
     return 2 * sum(sizes)
 
