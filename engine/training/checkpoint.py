@@ -54,7 +54,7 @@ class ShardedWriter:
         self.group = self.group or dist.new_group(backend="gloo")
         path = self.folder / f"{step:08d}.dcp"
         part = path.with_suffix(".parts")
-        tensors, rest = taken_apart({"step": step} | state)
+        tensors, rest = without_tensors({"step": step} | state)
         if self.ranks.first:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             part.mkdir(parents=True)
@@ -116,19 +116,19 @@ def load_newest(folder: Path, device: torch.device | str, like: Like | None = No
         others = f", or it alone to go on from {found[-2].name}" if len(found) > 1 else ""
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {found[-1]} cannot be read ({reason}): remove {folder} to start over{others}") from error
-    return state if like is None else _cut(state, like)
+    return state if like is None else _shards(state, like)
 
 
-def _cut(state: dict[str, Any], like: Like) -> dict[str, Any]:
-    """A state of whole tensors with this rank's shards of them."""
+def _shards(state: dict[str, Any], like: Like) -> dict[str, Any]:
+    """The same state with this rank's shards instead of whole tensors."""
     from torch.distributed.tensor import distribute_tensor
 
-    def one(key: Key, t: Tensor) -> Tensor:
+    def shard_of(key: Key, t: Tensor) -> Tensor:
         wanted: Any = like(key, t.shape)
         # src_data_rank None: every rank has read the file, so it cuts its own part and sends nothing
         return t if wanted is None else distribute_tensor(t, wanted.device_mesh, wanted.placements, src_data_rank=None)
 
-    return mapped(state, one)
+    return map_tensors(state, shard_of)
 
 
 def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> dict[str, Any]:
@@ -138,36 +138,42 @@ def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> 
     reader = _reader(path)
     rest = torch.load(path / "rest.pt", map_location="cpu", weights_only=True)
     described = reader.read_metadata().state_dict_metadata
-    keys: dict[str, Key] = {}
-    mapped(rest, lambda key, t: keys.setdefault("/".join(map(str, key)), key))
     tensors: dict[str, Any] = {}
-    for name, key in keys.items():
-        size, dtype = described[name].size, described[name].properties.dtype
-        wanted = like(key, size) if like else None
-        tensors[name] = torch.empty(size, dtype=dtype, device=device) if wanted is None else torch.empty_like(wanted, dtype=dtype)
+
+    def room(key: Key, t: Tensor) -> None:
+        stored = described[joined(key)]
+        wanted = like(key, stored.size) if like else None
+        options = {"dtype": stored.properties.dtype}
+        tensors[joined(key)] = torch.empty(stored.size, device=device, **options) if wanted is None else torch.empty_like(wanted, **options)
+
+    map_tensors(rest, room)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")  # it is
         load(tensors, storage_reader=reader, no_dist=True)
-    return mapped(rest, lambda key, t: tensors["/".join(map(str, key))])
+    return map_tensors(rest, lambda key, t: tensors[joined(key)])
 
 
-def taken_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def without_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of nested dictionaries by their joined keys, and the same dictionaries with an empty tensor for each."""
     tensors: dict[str, Tensor] = {}
 
     def take(key: Key, t: Tensor) -> Tensor:
-        tensors["/".join(map(str, key))] = t
+        tensors[joined(key)] = t
         return torch.empty(0)
 
-    rest = mapped(state, take)
+    rest = map_tensors(state, take)
     return tensors, rest
 
 
-def mapped(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> Any:
-    """Nested dictionaries with every tensor changed; all else as it is."""
+def map_tensors(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> Any:
+    """Nested dictionaries with change(key, tensor) for every tensor; all else as it is."""
     if isinstance(tree, dict):
-        return {name: mapped(value, change, (*key, name)) for name, value in tree.items()}
+        return {name: map_tensors(value, change, (*key, name)) for name, value in tree.items()}
     return change(key, tree) if isinstance(tree, Tensor) else tree
+
+
+def joined(key: Key) -> str:
+    return "/".join(map(str, key))
 
 
 def _reader(path: Path) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from potstill.engine.training.optim import OptimConfig, build_optimizer, fitting
+from potstill.engine.training.optim import OptimConfig, build_optimizer, state_for
 from potstill.engine.training.ranks import Ranks
 
 
@@ -60,7 +60,7 @@ class Trained:
         return self.optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(fitting(self.optimizer, state))
+        self.optimizer.load_state_dict(state_for(self.optimizer, state))
 
     def whole(self, own: nn.Module) -> nn.Module:
         """A net with all weights, to be sampled and saved. All ranks must ask for it."""
