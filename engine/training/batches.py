@@ -54,15 +54,15 @@ class Batches:
         window, share = slice(start, start + size), len(images)
         if (number := start // size) == len(self.generators):
             self.generators.append(torch.Generator(self.device))
-        generator = self.generators[number].manual_seed(mixed(self.seed, step, 0))
-        host = random.Random(mixed(self.seed, step, 2))
+        generator = self.generators[number].manual_seed(seed_of(self.seed, step, 0))
+        host = random.Random(seed_of(self.seed, step, 2))
         samples = self._samples(start, min(start + size, share), share)
         draws = Draws(generator, share * self.ranks.count, samples, host, self.classes, self.method.stratified)
         return Batch(images[window], labels[window] if labels is not None else None, draws)
 
     def seed_dropout(self, step: int) -> None:
         """Dropout of iteration `step` draws other masks on every rank."""
-        seed_dropout(self.device, mixed(self.seed, step, 1 + 16 * self.ranks.rank))
+        seed_dropout(self.device, seed_of(self.seed, step, 1 + 16 * self.ranks.rank))
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
@@ -72,7 +72,7 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         default_generator(device).manual_seed(seed)
 
 
-def mixed(seed: int, step: int, stream: int) -> int:
+def seed_of(seed: int, step: int, stream: int) -> int:
     """A 63-bit seed from (seed, step, stream) by SplitMix64, so that neighbouring steps share nothing."""
     z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64

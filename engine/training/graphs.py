@@ -145,7 +145,7 @@ class Graphs:
             results: list[Any] = []
             graph.shape = split(after, results)
             same = {id(t): i for i, t in enumerate(statics) if not isinstance(t, Tensor) or t._version == versions[i]}
-            graph.sources = [same.get(id(leaf), leaf) for leaf in results]
+            graph.sources = [same[id(leaf)] if id(leaf) in same else leaf for leaf in results]
             graph.names = list(logs)
             if logs:
                 graph.logs = torch.stack([value.detach().double().reshape(()) for value in logs.values()])

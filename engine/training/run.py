@@ -90,20 +90,20 @@ class Run(State):
                 for name, value in turn_logs.items():
                     add(logs, name, value)
             self.step += 1
-            averaged = self.averaging is not None and f"{method.product}/grad_norm" in logs  # its optimiser has done it
+            averaged = self.averaging_optimizer is not None and f"{method.product}/grad_norm" in logs  # its optimiser has done it
             self.ema.update(decay, weights=not averaged)
             self.meter.add(logs)
 
     def _prepare(self, images: Tensor, labels: Tensor | None, decay: float) -> None:
         """What comes before the turns: shadows, the guard's look, seeds, learning rates, the decay of the average."""
-        renew_stale(self.shadowed)
+        renew_stale(self.weights_with_shadows)
         if self.guard is not None:
             self._compare_teachers(self.guard, images, labels)
         self.batches.seed_dropout(self.step)
         for one in self.trained.values():
             set_learning_rate(one.optimizer, learning_rate(one.cfg, self.step, self.total))
-        if self.averaging is not None:
-            self.averaging.set_ema_decay(decay)
+        if self.averaging_optimizer is not None:
+            self.averaging_optimizer.set_ema_decay(decay)
 
     def _compare_teachers(self, guard: Guard, images: Tensor, labels: Tensor | None) -> None:
         """Let the guard compare gradients; graphs of a teacher that left out something else are forgotten."""

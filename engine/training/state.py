@@ -37,14 +37,14 @@ class State:
             net.train()
         self.trained = spread(method, cfg.parallel, cfg.fsdp, ranks, device, together=together)
         self.ema = EMA(self.product.net)
-        self.averaging: AdamEMA | None = None  # the product's optimiser, where it averages as well
-        self.shadowed = give_shadows(modules_of(method)) if cfg.shadows else []
+        self.averaging_optimizer: AdamEMA | None = None  # the product's optimiser, where it averages as well
+        self.weights_with_shadows = give_shadows(modules_of(method)) if cfg.shadows else []
         for name, one in self.trained.items():
             # AdamEMA averages within its step, where one turn an iteration trains the product
             averages = one is self.product and sum(turn.trains == name for turn in method.turns) == 1
             one.give_optimizer(cfg.optim_of(name), cfg.optimizer, self.ema.net if averages else None)
             if averages and isinstance(one.optimizer, AdamEMA):
-                self.averaging = one.optimizer
+                self.averaging_optimizer = one.optimizer
         self.tensor_rates = device.type == "cuda"  # where graphs may be, a replay reads the learning rates on the device
         self.place_rates()
 
