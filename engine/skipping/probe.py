@@ -94,7 +94,7 @@ class Probed(Denoiser):
         self.take_levels(net)
         self.eval().to(next(net.parameters()).device).requires_grad_(False)
         self.compute_dtype = net.compute_dtype
-        self.parts = blocks_of(self.model)
+        self.parts: dict[str, Skippable] = blocks_of(self.model)
 
     def leave_out(self, names: Sequence[str], affine: Affine, k: int, *, calibrated: bool = True) -> None:
         """From now on these blocks are left out; calibrated: by the fit of bin k."""
