@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class ShardedWriter:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self.pending: tuple[Future, Path] | None = None
+        self.pending: tuple[Future, Path, Event] | None = None
         self.group: Any = None  # of the background's own, so that its messages never meet those of the step
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -62,26 +63,33 @@ class ShardedWriter:
         self.ranks.wait()
         future = async_save(tensors, storage_writer=FileSystemWriter(str(part)), process_group=self.group)
         assert isinstance(future, Future)
+        named = Event()
         if self.ranks.first:  # whose part is done last: it writes the index when all have written their shards
-            future.add_done_callback(lambda done: self._name(part, path, done))
-        self.pending = future, path
+            future.add_done_callback(lambda written: self._name(part, path, written, named))
+        else:
+            named.set()
+        self.pending = future, path, named
         return path
 
-    def _name(self, part: Path, path: Path, done: Future) -> None:
-        if done.exception() is None:
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
-            drop(self.folder, self.keep)
+    def _name(self, part: Path, path: Path, written: Future, named: Event) -> None:
+        try:
+            if written.exception() is None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(part, path)
+                drop(self.folder, self.keep)
+        finally:
+            named.set()
 
     def finish(self) -> None:
         """Until the last checkpoint is on disk. UserError if it could not be written."""
         if self.pending is None:
             return
-        (future, path), self.pending = self.pending, None
+        (future, path, named), self.pending = self.pending, None
         try:
             future.result()
         except OSError as error:
             raise UserError(f"cannot write checkpoint {path} ({error})") from error
+        named.wait()  # a future has its result before its callbacks have run
         self.ranks.wait()
         if self.ranks.first and not path.is_dir():
             raise UserError(f"cannot write checkpoint {path}: make room or choose another run_dir=")
