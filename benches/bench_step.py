@@ -50,8 +50,7 @@ def run_of(name: str, batch: int, graphs: str, device: torch.device) -> Run:
         net.to(device)
     run = Run(method, TrainConfig(kimg=batch * 1e3, batch=batch, graphs=graphs), 0, device)
     if rehearse.REHEARSING and graphs == "auto":
-        run.graphs = Graphs(CUDA(device), reset=run.forget_gradients)
-        run._place_rates()
+        run.use(Graphs(CUDA(device)))
     return run
 
 

@@ -135,7 +135,7 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
     """All trained nets and the average, whole."""
-    nets = {name: one.whole(one.net) for name, one in run.wired.items()} | {"average": run.average()}
+    nets = {name: one.whole(one.net) for name, one in run.trained.items()} | {"average": run.average()}
     return {f"{name}.{key}": t.clone() for name, one in nets.items() for key, t in one.state_dict().items()}
 
 

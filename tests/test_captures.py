@@ -14,7 +14,8 @@ import torch
 
 from benches.rehearse import Event, Stream, Tape
 from potstill.engine.methods.base import Draws
-from potstill.engine.training import graphs as module
+from potstill.engine.training import capture
+from potstill.engine.training.batches import seed_dropout
 from potstill.engine.training.graphs import CUDA, Graphs
 from potstill.kernels import AdamEMA, tables
 from potstill.kernels.tables import SPARE, Addresses, owned_by_graph
@@ -203,7 +204,7 @@ class Books:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda place, pool: self.recording.remove(pool), raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda place, pool: self.release(pool), raising=False)
-        monkeypatch.setattr(module, "default_generator", lambda device: DEFAULT)
+        monkeypatch.setattr(capture, "default_generator", lambda device: DEFAULT)
 
     def handle(self):
         self.handles += 1
@@ -350,7 +351,7 @@ def test_a_failed_capture_on_a_gpu_leaves_earlier_graphs_and_later_captures(erro
             wanted = []
             for run in (lambda: work([x, draws]), lambda: graphs.run(piece, work, [x, draws])):
                 generator.manual_seed(step)
-                module.seed_dropout(GPU, step)
+                seed_dropout(GPU, step)
                 with graphs.stream():
                     wanted.append(run()[0][0])
             assert torch.equal(*wanted), (step, piece)

@@ -24,7 +24,8 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.blocks import block_names
 from potstill.engine.skipping.plan import Plan, SkippingConfig
-from potstill.engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, seed_dropout, split
+from potstill.engine.training.batches import seed_dropout
+from potstill.engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, split
 from potstill.engine.training.optim import OptimConfig, rates_as_tensors
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels._lib import INTERPRET
@@ -94,9 +95,7 @@ def run_of(name: str, device=CPU, graphs: Graphs | str = "off", **settings) -> R
     mode = "auto" if isinstance(graphs, Graphs) else graphs
     run = Run(method_named(name, device), TrainConfig(**settings, graphs=mode), 0, device)
     if isinstance(graphs, Graphs):
-        run.graphs = graphs
-        graphs.reset = run.forget_gradients
-        run._place_rates()
+        run.use(graphs)
     return run
 
 
@@ -262,10 +261,10 @@ def test_the_error_that_broke_a_capture_is_the_one_told():
 
 def test_graphs_on_without_cuda_is_one_sentence():
     with pytest.raises(UserError, match=r"train\.graphs=on wants a CUDA device, and this run is on cpu"):
-        build_graphs("on", CPU, lambda: None)
+        build_graphs("on", CPU)
     with pytest.raises(UserError, match="graphs wants one of auto, on, off, got 'yes'"):
         TrainConfig(graphs="yes")
-    assert build_graphs("auto", CPU, lambda: None) is None
+    assert build_graphs("auto", CPU) is None
     assert run_of("teacher", graphs="auto").graph_report() == {"mode": "off", "why": "there are none on cpu"}
 
 

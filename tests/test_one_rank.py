@@ -56,7 +56,7 @@ def test_a_world_of_one_gives_the_numbers_of_no_world(one, alone, job, monkeypat
     reduce = dist.all_reduce
     monkeypatch.setattr(dist, "all_reduce", lambda *given, **named: called.append(1) or reduce(*given, **named))
     run = cases.new_run(name, ranks, parallel, device=device, **settings)
-    assert any(isinstance(wired, Sharded) for wired in run.wired.values()) == (parallel == "fsdp") and run.graphs is None
+    assert any(isinstance(net, Sharded) for net in run.trained.values()) == (parallel == "fsdp") and run.graphs is None
     curve, weights = cases.advance(run, STEPS), cases.weights(run)
     assert called
     wanted, wanted_weights = alone(name, settings.get("micro_batch"))

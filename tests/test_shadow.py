@@ -175,7 +175,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_training_is_bit_identical_with_and_without(method):
     (with_, logs), (without, expected) = (trained(method(), shadows) for shadows in (True, False))
-    assert with_.shadowed and not without.shadowed
+    assert with_.weights_with_shadows and not without.weights_with_shadows
     assert logs == expected
     for a, b in zip(with_.ema.net.parameters(), without.ema.net.parameters(), strict=True):
         assert torch.equal(a, b)

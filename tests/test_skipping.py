@@ -39,11 +39,11 @@ from potstill.engine.skipping.plan import (
     check_budget,
     check_plan,
     kl_budget,
+    latency_saved,
     load_plan,
     nested_order,
     prefixes,
     save_plan,
-    saved,
 )  # fmt: skip
 from potstill.engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
 from potstill.engine.skipping.probe import probe as probed
@@ -436,8 +436,8 @@ def test_the_nested_order_is_near_the_best_of_all_orders():
     rng = np.random.default_rng(0)
     for _ in range(5):
         error, latency = rng.exponential(0.004, (6, 3)), rng.uniform(0.5, 1.5, 6)
-        best = max(saved(order, error, latency, 0.01) for order in permutations(range(6)))
-        assert saved(nested_order(error, latency, 0.01), error, latency, 0.01) >= 0.97 * best
+        best = max(latency_saved(order, error, latency, 0.01) for order in permutations(range(6)))
+        assert latency_saved(nested_order(error, latency, 0.01), error, latency, 0.01) >= 0.97 * best
 
 
 def test_prefixes_keep_the_sum_within_the_budget():

@@ -9,7 +9,7 @@ from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import shadow_of
-from potstill.engine.training.optim import OptimConfig, build_optimizer, chosen, fitting
+from potstill.engine.training.optim import OptimConfig, build_optimizer, implementation_for, state_for
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels import AdamEMA
 
@@ -52,7 +52,7 @@ def assert_same(a, b):
 def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype):
     """On a CPU both call the same fused Adam; on a GPU they differ by rounding (test_kernels_adam_ema)."""
     theirs, ours = (advance(new_run(method, dtype, kind), 7) for kind in ("torch", "adam_ema"))
-    assert ours.averages and not theirs.averages
+    assert ours.averaging_optimizer is not None and theirs.averaging_optimizer is None
     assert_same(theirs, ours)
     moved = [not torch.equal(p, q) for p, q in zip(ours.ema.net.parameters(), net(dtype).parameters(), strict=True)]
     assert any(moved)
@@ -77,20 +77,20 @@ def test_a_checkpoint_does_not_say_how_it_is_read():
     state = AdamEMA(weight.parameters()).state_dict()
     state["param_groups"][0] |= {"capturable": True, "fused": None}
     adam = build_optimizer(weight, OptimConfig(), "torch")
-    adam.load_state_dict(fitting(adam, state))
+    adam.load_state_dict(state_for(adam, state))
     weight(torch.ones(1, 2)).sum().backward()
     adam.step()
     assert adam.param_groups[0]["fused"] is True and adam.param_groups[0]["capturable"] is False
 
 
 def test_auto_is_pytorchs_on_a_cpu():
-    assert chosen("auto", net(torch.float32).parameters()) == "torch"
+    assert implementation_for("auto", net(torch.float32).parameters()) == "torch"
     assert isinstance(build_optimizer(net(torch.float32), OptimConfig()), torch.optim.Adam)
 
 
 @pytest.mark.gpu
 def test_auto_is_ours_on_a_gpu():
-    assert chosen("auto", net(torch.float32).to(GPU).parameters()) == ("torch" if REHEARSING else "adam_ema")
+    assert implementation_for("auto", net(torch.float32).to(GPU).parameters()) == ("torch" if REHEARSING else "adam_ema")
 
 
 @pytest.fixture

@@ -58,9 +58,9 @@ class Order:
 class Stream:
     """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
 
-    batch: images of the global batch. window: the slice of it that this process takes (by default all). flips: mirror half of them.
-    A set of at most `memory` bytes is decoded once and lies on the device; batches are gathered there. From a larger
-    one `workers` processes read the coming steps ahead (0: this process reads; None: as many as have a core).
+    batch: images of the global batch. window: this process's part of it, a slice, also with a step; default: all. flips: mirror
+    half of the images. A set of at most `memory` bytes is decoded once and lies on the device, and batches are gathered there.
+    For a larger one `workers` processes read the coming steps (0: this process reads; None: one for each other core, at most 8).
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """What a method is: nets, and the turns that train them.
 
-A turn is one optimiser step. A method lists its turns in the paper's order; `training/step.py` walks the list and does
+A turn is one optimiser step. A method lists its turns in the paper's order; `training/run.py` walks the list and does
 everything that is not the paper: backward, clipping, accumulation, optimisers, averaging over GPUs, EMA.
 """
 

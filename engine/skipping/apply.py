@@ -20,7 +20,7 @@ from potstill.engine.diffusion.strata import spread
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
-from potstill.engine.skipping.blocks import blocks_of, skippable
+from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
 from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.kernels import Estimate
 
@@ -49,7 +49,7 @@ class Skipping(Denoiser):
         self.to(next(net.parameters()).device)
         self.compute_dtype = net.compute_dtype
         self.law, self.cache, self.active = levels, cache, True
-        self.parts = blocks_of(self.model)
+        self.parts: dict[str, Skippable] = blocks_of(self.model)
         self.memory = Memory()
         if cache > 1:
             remember(self.model, net.img_resolution, self.memory)
@@ -113,16 +113,11 @@ class Skipping(Denoiser):
         """What to run; None: everything."""
         if self.plan is None or self.plan.empty:
             return None
-        if sigma.ndim == 0:
-            bins = [self.plan.bin_of(float(sigma))]  # walks keep their levels on the host
-            key: Any = bins[0]
-            walk = True
-        elif self.law is None:
+        if sigma.ndim and self.law is None:
             raise ValueError("wanted one noise level for the batch, got one per sample and no law of them")
-        else:
-            bins, key, walk = [], (n, self.repeats), False
+        key: Any = (n, self.repeats) if sigma.ndim else self.plan.bin_of(float(sigma))  # walks keep their levels on the host
         if key not in self.schedules:
-            self.schedules[key] = self._planned(bins if walk else self.bins_of_samples(n), walk)
+            self.schedules[key] = self._schedule_of(self.bins_of_samples(n) if sigma.ndim else [key])
         return self.schedules[key]
 
     def bins_of_samples(self, n: int) -> list[int | None]:
@@ -138,8 +133,8 @@ class Skipping(Denoiser):
             chosen.append(min(touched, key=self.plan.left_out))
         return chosen * self.repeats
 
-    def _planned(self, bins: list[int | None], walk: bool) -> Schedule | None:
-        """walk: `bins` holds the one bin of the whole batch."""
+    def _schedule_of(self, bins: list[int | None]) -> Schedule | None:
+        """bins: of every sample, or the one of the whole batch in a walk. None: everything runs."""
         assert self.plan is not None
         left_out = [self.plan.left_out(k) for k in bins]
         if not any(left_out):
@@ -155,7 +150,7 @@ class Skipping(Denoiser):
                 continue
             passing = [k for k in (bins[i] for i in order[run:]) if k is not None]
             blocks[name] = (run, *self._calibration(name, passing))
-        if walk or order == sorted(order):
+        if order == sorted(order):
             return Schedule(None, None, blocks)
         back = torch.tensor(order, device=device).argsort()
         return Schedule(torch.tensor(order, device=device), back, blocks)
@@ -170,7 +165,7 @@ class Skipping(Denoiser):
 
     def run_share(self, n: int) -> dict[str, float]:
         """Per block the share of a stratified batch of n that it runs on."""
-        schedule = self._planned(self.bins_of_samples(n), False) if self.plan else None
+        schedule = self._schedule_of(self.bins_of_samples(n)) if self.plan else None
         rows = dict.fromkeys(self.parts) if schedule is None else {k: v[0] for k, v in schedule.blocks.items()}
         return {name: 1.0 if run is None else run / n for name, run in rows.items()}
 

@@ -7,7 +7,7 @@ shape (1x1 convolution, resampling) always runs, so every block can be left out.
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,13 +74,12 @@ def shared_view(net: Net) -> Net:
     return copy.deepcopy(net, memo)
 
 
-def blocks_of(model: UNet) -> dict[str, Skippable]:
-    """The blocks of a skippable U-Net in the order they run, named like "enc.16x16_block0"."""
+def blocks_of(model: UNet) -> dict[str, Any]:
+    """The residual blocks of a U-Net in the order they run, named like "enc.16x16_block0"; of a skippable one, `Skippable`s."""
     parts = (("enc", model.enc), ("dec", model.dec))
-    return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, Skippable)}
+    return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)}
 
 
 def block_names(model: UNet) -> list[str]:
-    """The same names for a U-Net as it is."""
-    parts = (("enc", model.enc), ("dec", model.dec))
-    return [f"{part}.{name}" for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)]
+    """Their names."""
+    return list(blocks_of(model))

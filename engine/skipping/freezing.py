@@ -15,7 +15,7 @@ from torch import nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.nets.frozen import KINDS, is_frozen
 from potstill.engine.skipping.plan import Plan
-from potstill.engine.skipping.probe import Profile
+from potstill.engine.skipping.probe import ProbeResult
 
 MOST = len(KINDS)  # the level whose parameters are up for choice: all that any level freezes
 
@@ -28,10 +28,10 @@ def proposed(plan: Plan, level: int) -> list[str]:
     return levels[str(level)]["frozen"]
 
 
-def need(profile: Profile) -> dict[str, float]:
+def need(result: ProbeResult) -> dict[str, float]:
     """Per block in [0, 1]: 1 - its Taylor error at the highest noise levels over the largest of all levels'."""
-    top = profile.taylor.max(1)
-    return dict(zip(profile.names, (1 - profile.taylor[:, -1] / np.maximum(top, 1e-30)).tolist(), strict=True))
+    top = result.taylor.max(1)
+    return dict(zip(result.names, (1 - result.taylor[:, -1] / np.maximum(top, 1e-30)).tolist(), strict=True))
 
 
 def chosen_frozen(model: nn.Module, needs: dict[str, float], level: int) -> list[str]:
@@ -59,9 +59,9 @@ def block_of(layer: str) -> str:
     return ".".join(layer.split(".")[:2])
 
 
-def propose(model: nn.Module, profile: Profile) -> dict[str, Any]:
+def propose(model: nn.Module, result: ProbeResult) -> dict[str, Any]:
     """For every published level: what to freeze instead, and how many numbers each of the two trains."""
-    needs, levels = need(profile), {}
+    needs, levels = need(result), {}
     for level in range(1, MOST + 1):
         names = chosen_frozen(model, needs, level)
         parameters = dict(model.named_parameters())

@@ -150,7 +150,7 @@ def prefixes(order: Sequence[int], error: np.ndarray, budget: float) -> list[int
     return [int(n) for n in (running <= budget).sum(0)]
 
 
-def saved(order: Sequence[int], error: np.ndarray, latency: np.ndarray, budget: float) -> float:
+def latency_saved(order: Sequence[int], error: np.ndarray, latency: np.ndarray, budget: float) -> float:
     """The latency [B] that these prefixes save, mean over bins."""
     steps = np.concatenate([[0.0], np.cumsum(latency[list(order)])])
     return float(np.mean([steps[p] for p in prefixes(order, error, budget)]))
@@ -167,19 +167,19 @@ def nested_order(error: np.ndarray, latency: np.ndarray, budget: float) -> list[
     score = np.log(np.maximum(error, 1e-12)).mean(1) - np.log(np.maximum(latency, 1e-12))
     starts = [sorted(useful, key=lambda b: score[b])]
     starts += [sorted(useful, key=lambda b, k=k: error[b, k] / latency[b]) for k in range(error.shape[1])]
-    return max((_improved(start, error, latency, budget) for start in starts), key=lambda o: saved(o, error, latency, budget))
+    return max((_climb(start, error, latency, budget) for start in starts), key=lambda o: latency_saved(o, error, latency, budget))
 
 
-def _improved(order: list[int], error: np.ndarray, latency: np.ndarray, budget: float, sweeps: int = 3) -> list[int]:
+def _climb(order: list[int], error: np.ndarray, latency: np.ndarray, budget: float, sweeps: int = 3) -> list[int]:
     """Hill climbing: take one block out and put it where the saving is largest."""
-    best, value = order, saved(order, error, latency, budget)
+    best, value = order, latency_saved(order, error, latency, budget)
     for _ in range(sweeps):
         before = value
         for b in order:
             rest = [other for other in best if other != b]
             for at in range(len(best)):
                 moved = [*rest[:at], b, *rest[at:]]
-                if (now := saved(moved, error, latency, budget)) > value + 1e-15:
+                if (now := latency_saved(moved, error, latency, budget)) > value + 1e-15:
                     best, value = moved, now
         if value == before:
             break
@@ -197,8 +197,8 @@ def free_choice(error: np.ndarray, latency: np.ndarray, budget: float) -> float:
     return float(total / error.shape[1])
 
 
-def settled(prefix: list[int], longest: int, excess: Callable[[int, int], float], budget: float) -> list[int]:
-    """Prefixes corrected by what leaving the blocks out together really costs: `excess(k, p)` of bin k with prefix p."""
+def corrected_prefixes(prefix: list[int], longest: int, excess: Callable[[int, int], float], budget: float) -> list[int]:
+    """Prefixes whose real cost is within the budget: `excess(k, p)` of leaving out the first p blocks together in bin k."""
     found = []
     for k, p in enumerate(prefix):
         if p and excess(k, p) > budget:

@@ -15,7 +15,7 @@ halved again: blocks are chosen on the one quarter, and what the plan costs is m
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,10 +28,11 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
-from potstill.engine.skipping.plan import Plan, free_choice, kl_budget, nested_order, prefixes, saved, settled
+from potstill.engine.skipping.plan import Plan, corrected_prefixes, free_choice, kl_budget, latency_saved, nested_order, prefixes
 
 LOWEST, HIGHEST = 0.002, 80.0  # noise levels, where the scheme does not say
 PROBES = 4  # random directions v per image
+Affine = dict[str, dict[str, list[list[float]]]]  # per block "a" and "b", [K, C] each
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Material:
 
 
 @dataclass
-class Profile:
+class ProbeResult:
     """Arrays [B, K] (blocks in the order they run, bins ascending), [B] and [K]; affine: a and b per block, [K, C]."""
 
     names: list[str]
@@ -77,8 +78,7 @@ class Profile:
     block_seconds: np.ndarray  # [B]: of a batch
     passed_seconds: np.ndarray  # [B]: of the block left out
     net_seconds: float
-    parameters: np.ndarray  # [B]
-    affine: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    affine: Affine = field(default_factory=dict)
 
     @property
     def latency(self) -> np.ndarray:
@@ -94,7 +94,25 @@ class Probed(Denoiser):
         self.take_levels(net)
         self.eval().to(next(net.parameters()).device).requires_grad_(False)
         self.compute_dtype = net.compute_dtype
-        self.parts = blocks_of(self.model)
+        self.parts: dict[str, Skippable] = blocks_of(self.model)
+
+    def leave_out(self, names: Sequence[str], affine: Affine, k: int, *, calibrated: bool = True) -> None:
+        """From now on these blocks are left out; calibrated: by the fit of bin k."""
+        for name in names:
+            self.parts[name].rows = 0
+            if calibrated:
+                self.calibrate(name, affine, k)
+
+    def calibrate(self, name: str, affine: Affine, k: int) -> None:
+        """The block's left-out output is a_c s + b_c by the fit of bin k."""
+        a, b = (torch.tensor(affine[name][part][k], dtype=self.compute_dtype)[None, :, None, None] for part in ("a", "b"))
+        device = next(self.parameters()).device
+        self.parts[name].scale, self.parts[name].shift = a.to(device), b.to(device)
+
+    def reset(self) -> None:
+        """All blocks run again, and nobody watches them."""
+        for block in self.parts.values():
+            block.watch = block.rows = block.scale = block.shift = None
 
 
 def bin_edges(net: Denoiser, bins: int) -> list[float]:
@@ -104,7 +122,7 @@ def bin_edges(net: Denoiser, bins: int) -> list[float]:
     return np.geomspace(low, high, bins + 1).tolist()
 
 
-def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] = lambda text: None) -> Profile:
+def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] = lambda text: None) -> ProbeResult:
     """Measure a teacher (in eval mode, on the device of the images)."""
     if bins < 1:
         raise UserError(f"wanted at least 1 bin of noise levels, got {bins}")
@@ -117,35 +135,33 @@ def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] =
     fit, choose = data.part(0, 0.5), data.part(0.5, 0.75)
     names = list(probed.parts)
     columns: dict[str, list[Any]] = {k: [] for k in ("loss", "activation", "share", "taylor", "raw", "alone")}
-    affine: dict[str, dict[str, list[list[float]]]] = {name: {"a": [], "b": []} for name in names}
+    affine: Affine = {name: {"a": [], "b": []} for name in names}
     for k, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        seen = observed(probed, fit, low, high)
-        for name, one in seen.items():
-            a, b = one.fitted()
+        sums = observe(probed, fit, low, high)
+        for name, one in sums.items():
+            a, b = one.fit()
             affine[name]["a"].append(a.tolist())
             affine[name]["b"].append(b.tolist())
-        columns["activation"].append([one.mean_abs() for one in seen.values()])
-        columns["share"].append([one.residual_share() for one in seen.values()])
+        columns["activation"].append([one.mean_abs() for one in sums.values()])
+        columns["share"].append([one.residual_share() for one in sums.values()])
         loss = denoising_loss(net, choose, low, high)
         columns["loss"].append(loss)
         columns["taylor"].append([t / loss for t in taylor(probed, choose, low, high, affine, k)])
-        on = [left_out(probed, [name], affine, k) for name in names]
-        bare = [left_out(probed, [name], affine, k, calibrated=False) for name in names]
-        far = deviations(net, probed, choose, low, high, on + bare)
-        columns["alone"].append([e / loss for e in far[: len(names)]])
-        columns["raw"].append([e / loss for e in far[len(names) :]])
+        for column, calibrated in (("alone", True), ("raw", False)):
+            ways = [partial(probed.leave_out, [name], affine, k, calibrated=calibrated) for name in names]
+            far, *_ = sample_deviations(net, probed, choose, low, high, ways)
+            columns[column].append([float(one.mean()) / loss for one in far])
         say(f"bin {k + 1} of {bins}: σ {low:.3g} … {high:.3g}, loss per pixel {loss / data.images[0].numel():.3g}")
     arrays = {name: np.array(column).T for name, column in columns.items()}
     block, passed, whole = latencies(probed, data)
-    sizes = np.array([sum(p.numel() for p in b.parameters()) for b in probed.parts.values()])
-    return Profile(names, edges, **arrays, block_seconds=block, passed_seconds=passed, net_seconds=whole, parameters=sizes, affine=affine)
+    return ProbeResult(names, edges, **arrays, block_seconds=block, passed_seconds=passed, net_seconds=whole, affine=affine)
 
 
-class Seen:
+class BlockSums:
     """Sums over one block's skip path s and output y, in float64."""
 
     def __init__(self) -> None:
-        self.sums: list[Tensor] | None = None
+        self.sums: list[Any] = [0.0] * 7
         self.count = 0
 
     def __call__(self, block: Skippable, s: Tensor, y: Tensor) -> Tensor:
@@ -153,42 +169,34 @@ class Seen:
         branch = y64 - block.plain_scale * s64
         new = [s64.sum((0, 2, 3)), y64.sum((0, 2, 3)), (s64 * s64).sum((0, 2, 3)), (s64 * y64).sum((0, 2, 3))]
         new += [y64.abs().sum(), branch.square().sum(), y64.square().sum()]
-        self.sums = new if self.sums is None else [a + b for a, b in zip(self.sums, new, strict=True)]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)]
         self.count += y.numel() // y.shape[1]
         return y
 
-    def fitted(self) -> tuple[Tensor, Tensor]:
+    def fit(self) -> tuple[Tensor, Tensor]:
         """a, b [C]: least squares of y = a s + b, per channel."""
-        assert self.sums is not None
         s, y, ss, sy = (t / self.count for t in self.sums[:4])
         variance = ss - s * s
         a = (sy - s * y) / variance.clamp(min=1e-12 * (1 + ss.max()))
         return a, y - a * s
 
     def mean_abs(self) -> float:
-        assert self.sums is not None
         return float(self.sums[4]) / (self.count * len(self.sums[0]))
 
     def residual_share(self) -> float:
-        assert self.sums is not None
         return math.sqrt(float(self.sums[5]) / max(float(self.sums[6]), 1e-300))
 
 
 @torch.no_grad()
-def observed(probed: Probed, data: Material, low: float, high: float) -> dict[str, Seen]:
+def observe(probed: Probed, data: Material, low: float, high: float) -> dict[str, BlockSums]:
     """What every block does in a bin."""
-    seen = {name: Seen() for name in probed.parts}
+    sums = {name: BlockSums() for name in probed.parts}
     for name, block in probed.parts.items():
-        block.watch = seen[name]
+        block.watch = sums[name]
     for x_t, sigma, _, labels in data.noised(low, high):
         probed(x_t, sigma, labels)
-    unwatch(probed)
-    return seen
-
-
-def unwatch(probed: Probed) -> None:
-    for block in probed.parts.values():
-        block.watch = None
+    probed.reset()
+    return sums
 
 
 @torch.no_grad()
@@ -198,75 +206,41 @@ def denoising_loss(net: Denoiser, data: Material, low: float, high: float) -> fl
     return total / len(data.images)
 
 
-def taylor(probed: Probed, data: Material, low: float, high: float, affine: Any, k: int) -> list[float]:
+def taylor(probed: Probed, data: Material, low: float, high: float, affine: Affine, k: int) -> list[float]:
     """E_v <v, ∂D/∂g_b>² per block: what leaving it out does to D, to first order and squared, without leaving it out."""
     blocks, squares = probed.parts, torch.zeros(len(probed.parts), dtype=torch.float64)
     generator = torch.Generator().manual_seed(data.seed)
     for x_t, sigma, _, labels in data.noised(low, high):
         gates = {name: torch.ones(len(x_t), 1, 1, 1, device=x_t.device, requires_grad=True) for name in blocks}
         for name, block in blocks.items():
-            calibrate(block, affine[name], k, probed.compute_dtype)
+            probed.calibrate(name, affine, k)
             block.watch = lambda block, s, y, g=gates[name]: torch.lerp(block.calibrated(s), y, g.to(y.dtype))
         d = probed(x_t, sigma, labels)
         for probe in range(PROBES):
             v = torch.randint(0, 2, d.shape, generator=generator).to(d) * 2 - 1
             slopes = torch.autograd.grad((v * d).sum(), list(gates.values()), retain_graph=probe + 1 < PROBES)
             squares += torch.stack([slope.double().square().sum() for slope in slopes]).cpu()
-    unwatch(probed)
-    uncalibrate(probed)
+    probed.reset()
     return (squares / (PROBES * len(data.images))).tolist()
-
-
-def calibrate(block: Skippable, affine: dict[str, list[list[float]]], k: int, dtype: torch.dtype) -> None:
-    device = next(block.parameters()).device
-    block.scale, block.shift = (torch.tensor(affine[part][k], device=device, dtype=dtype)[None, :, None, None] for part in ("a", "b"))
-
-
-def uncalibrate(probed: Probed) -> None:
-    for block in probed.parts.values():
-        block.scale = block.shift = None
-
-
-def left_out(probed: Probed, names: list[str], affine: Any, k: int, calibrated: bool = True) -> Callable[[bool], None]:
-    """Switches these blocks off (True) and on again (False)."""
-
-    def switch(off: bool) -> None:
-        for name in names:
-            block = probed.parts[name]
-            block.rows = 0 if off else None
-            if calibrated and off:
-                calibrate(block, affine[name], k, probed.compute_dtype)
-            else:
-                block.scale = block.shift = None
-
-    return switch
-
-
-@torch.no_grad()
-def deviations(
-    net: Denoiser, probed: Probed, data: Material, low: float, high: float, switches: list[Callable[[bool], None]]
-) -> list[float]:
-    """E|D_skip - D|² of a sample for each of several ways to leave blocks out."""
-    return [float(one.mean()) for one in sample_deviations(net, probed, data, low, high, switches)[0]]
 
 
 @torch.no_grad()
 def sample_deviations(
-    net: Denoiser, probed: Probed, data: Material, low: float, high: float, switches: list[Callable[[bool], None]]
+    net: Denoiser, probed: Probed, data: Material, low: float, high: float, ways: Sequence[Callable[[], None]]
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """Per way |D_skip - D|² and |D_skip - y|² of every sample; then |D - y|² and σ. float64."""
-    far: list[list[Tensor]] = [[] for _ in switches]
-    lossy: list[list[Tensor]] = [[] for _ in switches]
+    """Per way to leave blocks out |D_skip - D|² and |D_skip - y|² of every sample; then |D - y|² and σ. float64."""
+    far: list[list[Tensor]] = [[] for _ in ways]
+    lossy: list[list[Tensor]] = [[] for _ in ways]
     losses, levels = [], []
     size = lambda t: t.double().square().flatten(1).sum(1).cpu()  # noqa: E731
     for x_t, sigma, y, labels in data.noised(low, high):
         d = net(x_t, sigma, labels)
         losses.append(size(d - y))
         levels.append(sigma.double().cpu())
-        for i, switch in enumerate(switches):
-            switch(True)
+        for i, leave_out in enumerate(ways):
+            leave_out()
             d_skip = probed(x_t, sigma, labels)
-            switch(False)
+            probed.reset()
             far[i].append(size(d_skip - d))
             lossy[i].append(size(d_skip - y))
     joined = lambda parts: [torch.cat(p).numpy() for p in parts]  # noqa: E731
@@ -287,23 +261,20 @@ def latencies(probed: Probed, data: Material, rounds: int = 15) -> tuple[np.ndar
     probed(x_t, sigma, labels)
     for hook in hooks:
         hook.remove()
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in probed.parts}
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in probed.parts}
     whole = []
-    for round_ in range(rounds + 2):
-        seconds = timed(lambda: probed(x_t, sigma, labels), x_t.device)
-        whole += [seconds] if round_ >= 2 else []
+    for _ in range(rounds + 2):  # the first two do not count
+        whole.append(timed(lambda: probed(x_t, sigma, labels), x_t.device))
         for name, block in probed.parts.items():
             block.scale = torch.ones(1, block.out_channels, 1, 1, device=x_t.device, dtype=probed.compute_dtype)
             block.shift = torch.zeros_like(block.scale)
-            for rows, record in zip((None, 0), taken[name], strict=True):
+            for rows, record in zip((None, 0), seconds[name], strict=True):
                 block.rows = rows
-                seconds = timed(lambda block=block, name=name: block(*inputs[name]), x_t.device)
-                if round_ >= 2:
-                    record.append(seconds)
+                record.append(timed(lambda: block(*inputs[name]), x_t.device))
             block.rows = None
-    uncalibrate(probed)
-    run, passed = (np.array([statistics.median(pair[i]) for pair in taken.values()]) for i in (0, 1))
-    return run, passed, statistics.median(whole)
+    probed.reset()
+    run, passed = (np.array([statistics.median(pair[i][2:]) for pair in seconds.values()]) for i in (0, 1))
+    return run, passed, statistics.median(whole[2:])
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -321,44 +292,45 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def make_plan(net: Denoiser, data: Material, profile: Profile, budget: float) -> Plan:
+def make_plan(net: Denoiser, data: Material, result: ProbeResult, budget: float) -> Plan:
     """The plan that saves the most within `budget` per bin, verified with all its blocks left out together on held-out images."""
-    latency = profile.latency
-    order = nested_order(profile.alone, latency, budget)
+    latency = result.latency
+    order = nested_order(result.alone, latency, budget)
     probed = Probed(net)
     choose, held = data.part(0.5, 0.75), data.part(0.75, 1)
-    named = [profile.names[b] for b in order]
-    first = settled(
-        prefixes(order, profile.alone, budget), len(order),
-        lambda k, p: joint(net, probed, choose, profile, named[:p], k)["excess"], budget,
+    named = [result.names[b] for b in order]
+    first = corrected_prefixes(
+        prefixes(order, result.alone, budget), len(order),
+        lambda k, p: joint(net, probed, choose, result, named[:p], k)["excess"], budget,
     )  # fmt: skip
-    prefix = settled(first, 0, lambda k, p: joint(net, probed, held, profile, named[:p], k)["excess"], budget)
-    measured = [joint(net, probed, held, profile, named[:p], k) for k, p in enumerate(prefix)]
+    prefix = corrected_prefixes(first, 0, lambda k, p: joint(net, probed, held, result, named[:p], k)["excess"], budget)
+    measured = [joint(net, probed, held, result, named[:p], k) for k, p in enumerate(prefix)]
     for k, (p, one) in enumerate(zip(prefix, measured, strict=True)):
-        one["summed"] = float(profile.alone[order[:p], k].sum())
+        one["summed"] = float(result.alone[order[:p], k].sum())
         one["latency_saved"] = float(latency[order[:p]].sum())
-    affine = {name: profile.affine[name] for name in named[: max(prefix, default=0)]}
+    affine = {name: result.affine[name] for name in named[: max(prefix, default=0)]}
     report = {
         "bins": measured,
         "latency_saved": float(np.mean([one["latency_saved"] for one in measured])),
-        "latency_saved_by_free_choice": free_choice(profile.alone, latency, budget),
-        "latency_saved_by_sums": saved(order, profile.alone, latency, budget) if order else 0.0,
-        "kl_nats": kl_budget(profile.edges, [one["kl_slope"] for one in measured]),
+        "latency_saved_by_free_choice": free_choice(result.alone, latency, budget),
+        "latency_saved_by_sums": latency_saved(order, result.alone, latency, budget) if order else 0.0,
+        "kl_nats": kl_budget(result.edges, [one["kl_slope"] for one in measured]),
         "held_out_images": len(held.images),
     }
     rounded = {
         name: {part: [[float(f"{v:.7g}") for v in row] for row in rows] for part, rows in one.items()} for name, one in affine.items()
     }
-    return Plan(weights_hash(net), net.img_resolution, profile.edges, named, prefix, budget, rounded, report)
+    return Plan(weights_hash(net), net.img_resolution, result.edges, named, prefix, budget, rounded, report)
 
 
-def joint(net: Denoiser, probed: Probed, data: Material, profile: Profile, names: list[str], k: int) -> dict[str, float]:
+def joint(net: Denoiser, probed: Probed, data: Material, result: ProbeResult, names: list[str], k: int) -> dict[str, float]:
     """What leaving these blocks out together costs in bin k.
 
     deviation: E|D_skip - D|² over the loss; rise: of the denoising loss itself, signed; excess: the larger of the two.
     """
-    low, high = profile.edges[k], profile.edges[k + 1]
-    (far,), (lossy,), loss, sigma = sample_deviations(net, probed, data, low, high, [left_out(probed, names, profile.affine, k)])
+    low, high = result.edges[k], result.edges[k + 1]
+    way = partial(probed.leave_out, names, result.affine, k)
+    (far,), (lossy,), loss, sigma = sample_deviations(net, probed, data, low, high, [way])
     mean = float(loss.mean())
     deviation, rise = float(far.mean()) / mean, float(lossy.mean()) / mean - 1
     return {

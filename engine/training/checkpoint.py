@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class ShardedWriter:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self.pending: tuple[Future, Path] | None = None
+        self.pending: tuple[Future, Path, Event] | None = None
         self.group: Any = None  # of the background's own, so that its messages never meet those of the step
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -54,7 +55,7 @@ class ShardedWriter:
         self.group = self.group or dist.new_group(backend="gloo")
         path = self.folder / f"{step:08d}.dcp"
         part = path.with_suffix(".parts")
-        tensors, rest = taken_apart({"step": step} | state)
+        tensors, rest = without_tensors({"step": step} | state)
         if self.ranks.first:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
             part.mkdir(parents=True)
@@ -62,26 +63,33 @@ class ShardedWriter:
         self.ranks.wait()
         future = async_save(tensors, storage_writer=FileSystemWriter(str(part)), process_group=self.group)
         assert isinstance(future, Future)
+        named = Event()
         if self.ranks.first:  # whose part is done last: it writes the index when all have written their shards
-            future.add_done_callback(lambda done: self._name(part, path, done))
-        self.pending = future, path
+            future.add_done_callback(lambda written: self._name(part, path, written, named))
+        else:
+            named.set()
+        self.pending = future, path, named
         return path
 
-    def _name(self, part: Path, path: Path, done: Future) -> None:
-        if done.exception() is None:
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
-            drop(self.folder, self.keep)
+    def _name(self, part: Path, path: Path, written: Future, named: Event) -> None:
+        try:
+            if written.exception() is None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(part, path)
+                drop(self.folder, self.keep)
+        finally:
+            named.set()
 
     def finish(self) -> None:
         """Until the last checkpoint is on disk. UserError if it could not be written."""
         if self.pending is None:
             return
-        (future, path), self.pending = self.pending, None
+        (future, path, named), self.pending = self.pending, None
         try:
             future.result()
         except OSError as error:
             raise UserError(f"cannot write checkpoint {path} ({error})") from error
+        named.wait()  # a future has its result before its callbacks have run
         self.ranks.wait()
         if self.ranks.first and not path.is_dir():
             raise UserError(f"cannot write checkpoint {path}: make room or choose another run_dir=")
@@ -116,19 +124,19 @@ def load_newest(folder: Path, device: torch.device | str, like: Like | None = No
         others = f", or it alone to go on from {found[-2].name}" if len(found) > 1 else ""
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {found[-1]} cannot be read ({reason}): remove {folder} to start over{others}") from error
-    return state if like is None else _cut(state, like)
+    return state if like is None else _shards(state, like)
 
 
-def _cut(state: dict[str, Any], like: Like) -> dict[str, Any]:
-    """A state of whole tensors with this rank's shards of them."""
+def _shards(state: dict[str, Any], like: Like) -> dict[str, Any]:
+    """The same state with this rank's shards instead of whole tensors."""
     from torch.distributed.tensor import distribute_tensor
 
-    def one(key: Key, t: Tensor) -> Tensor:
+    def shard_of(key: Key, t: Tensor) -> Tensor:
         wanted: Any = like(key, t.shape)
         # src_data_rank None: every rank has read the file, so it cuts its own part and sends nothing
         return t if wanted is None else distribute_tensor(t, wanted.device_mesh, wanted.placements, src_data_rank=None)
 
-    return mapped(state, one)
+    return map_tensors(state, shard_of)
 
 
 def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> dict[str, Any]:
@@ -138,36 +146,42 @@ def _load_sharded(path: Path, device: torch.device | str, like: Like | None) -> 
     reader = _reader(path)
     rest = torch.load(path / "rest.pt", map_location="cpu", weights_only=True)
     described = reader.read_metadata().state_dict_metadata
-    keys: dict[str, Key] = {}
-    mapped(rest, lambda key, t: keys.setdefault("/".join(map(str, key)), key))
     tensors: dict[str, Any] = {}
-    for name, key in keys.items():
-        size, dtype = described[name].size, described[name].properties.dtype
-        wanted = like(key, size) if like else None
-        tensors[name] = torch.empty(size, dtype=dtype, device=device) if wanted is None else torch.empty_like(wanted, dtype=dtype)
+
+    def room(key: Key, t: Tensor) -> None:
+        stored = described[joined(key)]
+        wanted = like(key, stored.size) if like else None
+        options = {"dtype": stored.properties.dtype}
+        tensors[joined(key)] = torch.empty(stored.size, device=device, **options) if wanted is None else torch.empty_like(wanted, **options)
+
+    map_tensors(rest, room)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*assuming the intent is to load in a single process")  # it is
         load(tensors, storage_reader=reader, no_dist=True)
-    return mapped(rest, lambda key, t: tensors["/".join(map(str, key))])
+    return map_tensors(rest, lambda key, t: tensors[joined(key)])
 
 
-def taken_apart(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def without_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of nested dictionaries by their joined keys, and the same dictionaries with an empty tensor for each."""
     tensors: dict[str, Tensor] = {}
 
     def take(key: Key, t: Tensor) -> Tensor:
-        tensors["/".join(map(str, key))] = t
+        tensors[joined(key)] = t
         return torch.empty(0)
 
-    rest = mapped(state, take)
+    rest = map_tensors(state, take)
     return tensors, rest
 
 
-def mapped(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> Any:
-    """Nested dictionaries with every tensor changed; all else as it is."""
+def map_tensors(tree: Any, change: Callable[[Key, Tensor], Any], key: Key = ()) -> Any:
+    """Nested dictionaries with change(key, tensor) for every tensor; all else as it is."""
     if isinstance(tree, dict):
-        return {name: mapped(value, change, (*key, name)) for name, value in tree.items()}
+        return {name: map_tensors(value, change, (*key, name)) for name, value in tree.items()}
     return change(key, tree) if isinstance(tree, Tensor) else tree
+
+
+def joined(key: Key) -> str:
+    return "/".join(map(str, key))
 
 
 def _reader(path: Path) -> Any:
@@ -207,12 +221,7 @@ class _Index(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
 
 
-def restore(target: Any, state: dict[str, Any], what: str) -> None:
-    """target.load_state_dict(state), told as a UserError when they do not fit."""
-    fitted(target.load_state_dict, state, what)
-
-
-def fitted(load: Callable[[Any], Any], state: dict[str, Any], what: str) -> None:
+def load_fitting(load: Callable[[Any], Any], state: dict[str, Any], what: str) -> None:
     """load(state), told as a UserError when they do not fit."""
     try:
         load(state)

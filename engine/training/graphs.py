@@ -1,133 +1,37 @@
-"""CUDA graphs: a piece of an iteration that has been seen a few times is captured once and from then on replayed.
+"""CUDA graphs: a piece of an iteration runs eagerly a few times, is captured once, and is replayed from then on.
 
 A piece is what `begin` does, or one turn: forward, loss, backward, clip, optimiser step. Launching its thousands of kernels
 one by one costs the host more time than a small batch costs the GPU; a replay is one launch. What a replay sees:
 
-    what the pieces share    is copied into buffers of the graph's own before, results are copied out of it after
+    what the pieces share    is copied into buffers of the graph before, and results are copied out of it after
     noise, dropout           from the generators of the run, seeded before every iteration: the numbers of an eager run
     learning rate            a device tensor that is filled before
     host decisions           SFD-v's number of steps, None where an iteration has no use for a turn: part of the key
 
-so for every key there is a graph. Its first `warmup` runs are eager and train as any, on the stream of the later capture.
-At most `limit` graphs are kept, since each pins memory; what comes later stays eager. Whatever stays eager says why.
+There is one graph for every key. Its first `warmup` runs are eager and train as any, on the stream of the later capture.
+Each graph pins memory, so there are at most `limit`; what comes later stays eager. Whatever stays eager says why.
 
-One pool of memory for all: what one graph frees, the capture of the next may use. So a replay may overwrite whatever an earlier
-replay left in the pool, and nothing there outlives its replay: results are copied out at once, inputs lie outside, gradients are
-made and forgotten within a graph, and whatever is made once (moments, tables, caches) was made by an eager run.
+All graphs share one pool of memory, and a capture may use what an earlier graph has freed. So a replay may overwrite what any
+earlier replay left in the pool. Therefore results are copied out at once, inputs lie outside the pool, gradients live within one
+graph, and an eager run makes what is made only once (moments, tables, caches).
 """
 
-import contextlib
 import dataclasses
-import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Draws, Logs
+from potstill.engine.training.capture import CUDA, Backend
 from potstill.kernels.tables import owned_by_graph
 
 MODES = ("auto", "on", "off")
 Work = Callable[[Any], tuple[Any, Logs]]  # what the pieces share -> the same afterwards, and what to log
-
-
-class Backend(Protocol):
-    """What records kernels: CUDA, or a stand-in where there is none."""
-
-    def stream(self) -> Any:
-        """A context in which all work of an iteration runs, captured or not."""
-        ...
-
-    def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record body's work without its effects; returns what repeats it. RuntimeError where it cannot be recorded."""
-        ...
-
-    def recover(self, generators: Sequence[torch.Generator]) -> bool:
-        """Make eager work and captures possible again after a capture that failed. Can earlier ones still be replayed?"""
-        ...
-
-
-class CUDA:
-    """Captures on one side stream into one memory pool."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.side = device, torch.cuda.Stream(device)
-        self.latest: torch.cuda.CUDAGraph | None = None  # whose capture has begun
-        self._new_pool()
-
-    def _new_pool(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-        self.living: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # those that share it
-
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        """Eager iterations run here too: cuBLAS workspaces and autograd's accumulation nodes belong to a stream."""
-        outside = torch.cuda.current_stream(self.device)
-        self.side.wait_stream(outside)
-        with torch.cuda.stream(self.side):
-            yield
-        outside.wait_stream(self.side)
-
-    def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        if not self.living:  # PyTorch takes no capture into a pool that its last graph has left
-            self._new_pool()
-        graph = self.latest = torch.cuda.CUDAGraph()
-        self._record(graph, body, generators)
-        self.latest = None
-        self.living.add(graph)
-        return graph.replay
-
-    def _record(self, graph: torch.cuda.CUDAGraph, body: Callable[[], None], generators: Sequence[torch.Generator]) -> None:
-        for generator in generators:
-            graph.register_generator_state(generator)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # a turn that this iteration has no use for
-            # thread_local: the thread that pins batches in advance may go on meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode="thread_local"):
-                body()
-
-    def recover(self, generators: Sequence[torch.Generator]) -> bool:
-        """An error of Python's leaves a capture that ended like any other. One of CUDA's leaves it open, and PyTorch with it:
-
-        the pool goes on recording, so that it takes no other capture, and the generators believe that they are being
-        captured, until another capture of theirs ends: one of nothing does. Only should that fail they get new states, with
-        which no earlier graph draws.
-        """
-        torch.cuda.synchronize(self.device)
-        graph, self.latest = self.latest, None
-        if graph is None or ended(graph):
-            return True
-        ABANDONED.append(graph)
-        place = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with contextlib.suppress(RuntimeError):  # it may not even have begun
-            torch._C._cuda_endAllocateToPool(place, self.pool)
-            torch._C._cuda_releasePool(place, self.pool)
-        self._new_pool()
-        try:
-            self._record(torch.cuda.CUDAGraph(), lambda: None, generators)
-        except RuntimeError:
-            for generator in [*generators, default_generator(self.device)]:
-                generator.graphsafe_set_state(generator.clone_state())
-            return False
-        return True
-
-
-#: Graphs whose capture was left open: PyTorch's allocator of pinned memory never stops asking them.
-ABANDONED: list[torch.cuda.CUDAGraph] = []
-
-
-def ended(graph: torch.cuda.CUDAGraph) -> bool:
-    """Did PyTorch see its capture to the end? Only then it tells the graph's pool."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
 
 
 @dataclasses.dataclass
@@ -143,16 +47,16 @@ class Captured:
     owned: Sequence[Tensor] = ()  # what else a replay reads, of the optimisers' own
 
 
-class Foretold(NamedTuple):
-    """The host's generator of one micro-batch, some of whose next answers were asked for in advance."""
+class Host(NamedTuple):
+    """The host's generator of one micro-batch. It gives the answers that were drawn in advance first."""
 
     number: int
-    host: Any
+    generator: Any
     answers: list[Any]
     asked: list[tuple[int, tuple, Any]]  # (number, options, answer) of all micro-batches, in the order of asking
 
     def choice(self, options: Sequence[Any]) -> Any:
-        answer = self.answers.pop(0) if self.answers else self.host.choice(options)
+        answer = self.answers.pop(0) if self.answers else self.generator.choice(options)
         self.asked.append((self.number, tuple(options), answer))
         return answer
 
@@ -173,7 +77,7 @@ class Graphs:
     ):  # fmt: skip
         self.backend, self.warmup, self.limit, self.strict, self.reset, self.say = backend, warmup, limit, strict, reset, say
         self.captured: dict[Hashable, Captured] = {}
-        self.refused: dict[Hashable, str] = {}  # key: why
+        self.reasons: dict[Hashable, str] = {}  # why a key stays eager
         self.seen: Counter[Hashable] = Counter()
         self.counts: dict[str, Counter[str]] = {}
         self._asks: dict[Hashable, tuple[int, tuple]] = {}  # what a piece asks the host next, having had the answers in the key
@@ -182,8 +86,8 @@ class Graphs:
         return self.backend.stream()
 
     def forget(self) -> None:
-        """Capture anew: what the pieces do has changed, by a decision of the host's that is in no key."""
-        for known in (self.captured, self.refused, self.seen, self._asks):
+        """Capture all pieces again: the host has decided something that changes them and is in no key."""
+        for known in (self.captured, self.reasons, self.seen, self._asks):
             known.clear()
 
     def run(self, name: str, work: Work, state: Any) -> tuple[Any, Logs]:
@@ -197,20 +101,20 @@ class Graphs:
             count["eager"] += 1
             return work(state)
         draws = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Draws)}.values())
-        key, answers = self._foresee(first, draws)
-        if key not in self.captured and key not in self.refused and self.seen[key] >= self.warmup:
+        key, answers = self._answers_in_advance(first, draws)
+        if key not in self.captured and key not in self.reasons and self.seen[key] >= self.warmup:
             self._capture(name, key, work, first[1], leaves, draws, answers)
         if key in self.captured:
             count["replayed"] += 1
             return replayed(self.captured[key], leaves)
         count["eager"] += 1
-        with foretold(draws, answers) as asked:
+        with answering(draws, answers) as asked:
             result = work(state)
-        self.seen[self._learn(first, asked)] += 1
+        self.seen[self._key_with_answers(first, asked)] += 1
         return result
 
-    def _foresee(self, key: Hashable, draws: Sequence[Draws]) -> tuple[Hashable, list[list[Any]]]:
-        """The key with the host's decisions, made in advance as far as it is known which will be asked for."""
+    def _answers_in_advance(self, key: Hashable, draws: Sequence[Draws]) -> tuple[Hashable, list[list[Any]]]:
+        """The host's decisions, as far as it is known which the piece asks for, and the key with them."""
         answers: list[list[Any]] = [[] for _ in draws]
         while key in self._asks:
             number, options = self._asks[key]
@@ -218,7 +122,8 @@ class Graphs:
             key = (key, answers[number][-1])
         return key, answers
 
-    def _learn(self, key: Hashable, asked: Sequence[tuple[int, tuple, Any]]) -> Hashable:
+    def _key_with_answers(self, key: Hashable, asked: Sequence[tuple[int, tuple, Any]]) -> Hashable:
+        """The key with all decisions; what was asked is known the next time."""
         for number, options, answer in asked:
             self._asks[key] = (number, options)
             key = (key, answer)
@@ -231,34 +136,34 @@ class Graphs:
         if len(self.captured) >= self.limit:
             return self._refuse(name, key, f"the limit of {self.limit} graphs is reached")
         statics = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        made = Captured(lambda: None, [t for t in statics if isinstance(t, Tensor)])
+        graph = Captured(lambda: None, [t for t in statics if isinstance(t, Tensor)])
         versions = [t._version if isinstance(t, Tensor) else 0 for t in statics]
 
         def body() -> None:
-            with foretold(draws, [list(a) for a in answers]):
+            with answering(draws, answers):
                 after, logs = work(joined(shape, iter(statics)))
-            found: list[Any] = []
-            made.shape = split(after, found)
+            results: list[Any] = []
+            graph.shape = split(after, results)
             same = {id(t): i for i, t in enumerate(statics) if not isinstance(t, Tensor) or t._version == versions[i]}
-            made.sources = [same[id(leaf)] if id(leaf) in same else leaf for leaf in found]
-            made.names = list(logs)
+            graph.sources = [same[id(leaf)] if id(leaf) in same else leaf for leaf in results]
+            graph.names = list(logs)
             if logs:
-                made.logs = torch.stack([value.detach().double().reshape(()) for value in logs.values()])
+                graph.logs = torch.stack([value.detach().double().reshape(()) for value in logs.values()])
 
         generators = [one.generator for one in draws]
         try:
-            with owned_by_graph() as made.owned:
-                made.replay = self.backend.capture(body, generators)
+            with owned_by_graph() as graph.owned:
+                graph.replay = self.backend.capture(body, generators)
         except (RuntimeError, Unfit) as error:
             self.reset()
             if not self.backend.recover(generators):
-                self._begin_again(name)
+                self._capture_others_again(name)
             return self._refuse(name, key, first_line(error))
-        self.captured[key] = made
+        self.captured[key] = graph
         self.counts[name]["captured"] += 1
 
-    def _begin_again(self, name: str) -> None:
-        """Other graphs were lost, through no fault of theirs: they may be captured again, after eager runs as before."""
+    def _capture_others_again(self, name: str) -> None:
+        """The failed capture has broken the other graphs: they may be captured again, after eager runs as before."""
         if self.captured:
             self.say(
                 f"CUDA graphs: the failed capture of {name} broke the generators of those from before ({len(self.captured)}), which are captured again"
@@ -269,21 +174,21 @@ class Graphs:
     def _refuse(self, name: str, key: Hashable, why: str) -> None:
         if self.strict:
             raise UserError(f"train.graphs=on, but {name} cannot be a CUDA graph ({why}): use auto, which leaves it eager, or off")
-        if key not in self.refused:
+        if key not in self.reasons:
             self.say(f"CUDA graphs: {name} stays eager ({why})")
-        self.refused[key] = why
+        self.reasons[key] = why
 
     def __str__(self) -> str:
-        told = self.report()
-        why = f"; stays eager: {', '.join(told['stay_eager'])}" if told["stay_eager"] else ""
-        return f"CUDA graphs: {told['captured']} captured, {told['replayed']} replayed, {told['eager']} pieces run eagerly{why}"
+        counts = self.report()
+        why = f"; stays eager: {', '.join(counts['stay_eager'])}" if counts["stay_eager"] else ""
+        return f"CUDA graphs: {counts['captured']} captured, {counts['replayed']} replayed, {counts['eager']} pieces run eagerly{why}"
 
     def report(self) -> dict[str, Any]:
         """How often each piece was captured, replayed and run eagerly, and why any stays eager."""
         kinds = ("captured", "replayed", "eager")
         total = {kind: sum(count[kind] for count in self.counts.values()) for kind in kinds}
         pieces = {name: {kind: count[kind] for kind in kinds} for name, count in self.counts.items()}
-        return {"mode": "on", **total, "pieces": pieces, "stay_eager": sorted(set(self.refused.values()))}
+        return {"mode": "on", **total, "pieces": pieces, "stay_eager": sorted(set(self.reasons.values()))}
 
 
 def replayed(one: Captured, leaves: Sequence[Any]) -> tuple[Any, Logs]:
@@ -298,17 +203,17 @@ def replayed(one: Captured, leaves: Sequence[Any]) -> tuple[Any, Logs]:
 
 
 @contextmanager
-def foretold(draws: Sequence[Draws], answers: list[list[Any]]) -> Iterator[list[tuple[int, tuple, Any]]]:
+def answering(draws: Sequence[Draws], answers: list[list[Any]]) -> Iterator[list[tuple[int, tuple, Any]]]:
     """Lets `draws` give these answers first; yields the list of what is asked."""
     asked: list[tuple[int, tuple, Any]] = []
-    hosts = [one.host for one in draws]
+    generators = [one.host for one in draws]
     for number, one in enumerate(draws):
-        one.host = Foretold(number, hosts[number], answers[number], asked)
+        one.host = Host(number, generators[number], list(answers[number]), asked)
     try:
         yield asked
     finally:
-        for one, host in zip(draws, hosts, strict=True):
-            one.host = host
+        for one, generator in zip(draws, generators, strict=True):
+            one.host = generator
 
 
 def split(value: Any, leaves: list[Any]) -> Hashable:
@@ -354,38 +259,24 @@ def _is_container(kind: type) -> bool:
     return issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
-def default_generator(device: torch.device) -> torch.Generator:
-    """The generator that dropout draws from on this device."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-
-
-def seed_dropout(device: torch.device, seed: int) -> None:
-    """torch.manual_seed for the host and the one device in use; for all devices it costs milliseconds."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        default_generator(device).manual_seed(seed)
-
-
 def first_line(error: BaseException) -> str:
-    """What went wrong first: a capture that fails to end hides the error that broke it."""
+    """What went wrong first: the failure to end a capture hides the error that broke it."""
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_graphs(mode: str, device: torch.device, where: str, ranks: int = 1) -> None:
-    """UserError for a choice that this device or several ranks have not got."""
+    """UserError for `on` where there is no CUDA or where there are several ranks."""
     if mode == "on" and device.type != "cuda":
         raise UserError(f"{where}.graphs=on wants a CUDA device, and this run is on {device.type}: use auto or off")
     if mode == "on" and ranks > 1:
         raise UserError(f"{where}.graphs=on wants one process, got {ranks}: what ranks tell one another is not captured; use auto or off")
 
 
-def build_graphs(mode: str, device: torch.device, reset: Callable[[], None]) -> Graphs | None:
+def build_graphs(mode: str, device: torch.device) -> Graphs | None:
     """As train.graphs says; None: everything is eager. `auto` is on where there are CUDA graphs."""
     check_graphs(mode, device, "train")
     if mode == "off" or device.type != "cuda":
         return None
-    return Graphs(CUDA(device), strict=mode == "on", reset=reset)
+    return Graphs(CUDA(device), strict=mode == "on")

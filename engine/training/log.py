@@ -79,21 +79,14 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        complete = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a crash may have cut the last line short
         with whole(path) as part:
-            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            part.write_text("".join(line for line in complete if json.loads(line)["step"] <= first_step), encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a JSONL file; a last line cut short by a crash is dropped."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
 
 
 class TensorBoard:
@@ -130,7 +123,7 @@ class WandB:
             raise UserError("log.wandb wants the wandb package: pip install 'potstill[wandb]'") from None
         try:
             self.run = wandb.init(
-                project=project, dir=str(folder), id=_kept_id(folder / "checkpoints" / "wandb-id"), resume="allow",
+                project=project, dir=str(folder), id=_stored_id(folder / "checkpoints" / "wandb-id"), resume="allow",
                 name=f"{group} {stage}", group=group, job_type=stage,
             )  # fmt: skip
         except wandb.Error as error:
@@ -146,8 +139,8 @@ class WandB:
         self.run.finish(exit_code=0 if finished else 1)
 
 
-def _kept_id(path: Path) -> str:
-    """The random id in that file, which is made where there is none."""
+def _stored_id(path: Path) -> str:
+    """The id in that file; a random one is written where there is none."""
     if not path.exists():
         with whole(path) as part:
             part.write_text(secrets.token_hex(8), encoding="utf-8")
@@ -155,9 +148,9 @@ def _kept_id(path: Path) -> str:
 
 
 @contextmanager
-def writers(config: LogConfig, folder: Path, first_step: int, *, group: str, stage: str) -> Iterator[list[Any]]:
+def open_writers(config: LogConfig, folder: Path, first_step: int, *, group: str, stage: str) -> Iterator[list[Any]]:
     """Everything that takes metrics of a stage from iteration `first_step` on; closed when it ends, however it does."""
-    opened: list[Any] = []
+    opened: list[TensorBoard | WandB] = []
     finished = False
     try:
         if config.tensorboard:
@@ -172,31 +165,36 @@ def writers(config: LogConfig, folder: Path, first_step: int, *, group: str, sta
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere: kimg, img/s, time left, and the newest metrics."""
+    """A bar on a terminal, a line now and then elsewhere: kimg, img/s, time left, and the newest metrics.
 
-    def __init__(self, title: str, total: int, done: int, *, line_every: float = 5.0):
-        self.title, self.total, self.line_every, self.last_line = title, total, line_every, 0.0
-        self.bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    quiet: show nothing, on a rank that leaves it to another.
+    """
+
+    def __init__(self, title: str, total: int, done: int, *, line_every: float = 5.0, quiet: bool = False):
+        self.title, self.total, self.line_every, self.last_line, self.quiet = title, total, line_every, 0.0, quiet
+        hidden = quiet or not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, disable=hidden)
 
     def advance(self) -> None:
         self.bar.update()
 
-    def show(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: dict[str, Any]) -> None:
         """The newest numbers; off a terminal at most every few seconds, and always the last."""
         losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and not k.endswith(("grad_norm", "nonfinite"))}
         losses |= {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("fd@")}
+        step, speed = metrics["step"], metrics.get("images_per_second", 0.0)
         if not self.bar.disable:
-            self.bar.set_postfix(losses | {"img/s": f"{metrics.get('images_per_second', 0):.0f}"})
+            self.bar.set_postfix(losses | {"img/s": f"{speed:.0f}"})
             return
-        last = metrics["step"] >= self.total
-        if time.monotonic() - self.last_line < self.line_every and not last:
+        if self.quiet or (time.monotonic() - self.last_line < self.line_every and step < self.total):
             return
         self.last_line = time.monotonic()
-        left = (self.total - metrics["step"]) * metrics.get("seconds_per_step", 0)
         parts = [f"{k} {v}" for k, v in losses.items()]
-        parts += [f"{metrics['images_per_second']:.0f} img/s"] if "images_per_second" in metrics else []
-        parts += [f"{_clock(left)} left"] if left and not last else []
-        print(f"{self.title} {metrics['step']}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
+        if speed:
+            parts.append(f"{speed:.0f} img/s")
+            if step < self.total:
+                parts.append(f"{_clock((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
+        print(f"{self.title} {step}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
 
     def compiling(self, modules: int) -> None:
         """Why the first iterations take so long; on a terminal it stands in the bar until there are numbers."""
@@ -204,20 +202,11 @@ class Progress:
         self.say(f"{self.title}: compiling {modules} modules; the first iterations take minutes")
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
-
-
-class Silent:
-    """The progress of a rank that leaves the talking to another."""
-
-    def advance(self) -> None: ...
-    def show(self, metrics: dict[str, Any]) -> None: ...
-    def compiling(self, modules: int) -> None: ...
-    def say(self, text: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def _clock(seconds: float) -> str:

@@ -1,9 +1,10 @@
-"""The training loop: batch, iteration, and now and then a log line, a hook or a checkpoint."""
+"""The training loop: a batch, an iteration (`Run.take`), and now and then a log line, a hook or a checkpoint."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
 from potstill.engine.training.compile import cache_in
-from potstill.engine.training.log import LogConfig, Progress, Silent, writers
+from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
 from potstill.engine.training.profile import STEP, WAITING, Profile, span
 from potstill.engine.training.run import Run
+
+BatchAt = Callable[[int], tuple[torch.Tensor, torch.Tensor | None]]  # iteration -> this rank's images [n, C, H, W] and labels or None
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Interrupted(Exception):
 
 def train(
     run: Run,
-    batch_at: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]],
+    batch_at: BatchAt,
     folder: Path,
     *,
     title: str,
@@ -51,35 +54,29 @@ def train(
     `title` is what this stage is called, `group` what all stages of a run are, by default the folder's name.
     Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
     """
-    ranks, kept = run.ranks, folder / "checkpoints"
-    if state := load_newest(kept, run.device, run.like if run.sharded else None):
+    ranks, checkpoints = run.ranks, folder / "checkpoints"
+    if state := load_newest(checkpoints, run.device, run.like if run.sharded else None):
         run.load_state_dict(state)
     ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
-    progress = Progress(title, run.total, run.step) if ranks.first else Silent()
-    if state:
-        progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({kept})")
-    if run.step < run.total:
-        with writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([]) as told:
-            iterate(run, batch_at, folder, progress, told, title, hooks, profile)
-    progress.close()
+    with closing(Progress(title, run.total, run.step, quiet=not ranks.first)) as progress:
+        if state:
+            progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({checkpoints})")
+        if run.step < run.total:
+            opened = open_writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([])
+            with opened as writers, signals() as caught:
+                iterate(run, batch_at, folder, hooks, profile, progress, [*writers, progress], caught)
+            if run.graphs:
+                progress.say(f"{title}: {run.graphs}")
 
 
 def iterate(
-    run: Run, batch_at: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]], folder: Path, progress: Progress | Silent,
-    told: Sequence[Any], title: str, hooks: Sequence[Hook], profile: Profile | None,
+    run: Run, batch_at: BatchAt, folder: Path, hooks: Sequence[Hook], profile: Profile | None, progress: Progress,
+    writers: Sequence[Any], caught: list[int],
 ) -> None:  # fmt: skip
-    """The iterations that are left, with their log lines, hooks and checkpoints."""
-    cfg, ranks, kept = run.cfg, run.ranks, folder / "checkpoints"
+    """The iterations that are left, with their log lines, hooks and checkpoints. caught: the signals that have come."""
+    cfg, ranks, checkpoints = run.cfg, run.ranks, folder / "checkpoints"
     if cfg.micro_batch == "auto":
-        run.micro = fitting_micro_batch(run, batch_at(run.step), progress.say)
-    sharded = ShardedWriter(kept, ranks, cfg.keep)
-
-    def save() -> Path:
-        state = run.state_dict()
-        if run.sharded:
-            return sharded.save(run.step, state)
-        return save_checkpoint(kept, run.step, state, cfg.keep) if ranks.first else kept
-
+        run.batches.size = fitting_micro_batch(run, batch_at(run.step), progress.say)
     if run.compiled:
         cache_in(folder)
         progress.compiling(run.compiled)
@@ -87,38 +84,38 @@ def iterate(
         run.graphs.say = progress.say
     if profile:
         profile.start(run.device, run.total - run.step)
-    with signals() as caught:
-        clock = Clock(run)
-        while run.step < run.total:
-            with span(WAITING):
-                batch = batch_at(run.step)
-            with span(STEP):
-                run.take(*batch)
-            progress.advance()
-            if profile:
-                profile.step(progress.say)
-            last = run.step == run.total
-            if run.step % cfg.log_iterations == 0 or last:
-                metrics = run.meter.read(ranks)  # the only wait for the device
-                check_finite(metrics, run.step, kept)
-                write(told, progress, run, metrics, seconds_per_step=clock.lap())
-            for hook in hooks:
-                if run.due(hook.kimg):
-                    with clock.stopped():
-                        if metrics := hook.call(run):
-                            write(told, progress, run, metrics)
-            stop = ranks.stop(caught[0] if caught else 0)
-            if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
-                clock.tick()
-                path = save()
-                if stop:
-                    sharded.finish()
-                    ranks.wait()
-                    progress.close()
-                    raise Interrupted(stop, path)
+    sharded = ShardedWriter(checkpoints, ranks, cfg.keep)
+    clock = Clock(run)
+    while run.step < run.total:
+        with span(WAITING):
+            batch = batch_at(run.step)
+        with span(STEP):
+            run.take(*batch)
+        progress.advance()
+        if profile:
+            profile.step(progress.say)
+        if run.step % cfg.log_iterations == 0 or run.step == run.total:
+            metrics = run.meter.read(ranks)  # the only wait for the device
+            check_finite(metrics, run.step, checkpoints)
+            write(run, metrics, writers, clock.lap())
+        for hook in hooks:
+            if run.due(hook.kimg):
+                with clock.stopped():
+                    if metrics := hook.call(run):
+                        write(run, metrics, writers)
+        stop = ranks.stop(caught[0] if caught else 0)
+        if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
+            clock.tick()
+            path, state = checkpoints, run.state_dict()
+            if run.sharded:
+                path = sharded.save(run.step, state)
+            elif ranks.first:
+                path = save_checkpoint(checkpoints, run.step, state, cfg.keep)
+            if stop:
+                sharded.finish()
+                ranks.wait()
+                raise Interrupted(stop, path)
     sharded.finish()
-    if run.graphs:
-        progress.say(f"{title}: {run.graphs}")
 
 
 class Clock:
@@ -146,22 +143,21 @@ class Clock:
         self.now = time.perf_counter()
 
 
-def write(told: Sequence[Any], progress: Progress | Silent, run: Run, metrics: dict[str, float], seconds_per_step: float = 0.0) -> None:
+def write(run: Run, metrics: dict[str, float], writers: Sequence[Any], seconds_per_step: float = 0.0) -> None:
+    """Hand a line of metrics to all writers. seconds_per_step: 0 where it was not measured."""
     line: dict[str, Any] = {"step": run.step, "kimg": run.kimg, "seconds": round(run.seconds, 3)}
     if seconds_per_step:
         line["images_per_second"] = round(run.cfg.batch / seconds_per_step, 1)
-    line |= metrics
-    for writer in told:
-        writer.write(line)
-    progress.show(line | {"seconds_per_step": seconds_per_step})
+    for writer in writers:
+        writer.write(line | metrics)
 
 
-def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
+def check_finite(metrics: dict[str, float], step: int, checkpoints: Path) -> None:
     """Stop at the first log line with a loss that is not a number, naming it."""
-    bad = [name for name, value in metrics.items() if value != value or value in (float("inf"), float("-inf"))]
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; checkpoints from before are in {kept}"
+            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; checkpoints from before are in {checkpoints}"
         )
 
 
@@ -169,14 +165,14 @@ def check_finite(metrics: dict[str, float], step: int, kept: Path) -> None:
 def signals():
     """Collects SIGINT and SIGTERM in a list instead of dying; a second one of the same kind kills as usual."""
     caught: list[int] = []
-    previous = {}
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(signum: int, frame: Any) -> None:
         caught.append(signum)
-        signal.signal(signum, previous[signum])
+        signal.signal(signum, previous[signal.Signals(signum)])
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        previous[signum] = signal.signal(signum, handle)
+    for signum in previous:
+        signal.signal(signum, handle)
     try:
         yield caught
     finally:

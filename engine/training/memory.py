@@ -1,21 +1,18 @@
 """`micro_batch: auto`: how many images a GPU takes at once, found by trying, and what each net takes before the first image."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Alone, modules_of
-
-if TYPE_CHECKING:
-    from potstill.engine.training.run import Run
+from potstill.engine.training.run import Run
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
 
 
-def fitting_micro_batch(run: "Run", images_and_labels: tuple[Tensor, Tensor | None], say: Callable[[str], None]) -> int | None:
+def fitting_micro_batch(run: Run, images_and_labels: tuple[Tensor, Tensor | None], say: Callable[[str], None]) -> int | None:
     """The most images of this rank's share that forward and backward of every turn have room for; None: all of them.
 
     Weights, optimisers and all state are afterwards as before. Every rank tries the same sizes and takes what fits on all.
@@ -47,37 +44,37 @@ def sizes(share: int) -> Iterator[int]:
             last = size
 
 
-def peak_memory(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> int:
+def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> int:
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
-    kept, others = [(t, t.clone()) for t in state_of(run)], run.method.others
+    before, others = [(t, t.clone()) for t in state_of(run)], run.method.others
     run.method.others = Alone()  # a rank without memory must not leave the others waiting
     try:
         if torch.backends.cudnn.benchmark:
             every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
         torch.cuda.reset_peak_memory_stats(run.device)
         every_turn(run, images, labels, size)
-        return torch.cuda.max_memory_allocated(run.device) + to_come(run)
+        return torch.cuda.max_memory_allocated(run.device) + moments_to_come(run)
     except torch.OutOfMemoryError:
         return 0
     finally:
         run.method.others = others
         run.forget_gradients()
         with torch.no_grad():
-            for t, before in kept:
-                t.copy_(before)
+            for t, value in before:
+                t.copy_(value)
         torch.cuda.empty_cache()
 
 
-def every_turn(run: "Run", images: Tensor, labels: Tensor | None, size: int) -> None:
+def every_turn(run: Run, images: Tensor, labels: Tensor | None, size: int) -> None:
     """Forward and backward of each on one micro-batch; no step."""
     for turn in run.method.turns:
-        shared = run.method.begin(run.micro_batch(images, labels, 0, size))
+        shared = run.method.begin(run.batches.part(images, labels, run.step, 0, size))
         if (result := turn.loss(shared)) is not None:
             result[0].backward()
         run.forget_gradients()
 
 
-def state_of(run: "Run") -> Iterator[Tensor]:
+def state_of(run: Run) -> Iterator[Tensor]:
     """What losses may change without an optimiser: buffers, and the method's own state."""
     modules: list[nn.Module] = [*run.method.nets.values(), run.method.state]
     for module in modules:
@@ -85,13 +82,13 @@ def state_of(run: "Run") -> Iterator[Tensor]:
     yield from run.method.state.parameters()
 
 
-def to_come(run: "Run") -> int:
-    """Bytes of the optimiser states that are only made in the first step: two moments for every weight that trains."""
+def moments_to_come(run: Run) -> int:
+    """Bytes of the optimiser states that the first step makes: two moments for every weight that trains."""
     sizes = [p.nbytes for one in run.trained.values() if not one.optimizer.state for p in one.net.parameters() if p.requires_grad]
     return 2 * sum(sizes)
 
 
-def estimate(run: "Run") -> list[str]:
+def estimate(run: Run) -> list[str]:
     """Memory before the first image, by role, in GiB of this rank."""
     lines = []
     for name, one in run.trained.items():

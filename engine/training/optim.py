@@ -42,10 +42,10 @@ KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "linear", "halfway")
 
 
-#: train.optimizer. auto: adam_ema on CUDA, where it is one pass over memory and reads learning rate and decay on the
-#: device; torch on a CPU, where AdamEMA is the same fused Adam with more around it, and for sharded parameters.
+#: train.optimizer. auto is adam_ema for whole parameters on CUDA: it makes one pass over memory, and reads learning rate and
+#: decay on the device. On a CPU and for sharded parameters auto is torch: there AdamEMA is the same fused Adam, and costs more.
 IMPLEMENTATIONS = ("auto", "torch", "adam_ema")
-#: What a checkpoint says of the implementation that wrote it, and must not say to the one that reads it.
+#: Settings of the implementation in a checkpoint's groups; the one that loads it keeps its own.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -61,7 +61,7 @@ def build_optimizer(
     trained = [(p, a) for p, a in pairs if p.requires_grad]
     parameters, beta1, beta2 = [p for p, _ in trained], *cfg.betas
     options: dict[str, Any] = {"lr": cfg.lr, "betas": (beta1, beta2), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
-    if chosen(implementation, parameters) == "torch":
+    if implementation_for(implementation, parameters) == "torch":
         return KINDS[cfg.name](parameters, fused=True, **options)
     shadows = [shadow_of(p) for p in parameters]
     return AdamEMA(
@@ -70,7 +70,7 @@ def build_optimizer(
     )  # fmt: skip
 
 
-def chosen(implementation: str, parameters: Iterable[Tensor]) -> str:
+def implementation_for(implementation: str, parameters: Iterable[Tensor]) -> str:
     """ "torch" or "adam_ema"."""
     if implementation != "auto":
         return implementation
@@ -87,7 +87,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def fitting(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def state_for(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A state_dict of either implementation as this one loads it."""
     groups = [
         loaded | {name: own[name] for name in _OWN if name in own}

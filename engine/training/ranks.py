@@ -1,4 +1,4 @@
-"""The processes of one run under torchrun: how they meet, speak with one voice, wait for each other and notice a death.
+"""The processes of one run under torchrun: they meet, agree, wait for each other, end together, and notice a rank that hangs.
 
 A process that was started alone is a world of one: every function here then does nothing and costs nothing.
 """
@@ -25,8 +25,8 @@ from potstill.engine.common.errors import UserError
 T = TypeVar("T")
 
 COLLECTIVE = timedelta(minutes=10)  # longest wait of one rank for the gradients of another
-PATIENCE = timedelta(hours=24)  # longest wait for what rank 0 does alone: measuring, making pairs
-BEAT, STALE = 2.0, 30.0  # seconds between signs of life, and after which a rank without one is given up
+PATIENCE = timedelta(hours=24)  # longest wait while rank 0 works alone: measuring, making pairs
+BEAT, STALE = 2.0, 30.0  # seconds between two heartbeats, and without one before a rank counts as lost
 LAST_WORDS = 5.0  # seconds that a rank with an error waits for the others, so that all end alike
 BUCKET = 1 << 25  # bytes that one all-reduce carries at most: large enough for bandwidth, small enough to overlap
 
@@ -41,8 +41,8 @@ class Ranks:
         self.rank, self.count, self.store = rank, count, store
         self.several = count > 1 if several is None else several
         self.patient: dist.ProcessGroup | None = None
-        self._heart: Heart | None = None
-        self._asked: tuple[dist.Work, Tensor] | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._question: tuple[dist.Work, Tensor] | None = None  # of `stop`, one iteration old
 
     @property
     def first(self) -> bool:
@@ -55,30 +55,26 @@ class Ranks:
             return self._own(device)
         check_backends(device.type)
         device = self._own(device)
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        self.share()
+        if self.store is not None:
+            self._heartbeat = Heartbeat(self.store.clone(), self.rank, self.count)  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
         dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.count, timeout=COLLECTIVE,
-            device_id=device if device.type == "cuda" else None,
+            "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=self.store, rank=self.rank, world_size=self.count,
+            timeout=COLLECTIVE, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
         patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(patient, dist.ProcessGroup)
         self.patient = patient
         return device
 
-    def share(self) -> None:
-        """Start to give, and to look for, signs of life."""
-        if self.store is not None and self._heart is None:
-            self._heart = Heart(self.store.clone(), self.rank, self.count)  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
-
     def _own(self, device: torch.device) -> torch.device:
+        """Of several GPUs the one that is this rank's."""
         if not self.several or device.type != "cuda":
             return device
-        here, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
-        if here >= found:
+        number, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+        if number >= found:
             raise UserError(f"more processes than GPUs on this machine: wanted a GPU for each, got {found}: lower --nproc-per-node")
-        torch.cuda.set_device(here)
-        return torch.device("cuda", here)
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
 
     @torch.no_grad()
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -101,26 +97,25 @@ class Ranks:
         return tensor
 
     def alone(self, work: Callable[[], T]) -> T | None:
-        """work() on rank 0 while the others wait, however long. Returns its result there, None elsewhere; a UserError is everybody's."""
-        if not self.several:
-            return work()
-        result, told = None, ""
+        """work() on rank 0 while the others wait. Returns its result on rank 0 and None elsewhere; all ranks raise its UserError."""
+        result, message = None, ""
         if self.first:
             try:
                 result = work()
             except UserError as error:
-                told = str(error)
-        if told := self.agree(told):
-            raise UserError(told)
+                if not self.several:
+                    raise
+                message = str(error)
+        if message := self.agree(message):
+            raise UserError(message)
         return result
 
     def agree(self, value: T) -> T:
         """Rank 0's value, on all ranks."""
-        if not self.several:
-            return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0, group=self.patient)
-        return held[0]
+        values = [value]
+        if self.several:
+            dist.broadcast_object_list(values, src=0, group=self.patient)
+        return values[0]
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -131,37 +126,37 @@ class Ranks:
         """The smallest of all ranks' values."""
         if not self.several:
             return value
-        held = torch.tensor(value)
-        dist.all_reduce(held, op=dist.ReduceOp.MIN, group=self.patient)
-        return int(held)
+        least = torch.tensor(value)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.patient)
+        return int(least)
 
     def stop(self, signum: int) -> int:
-        """The signal (0: none) that any rank had got when all asked last: the same answer, at the same iteration, everywhere.
+        """The signal that any rank had got at the last call (0: none). All ranks get the same answer at the same iteration.
 
-        One iteration late, so that no rank ever waits for the slowest to ask; the question travels between CPUs.
+        The answer is one iteration old, so no rank waits for the slowest one; it travels between CPUs.
         """
         if not self.several:
             return signum
-        asked, told = torch.tensor(signum), 0
-        if self._asked is not None:
-            work, answer = self._asked
+        answer = 0
+        if self._question is not None:
+            work, tensor = self._question
             work.wait()
-            told = int(answer)
-        self._asked = None
-        if not told:
-            work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.patient, async_op=True)
+            self._question, answer = None, int(tensor)
+        if not answer:
+            tensor = torch.tensor(signum)
+            work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.patient, async_op=True)
             assert work is not None
-            self._asked = work, asked
-        return told
+            self._question = work, tensor
+        return answer
 
     def close(self) -> None:
-        """Part in peace: the others may go on without this rank's signs of life."""
-        if self._asked is not None:
-            self._asked[0].wait()
-            self._asked = None
-        if self._heart is not None:
-            self._heart.stop()
-            self._heart = None
+        """This rank is done; the others go on without its heartbeat."""
+        if self._question is not None:
+            self._question[0].wait()
+            self._question = None
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
         if self.patient is not None:
             dist.destroy_process_group()
             self.patient = None
@@ -207,9 +202,9 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def one_voice(ranks: Ranks) -> Iterator[None]:
-    """What ends a run ends it on all ranks, and is said once: UserErrors with exit code 2, a lost rank with 1.
+    """An error ends the run on all ranks and is printed once: a UserError with exit code 2, a lost rank with 1.
 
-    Alone it lets every exception through.
+    In a world of one every exception passes.
     """
     if ranks.count == 1:
         yield
@@ -233,9 +228,9 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
-    """Exit with `code` when all ranks are here or LAST_WORDS seconds have passed; the first to come says the sentence.
+    """Exit with `code` when all ranks are here or LAST_WORDS seconds have passed. The first rank to come prints the sentence.
 
-    Ranks that lose touch because another one has something to say keep silent and take over its code.
+    A UserError of one rank makes the others lose touch with it: they print nothing, and take over its code.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
     assert ranks.store is not None
@@ -258,40 +253,42 @@ def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
     os._exit(code)  # destructors of process groups wait for the dead
 
 
-class Heart:
-    """A thread that says every few seconds that this rank lives, and ends the process when another has stopped saying so.
+class Heartbeat:
+    """A thread that counts up this rank's heartbeat every few seconds, and ends the process when another rank's stands still.
 
-    A rank that was killed is noticed by torchrun, one that hangs (stopped, swapping, a machine that went away) by nobody else.
+    torchrun notices a rank that was killed. It does not notice one that hangs (stopped, swapping, a machine that is gone): it
+    watches processes, and torchelastic's timers kill only what its own agent has started, on the same machine, with
+    TORCHELASTIC_ENABLE_FILE_TIMER=1. NCCL's watchdog waits as long as the longest collective may take, and gloo has none.
     """
 
     def __init__(self, store: dist.Store, rank: int, count: int):
         self.store, self.rank, self.count = store, rank, count
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        self.ended.set()
+        self.stopped.set()
         self.thread.join()
 
-    def _beat(self) -> None:
-        seen = {other: (0, time.monotonic()) for other in range(self.count) if other != self.rank}
+    def _run(self) -> None:
+        last = {other: (0, time.monotonic()) for other in range(self.count) if other != self.rank}  # heartbeats, and when they changed
         try:
-            while not self.ended.wait(BEAT):
+            while not self.stopped.wait(BEAT):
                 self.store.add(f"beat/{self.rank}", 1)
-                for other in list(seen):
+                for other in list(last):
                     beats, now = self.store.add(f"beat/{other}", 0), time.monotonic()
-                    if beats != seen[other][0]:
-                        seen[other] = beats, now
+                    if beats != last[other][0]:
+                        last[other] = beats, now
                     elif self.store.check([f"left/{other}"]):
-                        del seen[other]
-                    elif now - seen[other][1] > STALE:
-                        self._give_up(other)
+                        del last[other]
+                    elif now - last[other][1] > STALE:
+                        self._end(other)
             self.store.set(f"left/{self.rank}", "")
         except (dist.DistError, RuntimeError):  # the store's process has ended; collectives will say so
             return
 
-    def _give_up(self, other: int) -> NoReturn:
+    def _end(self, other: int) -> NoReturn:
         if self.store.add("said", 1) == 1:
             print(
                 f"error: rank {other} has given no sign of life for {STALE:.0f} s: it died or hangs; "

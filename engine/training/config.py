@@ -1,0 +1,60 @@
+"""The settings of one stage of training, `train` and `teacher.train` of a recipe, and their checks."""
+
+from dataclasses import dataclass, field
+
+from potstill.engine.common.checks import BadSetting, above, at_least, finite, one_of, wants
+from potstill.engine.nets.layers import CHECKPOINTING
+from potstill.engine.training.compile import MODES as COMPILED
+from potstill.engine.training.graphs import MODES as GRAPHS
+from potstill.engine.training.optim import IMPLEMENTATIONS, OptimConfig
+from potstill.engine.training.parallel import MODES as PARALLEL
+from potstill.engine.training.parallel import FSDPConfig
+
+
+@dataclass
+class TrainConfig:
+    """How long, how large, how often. One thousand images seen is a kimg; an iteration sees `batch` images."""
+
+    kimg: float = 100.0  # length of the training, in thousands of images
+    batch: int = 128  # images per iteration, over all micro-batches and ranks
+    micro_batch: int | str | None = None  # images per forward and rank, at most; null: its whole share; auto: what memory allows
+    parallel: str = "ddp"  # ddp | fsdp, where there are several ranks (`train.fsdp`)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    optim: dict[str, OptimConfig] = field(default_factory=dict)  # by net; a net without an entry uses "student"'s
+    optimizer: str = "auto"  # auto | torch | adam_ema: who computes Adam; the numbers are the same but for rounding
+    compile: str = "off"  # off | blocks | net: torch.compile of the U-Nets; minutes of waiting, for long runs
+    shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
+    ema_kimg: float = 500.0  # half-life of the average of the weights (EMA), in thousands of images; 0: no average
+    ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
+    activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
+    log_iterations: int = 50  # between two log lines
+    grid_kimg: float | None = None  # thousands of images between two grids of samples from fixed latents; null: ten over the run
+    eval_kimg: float | None = None  # thousands of images between two measurements (`eval`) in the run; null: never
+    checkpoint_kimg: float | None = None  # thousands of images between two checkpoints; null: ten over the run
+    keep: int = 2  # newest checkpoints kept
+    graphs: str = "auto"  # replay every turn as one CUDA graph: auto (where there is CUDA) | on (or stop) | off
+
+    def __post_init__(self):
+        finite(self)
+        if isinstance(self.micro_batch, str) and self.micro_batch.strip().isdecimal():
+            self.micro_batch = int(self.micro_batch)  # recipes are read as text, and this setting may be text
+        wants(self, "kimg", self.kimg <= 1e12, "at most 1e12")
+        above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg")
+        at_least(self, 1, "batch", "log_iterations", "keep")
+        at_least(self, 0, "ema_kimg", "ema_ramp_up")
+        self._check_micro_batch()
+        one_of(self, "parallel", PARALLEL)
+        one_of(self, "optimizer", IMPLEMENTATIONS)
+        one_of(self, "compile", COMPILED)
+        one_of(self, "activation_checkpointing", CHECKPOINTING)
+        one_of(self, "graphs", GRAPHS)
+
+    def _check_micro_batch(self) -> None:
+        micro = self.micro_batch
+        wants(self, "micro_batch", not isinstance(micro, str) or micro == "auto", "a number, auto or null")
+        if isinstance(micro, int) and (micro < 1 or self.batch % micro):
+            raise BadSetting("micro_batch", f"= {micro} does not divide batch = {self.batch}")
+
+    def optim_of(self, net: str) -> OptimConfig:
+        """The optimiser settings of one net."""
+        return self.optim.get(net) or self.optim.get("student") or OptimConfig()

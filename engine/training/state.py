@@ -1,0 +1,131 @@
+"""The state of one stage of training: nets with their optimisers, the average of the product, and how far it has come."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.methods.base import Method, modules_of
+from potstill.engine.nets.shadow import give_shadows
+from potstill.engine.skipping.apply import Guard
+from potstill.engine.training.checkpoint import load_fitting
+from potstill.engine.training.config import TrainConfig
+from potstill.engine.training.ema import EMA
+from potstill.engine.training.log import Meter
+from potstill.engine.training.optim import rates_as_tensors
+from potstill.engine.training.parallel import Sharded, Trained, spread
+from potstill.engine.training.ranks import Ranks
+from potstill.kernels import AdamEMA
+
+
+class State:
+    """Everything that changes in a stage; `state_dict` is what a checkpoint holds of it.
+
+    trained: the method's nets with their optimisers. ema: the average of the product's weights. step: iterations done.
+    seconds: training time so far. best: the least distance measured so far. guard: of a teacher that leaves out layers.
+    """
+
+    def __init__(self, method: Method, cfg: TrainConfig, device: torch.device, ranks: Ranks, *, together: bool):
+        self.method, self.cfg, self.device, self.ranks = method, cfg, device, ranks
+        self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
+        self.step, self.seconds, self.best = 0, 0.0, float("inf")
+        self.meter = Meter()
+        self.guard: Guard | None = None
+        for net in method.nets.values():
+            net.train()
+        self.trained = spread(method, cfg.parallel, cfg.fsdp, ranks, device, together=together)
+        self.ema = EMA(self.product.net)
+        self.averaging_optimizer: AdamEMA | None = None  # the product's optimiser, where it averages as well
+        self.weights_with_shadows = give_shadows(modules_of(method)) if cfg.shadows else []
+        for name, one in self.trained.items():
+            # AdamEMA averages within its step, where one turn an iteration trains the product
+            averages = one is self.product and sum(turn.trains == name for turn in method.turns) == 1
+            one.give_optimizer(cfg.optim_of(name), cfg.optimizer, self.ema.net if averages else None)
+            if averages and isinstance(one.optimizer, AdamEMA):
+                self.averaging_optimizer = one.optimizer
+        self.tensor_rates = device.type == "cuda"  # where graphs may be, a replay reads the learning rates on the device
+        self.place_rates()
+
+    @property
+    def product(self) -> Trained:
+        """What the user came for."""
+        return self.trained[self.method.product]
+
+    @property
+    def sharded(self) -> bool:
+        return any(isinstance(one, Sharded) for one in self.trained.values())
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.cfg.batch
+
+    @property
+    def kimg(self) -> float:
+        return self.images_seen / 1000
+
+    def due(self, every_kimg: float) -> bool:
+        """Has the step just done crossed a multiple of `every_kimg`, or was it the last?"""
+        every, now = every_kimg * 1000, self.images_seen
+        return now // every > (now - self.cfg.batch) // every or self.step == self.total
+
+    def times(self, every_kimg: float) -> int:
+        """How often `due` has said so by now."""
+        whole, rest = divmod(self.images_seen, every_kimg * 1000)
+        return min(int(whole), self.step) + (self.step == self.total and rest >= self.cfg.batch)
+
+    def average(self) -> nn.Module:
+        """The net that is sampled and saved, the average of the product's weights. All ranks must ask for it."""
+        return self.product.whole(self.ema.net)
+
+    def forget_gradients(self) -> None:
+        for one in self.trained.values():
+            one.optimizer.zero_grad(set_to_none=True)
+
+    def place_rates(self) -> None:
+        if self.tensor_rates:
+            for one in self.trained.values():
+                rates_as_tensors(one.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All ranks must ask for it; it is the same for all, with DTensors for what is sharded."""
+        return {
+            "nets": {name: one.state(one.net) for name, one in self.trained.items()},
+            "optimizers": {name: one.optimizer_state() for name, one in self.trained.items()},
+            "ema": self.product.state(self.ema.net),
+            "method": self.method.state.state_dict(),
+            "meter": self.meter.state_dict(self.ranks),
+            "guard": {} if self.guard is None else self.guard.state_dict(),
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint: `state_dict` and its step. UserError where it is of other nets or settings."""
+        if other := self.trained.keys() ^ state["nets"].keys():
+            raise UserError(f"the checkpoint trains other nets ({', '.join(sorted(other))} differ): use another run_dir=")
+        for name, one in self.trained.items():
+            load_fitting(partial(one.load, one.net), state["nets"][name], f"net {name!r}")
+            load_fitting(one.load_optimizer_state, state["optimizers"][name], f"optimiser of {name!r}")
+            one.after_step()
+        self.place_rates()
+        load_fitting(partial(self.product.load, self.ema.net), state["ema"], "EMA")
+        load_fitting(self.method.state.load_state_dict, state["method"], "method state")
+        self.meter.load_state_dict(state["meter"], self.ranks)
+        if self.guard is not None and state.get("guard"):
+            self.guard.load_state_dict(state["guard"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+
+    def like(self, key: tuple[Any, ...], size: torch.Size) -> Tensor | None:
+        """The DTensor that a checkpoint's tensor is to be cut like, None for what every rank has whole."""
+        match key:
+            case ("nets", net, name):
+                found = self.trained[net].like(name)
+            case ("optimizers", net, "state", number, _):
+                found = self.trained[net].like(str(number))
+            case ("ema", name):
+                found = self.product.like(name)
+            case _:
+                return None
+        return found if found is not None and found.shape == size else None
