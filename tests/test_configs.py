@@ -31,7 +31,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(recipe, tmp_path
     assert not (tmp_path / "run").exists()
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
     assert all(any(c in line for c in ("potstill convert", "potstill train", "pip install")) for line in missing), missing
-    method = jobs[0].planned.method
+    method = jobs[0].on_paper.method
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)
