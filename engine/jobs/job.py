@@ -178,7 +178,8 @@ class Job(Workplace):
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """The Fréchet distance now, labelled with its n; the best average so far is kept as a weight file."""
         assert self.distance is not None
-        net, distance = run.average(), self.distance
+        distance, net = self.distance, run.average()
+        assert isinstance(net, Denoiser)
         result: Any = self.ranks.agree(self.ranks.alone(lambda: distance.of(net, run.method.sampler)))
         if result["fd"] < run.best:
             run.best = result["fd"]
