@@ -11,7 +11,6 @@ method's own run folder. The same command again does what is missing; with other
 """
 
 import argparse
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -33,64 +32,48 @@ from potstill.engine.measure.plots import plot_comparison
 from potstill.engine.measure.table import markdown, plain
 
 
-@dataclasses.dataclass
-class Flags:
-    """What this command's flags say."""
-
-    methods: str = "all"
-    seconds: float = 120.0
-    teacher_seconds: float | None = None  # None: as long as the recipe says
-    points: int = 4
-    teacher_points: int = 2
-    features: str | None = None  # None: the recipe's eval.features
-    real: int | None = None
-    apart: bool = True
-
-    def __post_init__(self):
-        for name in ("seconds", "teacher_seconds"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise UserError(f"{flag(name)} wants a number above 0, got {value!r}")
-        for name, least in (("points", 1), ("teacher_points", 1), ("real", 2)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{flag(name)} wants at least {least}, got {value}")
-
-
-def flag(name: str) -> str:
-    """What a field of Flags is called on the command line."""
-    return f"--{name.replace('_', '-')}"
-
-
 def main(arguments: list[str]) -> None:
-    args = parser().parse_intermixed_args(arguments)
-    recipe, overrides = find(args.recipe), args.overrides
-    flags = Flags(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Flags)})
-    for name in (override.partition("=")[0] for override in overrides):
-        if name in vars(flags):
-            raise UserError(f"{name}= is not a setting of a run: wanted {flag(name)}, a flag of this command")
+    flags = parser().parse_intermixed_args(arguments)
+    check(flags)
+    recipe = find(flags.recipe)
     recipes = siblings(recipe, flags.methods)
-    folder = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *overrides]).run_dir
+    folder = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *flags.overrides]).run_dir
     assert folder
-    compare(recipe, recipes, flags, Path(folder).expanduser(), overrides)
+    compare(recipe, recipes, flags, Path(folder).expanduser())
 
 
 def parser() -> argparse.ArgumentParser:
-    p, default = parser_of("compare", __doc__), Flags()
+    p = parser_of("compare", __doc__)
     p.add_argument("recipe", help="the teacher's recipe: its name, such as digits, or a path to a .yaml")
     p.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="settings for all runs, such as data.path=FILE; run_dir=DIR"
     )
-    p.add_argument("--methods", default=default.methods, metavar="all|A,B|teacher", help="which ones; teacher: only that one (default all)")
-    p.add_argument("--seconds", type=float, default=default.seconds, metavar="S", help="of training for each method (default 120)")
+    p.add_argument("--methods", default="all", metavar="all|A,B|teacher", help="which ones; teacher: only that one (default all)")
+    p.add_argument("--seconds", type=float, default=120.0, metavar="S", help="of training for each method (default 120)")
     p.add_argument("--teacher-seconds", type=float, metavar="S", help="of training for the teacher (default: as long as the recipe says)")
-    p.add_argument("--points", type=int, default=default.points, metavar="N", help="how often within a run it is measured (default 4)")
-    p.add_argument("--teacher-points", type=int, default=default.teacher_points, metavar="N", help="how often the teacher is (default 2)")
+    p.add_argument("--points", type=int, default=4, metavar="N", help="how often within a run it is measured (default 4)")
+    p.add_argument("--teacher-points", type=int, default=2, metavar="N", help="how often the teacher is (default 2)")
     p.add_argument("--features", metavar="NAME:FILE,…", help="TorchScript features to measure in, or pixels (default: eval.features)")
     p.add_argument("--real", type=int, metavar="N", help="measure against N of the real images (default: all)")
     p.add_argument(
-        "--apart", action=argparse.BooleanOptionalAction, default=default.apart,
+        "--apart", action=argparse.BooleanOptionalAction, default=True,
         help="every run in a process of its own, so that its peak memory is its own (default)",
     )  # fmt: skip
     return p
+
+
+def check(flags: argparse.Namespace) -> None:
+    """UserError for a number that no comparison can use, and for a flag that is written as a setting."""
+    written = {name: f"--{name.replace('_', '-')}" for name in vars(flags)}
+    for name in ("seconds", "teacher_seconds"):
+        if (value := getattr(flags, name)) is not None and not 0 < value < math.inf:
+            raise UserError(f"{written[name]} wants a number above 0, got {value!r}")
+    for name, least in (("points", 1), ("teacher_points", 1), ("real", 2)):
+        if (value := getattr(flags, name)) is not None and value < least:
+            raise UserError(f"{written[name]} wants at least {least}, got {value}")
+    for name in (override.partition("=")[0] for override in flags.overrides):
+        if name in written:
+            raise UserError(f"{name}= is not a setting of a run: wanted {written[name]}, a flag of this command")
 
 
 def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
@@ -106,8 +89,9 @@ def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
     return {name: found[name] for name in names}
 
 
-def compare(recipe: Path, recipes: dict[str, Path], flags: Flags, folder: Path, overrides: list[str]) -> None:
+def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, folder: Path) -> None:
     """Train what is not trained yet, measure what is not measured yet, then write and print the comparison."""
+    overrides = flags.overrides
     features = named_features(flags.features or load(recipe, overrides).eval.features)
     job = train_teacher(load(recipe, [*overrides, f"run_dir={folder}"]), flags, folder)
     teacher = job.teacher()
@@ -135,7 +119,7 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: Flags, folder: Path, 
     print(plain(summary))
 
 
-def train_teacher(cfg: Config, flags: Flags, folder: Path) -> Job:
+def train_teacher(cfg: Config, flags: argparse.Namespace, folder: Path) -> Job:
     """The job of the teacher, which is trained by now unless the recipe gives one."""
     job = SnapshotJob(cfg)
     if cfg.teacher.checkpoint or (folder / "teacher.safetensors").exists():
@@ -147,7 +131,7 @@ def train_teacher(cfg: Config, flags: Flags, folder: Path) -> Job:
     return job
 
 
-def train_student(cfg: Config, flags: Flags, folder: Path) -> None:
+def train_student(cfg: Config, flags: argparse.Namespace, folder: Path) -> None:
     """Train one method for its seconds, unless that was done before."""
     cfg = with_length(cfg, flags.seconds, folder)
     cfg.train.eval_kimg = cfg.train.kimg / flags.points
@@ -155,7 +139,7 @@ def train_student(cfg: Config, flags: Flags, folder: Path) -> None:
         train_apart(cfg, folder / "trained.json", flags.apart, only_teacher=False)
 
 
-def judge_of(job: Job, features: list[Any], flags: Flags) -> Judge:
+def judge_of(job: Job, features: list[Any], flags: argparse.Namespace) -> Judge:
     """What measures all nets alike, against the recipe's images or some of them."""
     if job.images is None:
         raise UserError("compare measures against real images: set data.path")
@@ -165,7 +149,7 @@ def judge_of(job: Job, features: list[Any], flags: Flags) -> Judge:
     return Judge(images, features, n=n, seed=wanted.seed, batch=wanted.batch, device=job.device)
 
 
-def what_was_asked(judge: Judge, features: list[Any], flags: Flags, folder: Path) -> dict[str, Any]:
+def what_was_asked(judge: Judge, features: list[Any], flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The head of the summary."""
     return {
         "recipe": folder.name, "data": judge.images.name, "reference_images": len(judge.images), "n": judge.n, "seed": judge.seed,

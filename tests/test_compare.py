@@ -113,7 +113,7 @@ def test_a_number_that_is_none_is_refused_by_its_flag(capsys):
 def test_where_a_comparison_is_written(monkeypatch):
     """run_dir= is a setting as in every other command, but the comparison's own folder by default."""
     folders = []
-    monkeypatch.setattr(compare, "compare", lambda recipe, recipes, plan, folder, overrides: folders.append(str(folder)))
+    monkeypatch.setattr(compare, "compare", lambda recipe, recipes, flags, folder: folders.append(str(folder)))
     compare.main(["digits"])
     compare.main(["digits", "run_dir=2024_10_01", "run_dir=a b/c"])
     assert folders == ["runs/compare-digits", "a b/c"]

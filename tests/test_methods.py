@@ -38,7 +38,7 @@ def test_the_table_has_every_paper_and_every_yaml_has_its_schema():
     [
         ("dmd", {}, {"data": False, "classes": False}),
         ("dmd", {"gan": True, "guidance": 2.0}, {"data": True, "classes": True}),
-        ("dmd", {"regression": 0.25, "pairs": 7, "pair_steps": 3}, {"pairs": (7, 3, "set method.regression=0")}),
+        ("dmd", {"regression": 0.25, "pairs": 7, "pair_steps": 3}, {"pairs": (7, 3)}),
         ("sim", {"guidance": 1.5}, {"data": False, "classes": True}),
         ("moment_matching", {}, {"data": True, "batch_statistics": False, "whole_teacher": False}),
         ("moment_matching", {"variant": "instant"}, {"batch_statistics": True, "whole_teacher": True}),
@@ -69,6 +69,13 @@ def test_which_packages_methods_ask_for(name, given, wanted):
 def test_a_config_that_does_not_say_how_it_is_built():
     with pytest.raises(NotImplementedError, match=r"MethodConfig\.build"):
         MethodConfig().build(None, None)
+
+
+def test_a_rehearsal_of_a_method_with_pairs(capsys):
+    """Pairs that nobody has made: a rehearsal takes stand-ins of their shapes."""
+    net = ["net.model_channels=8", "net.channel_mult=[1]", "net.num_blocks=1", "net.attn_resolutions=[]", "device=cpu", "precision=fp32"]
+    train.main(["digits", "rehearse=true", "method.regression=0.25", "method.regression_metric=l2", *net])
+    assert json.loads(capsys.readouterr().out)["images_per_second"] > 0
 
 
 @pytest.fixture

@@ -14,14 +14,13 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.distance import Distance
-from potstill.engine.jobs.earlier import earlier_folder, load_earlier
 from potstill.engine.jobs.finish import Nets, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_atomically
 from potstill.engine.jobs.gallery import Gallery
 from potstill.engine.jobs.lighter import lighten
 from potstill.engine.jobs.on_paper import check_on_paper
 from potstill.engine.jobs.pairs import pairs_of
-from potstill.engine.jobs.shares import listed
+from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method

@@ -13,9 +13,8 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.jobs import build, preflight
-from potstill.engine.jobs.earlier import earlier_folder, earlier_weights
 from potstill.engine.jobs.lighter import check_lighten, own_plan
-from potstill.engine.jobs.shares import classes_without_images, partition_of
+from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.methods.base import Method
 from potstill.engine.models.router import Partition
 from potstill.engine.nets.denoiser import Denoiser

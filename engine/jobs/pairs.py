@@ -1,8 +1,10 @@
 """Pairs of noise and the teacher's sample from it, for methods that need some (`Needs.pairs`): made once, then read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from potstill.engine.diffusion.sampling import heun
 from potstill.engine.jobs.workplace import Workplace
@@ -22,6 +24,12 @@ def pairs_of(place: Workplace, teacher: Denoiser, wanted: PairsNeeded) -> Pairs:
     classes = tensors.get("labels")
     labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(place.device)
     return Pairs(tensors["z"].to(place.device), tensors["y"].to(place.device).float() / 127.5 - 1, labels)
+
+
+def timing_pairs(stream: Any) -> Pairs:
+    """Pairs of the right shapes where only time and memory count: the first batch's images instead of samples."""
+    images, labels = stream.at(0)
+    return Pairs(torch.randn_like(images), images, labels)
 
 
 def make(path: Path, place: Workplace, teacher: Denoiser, wanted: PairsNeeded) -> None:

@@ -13,7 +13,7 @@ from potstill.engine.common.extras import Extra
 from potstill.engine.config.tree import Config
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import machine
-from potstill.engine.jobs.earlier import earlier_folder
+from potstill.engine.jobs.students import earlier_folder
 from potstill.engine.measure import inception
 from potstill.engine.measure.named import check_features
 from potstill.engine.methods.base import Method

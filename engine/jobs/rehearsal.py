@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import torch
@@ -12,7 +11,9 @@ from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
 from potstill.engine.jobs import build, machine, preflight
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
+from potstill.engine.jobs.machine import device_title, peak_gib
+from potstill.engine.jobs.pairs import timing_pairs
+from potstill.engine.jobs.timing import seconds_taken
 from potstill.engine.jobs.workplace import say
 from potstill.engine.models.opening import device_named
 from potstill.engine.nets.layers import set_checkpointing
@@ -64,16 +65,11 @@ def rehearse(cfg: Config) -> None:
     warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
+    method.pairs = timing_pairs(stream) if cfg.method.needs().pairs else None
     say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
     flops = counted(run, stream, period)
-    for step in range(period, period + warmup):
-        run.take(*stream.at(step))
-    synchronize(device)
-    start = time.perf_counter()
-    for step in range(period + warmup, period + warmup + timed):
-        run.take(*stream.at(step))
-    synchronize(device)
-    seconds = (time.perf_counter() - start) / timed
+    seconds_taken(run, stream, range(period, period + warmup))
+    seconds = seconds_taken(run, stream, range(period + warmup, period + warmup + timed)) / timed
     hours = seconds / batch * cfg.train.kimg * 1000 / 3600
     print(
         json.dumps(

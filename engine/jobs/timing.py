@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
@@ -11,6 +12,7 @@ from potstill.engine.jobs import build
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import synchronize
+from potstill.engine.jobs.pairs import timing_pairs
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.training.run import Run, TrainConfig
@@ -46,10 +48,10 @@ def timed_teacher(job: Job) -> Method:
 
 
 def timed_student(job: Job) -> Method:
-    if pairs := job.cfg.method.needs().pairs:
-        raise UserError(f"compare cannot time a method with a regression on pairs: {pairs.otherwise}")
     teacher = job.teacher()
-    return job.cfg.method.build(teacher, teacher)
+    method = job.cfg.method.build(teacher, teacher)
+    method.pairs = timing_pairs(job.stream(job.cfg.train, None)) if job.cfg.method.needs().pairs else None
+    return method
 
 
 def seconds_per_image(method: Method, stage: TrainConfig, job: Job, least: float) -> float:
@@ -58,13 +60,18 @@ def seconds_per_image(method: Method, stage: TrainConfig, job: Job, least: float
     for net in method.nets.values():
         net.to(job.device)
     stream, period = job.stream(stage, None), max(turn.every for turn in method.turns)
-    for step in range(2):
-        timed.take(*stream.at(step))
-    synchronize(job.device)
-    start, step, rounds = time.perf_counter(), 2, period * max(1, round(8 / period))
-    while step == 2 or time.perf_counter() - start < least:
-        for _ in range(rounds):
-            timed.take(*stream.at(step))
-            step += 1
-        synchronize(job.device)
-    return (time.perf_counter() - start) / (step - 2) / stage.batch
+    seconds_taken(timed, stream, range(2))
+    seconds, step, rounds = 0.0, 2, period * max(1, round(8 / period))
+    while step == 2 or seconds < least:
+        seconds += seconds_taken(timed, stream, range(step, step + rounds))
+        step += rounds
+    return seconds / (step - 2) / stage.batch
+
+
+def seconds_taken(run: Run, stream: Any, steps: range) -> float:
+    """How long these iterations take, the device's work included."""
+    start = time.perf_counter()
+    for step in steps:
+        run.take(*stream.at(step))
+    synchronize(run.device)
+    return time.perf_counter() - start

@@ -28,7 +28,6 @@ class PairsNeeded(NamedTuple):
 
     count: int
     steps: int
-    otherwise: str  # what a user does who does not want them
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class DMDConfig(MethodConfig):
         return Needs(
             data=self.gan,
             classes=self.guidance != 1,
-            pairs=PairsNeeded(self.pairs, self.pair_steps, "set method.regression=0") if self.regression else None,
+            pairs=PairsNeeded(self.pairs, self.pair_steps) if self.regression else None,
             extras=[lpips_extra("method.regression", "set method.regression_metric=l2")] if perceptual else [],
         )
 
