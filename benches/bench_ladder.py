@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benches import harness
-from potstill.engine.jobs import build
+from potstill.engine.jobs import machine
 from potstill.engine.jobs.rehearsal import mfu
 from potstill.engine.methods.base import frozen, modules_of
 from potstill.engine.methods.dmd import DMDConfig
@@ -150,7 +150,7 @@ def applied(stack: Stack, device: torch.device) -> Iterator[None]:
                     if hasattr(where, name):
                         patch(where, name, getattr(reference, name))
         if device.type == "cuda":
-            build.set_tf32(stack.tf32, device)
+            machine.set_tf32(stack.tf32, device)
         yield
 
 
@@ -226,7 +226,7 @@ def step_of(method: str, shape: Shape, stack: Stack, device: torch.device) -> St
     """One iteration of a method, every turn of it (two iterations where turns alternate)."""
     net = shape.net(device)
     net.compute_dtype = torch.bfloat16 if stack.bf16 else torch.float32
-    made = build.build_method(METHODS[method](), net)
+    made = METHODS[method]().build(net, net)
     for one in made.nets.values():
         one.to(device)
     options: dict[str, Any] = {"graphs": "auto" if stack.graphs else "off"} if _graph_switch() else {}

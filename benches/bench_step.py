@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from benches import harness, rehearse
-from potstill.engine.config.tree import METHOD_CONFIGS, NetConfig
+from potstill.engine.config.tree import NetConfig
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
-from potstill.engine.jobs.build import build_method, build_net
+from potstill.engine.jobs.build import build_net
+from potstill.engine.methods.table import METHODS
 from potstill.engine.training.graphs import CUDA, Graphs
 from potstill.engine.training.run import Run, TrainConfig
 
@@ -45,7 +46,8 @@ def ffhq64(device: torch.device, dtype: torch.dtype) -> Any:
 def run_of(name: str, batch: int, graphs: str, device: torch.device) -> Run:
     settings = {"name": name} | SETTINGS[name]
     torch.manual_seed(0)
-    method = build_method(METHOD_CONFIGS[settings["name"]](**settings), ffhq64(device, torch.bfloat16))
+    net = ffhq64(device, torch.bfloat16)
+    method = METHODS[settings["name"]](**settings).build(net, net)
     for net in method.nets.values():
         net.to(device)
     run = Run(method, TrainConfig(kimg=batch * 1e3, batch=batch, graphs=graphs), 0, device)

@@ -25,7 +25,8 @@ from omegaconf import MISSING
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES
-from potstill.engine.config.tree import METHOD_CONFIGS, Config
+from potstill.engine.config.tree import Config
+from potstill.engine.methods.table import METHODS
 
 NET = "NET"  # stands for the name of a net that an optimiser is of: teacher, student, fake, discriminator
 HEAD = """\
@@ -74,7 +75,7 @@ def branches() -> list[Branch]:
     """The whole tree: the top, its branches, and for `method` every method's."""
     found = list(_branches(Config, "", "the whole run"))
     at = next(i for i, branch in enumerate(found) if branch.title.startswith("students"))
-    methods = [branch for name, schema in METHOD_CONFIGS.items() for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
+    methods = [branch for name, schema in METHODS.items() for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
     return found[:at] + methods + found[at:]
 
 

@@ -20,7 +20,7 @@ from potstill.engine.methods.msd import TSM, TSMConfig
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.features import load_features
+from potstill.engine.nets.features import load_feature_net
 from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.blocks import block_names
 from potstill.engine.skipping.plan import Plan, SkippingConfig
@@ -70,7 +70,7 @@ def instant():
 def gdd():
     teacher = net(1)
     torch.manual_seed(4)
-    return GDD(GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0), net(2), [load_features("teacher", frozen(teacher))])
+    return GDD(GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0), net(2), [load_feature_net("teacher", frozen(teacher))])
 
 
 def sfd():

@@ -8,7 +8,7 @@ import torch
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
-from potstill.engine.jobs import build
+from potstill.engine.jobs import machine
 from potstill.engine.models.weights import read_tensors
 from potstill.engine.training import memory
 from potstill.engine.training.ranks import ALONE
@@ -44,26 +44,26 @@ def switches():
 )
 def test_cudnn_searches_on_gpus_unless_told_not_to(switches, wanted, deterministic, device, searches):
     switches.benchmark = not searches
-    assert build.set_algorithms(wanted, deterministic, device) == ""
+    assert machine.set_algorithms(wanted, deterministic, device) == ""
     assert switches.benchmark is searches
     assert torch.are_deterministic_algorithms_enabled() is switches.deterministic is deterministic
 
 
 def test_cudnn_benchmark_says_that_it_does_nothing_on_a_cpu():
     assert (
-        build.set_algorithms(False, False, CPU) == "cudnn_benchmark=false does nothing here: it is of NVIDIA GPUs, and this run is on cpu"
+        machine.set_algorithms(False, False, CPU) == "cudnn_benchmark=false does nothing here: it is of NVIDIA GPUs, and this run is on cpu"
     )
 
 
 def test_what_excludes_and_what_is_missing_is_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="cudnn_benchmark=true takes convolutions by their speed on the day, and deterministic=true"):
-        build.check_algorithms(True, True, CPU)
+        machine.check_algorithms(True, True, CPU)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with pytest.raises(UserError, match="deterministic=true on a GPU wants CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"):
-        build.check_algorithms(None, True, CUDA)
-    build.check_algorithms(None, True, CPU)
+        machine.check_algorithms(None, True, CUDA)
+    machine.check_algorithms(None, True, CPU)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    build.check_algorithms(None, True, CUDA)
+    machine.check_algorithms(None, True, CUDA)
 
 
 def test_settings_are_checked_before_any_work(tmp_path):
@@ -89,7 +89,7 @@ def test_memory_is_measured_once_cudnn_has_chosen(switches, searches, monkeypatc
 def test_every_method_trains_on_algorithms_that_repeat_and_gives_the_same_bits(name):
     found = []
     for deterministic in (False, True):
-        build.set_algorithms(None, deterministic, CPU)
+        machine.set_algorithms(None, deterministic, CPU)
         run = cases.new_run(name, ALONE)
         found.append((cases.advance(run, 2), cases.weights(run)))
     (curve, weights), (again, same) = found

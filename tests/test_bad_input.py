@@ -22,7 +22,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import load, to_yaml
 from potstill.engine.data.images import open_images
 from potstill.engine.formats.edm_pickle import read_net
-from potstill.engine.jobs import job
+from potstill.engine.jobs import gallery, job
 from potstill.engine.jobs.build import rehearsal_data
 from potstill.engine.jobs.folder import prepare
 from potstill.engine.measure.named import features_by_name
@@ -240,11 +240,13 @@ def test_a_grid_shows_the_classes_that_have_images(tmp_path, monkeypatch):
         settings = [*QUICK, f"data.path={labelled(tmp_path / 'a.npz', labels)}", f"run_dir={tmp_path}/r"]
         one = job.Job(load(Path(DIGITS), settings), on_paper=True)
         net, asked = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=max(labels) + 1, **TINY), []
-        monkeypatch.setattr(job, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)])
-        one.samples(net, None)
+        monkeypatch.setattr(
+            gallery, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)]
+        )
+        one.gallery.samples(net, None)
         assert asked[0].tolist() == np.resize(wanted, 60).tolist()
-        assert [labels[i] for i in one.shown_images()] == asked[0].tolist()
-        assert one.columns(net) == (len(wanted) if len(wanted) > 1 else 10)
+        assert [labels[i] for i in one.gallery.real_places()] == asked[0].tolist()
+        assert one.gallery.columns(net) == (len(wanted) if len(wanted) > 1 else 10)
 
 
 def test_too_few_images_are_refused_before_anything_is_trained(tmp_path):

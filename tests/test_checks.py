@@ -13,9 +13,10 @@ from PIL import Image
 from potstill.engine import train
 from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import METHOD_CONFIGS, Config, load
+from potstill.engine.config.tree import Config, load
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.methods.dmd import DMDConfig
+from potstill.engine.methods.table import METHODS
 from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
 
@@ -165,7 +166,7 @@ def test_the_dry_run_asks_the_run_folder_too(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    [*METHOD_CONFIGS.values(), *(f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)],
+    [*METHODS.values(), *(f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)],
 )
 def test_no_number_of_any_config_may_be_nan_or_infinite(kind):
     """Every dataclass of the tree checks its own floats, whoever makes it."""

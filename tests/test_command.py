@@ -16,7 +16,8 @@ from potstill import __main__, __version__
 from potstill.engine import recipes, settings
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
-from potstill.engine.config.tree import METHOD_CONFIGS, Config, load, to_yaml
+from potstill.engine.config.tree import Config, load, to_yaml
+from potstill.engine.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 
@@ -274,7 +275,7 @@ def test_the_list_has_every_setting_with_its_default():
     listed = [
         s for branch in settings.branches() for s in branch.settings if ".NET." not in s.name and not s.name.startswith("students.net.")
     ]
-    for schema in METHOD_CONFIGS.values():
+    for schema in METHODS.values():
         ours = [s for s in listed if not s.name.startswith("method.")]
         (branch,) = [branch for branch in settings.branches() if branch.schema is schema]
         defaults = tree(Config(method=schema()))

@@ -14,9 +14,10 @@ import yaml
 
 from potstill.engine import train
 from potstill.engine.config.library import find, names, text_of
-from potstill.engine.config.tree import METHOD_CONFIGS, Config, load
+from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
+from potstill.engine.methods.table import METHODS
 from potstill.engine.training.optim import OptimConfig
 
 SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"
@@ -54,7 +55,7 @@ def with_defaults(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
 
 def write_snapshot() -> None:
     defaults = dataclasses.asdict(Config())
-    defaults["method"] = {kind.name: dataclasses.asdict(kind()) for kind in METHOD_CONFIGS.values()}
+    defaults["method"] = {kind.name: dataclasses.asdict(kind()) for kind in METHODS.values()}
     for stage in (defaults["teacher"]["train"], defaults["students"]["tsm"], defaults["train"]):
         stage["optim"] = {"NET": dataclasses.asdict(OptimConfig())}
     lines = [
@@ -104,7 +105,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, 
     assert not (tmp_path / "run").exists()
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
     assert all(any(c in line for c in ("potstill convert", "potstill train", "pip install")) for line in missing), missing
-    method = jobs[0].planned.method
+    method = jobs[0].on_paper.method
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)

@@ -74,7 +74,7 @@ def test_pictures_are_right_side_up_in_their_colours_and_under_their_labels(tmp_
     settings = [f"data.path={path}", f"teacher.checkpoint={tmp_path}/teacher.safetensors", f"run_dir={tmp_path}/r"]
     job = Job(load(ROOT / "configs/fast32.yaml", settings), on_paper=True)
     images = job.images
-    shown = [int(i) for i in job.shown_images()]
+    shown = [int(i) for i in job.gallery.real_places()]
     save_png(grid(torch.from_numpy(np.stack([images.read(i) for i in shown])), CLASSES, scale=1), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as opened:
         pixels = np.asarray(opened.convert("RGB"))

@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benches.rehearse import GPU, REHEARSING, Tape, on_host
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import METHOD_CONFIGS
-from potstill.engine.jobs.build import build_method
 from potstill.engine.methods.base import Draws, Method
 from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Guard, Skipping
@@ -73,7 +72,8 @@ def method_named(name: str, device=CPU) -> Method:
         return Teacher(EDMLoss(), tiny_net(device))
     if name == "tsm":
         return TSM(TSMConfig(), tiny_net(device), tiny_net(device))
-    method = build_method(METHOD_CONFIGS[settings["name"]](**settings), tiny_net(device))
+    net = tiny_net(device)
+    method = METHODS[settings["name"]](**settings).build(net, net)
     if name == "light":
         method.teacher, method.stratified = Skipping(method.teacher, plan_for(method.teacher), method.teacher_level), True
     for net in method.nets.values():

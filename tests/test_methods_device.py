@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from potstill.engine.config.tree import METHOD_CONFIGS
-from potstill.engine.jobs.build import build_method
 from potstill.engine.methods.base import modules_of
+from potstill.engine.methods.table import METHODS
 from potstill.engine.nets.edm import from_kwargs
 
 SETTINGS = {
@@ -23,7 +22,7 @@ def test_no_view_is_left_on_the_cpu(name):
             num_blocks=1, attn_resolutions=[],
         )  # fmt: skip
     settings = {"name": name} | SETTINGS[name]
-    method = build_method(METHOD_CONFIGS[settings["name"]](**settings), teacher)
+    method = METHODS[settings["name"]](**settings).build(teacher, teacher)
     for net in method.nets.values():  # as a run does
         net.to("meta")
     for module in [*method.nets.values(), *modules_of(method)]:

@@ -117,7 +117,7 @@ def test_each_turn_reaches_its_own_net(gan):
     data, method = Mixture(), dmd(Mixture(), gan=gan)
     assert reached(gradients(method, "student", batch_of(data))) == {"student"}
     assert reached(gradients(method, "fake", batch_of(data))) == {"fake"}
-    assert method.needs_data is gan
+    assert method.cfg.needs().data is gan
 
 
 def test_the_student_moves_on_every_fifth_iteration_and_the_fake_net_on_all():

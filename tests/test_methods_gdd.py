@@ -18,7 +18,7 @@ from potstill.engine.methods.base import Batch, frozen
 from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d
 from potstill.engine.nets.edm import from_kwargs, without_augmentation
-from potstill.engine.nets.features import KNOWN, FeatureNet, Planned, Tap, load_features
+from potstill.engine.nets.features import KNOWN, FeatureNet, OnlyShape, Tap, load_feature_net
 from potstill.engine.nets.frozen import freeze, is_frozen
 from potstill.engine.training.ema import ema_decay
 from potstill.engine.training.optim import OptimConfig
@@ -96,7 +96,7 @@ def test_preconditioning_at_80_is_that_of_consistency_models():
 
 def test_student_starts_as_the_teacher_at_80():
     teacher = tiny(label_dim=3, augment_dim=9, dropout=0.3).eval()
-    method = GDD(GDDConfig(), without_augmentation(tiny(label_dim=3, augment_dim=9, dropout=0.3)), [Planned([(8, 8)])])
+    method = GDD(GDDConfig(), without_augmentation(tiny(label_dim=3, augment_dim=9, dropout=0.3)), [OnlyShape([(8, 8)])])
     method.student.load_state_dict({k: v for k, v in teacher.state_dict().items() if "map_augment" not in k})
     labels = on_images(teacher).labels
     z = draws(4).normal(1, 8, 8)
@@ -349,7 +349,7 @@ def test_r1_and_what_stays():
     teacher = tiny(label_dim=3, dropout=0.2)
     student = tiny(label_dim=3, dropout=0.2)
     student.load_state_dict(teacher.state_dict())
-    features = [load_features(name, frozen(teacher)) for name in ("teacher", "teacher:1.5")]
+    features = [load_feature_net(name, frozen(teacher)) for name in ("teacher", "teacher:1.5")]
     method = GDD(GDDConfig(freeze=1, width=4, r1_every=2, feature_noise=True), student, features)
     before = {name: p.clone() for name, p in student.named_parameters()}
     run = Run(method, TrainConfig(kimg=1, batch=4, optim={"student": OptimConfig(lr=1e-2)}), 0, torch.device("cpu"))
@@ -384,9 +384,9 @@ def test_discriminator_optimiser_makes_up_for_lazy_r1(recipe, lr):
 
 def test_schedule_is_published():
     """R1 on multiples of 16 but 0, the generator first, and the average's half-life 5 % of the images seen (gdd_sim C.6, C.7)."""
-    turns = GDD(GDDConfig(), tiny(), [Planned([(8, 8)])]).turns
+    turns = GDD(GDDConfig(), tiny(), [OnlyShape([(8, 8)])]).turns
     assert [(t.trains, t.every, t.after) for t in turns] == [("student", 1, 0), ("discriminator", 1, 0), ("discriminator", 16, 16)]
-    assert len(GDD(GDDConfig(r1_gamma=0.0), tiny(), [Planned([(8, 8)])]).turns) == 2
+    assert len(GDD(GDDConfig(r1_gamma=0.0), tiny(), [OnlyShape([(8, 8)])]).turns) == 2
     assert ema_decay(256, 1_000_000, 500_000, 0.05) == pytest.approx(0.5 ** (256 / 50_000), rel=1e-12)
 
 
@@ -400,7 +400,7 @@ def test_schedule_is_published():
 )  # fmt: skip
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        GDD(GDDConfig(**settings), tiny(), [Planned([(8, 8)])])
+        GDD(GDDConfig(**settings), tiny(), [OnlyShape([(8, 8)])])
 
 
 @pytest.mark.parametrize(("label_dim", "freeze_level"), [(0, 0), (4, 1)])
@@ -421,7 +421,7 @@ def test_learns(label_dim, freeze_level):
 
 def test_teacher_features_are_its_encoder():
     net = tiny(label_dim=3).eval()
-    features = load_features("teacher:0.7", frozen(net))
+    features = load_feature_net("teacher:0.7", frozen(net))
     x, labels = on_images(net)[:2]
     fine, coarse = features(x, labels)
     assert list(features.taps) == [(8, 8), (16, 4)] == [(m.shape[1], m.shape[2]) for m in (fine, coarse)]
@@ -433,7 +433,7 @@ def test_teacher_features_are_its_encoder():
 
 def test_teacher_features_in_bfloat16():
     net = tiny().eval()
-    exact, fast = (load_features("teacher", frozen(net), dtype=d) for d in (torch.float32, torch.bfloat16))
+    exact, fast = (load_feature_net("teacher", frozen(net), dtype=d) for d in (torch.float32, torch.bfloat16))
     x = on_images(net).images.requires_grad_()
     maps = fast(x)
     assert {m.dtype for m in maps} == {torch.bfloat16}
@@ -449,7 +449,7 @@ def test_r1_through_the_teacher():
     """Attention and norms differentiate twice: the slope's square against finite differences in one direction."""
     torch.manual_seed(3)
     net = tiny()
-    method = GDD(GDDConfig(width=4, r1_gamma=2 / 16), tiny(), [load_features("teacher", frozen(net))])
+    method = GDD(GDDConfig(width=4, r1_gamma=2 / 16), tiny(), [load_feature_net("teacher", frozen(net))])
     method.discriminator.eval()
     batch = on_images(net, n=2)
     loss, _ = method.r1_loss(batch)
@@ -502,15 +502,15 @@ def scripted(module: nn.Module, path) -> str:
 
 
 def test_torchscript_features(tmp_path):
-    features = load_features(scripted(Pyramid(), tmp_path / "f.pt"), tiny())
+    features = load_feature_net(scripted(Pyramid(), tmp_path / "f.pt"), tiny())
     x = on_images(tiny()).images
     assert list(features.taps) == [(3, 4), (3, 2)]
     torch.testing.assert_close(features(x), list(Pyramid()(x.expand(-1, 3, -1, -1))))
     with pytest.raises(UserError, match="tuple of square maps"):
-        load_features(scripted(nn.Identity(), tmp_path / "i.pt"), tiny())
+        load_feature_net(scripted(nn.Identity(), tmp_path / "i.pt"), tiny())
     (tmp_path / "junk.pt").write_bytes(b"no script")
     with pytest.raises(UserError, match=r"junk.pt is no TorchScript net"):
-        load_features(f"torchscript:{tmp_path / 'junk.pt'}", tiny())
+        load_feature_net(f"torchscript:{tmp_path / 'junk.pt'}", tiny())
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_torchscript_that_is_no_pyramid(tmp_path, module, message):
     else:
         scripted(module, tmp_path / "f.pt")
     with pytest.raises(UserError, match=re.escape(message)):
-        load_features(f"torchscript:{tmp_path / 'f.pt'}", tiny())
+        load_feature_net(f"torchscript:{tmp_path / 'f.pt'}", tiny())
 
 
 class Stages(nn.Module):
@@ -568,18 +568,18 @@ def timm(monkeypatch):
 
 def test_timm_features(timm):
     net = tiny()
-    features, x = load_features("timm:resnet", net), on_images(net).images
+    features, x = load_feature_net("timm:resnet", net), on_images(net).images
     assert timm == [("resnet", True, {"features_only": True, "out_indices": (1, 2, 3, 4)})]
     assert list(features.taps) == [(3, 56), (3, 28), (3, 14), (3, 7)]
     y = (x.expand(-1, 3, -1, -1) + 1) / 2
     y = (y - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.1, 0.2, 0.3])[:, None, None]
     y = interpolate(y, (224, 224), mode="bilinear", align_corners=False)
     torch.testing.assert_close(features(x)[3], nn.functional.avg_pool2d(y, 32))
-    assert {m.dtype for m in load_features("timm:resnet", net, dtype=torch.bfloat16)(x)} == {torch.bfloat16}
+    assert {m.dtype for m in load_feature_net("timm:resnet", net, dtype=torch.bfloat16)(x)} == {torch.bfloat16}
 
 
 def test_timm_transformer_has_random_readouts_that_a_checkpoint_keeps(timm):
-    a, b = (load_features("timm:deit_base", tiny()) for _ in range(2))
+    a, b = (load_feature_net("timm:deit_base", tiny()) for _ in range(2))
     assert list(a.taps) == [(96, 56), (192, 28), (384, 14), (768, 7)]
     x = on_images(tiny()).images
     assert not torch.equal(a(x)[3], b(x)[3])
@@ -590,12 +590,12 @@ def test_timm_transformer_has_random_readouts_that_a_checkpoint_keeps(timm):
 
 def test_feature_nets_that_cannot_be_had(timm, monkeypatch):
     with pytest.raises(UserError, match=r"timm:nonsense: Unknown model"):
-        load_features("timm:nonsense", tiny())
+        load_feature_net("timm:nonsense", tiny())
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'potstill\[timm\]'"):
-        load_features("timm:vgg16_bn.tv_in1k", tiny())
+        load_feature_net("timm:vgg16_bn.tv_in1k", tiny())
     with torch.device("meta"):
-        assert load_features("timm:vgg16_bn.tv_in1k", tiny()).taps == VGG
+        assert load_feature_net("timm:vgg16_bn.tv_in1k", tiny()).taps == VGG
     for name in ("inception", "timm:", "teacher:much", "teacher:0", "torchscript:/nowhere.pt"):
         with pytest.raises(UserError, match=r"feature"):
-            load_features(name, frozen(tiny()))
+            load_feature_net(name, frozen(tiny()))

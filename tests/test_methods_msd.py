@@ -14,7 +14,8 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import SeedNoise, one_step
-from potstill.engine.methods.dmd import DMD, DMDConfig, Pairs
+from potstill.engine.methods.base import Pairs
+from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.msd import TSM, TSMConfig, make_partition
 from potstill.engine.models.router import Partition, Router, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import save_net

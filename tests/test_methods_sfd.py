@@ -28,7 +28,7 @@ from toy import (
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import RECIPES, load
 from potstill.engine.diffusion.sampling import Sampler, few_step, ode, one_step
-from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.build import teacher_sampler
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.opening import sampler_for
 from potstill.engine.models.weights import load_net, read_tensors, save_net
@@ -271,7 +271,7 @@ def test_routing():
     it = method.begin(batch_of(data))
     method.step_loss(1, it)
     assert not it.x.requires_grad  # no gradient crosses steps
-    assert method.needs_data is False
+    assert method.cfg.needs().data is False
 
 
 def test_updates_are_immediate_and_on_policy():
@@ -419,7 +419,8 @@ def test_second_stage_measures_its_teacher_as_that_was_trained(tmp_path):
     save_net(tmp_path / "teacher.safetensors", tiny(), method="teacher", sampler=ode("heun", 5).to_dict())
     cfg = load(RECIPES / "cifar10_sfd_second.yaml", [])
     for name, sampler in (("stage1", few_step(7, step_condition=True)), ("teacher", ode("heun", 18))):
-        assert Job.teacher_sampler(types.SimpleNamespace(cfg=cfg, checkpoint=tmp_path / f"{name}.safetensors"), net) == sampler
+        cfg.teacher.checkpoint = str(tmp_path / f"{name}.safetensors")
+        assert teacher_sampler(cfg, net) == sampler
 
 
 @pytest.fixture

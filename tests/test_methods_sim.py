@@ -237,7 +237,7 @@ def test_no_real_image_is_looked_at():
     for trains in ("student", "fake"):
         some, none = (gradients(method, trains, Batch(images, labels, draws(16)))[trains] for images in (y, y * torch.nan))
         torch.testing.assert_close(some, none, rtol=0, atol=0)
-    assert not method.needs_data
+    assert not method.cfg.needs().data
 
 
 def test_noise_levels_are_sids():

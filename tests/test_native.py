@@ -14,7 +14,7 @@ import torch
 from kernel_cases import poisoned_memory
 from places import CPU
 
-from potstill.engine.jobs import build
+from potstill.engine.jobs import machine
 from potstill.kernels import aot, native, norm_silu
 from potstill.kernels._lib import INTERPRET
 
@@ -178,10 +178,10 @@ def test_the_backend_reference_does_without(monkeypatch):
 
 def test_a_run_says_that_it_does_without(monkeypatch):
     monkeypatch.setattr(native, "_built", False)
-    assert "csrc/ is not compiled (pip install -e . --no-build-isolation" in build.uncompiled(torch.device("cpu"))
-    assert build.uncompiled(torch.device("cuda")) == ""
+    assert "csrc/ is not compiled (pip install -e . --no-build-isolation" in machine.uncompiled(torch.device("cpu"))
+    assert machine.uncompiled(torch.device("cuda")) == ""
     monkeypatch.setattr(native, "_built", True)
-    assert build.uncompiled(torch.device("cpu")) == ""
+    assert machine.uncompiled(torch.device("cpu")) == ""
 
 
 def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from test_without_triton import HIDDEN
 
 from potstill.engine.data.files import _seek_and_read
 from potstill.engine.formats.images import DatasetZip, png
-from potstill.engine.jobs.rehearsal import peak_gib
+from potstill.engine.jobs.machine import peak_gib
 
 ROOT = Path(__file__).parent.parent
 #: No Triton, what the standard library has on Unix alone, files in the system's own encoding, and processes that are not forked.

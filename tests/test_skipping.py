@@ -18,7 +18,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.diffusion.sigmas import karras_at
 from potstill.engine.diffusion.strata import spread, strata
-from potstill.engine.jobs import build
+from potstill.engine.jobs.lighter import lighten
 from potstill.engine.methods.base import Draws, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.gdd import GDDConfig
@@ -419,11 +419,11 @@ def test_gdd_freezes_what_a_plan_proposes(learnt, tmp_path):
     plan.report["freeze"] = freezing.propose(learnt.teacher.model, learnt.profile)
     save_plan(tmp_path / "plan.json", plan)
     cfg = GDDConfig(freeze=1, freeze_plan=str(tmp_path / "plan.json"))
-    student = build.build_method(cfg, learnt.teacher).student
+    student = cfg.build(learnt.teacher, learnt.teacher).student
     stays = [name for name, p in student.model.named_parameters() if not p.requires_grad]
     assert stays == plan.report["freeze"]["levels"]["1"]["frozen"]
     with pytest.raises(UserError, match="from 1 to 3"):
-        build.build_method(replace(cfg, freeze=0), learnt.teacher)
+        replace(cfg, freeze=0).build(learnt.teacher, learnt.teacher)
 
 
 # --- choosing
@@ -485,7 +485,7 @@ def test_every_sample_of_a_method_leaves_out_at_most_what_its_level_allows(name,
     """The levels that methods really ask at, against what the schedule had assumed of them before they were drawn."""
     net = net_of()
     method = method_of(name, net)
-    guard = build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=0), print)
+    guard = lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=0), print)
     light = method.teacher
     assert isinstance(light, Skipping) and guard.net is light
     asked, raw = [], light._raw
@@ -509,14 +509,14 @@ def test_every_sample_of_a_method_leaves_out_at_most_what_its_level_allows(name,
 
 def test_the_student_is_never_light(plan_file):
     method = method_of("sim", net_of())
-    build.lighten(method, SkippingConfig(plan=str(plan_file)), print)
+    lighten(method, SkippingConfig(plan=str(plan_file)), print)
     assert not any(isinstance(net, Skipping) for net in [*method.nets.values(), method.frozen_fake, method.frozen_student])
 
 
 def test_guard_anneals_measures_and_shrinks(plan_file):
     said, net = [], net_of()
     method = method_of("sim", net)
-    guard = build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=2, cosine=1.0, anneal=0.5), said.append)
+    guard = lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=2, cosine=1.0, anneal=0.5), said.append)
     run = Run(method, TrainConfig(kimg=0.08, batch=8), 0, CPU)
     run.guard = guard
     active, prefix = [], []
@@ -536,9 +536,7 @@ def test_the_guards_cosine_is_that_of_two_runs(plan_file):
 
     def run_of(light):
         method = method_of("sim", net_of())
-        guard = (
-            build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=1, cosine=-1, norm=9.0), print) if light else None
-        )
+        guard = lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=1, cosine=-1, norm=9.0), print) if light else None
         method.stratified = True
         run = Run(method, TrainConfig(kimg=1, batch=8, optim={"student": OptimConfig(lr=1e-3)}), 0, CPU)
         return run, guard
@@ -560,7 +558,7 @@ def test_a_run_with_a_plan_resumes_exactly(plan_file):
     def run_of():
         method = method_of("sim", net_of())
         run = Run(method, TrainConfig(kimg=0.08, batch=8), 0, CPU)
-        run.guard = build.lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=2, cosine=1.0, anneal=0.2), str)
+        run.guard = lighten(method, SkippingConfig(plan=str(plan_file), guard_iterations=2, cosine=1.0, anneal=0.2), str)
         return run
 
     whole, first, second = run_of(), run_of(), run_of()
@@ -582,7 +580,7 @@ def test_an_empty_plan_trains_the_same_bits(tmp_path):
     runs, said = [], []
     for cfg in (SkippingConfig(), SkippingConfig(plan=str(tmp_path / "empty.json"))):
         method = method_of("dmd", net_of())
-        assert build.lighten(method, cfg, said.append) is None
+        assert lighten(method, cfg, said.append) is None
         runs.append(Run(method, TrainConfig(kimg=1, batch=8), 0, CPU))
         for _ in range(2):
             runs[-1].take(*blank())
@@ -648,9 +646,9 @@ def test_methods_without_such_a_teacher_say_so(plan_file):
     method = SimpleNamespace(teacher_level=lambda u: None)
     for asked, words in ((SkippingConfig(plan=str(plan_file)), "does not"), (SkippingConfig(cache=2), "does not")):
         with pytest.raises(UserError, match=words):
-            build.lighten(method, asked, print)
+            lighten(method, asked, print)
     with pytest.raises(UserError, match="teachers that walk"):
-        build.lighten(method_of("sim", net), SkippingConfig(cache=2), print)
+        lighten(method_of("sim", net), SkippingConfig(cache=2), print)
 
 
 def test_the_command_refuses_and_probes(tmp_path, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benches.rehearse import GPU, REHEARSING
-from potstill.engine.jobs import build
+from potstill.engine.jobs import machine
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
@@ -103,8 +103,8 @@ def switches():
 
 
 def test_tf32_says_where_it_does_nothing_and_sets_both_kinds_of_product(switches):
-    assert build.set_tf32(None, torch.device("cuda")) == ""
-    assert "does nothing here" in build.set_tf32(True, CPU)
+    assert machine.set_tf32(None, torch.device("cuda")) == ""
+    assert "does nothing here" in machine.set_tf32(True, CPU)
     for tf32, value in ((True, "tf32"), (False, "ieee")):
-        assert "TF32" in build.set_tf32(tf32, torch.device("cuda"))
+        assert "TF32" in machine.set_tf32(tf32, torch.device("cuda"))
         assert [one.fp32_precision for one in switches] == [value, value]

@@ -185,7 +185,7 @@ def job_of(stem: str) -> dict[str, Any]:
     resolution, classes = cfg.data.resolution or 64, 1000 if stem.startswith("imagenet") else 0
     with torch.device("meta"):
         net = build.build_net(cfg.net, resolution, 3, classes)
-        method = build.build_method(cfg.method, net)
+        method = cfg.method.build(net, net)
         labels = torch.zeros(1, classes) if classes else None
         with FlopCounterMode(display=False) as counter:
             net(torch.zeros(1, 3, resolution, resolution), torch.ones(1), labels)

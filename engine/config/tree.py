@@ -27,12 +27,8 @@ from potstill.engine.common.checks import BadSetting, Unused, at_least, finite, 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find
 from potstill.engine.config.written import Recipes, as_written, kind_of
-from potstill.engine.methods.dmd import DMDConfig
-from potstill.engine.methods.gdd import GDDConfig
-from potstill.engine.methods.moment_matching import MomentMatchingConfig
 from potstill.engine.methods.msd import KINDS as PARTITIONS
-from potstill.engine.methods.sfd import SFDConfig
-from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss
 from potstill.engine.skipping.plan import SkippingConfig
 from potstill.engine.training.loop import LogConfig
@@ -177,15 +173,6 @@ class Config:
         wants(self, "student", self.student is None or 0 <= self.student < self.students.count, f"0 … {self.students.count - 1}")
 
 
-METHOD_CONFIGS: dict[str, type] = {
-    "dmd": DMDConfig,
-    "sim": SIMConfig,
-    "moment_matching": MomentMatchingConfig,
-    "gdd": GDDConfig,
-    "sfd": SFDConfig,
-}
-
-
 class _Groups(SearchPathPlugin):
     """Lets a recipe anywhere on disk use our groups (method=…, net=…), and keeps its words as they are written."""
 
@@ -196,16 +183,16 @@ class _Groups(SearchPathPlugin):
         search_path.append("potstill", f"{Recipes.scheme()}://{RECIPES}")
 
 
-def _register() -> None:
+for plugin in (_Groups, Recipes):
+    Plugins.instance().register(plugin)
+
+
+def _store_schemas() -> None:
+    """Give Hydra the dataclasses that a recipe begins with."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for name, node in METHOD_CONFIGS.items():
+    for name, node in METHODS.items():
         store.store(group="method", name=f"{name}_schema", node=node)
-    for plugin in (_Groups, Recipes):
-        Plugins.instance().register(plugin)
-
-
-_register()
 
 
 def load(recipe: str | Path, overrides: list[str]) -> Config:
@@ -214,6 +201,7 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"wanted key=value, got {override!r}; e.g. train.batch=64")
+    _store_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
         try:
@@ -232,7 +220,7 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
             raise UserError(f"{recipe} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, Config):
         raise UserError(f"{recipe} is no recipe: its defaults list must begin with 'schema'")
-    if type(config.method) not in METHOD_CONFIGS.values():
+    if type(config.method) not in METHODS.values():
         raise UserError(
             f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}"
         )
@@ -286,7 +274,7 @@ def _nested(override: str) -> dict[str, Any]:
 
 
 def _kind(key: str) -> Any:
-    return kind_of(Config, key, {"method": list(METHOD_CONFIGS.values())})
+    return kind_of(Config, key, {"method": list(METHODS.values())})
 
 
 def to_yaml(config: Config) -> str:
@@ -340,7 +328,7 @@ def _known_keys(recipe: Path) -> list[str]:
     except (HydraException, OmegaConfBaseException):
         tree = OmegaConf.to_container(OmegaConf.structured(Config))
         assert isinstance(tree, dict)
-        tree["method"] = {k: None for node in METHOD_CONFIGS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
+        tree["method"] = {k: None for node in METHODS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
     keys = list(flat(tree))
     parents = {key.rpartition(".")[0] for key in keys} - {""}
     return keys + sorted(parents)

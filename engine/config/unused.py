@@ -26,8 +26,7 @@ def unused(cfg: Config, teacher: Denoiser, ranks: int = 1) -> Unused:
     """{dotted name: why} of what was given and does nothing."""
     rules = across(cfg, teacher, ranks)
     for branch in ("data", "method", "students", "skipping"):
-        part = getattr(cfg, branch)
-        rules |= {f"{branch}.{name}": why for name, why in (part.unused() if hasattr(part, "unused") else {}).items()}
+        rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     found = {name: [why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")] for name in given(cfg)}
     return {name: reasons[0] for name, reasons in found.items() if reasons}
 

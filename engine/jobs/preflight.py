@@ -4,21 +4,20 @@ A value that no run can use is an error of its own dataclass (`engine.common.che
 the number of ranks, other settings, files, packages.
 """
 
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from potstill.engine.common.download import cached_path, is_url
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.extras import Extra
 from potstill.engine.config.tree import Config
 from potstill.engine.data.sources import is_there
-from potstill.engine.jobs import build
+from potstill.engine.jobs import machine
+from potstill.engine.jobs.students import earlier_folder
 from potstill.engine.measure import inception
 from potstill.engine.measure.named import check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.router import student_folder
 from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.compile import check_compile
 from potstill.engine.training.graphs import check_graphs
@@ -34,13 +33,13 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
         raise UserError(f"device={cfg.device}: {without}")
     for name, stage in stages(cfg):
         if ranks > 1:
-            statistics = name == "train" and has_batch_statistics(cfg)
+            statistics = name == "train" and cfg.method.needs().batch_statistics
             check_shares(stage.batch, stage.micro_batch, ranks, stage.parallel, stage.fsdp, name, statistics=statistics)
             check_fsdp(cfg, stage, name)
         check_compile(stage.compile, device, f"{name}.compile")
         check_graphs(stage.graphs, device, name, ranks)
-    build.precision(cfg.precision, device)
-    build.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
+    machine.precision(cfg.precision, device)
+    machine.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
     if cfg.data.path and not cfg.rehearse:
         check_features_name(cfg.eval.features)
 
@@ -52,11 +51,6 @@ def stages(cfg: Config) -> Iterator[tuple[str, TrainConfig]]:
     if cfg.students.net:
         yield "students.tsm", cfg.students.tsm
     yield "train", cfg.train
-
-
-def has_batch_statistics(cfg: Config) -> bool:
-    """GDD's batch norms, instant moment matching's halves."""
-    return getattr(cfg.method, "variant", "") == "instant" or cfg.method.name == "gdd"
 
 
 def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
@@ -75,7 +69,7 @@ def check_fsdp(cfg: Config, stage: TrainConfig, name: str) -> None:
             )
         if stage.fsdp.teacher == "shard":
             raise UserError("a teacher that leaves out layers cannot be sharded: use train.fsdp.teacher=replicate")
-    if stage.fsdp.teacher == "shard" and has_batch_statistics(cfg) and name == "train":  # the same two look at weights
+    if name == "train" and stage.fsdp.teacher == "shard" and cfg.method.needs().whole_teacher:
         raise UserError(
             f"{name}.fsdp.teacher=shard cannot be had with method {cfg.method.name}, which differentiates the teacher in ways "
             f"that shards do not know: use {name}.fsdp.teacher=replicate"
@@ -119,35 +113,15 @@ def missing(cfg: Config) -> list[str]:
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
         wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
-    if (begun := begun_in(cfg)) and not checkpoints(begun):
-        wants.append(f"students.start: no checkpoint in {begun}. potstill train RECIPE of the stage before makes some")
-    return wants + missing_packages(cfg)
+    if (earlier := earlier_folder(cfg, cfg.student or 0)) and not checkpoints(earlier / "checkpoints"):
+        wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
+    return wants + [sentence for extra in extras(cfg) for sentence in extra.missing()]
 
 
-def begun_in(cfg: Config) -> Path | None:
-    """Where the checkpoints lie that the students (of several, the first one of this run) go on from."""
-    if not cfg.students.start:
-        return None
-    folder = Path(cfg.students.start).expanduser()
-    return (student_folder(folder, cfg.student or 0) if cfg.students.count > 1 else folder) / "checkpoints"
-
-
-def missing_packages(cfg: Config) -> list[str]:
-    """Optional packages that the settings ask for, where they are not installed."""
-    method, wants = cfg.method, []
-    timm = [name for name in getattr(method, "features", []) if name.startswith("timm:")]
-    if timm and not installed("timm"):
-        wants.append(f"package timm, for {', '.join(timm)}: pip install 'potstill[timm]', or use method.features=[teacher]")
-    if (name := build.lpips_setting(method)) and not installed("lpips"):
-        without = {"lpips": "method.lpips=0", "regression": "method.regression_metric=l2"}[name]
-        wants.append(f"package lpips, for method.{name}: pip install 'potstill[lpips]', or set {without}")
-    if cfg.log.wandb and not installed("wandb"):
-        wants.append("package wandb, for log.wandb: pip install 'potstill[wandb]', or set log.wandb=null")
-    return wants
-
-
-def installed(package: str) -> bool:
-    return package in sys.modules or find_spec(package) is not None
+def extras(cfg: Config) -> list[Extra]:
+    """Optional packages that the settings ask for."""
+    logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
+    return [*cfg.method.needs().extras, *logs]
 
 
 def check_complete(cfg: Config) -> None:

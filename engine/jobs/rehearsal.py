@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -11,8 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
-from potstill.engine.jobs import build, preflight
+from potstill.engine.jobs import build, machine, preflight
 from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.machine import device_title, peak_gib
+from potstill.engine.jobs.pairs import timing_pairs
+from potstill.engine.jobs.timing import seconds_taken
+from potstill.engine.jobs.workplace import say
 from potstill.engine.models.opening import device_named
 from potstill.engine.nets.layers import set_checkpointing
 from potstill.engine.training.run import Run
@@ -23,7 +25,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 def dry_run(cfg: Config) -> None:
     """Make every check that the run makes before it trains, then print the settings and, as comments, sizes and what is missing."""
-    net, method, *_ = Job(cfg, on_paper=True).planned
+    net, method, *_ = Job(cfg, on_paper=True).on_paper
     print(to_yaml(cfg), end="")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
@@ -46,10 +48,7 @@ def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     preflight.check_settings(cfg)
     device = device_named(cfg.device)
-    dtype, _ = build.precision(cfg.precision, device)
-    for note in (build.set_tf32(cfg.tf32, device), build.set_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)):
-        if note:
-            print(note, file=sys.stderr)
+    dtype, _ = machine.set_up(cfg, device, say)
     images = build.build_images(cfg)
     assert images is not None
     batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
@@ -58,7 +57,7 @@ def rehearse(cfg: Config) -> None:
     net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)
     net.compute_dtype = dtype
     set_checkpointing(net, cfg.train.activation_checkpointing)
-    method = build.build_method(cfg.method, net)
+    method = cfg.method.build(net, net)
     for one in method.nets.values():
         one.to(device)
     period = max(turn.every for turn in method.turns if turn.every < 50)
@@ -66,18 +65,11 @@ def rehearse(cfg: Config) -> None:
     warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
-    print(
-        f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}", file=sys.stderr
-    )
+    method.pairs = timing_pairs(stream) if cfg.method.needs().pairs else None
+    say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
     flops = counted(run, stream, period)
-    for step in range(period, period + warmup):
-        run.take(*stream.at(step))
-    synchronize(device)
-    start = time.perf_counter()
-    for step in range(period + warmup, period + warmup + timed):
-        run.take(*stream.at(step))
-    synchronize(device)
-    seconds = (time.perf_counter() - start) / timed
+    seconds_taken(run, stream, range(period, period + warmup))
+    seconds = seconds_taken(run, stream, range(period + warmup, period + warmup + timed)) / timed
     hours = seconds / batch * cfg.train.kimg * 1000 / 3600
     print(
         json.dumps(
@@ -91,7 +83,7 @@ def rehearse(cfg: Config) -> None:
                 "graphs": run.graph_report(),
                 "gflop_per_image": round(flops / batch / 1e9, 2),
                 "mfu": mfu(flops / seconds, device),
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+                "device": device_title(device),
             }
         )
     )
@@ -112,20 +104,3 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
     return None if peak is None else round(flops_per_second / peak, 4)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_gib(device: torch.device) -> float | None:
-    """The most memory so far: of the GPU's allocator, or of the whole process on a CPU; None where nobody says (Windows)."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)

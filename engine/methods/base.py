@@ -1,4 +1,4 @@
-"""What a method is: nets, and the turns that train them.
+"""What a method is: its settings, which say what it needs and build it, and its nets with the turns that train them.
 
 A turn is one optimiser step. A method lists its turns in the paper's order; `training/run.py` walks the list and does
 everything that is not the paper: backward, clipping, accumulation, optimisers, averaging over GPUs, EMA.
@@ -13,11 +13,70 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.common.checks import Unused, finite, one_of
+from potstill.engine.common.extras import Extra
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.strata import strata
+from potstill.engine.nets.denoiser import Denoiser
 
 Logs = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
+
+
+class PairsNeeded(NamedTuple):
+    """How many pairs of noise and the teacher's sample from it, and Heun's steps for each."""
+
+    count: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs beside a teacher. A run looks at it before it builds or trains anything."""
+
+    data: bool = True  # real images? (Classes are drawn from the data set either way.)
+    classes: bool = False  # a teacher that knows classes?
+    pairs: PairsNeeded | None = None
+    extras: Sequence[Extra] = ()
+    batch_statistics: bool = False  # is any loss a function of a whole micro-batch?
+    whole_teacher: bool = False  # does it differentiate the teacher twice or by its weights, which shards do not know?
+
+
+METHODS: dict[str, type["MethodConfig"]] = {}  # by name; `engine.methods.table` has them all
+
+
+class MethodConfig:
+    """Base of all methods' settings: dataclasses whose first field is `name`, by which METHODS knows them."""
+
+    name: str
+
+    def __init_subclass__(cls) -> None:
+        METHODS[cls.name] = cls
+
+    def __post_init__(self) -> None:
+        """BadSetting for a value that no run can use."""
+        one_of(self, "name", (type(self).name,))
+        finite(self)
+
+    def needs(self) -> Needs:
+        """What a run must have for these settings."""
+        return Needs()
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "Method":
+        """The method. Its nets start with the teacher's weights, its student with those of `start`, which is often the teacher."""
+        raise NotImplementedError(f"{type(self).__name__}.build")
+
+    def unused(self) -> Unused:
+        """Settings that do nothing beside the others, and why."""
+        return {}
+
+
+class Pairs(NamedTuple):
+    """Noise z [n, C, H, W], the teacher's ODE samples y from it, and their one-hot labels (or None)."""
+
+    z: Tensor
+    y: Tensor
+    labels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -133,8 +192,6 @@ class Method:
 
     #: Which of `nets` is what the user came for; its EMA is what is saved and sampled.
     product: ClassVar[str] = "student"
-    #: Does it look at real images? (Labels are drawn from the data set either way.)
-    needs_data: bool = True
 
     nets: dict[str, nn.Module]
     turns: Sequence[Turn]
@@ -143,6 +200,10 @@ class Method:
     notes: Sequence[str] = ()
     #: What besides the nets must survive a restart: a module's buffers and parameters, which no optimiser touches.
     state: nn.Module = nn.Module()
+    #: Given before training to a method that needs them.
+    pairs: Pairs | None = None
+    #: Beginnings of the names of weights that an earlier stage need not have (`students.start`): they then stay new.
+    may_be_new: ClassVar[tuple[str, ...]] = ()
     #: The other ranks, for a method with batch statistics of its own.
     others: Alone = Alone()
 
@@ -159,6 +220,11 @@ class Method:
 
     def after_step(self, name: str) -> None:
         """Called when nets[name] has been updated; for state that follows a net, such as an average of it."""
+
+
+def copied(net: Denoiser) -> Denoiser:
+    """A trainable net with the same weights: students and fake nets start from their teacher."""
+    return copy.deepcopy(net).requires_grad_(True)
 
 
 def modules_of(method: Method) -> list[nn.Module]:

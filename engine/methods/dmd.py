@@ -17,24 +17,23 @@ replaces NaN); samples that are not finite count as zero and are reported; the r
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, window
+from potstill.engine.common.checks import Unused, above, at_least, one_of, window
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
-from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen, integer_at
+from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, PairsNeeded, Turn, copied, frozen, integer_at
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
-from potstill.engine.nets.perceptual import LPIPS
+from potstill.engine.nets.perceptual import LPIPS, lpips_extra
 from potstill.kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
 
 
 @dataclass
-class DMDConfig:
+class DMDConfig(MethodConfig):
     """Defaults: DMD2's ImageNet-64 recipe (released code)."""
 
     name: str = "dmd"  # set by method=…
@@ -53,8 +52,7 @@ class DMDConfig:
     pair_steps: int = 256  # of Heun, for each
 
     def __post_init__(self):
-        one_of(self, "name", ("dmd",))
-        finite(self)
+        super().__post_init__()
         above(self, 0, "sigma")
         at_least(self, 1, "fake_per_student", "pairs", "pair_steps")
         at_least(self, 0, "gan_student", "gan_fake", "regression")
@@ -62,18 +60,22 @@ class DMDConfig:
             window(self, name, GRID - 1)
         one_of(self, "regression_metric", ("lpips", "l2"))
 
+    def needs(self) -> Needs:
+        perceptual = self.regression > 0 and self.regression_metric == "lpips"
+        return Needs(
+            data=self.gan,
+            classes=self.guidance != 1,
+            pairs=PairsNeeded(self.pairs, self.pair_steps) if self.regression else None,
+            extras=[lpips_extra("method.regression", "set method.regression_metric=l2")] if perceptual else [],
+        )
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "DMD":
+        return DMD(self, teacher, student=copied(start), fake=copied(teacher))
+
     def unused(self) -> Unused:
         gan: Unused = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")
         pairs: Unused = {} if self.regression else dict.fromkeys(("regression_metric", "pairs", "pair_steps"), "method.regression=0")
         return gan | pairs
-
-
-class Pairs(NamedTuple):
-    """Noise z [n, C, H, W], the teacher's ODE samples y from it, and their one-hot labels (or None)."""
-
-    z: Tensor
-    y: Tensor
-    labels: Tensor | None
 
 
 @dataclass
@@ -87,6 +89,8 @@ class Shared:
 
 class DMD(Method):
     """Two turns; the student's is the rarer one."""
+
+    may_be_new = ("head.",)  # the GAN's, which DMD 1 and MSD's first stage do without
 
     def __init__(self, cfg: DMDConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)
@@ -102,8 +106,6 @@ class DMD(Method):
             Turn("fake", self.fake_loss),
         )
         self.sampler = one_step(cfg.sigma)
-        self.needs_data = cfg.gan
-        self.pairs: Pairs | None = None  # given before training where cfg.regression > 0
         self.perceptual = LPIPS() if cfg.regression and cfg.regression_metric == "lpips" else None
 
     def teacher_level(self, u: Tensor) -> Tensor:

@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
 from potstill.engine.diffusion.sampling import one_step
-from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import generate, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import ProjectedDiscriminator
-from potstill.engine.nets.features import FeatureNet
+from potstill.engine.nets.edm import without_augmentation
+from potstill.engine.nets.features import FeatureNet, load_feature_net, timm_extras
 from potstill.engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
 from potstill.engine.nets.ops import definitions
 from potstill.engine.skipping.freezing import proposed
@@ -45,7 +46,7 @@ from potstill.kernels.estimate import accum
 
 
 @dataclass
-class GDDConfig:
+class GDDConfig(MethodConfig):
     """Defaults: GDD for CIFAR-10 (released code) but for the feature nets."""
 
     name: str = "gdd"  # set by method=…
@@ -62,8 +63,7 @@ class GDDConfig:
     r1_every: int = 16  # iterations between two penalties, each as much heavier
 
     def __post_init__(self):
-        one_of(self, "name", ("gdd",))
-        finite(self)
+        super().__post_init__()
         above(self, 0, "sigma", "sum_over")
         wants(self, "freeze", self.freeze in FREEZE_LEVELS, f"one of {', '.join(map(str, FREEZE_LEVELS))}")
         wants(self, "features", bool(self.features), "at least one feature net (teacher needs no download)")
@@ -71,6 +71,14 @@ class GDDConfig:
         one_of(self, "loss", ("softplus", "hinge"))
         at_least(self, 0, "r1_gamma")  # 0: no R1
         at_least(self, 1, "r1_every", "width")
+
+    def needs(self) -> Needs:
+        return Needs(extras=timm_extras(self.features), batch_statistics=True, whole_teacher=True)
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "GDD":
+        dtype = torch.bfloat16 if self.feature_dtype == "bf16" else torch.float32
+        features = [load_feature_net(name, frozen(teacher), dtype=dtype) for name in self.features]
+        return GDD(self, without_augmentation(copied(start)), features)
 
     def unused(self) -> Unused:
         return ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"}) | (

@@ -27,12 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, probability, wants
+from potstill.engine.common.checks import Unused, above, at_least, one_of, probability, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.diffusion.solvers import posterior
-from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import check_guidance, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.weight_space import MODES, SecondMoment, WeightSpace
@@ -40,7 +40,7 @@ from potstill.kernels import add_noise, denoise, moments
 
 
 @dataclass
-class MomentMatchingConfig:
+class MomentMatchingConfig(MethodConfig):
     """Defaults: eight steps, as in the paper's best results; w and S(t) from public reimplementations."""
 
     name: str = "moment_matching"  # set by method=…
@@ -61,14 +61,22 @@ class MomentMatchingConfig:
     eps: float = 1e-8  # of instant's Λ = 1 / (sqrt(v) + eps)
 
     def __post_init__(self):
-        one_of(self, "name", ("moment_matching",))
-        finite(self)
+        super().__post_init__()
         for name, known in {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}.items():
             one_of(self, name, known)
         at_least(self, 1, "steps", "measure_every", "measure_batch")
         above(self, 0, "sigma_min", "rho", "eps")
         wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
         probability(self, "dropout", "measure_decay")
+
+    def needs(self) -> Needs:
+        instant = self.variant == "instant"
+        return Needs(classes=self.guidance != 1, batch_statistics=instant, whole_teacher=instant)
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "MomentMatching":
+        if self.variant == "instant":
+            return Instant(self, teacher, student=copied(start))
+        return Alternating(self, teacher, student=copied(start), fake=copied(teacher))
 
     def unused(self) -> Unused:
         measured = ("jvp", "measure_every", "measure_batch", "measure_decay", "eps")

@@ -23,20 +23,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, at_least, finite, one_of, wants
+from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
 from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
-from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import random_labels
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.perceptual import LPIPS
+from potstill.engine.nets.perceptual import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
 from potstill.kernels import trajectory
 
 
 @dataclass
-class SFDConfig:
+class SFDConfig(MethodConfig):
     """Defaults: SFD for two evaluations (released code)."""
 
     name: str = "sfd"  # set by method=…
@@ -56,8 +56,7 @@ class SFDConfig:
     zero_init: bool = False  # start the step condition at nothing, so that the student starts as the teacher; released: random
 
     def __post_init__(self):
-        one_of(self, "name", ("sfd",))
-        finite(self)
+        super().__post_init__()
         least = 2 + self.afs
         levels = f"at least {least} noise levels{' (AFS makes the first step)' * self.afs}"
         wants(self, "num_steps", bool(self.num_steps) and min(self.num_steps) >= least, levels)
@@ -68,6 +67,12 @@ class SFDConfig:
         above(self, 0, "sigma_min", "rho", "huber_c")
         wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
         at_least(self, 0, "lpips")
+
+    def needs(self) -> Needs:
+        return Needs(data=False, extras=[lpips_extra("method.lpips", "set method.lpips=0")] if self.lpips else [])
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "SFD":
+        return SFD(self, teacher, student=copied(start))
 
     def unused(self) -> Unused:
         return ({} if self.metric == "huber" else {"huber_c": f"method.metric={self.metric}"}) | (
@@ -88,8 +93,6 @@ class Walk:
 
 class SFD(Method):
     """One turn per student step, all of the same net."""
-
-    needs_data = False
 
     def __init__(self, cfg: SFDConfig, teacher: Denoiser, student: Denoiser):
         self.cfg, self.teacher = cfg, frozen(teacher)

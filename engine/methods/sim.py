@@ -23,17 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, finite, one_of, probability, wants
+from potstill.engine.common.checks import Unused, above, one_of, probability, wants
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
+from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
 
 @dataclass
-class SIMConfig:
+class SIMConfig(MethodConfig):
     """Defaults: SiD's CIFAR-10 settings (released code) with SIM's distance."""
 
     name: str = "sim"  # set by method=…
@@ -49,13 +49,18 @@ class SIMConfig:
     P_std: float = 1.2  # standard deviation of ln σ in L_ψ
 
     def __post_init__(self):
-        one_of(self, "name", ("sim",))
-        finite(self)
+        super().__post_init__()
         one_of(self, "distance", ("huber", "l2"))
         wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
         above(self, 0, "c", "sigma", "scale", "P_std")
         wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
         probability(self, "dropout")
+
+    def needs(self) -> Needs:
+        return Needs(data=False, classes=self.guidance != 1)
+
+    def build(self, teacher: Denoiser, start: Denoiser) -> "SIM":
+        return SIM(self, teacher, student=copied(start), fake=copied(teacher))
 
     def unused(self) -> Unused:
         return {"c": "method.distance=l2"} if self.distance == "l2" else {}
@@ -63,8 +68,6 @@ class SIMConfig:
 
 class SIM(Method):
     """Two turns on images of their own: ψ learns the student's images, then the student moves."""
-
-    needs_data = False
 
     def __init__(self, cfg: SIMConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)

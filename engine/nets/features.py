@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError, what_it_is
+from potstill.engine.common.extras import Extra
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.unet import channels_of
 
@@ -52,10 +53,10 @@ class FeatureNet(nn.Module):
         return nn.Module()
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} can be planned with, not called")
+        raise NotImplementedError(f"{type(self).__name__} has a shape and cannot be called")
 
 
-class Planned(FeatureNet):
+class OnlyShape(FeatureNet):
     """The shape of a feature net, for counting parameters without it."""
 
     def __init__(self, taps: Sequence[tuple[int, int]]):
@@ -155,7 +156,7 @@ class Scripted(FeatureNet):
         return list(self.script(rgb(images)))
 
 
-def load_features(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.float32) -> FeatureNet:
+def load_feature_net(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.float32) -> FeatureNet:
     """The feature net of that name on the teacher's device, frozen, in eval mode, computing in `dtype`.
 
     `teacher` is a frozen view. Where torch makes meta tensors (a plan of a run) nothing is loaded that can be known
@@ -178,7 +179,7 @@ def load_features(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.fl
 def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
     """timm's network of that name with its weights, which are downloaded at first. UserError where there is none."""
     if planning() and name in KNOWN:
-        return Planned(KNOWN[name])
+        return OnlyShape(KNOWN[name])
     try:
         import timm
     except ImportError as error:
@@ -197,6 +198,17 @@ def load_timm(name: str, dtype: torch.dtype) -> FeatureNet:
     with torch.no_grad():
         shapes = [m.shape for m in body(torch.zeros(1, 3, ImageNet.side, ImageNet.side, dtype=dtype))]
     return ImageNet(body, [Tap(s[1], s[2]) for s in shapes], cfg["mean"], cfg["std"])
+
+
+def timm_extras(names: Sequence[str]) -> list[Extra]:
+    """What these feature nets want of timm: nothing, or the package with their weights."""
+    wanted = [name for name in names if name.startswith("timm:")]
+
+    def fetch() -> None:
+        for name in wanted:
+            load_timm(name.removeprefix("timm:"), torch.float32)
+
+    return [Extra("timm", ", ".join(wanted), "use method.features=[teacher]", fetch)] if wanted else []
 
 
 def planning() -> bool:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.extras import Extra
 from potstill.engine.nets.features import planning, rgb
 
 
@@ -29,3 +30,8 @@ class LPIPS(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = (F.interpolate(rgb(x), (224, 224), mode="bilinear", align_corners=False) for x in (a, b))
         return self.net(a, b).flatten()
+
+
+def lpips_extra(purpose: str, otherwise: str) -> Extra:
+    """What a setting asks for that wants LPIPS. purpose: which setting; otherwise: what a user does without."""
+    return Extra("lpips", purpose, otherwise, LPIPS)

@@ -12,46 +12,45 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
-from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.jobs import build, preflight
+from potstill.engine.jobs.lighter import check_lighten, own_plan
+from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.methods.base import Method
-from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.router import Partition
-from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.ranks import Ranks
 
 
-class Planned(NamedTuple):
-    """Nets without numbers, which student has which classes, and the classes that the data show nothing of."""
+class OnPaper(NamedTuple):
+    """Nets without numbers, and which student has which classes; None where there is one student."""
 
     teacher: Denoiser
     method: Method
     partition: Partition | None
-    without: list[int]
+    empty: list[int]  # classes that no image shows
 
 
-def plan(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Planned:
+def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> OnPaper:
     """The run of these settings on these images, None where there are none or not yet. UserError for what cannot be."""
     check_images(cfg, images, ranks.count)
-    teacher = planned_teacher(cfg, images, folder, ranks)
+    teacher = teacher_on_paper(cfg, images, folder, ranks)
     with torch.device("meta"):
         teacher = teacher.to("meta")
         students = cfg.students.net
         start = build.build_net(students, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if students else None
-        method = build.build_method(cfg.method, teacher, start)
-    build.check_lightens(method, cfg.skipping)
+        method = cfg.method.build(teacher, start or teacher)
+    check_lighten(method, cfg.skipping)
     preflight.check_optimizers(cfg, method)
-    if not cfg.data.path and method.needs_data:
+    if not cfg.data.path and cfg.method.needs().data:
         raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
     if not cfg.data.path and students:
         raise UserError("students.net is trained on real images first: set data.path")
     known = images is not None or not cfg.data.path  # else which classes there are is not known yet
-    partition = build.build_partition(cfg, teacher.label_dim, images) if known else None
-    if (begun := preflight.begun_in(cfg)) and checkpoints(begun):
-        build.start_of(method, begun.parent)
-    return Planned(teacher, method, partition, build.classes_without_images(images, teacher.label_dim))
+    partition = partition_of(cfg, teacher.label_dim, images) if known else None
+    if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints"):
+        earlier_weights(method, earlier)
+    return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim))
 
 
 def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
@@ -64,23 +63,17 @@ def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
         raise UserError(f"{ranks} ranks want as many images, {images.name} has {len(images)}: start fewer")
 
 
-def planned_teacher(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Denoiser:
+def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Denoiser:
     """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images."""
     given = cfg.teacher.checkpoint
     file = Path(given).expanduser() if given else folder / "teacher.safetensors"
     if ranks.agree(file.is_file()):
         teacher = build.load_teacher(file, images)
-        build.check_own_plan(cfg.skipping, teacher)
-        taught_sampler(file)
+        own_plan(cfg.skipping, teacher)
+        build.taught_sampler(file)
         return teacher
     if not given:
         preflight.check_no_plan(cfg)
     size = build.rehearsal_size(cfg) if images is None else (images.resolution, images.channels, images.label_dim)
     with torch.device("meta"):
         return build.build_net(cfg.net, *size)
-
-
-def taught_sampler(file: Path) -> Sampler | None:
-    """How a teacher is sampled that is a student of an earlier stage; None for one that denoises at every level."""
-    own = read_metadata(file)
-    return own_sampler(own, file) if own.get("method", "teacher") != "teacher" else None

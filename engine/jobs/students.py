@@ -1,0 +1,92 @@
+"""What the settings `students.` mean: which student has which classes, and whose weights it goes on from."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import Config
+from potstill.engine.data.images import Images
+from potstill.engine.methods.base import Method
+from potstill.engine.methods.msd import make_partition
+from potstill.engine.models.router import Partition, student_folder
+from potstill.engine.training.checkpoint import load_newest
+
+
+def partition_of(cfg: Config, label_dim: int, images: Images | None) -> Partition | None:
+    """Which student has which classes; None where there is one student."""
+    count, kind = cfg.students.count, cfg.students.partition
+    if count == 1:
+        return None
+    if not label_dim:
+        raise UserError(f"students.count = {count} wants a class-conditional teacher: the classes are what is shared out")
+    features = None
+    if kind == "kmeans":
+        if images is None or images.labels is None:
+            raise UserError("students.partition=kmeans wants labelled data: it clusters the classes' mean images")
+        features = class_means(images, label_dim)
+    partition = make_partition(kind, label_dim, count, cfg.seed, features)
+    without = set(classes_without_images(images, label_dim))
+    for student in range(count):
+        if without.issuperset(share := partition.classes(student)):
+            assert images is not None  # else every class counts as one with images
+            raise UserError(
+                f"student {student} of {count} has no images: {images.name} has none of {listed(share)}; take fewer students or "
+                "another students.partition"
+            )
+    return partition
+
+
+def classes_without_images(images: Images | None, label_dim: int) -> list[int]:
+    """Which of a net's classes the labelled data show nothing of, ascending."""
+    if images is None or images.labels is None:
+        return []
+    return np.setdiff1d(np.arange(label_dim), images.labels).tolist()
+
+
+def class_means(images: Images, label_dim: int) -> np.ndarray:
+    """The mean image of each class, flattened: [label_dim, C·H·W]. UserError for a class without an image."""
+    if without := classes_without_images(images, label_dim):
+        raise UserError(
+            f"students.partition=kmeans wants images of every class, {images.name} has none of {listed(without)}: take blocks or random"
+        )
+    assert images.labels is not None
+    sums, counts = np.zeros((label_dim, images.channels * images.resolution**2)), np.zeros(label_dim)
+    for i, label in enumerate(images.labels):
+        sums[label] += images.read(i).reshape(-1)
+        counts[label] += 1
+    return sums / counts[:, None]
+
+
+def listed(classes: list[int]) -> str:
+    """Classes in a sentence, the first five of many."""
+    more = f" and {len(classes) - 5:,} more" if len(classes) > 5 else ""
+    return f"class{'es' * (len(classes) > 1)} {', '.join(map(str, classes[:5]))}{more}"
+
+
+def earlier_folder(cfg: Config, student: int) -> Path | None:
+    """The folder with the checkpoints that this student goes on from; None where it starts from the teacher."""
+    if not cfg.students.start:
+        return None
+    folder = Path(cfg.students.start).expanduser()
+    return student_folder(folder, student) if cfg.students.count > 1 else folder
+
+
+def load_earlier(method: Method, folder: Path) -> None:
+    """Load the method's nets from another run's last checkpoint; parts that it may lack stay new, and optimisers are new."""
+    for name, weights in earlier_weights(method, folder).items():
+        method.nets[name].load_state_dict(weights, strict=False)
+
+
+def earlier_weights(method: Method, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights for each of the method's nets in another run's last checkpoint. UserError unless they fit (`may_be_new` apart)."""
+    state = load_newest(folder / "checkpoints", "cpu")
+    if state is None:
+        raise UserError(f"students.start: no checkpoint in {folder / 'checkpoints'}; wanted a finished run of the same shape")
+    for name, net in method.nets.items():
+        theirs = {key: t.shape for key, t in state["nets"].get(name, {}).items()}
+        ours = {key: t.shape for key, t in net.state_dict().items() if key in theirs or not key.startswith(method.may_be_new)}
+        if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
+            raise UserError(f"students.start: net {name!r} in {folder} is of another shape (first difference: {other[0]})")
+    return {name: state["nets"][name] for name in method.nets}

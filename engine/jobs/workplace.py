@@ -1,0 +1,88 @@
+"""Where a run works: its folder, the device and precision of its nets, its images, and the ranks that share the work."""
+
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.engine.config.tree import Config
+from potstill.engine.data.sampler import Stream
+from potstill.engine.jobs import build, machine, preflight
+from potstill.engine.models.opening import device_named
+from potstill.engine.models.weights import read_metadata, save_net
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.training.ranks import Ranks
+from potstill.engine.training.run import Run, TrainConfig
+
+
+class Workplace:
+    """What all stages of a run have in common."""
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.run_dir or "").expanduser()
+        self.given_teacher = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
+        self.device = ranks.connect(device_named(cfg.device))
+        self.dtype, self.why_dtype = machine.set_up(cfg, self.device, self.say)
+        self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, once for all ranks."""
+        if self.ranks.first:
+            say(text)
+
+    def exists(self, path: Path) -> bool:
+        """Did this file exist when rank 0 looked?"""
+        return self.ranks.agree(path.exists())
+
+    def prepared(self, net: Any, stage: TrainConfig | None = None) -> Any:
+        """A net on the device, computing in the precision of this run and keeping what its stage says; null: distillation."""
+        set_checkpointing(net, (stage or self.cfg.train).activation_checkpointing)
+        for module in net.modules():
+            if isinstance(module, Denoiser):
+                module.compute_dtype = self.dtype
+        return net.to(self.device)
+
+    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice = slice(None)) -> Any:
+        """This rank's images of every batch; only those of some classes where a student has its share."""
+        if self.images is None:
+            return NoImages(len(range(*window.indices(cfg.batch))), self.device)
+        data, images = self.cfg.data, self.images if classes is None else self.images.subset(classes)
+        return Stream(
+            images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device, window=window
+        )
+
+    def save(self, run: Run, path: Path, **more: Any) -> None:
+        """Write the average of a run's product as a weight file that says what it is and where it comes from."""
+        product = run.average()
+        assert isinstance(product, Denoiser)
+        self.ranks.alone(lambda: save_net(
+            path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
+            method=self.cfg.method.name if run.method.product == "student" else "teacher",
+            data=self.images.name if self.images else "none", **self.inherited, **more,
+        ))  # fmt: skip
+
+    @cached_property
+    def inherited(self) -> dict[str, Any]:
+        """What a weight file of this run has from its teacher's: the licence, and which teacher it was."""
+        if not (path := self.given_teacher):
+            return {}
+        own = read_metadata(path)
+        teacher = {key: own[key] for key in ("source", "sha256") if key in own} or own.get("teacher") or {"source": path.name}
+        return {"teacher": teacher} | ({"license": own["license"]} if "license" in own else {})
+
+
+class NoImages:
+    """The stream of a data-free run: no labels, and blank images that only say how many."""
+
+    def __init__(self, batch: int, device: torch.device):
+        self.blank = torch.zeros(batch, 1, 1, 1, device=device)
+
+    def at(self, step: int) -> tuple[torch.Tensor, None]:
+        return self.blank, None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
