@@ -14,7 +14,7 @@ from potstill.engine.training.batches import Batches
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.config import TrainConfig
 from potstill.engine.training.ema import ema_decay
-from potstill.engine.training.graphs import Graphs, Work, build_graphs
+from potstill.engine.training.graphs import Graphs, build_graphs
 from potstill.engine.training.optim import learning_rate, set_learning_rate
 from potstill.engine.training.ranks import ALONE, Ranks
 from potstill.engine.training.state import State
@@ -52,14 +52,18 @@ class Run(State):
 
         This is the one place where nets alternate. It never reads a tensor's value, so nothing waits for the GPU.
         """
-        method, perform = self.method, self.graphs.run if self.graphs else at_once
+        method, graphs = self.method, self.graphs
         logs: Logs = {}
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
-        with self.graphs.stream() if self.graphs else nullcontext():
+        with graphs.stream() if graphs else nullcontext():
             self._prepare(images, labels, decay)
             shared: list[Any] = self.batches.cut(images, labels, self.step)
             if type(method).begin is not Method.begin:
-                shared, _ = perform("begin", lambda batches: ([method.begin(batch) for batch in batches], {}), shared)
+
+                def begin(batches: list[Any]) -> tuple[list[Any], Logs]:
+                    return [method.begin(batch) for batch in batches], {}
+
+                shared, _ = graphs.run("begin", begin, shared) if graphs else begin(shared)
             for number, turn in enumerate(method.turns):
                 if self.step < turn.after or (self.step - turn.after) % turn.every:
                     continue
@@ -86,7 +90,7 @@ class Run(State):
                         method.after_step(turn.trains)
                     return shared, logs
 
-                shared, turn_logs = perform(f"turn {number} ({turn.trains})", take_turn, shared)
+                shared, turn_logs = graphs.run(f"turn {number} ({turn.trains})", take_turn, shared) if graphs else take_turn(shared)
                 for name, value in turn_logs.items():
                     add(logs, name, value)
             self.step += 1
@@ -133,11 +137,6 @@ class Run(State):
             return self.graphs.report()
         why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
         return {"mode": "off", "why": f"{self.ranks.count} ranks" if self.ranks.several else why}
-
-
-def at_once(name: str, work: Work, shared: list[Any]) -> tuple[list[Any], Logs]:
-    """A piece of an iteration without a graph."""
-    return work(shared)
 
 
 def add(logs: Logs, name: str, value: Tensor) -> None:
