@@ -18,7 +18,7 @@ from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan
 
 
@@ -46,7 +46,7 @@ def cases():
 
 def made_up(net) -> Plan:
     """A third of the blocks, from the middle outwards; the lower half of the noise levels leaves out half of those."""
-    names = block_names(net.model)
+    names = list(blocks_of(net.model))
     order = sorted(names, key=lambda name: abs(names.index(name) - len(names) / 2))
     third = len(names) // 3
     return Plan(

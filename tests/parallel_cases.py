@@ -22,7 +22,7 @@ from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.features import load_feature_net
 from potstill.engine.skipping.apply import Guard, Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.engine.training import ranks as speech
 from potstill.engine.training import run as stage
@@ -83,7 +83,7 @@ def tsm():
 
 def light():
     """SIM with a teacher that leaves out what a made-up plan says."""
-    method, names = sim(), block_names(net(1).model)
+    method, names = sim(), list(blocks_of(net(1).model))
     affine = {name: {"a": [[0.8] * 8] * 2, "b": [[0.1] * 8] * 2} for name in names[:2]}
     plan = Plan("", 4, [0.002, 1.0, 80.0], names, [2, 1], 0.02, affine)
     method.teacher = Skipping(method.teacher, plan, method.teacher_level)

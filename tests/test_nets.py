@@ -21,8 +21,8 @@ from potstill.engine.methods.base import Batch, Draws
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets import ops
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.frozen import freeze
 from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
+from potstill.engine.skipping.freezing import freeze
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
 

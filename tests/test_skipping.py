@@ -29,10 +29,10 @@ from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.frozen import is_frozen
 from potstill.engine.skipping import freezing, picture
 from potstill.engine.skipping.apply import Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
+from potstill.engine.skipping.freezing import is_frozen
 from potstill.engine.skipping.plan import (
     Plan,
     SkippingConfig,
@@ -69,7 +69,7 @@ def net_of(kwargs=SONG, **more):
 
 def plan_for(net, prefix=(3, 2, 1, 0), bins=None):
     """A plan over made-up blocks in a made-up order, with calibration that differs in every bin."""
-    order = block_names(net.model)
+    order = list(blocks_of(net.model))
     random.Random(0).shuffle(order)
     channels = {n: b.out_channels for n, b in Probed(net).parts.items()}
     draw = torch.Generator().manual_seed(1)

@@ -8,6 +8,7 @@ iPNDM 2204.13902 (Adams-Bashforth on dx/dσ), ancestral 2006.11239 written for v
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -116,15 +117,7 @@ def _dpmpp(
 def lower_order_final(step: Step, remaining: int) -> Step:
     """DPM-Solver++'s advice for few steps: orders 2 and 1 on the last two. `remaining` counts the steps left, this one too."""
     orders: dict[Step, int] = {dpmpp_3m: 3, dpmpp_3m_taylor: 3, dpmpp_2m: 2}
-    limit = orders.get(step)
-    if limit is None or remaining >= limit:
-        return step
-    order = remaining
-    return lambda denoise, x, sigma, sigma_next, state: _dpmpp_of_order(denoise, x, sigma, sigma_next, state, order)
-
-
-def _dpmpp_of_order(denoise, x, sigma, sigma_next, state, order):
-    return _dpmpp(denoise, x, sigma, sigma_next, (state or [])[: order - 1], order=order)
+    return partial(_dpmpp, order=remaining) if remaining < orders.get(step, 1) else step
 
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))

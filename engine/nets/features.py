@@ -8,7 +8,7 @@ Every net maps images [N, C, H, W] in [-1, 1] to maps [N, c_k, h_k, h_k], each h
 through to the images, never into a feature net.
 """
 
-# timm is optional.
+# timm and lpips are optional.
 # pyright: reportMissingImports=false
 
 import math
@@ -209,6 +209,32 @@ def timm_extras(names: Sequence[str]) -> list[Extra]:
             load_timm(name.removeprefix("timm:"), torch.float32)
 
     return [Extra("timm", ", ".join(wanted), "use method.features=[teacher]", fetch)] if wanted else []
+
+
+class LPIPS(nn.Module):
+    """LPIPS, the perceptual distance (1801.03924): images [N, C, H, W] in [-1, 1], twice -> distances [N]; VGG16, both resized to 224; differentiable in the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if planning():
+            return
+        try:
+            import lpips
+        except ImportError as error:
+            raise UserError(f"LPIPS wants the package lpips ({error}): pip install 'potstill[lpips]', or set method.lpips=0") from error
+        try:
+            self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        except OSError as error:
+            raise UserError(f"LPIPS cannot fetch the weights of VGG16: {error}") from error
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = (F.interpolate(rgb(x), (224, 224), mode="bilinear", align_corners=False) for x in (a, b))
+        return self.net(a, b).flatten()
+
+
+def lpips_extra(purpose: str, otherwise: str) -> Extra:
+    """What a setting asks for that wants LPIPS. purpose: which setting; otherwise: what a user does without."""
+    return Extra("lpips", purpose, otherwise, LPIPS)
 
 
 def planning() -> bool:

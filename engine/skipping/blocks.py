@@ -78,8 +78,3 @@ def blocks_of(model: UNet) -> dict[str, Any]:
     """The residual blocks of a U-Net in the order they run, named like "enc.16x16_block0"; of a skippable one, `Skippable`s."""
     parts = (("enc", model.enc), ("dec", model.dec))
     return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)}
-
-
-def block_names(model: UNet) -> list[str]:
-    """Their names."""
-    return list(blocks_of(model))

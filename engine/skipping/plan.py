@@ -19,7 +19,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import same_weights, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 
 FORMAT = "potstill-plan-1"
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
@@ -135,7 +135,7 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
         raise UserError(
             f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with potstill probe"
         )
-    if unknown := set(plan.order) - set(block_names(net.model)):
+    if unknown := set(plan.order) - blocks_of(net.model).keys():
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Alone, modules_of
+from potstill.engine.methods.base import OneRank, modules_of
 from potstill.engine.training.run import Run
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
@@ -46,8 +46,8 @@ def sizes(share: int) -> Iterator[int]:
 
 def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> int:
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
-    before, others = [(t, t.clone()) for t in state_of(run)], run.method.others
-    run.method.others = Alone()  # a rank without memory must not leave the others waiting
+    before, ranks = [(t, t.clone()) for t in state_of(run)], run.method.ranks
+    run.method.ranks = OneRank()  # a rank without memory must not leave the others waiting
     try:
         if torch.backends.cudnn.benchmark:
             every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
@@ -57,7 +57,7 @@ def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> i
     except torch.OutOfMemoryError:
         return 0
     finally:
-        run.method.others = others
+        run.method.ranks = ranks
         run.forget_gradients()
         with torch.no_grad():
             for t, value in before:

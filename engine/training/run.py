@@ -13,11 +13,10 @@ from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.batches import Batches
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.config import TrainConfig
-from potstill.engine.training.ema import ema_decay
 from potstill.engine.training.graphs import Graphs, Work, build_graphs
 from potstill.engine.training.optim import learning_rate, set_learning_rate
 from potstill.engine.training.ranks import ALONE, Ranks
-from potstill.engine.training.state import State
+from potstill.engine.training.state import State, ema_decay
 
 
 class Run(State):
