@@ -13,7 +13,7 @@ import torch
 
 from benches import harness
 from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.diffusion.strata import spread
+from potstill.engine.diffusion.strata import digit_reversal
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.edm import from_kwargs
@@ -65,7 +65,7 @@ def test_skipping(kind, variant, place, record):
     x = torch.randn(kind.batch, 3, kind.resolution, kind.resolution, device=device)
     if variant == "batch by plan":
         levels = lambda u: karras_at(0.8 * u)  # noqa: E731
-        sigma = levels((torch.tensor(spread(kind.batch), device=device) + 0.5) / kind.batch).float()
+        sigma = levels((torch.tensor(digit_reversal(kind.batch), device=device) + 0.5) / kind.batch).float()
         light = Skipping(net, made_up(net), levels)
         variants = {"ours": lambda k: light(x, sigma), "eager": lambda k: net(x, sigma)}
     else:

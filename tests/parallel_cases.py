@@ -128,7 +128,7 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
         generator = torch.Generator().manual_seed(1000 + run.step)
         images = torch.rand(BATCH, 1, 4, 4, generator=generator) * 2 - 1
         labels = torch.eye(2)[torch.randint(2, (BATCH,), generator=generator)]
-        run.take(images[run.window].to(run.device), labels[run.window].to(run.device))
+        run.take(images[run.batches.window].to(run.device), labels[run.batches.window].to(run.device))
         curve.append(run.meter.read(run.ranks))
     return curve
 

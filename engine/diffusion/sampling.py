@@ -98,7 +98,9 @@ class Sampler:
         if self.solver == ONE_STEP:
             return net(x, sigmas[0].float(), labels)
         if self.solver == ANCESTRAL:
-            return self._ancestral(net, x, labels, sigmas, noise)
+            begin_walk(net)
+            x = solve(ancestral(lambda: noise.normal(*shape)), lambda x, s: net(x, s, labels), x, sigmas)
+            return net(x.float(), sigmas[-1].float(), labels)
         if self.churn:
             step = churned(
                 SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn, known=partial(nearest_level, net)
@@ -143,12 +145,6 @@ class Sampler:
         """Are `sigmas` the levels that `rho` makes between their ends? Not in files that are older than `rho` and had another."""
         made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], rho)
         return torch.allclose(made, torch.tensor(self.sigmas, dtype=torch.float64, device="cpu"), rtol=1e-5, atol=0)
-
-    def _ancestral(self, net: Sampled, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
-        begin_walk(net)
-        step = ancestral(lambda: noise.normal(*x.shape[1:]))
-        x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
-        return net(x.float(), sigmas[-1].float(), labels)
 
     def to_dict(self) -> dict[str, Any]:
         """For a weight file: JSON's types. Without churn, and with EDM's rho, there is no word of them: older readers know it all."""

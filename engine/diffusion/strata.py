@@ -5,7 +5,7 @@ power-of-two batch sees all of the law.
 """
 
 
-def spread(n: int) -> list[int]:
+def digit_reversal(n: int) -> list[int]:
     """A permutation of 0 … n - 1: digit reversal in the prime factors of n; bit reversal for powers of two."""
     order = [0]
     for p in _factors(n):  # each round puts a digit in front of the index, and behind the slice
@@ -20,7 +20,7 @@ def strata(total: int, part: int, step: int = 1) -> list[int]:
     """
     parts = total // part
     assert parts * part == total and parts % step == 0, f"{part} samples every {step} do not divide {total}"
-    within, among = spread(part), spread(parts)
+    within, among = digit_reversal(part), digit_reversal(parts)
     block = part * step
     return [within[i % block // step] * parts + among[i // block * step + i % step] for i in range(total)]
 

@@ -148,7 +148,8 @@ class Scripted(FeatureNet):
             what = what_it_is(path)
             why = _last_line(error) if what == "it is a TorchScript file" else f"wanted one written by torch.jit.save; {what}"
             raise UserError(f"{path} is no TorchScript net for {resolution}x{resolution} images: {why}") from None
-        if not isinstance(maps, tuple | list) or not maps or any(not _is_square_map(m) for m in maps):
+        square = isinstance(maps, tuple | list) and all(isinstance(m, Tensor) and m.ndim == 4 and m.shape[2] == m.shape[3] for m in maps)
+        if not square or not maps:
             raise UserError(f"{path} wants to return a tuple of square maps [N, C, h, h], finest first")
         self.taps = [Tap(m.shape[1], m.shape[2]) for m in maps]
 
@@ -166,7 +167,11 @@ def load_feature_net(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch
     match kind:
         case "teacher":
             teacher.compute_dtype = dtype
-            net: FeatureNet = TeacherEncoder(teacher, _positive(rest) if rest else TEACHER_SIGMA)
+            try:
+                sigma = float(rest or TEACHER_SIGMA)
+            except ValueError:
+                raise UserError(f"teacher features want a number, as in teacher:0.2, got {name}") from None
+            net: FeatureNet = TeacherEncoder(teacher, sigma)
         case "torchscript" if rest:
             net = Scripted(Path(rest), teacher.img_resolution)
         case "timm" if rest:
@@ -245,17 +250,6 @@ def planning() -> bool:
 def rgb(images: Tensor) -> Tensor:
     """Grey images repeated to three channels; others as they are."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def _is_square_map(one: object) -> bool:
-    return isinstance(one, Tensor) and one.ndim == 4 and one.shape[2] == one.shape[3]
-
-
-def _positive(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"teacher features want a number, as in teacher:0.2, got teacher:{text}") from None
 
 
 def _last_line(error: Exception) -> str:

@@ -31,13 +31,11 @@ class Init:
         match self.law:
             case "xavier_uniform":
                 return math.sqrt(6 / (fan_in + fan_out)) * uniform
-            case "xavier_normal":
-                return math.sqrt(2 / (fan_in + fan_out)) * normal
             case "kaiming_uniform":
                 return math.sqrt(3 / fan_in) * uniform
             case "kaiming_normal":
                 return math.sqrt(1 / fan_in) * normal
-        raise ValueError(f"Init wants xavier_ or kaiming_ with uniform or normal, got {self.law!r}")
+        raise ValueError(f"Init wants xavier_uniform, kaiming_uniform or kaiming_normal, got {self.law!r}")
 
 
 class Linear(nn.Module):
@@ -76,7 +74,7 @@ class Conv2d(nn.Module):
         fused_resample: bool = False,
         init: Init = Init(),
     ):
-        assert not (up and down)
+        assert not (up and (down or fused_resample))
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
@@ -97,9 +95,6 @@ class Conv2d(nn.Module):
             return self._convolve(x, self.padding)
         f_pad = (taps.shape[-1] - 1) // 2
         if self.fused_resample and self.bias is not None:
-            if self.up:
-                x = self._upsample(x, taps, padding=max(f_pad - self.padding, 0))
-                return self._convolve(x, max(self.padding - f_pad, 0))
             x = self._convolve(x, self.padding + f_pad, bias=False)
             return self._downsample(x, taps, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
         x = self._upsample(x, taps, f_pad) if self.up else self._downsample(x, taps, f_pad)

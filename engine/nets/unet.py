@@ -1,7 +1,7 @@
 """EDM's U-Nets (2206.00364): DDPM++ and NCSN++ of Song et al. (2011.13456), and ADM of Dhariwal and Nichol (2105.05233).
 
 Each embeds the noise level, encodes and decodes, is called F(x, c_noise, labels, augment_labels), and can stop after its
-encoder (`features`), which is where GAN heads listen. Keyword arguments and state_dict keys are EDM's.
+encoder (`levels`), which is where GAN heads listen. Keyword arguments and state_dict keys are EDM's.
 """
 
 import math
@@ -159,10 +159,6 @@ class UNet(nn.Module):
             knows = "does not know" if self.map_steps is None else "wants to know"
             raise ValueError(f"this net {knows} in how many steps it is sampled, got steps={steps}")
         return emb if self.map_steps is None else torch.cat([emb, self.map_steps(steps).expand_as(emb)], 1)
-
-    def features(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The output of the last encoder block [N, C, h, w]; the decoder does not run."""
-        return self.levels(x, c_noise, labels)[-1]
 
     def levels(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The last encoder output of every resolution, finest first; the decoder does not run."""

@@ -79,29 +79,22 @@ def chosen_frozen(model: nn.Module, needs: dict[str, float], level: int) -> list
             layers[layer] = layers.get(layer, 0) + p.numel()
     allowed = sum(p.numel() for name, p in parameters.items() if is_frozen(name, MOST) and not is_frozen(name, level))
     trained = set()
-    for layer in sorted(layers, key=lambda layer: -needs.get(block_of(layer), 1.0)):
+    for layer in sorted(layers, key=lambda layer: -needs.get(".".join(layer.split(".")[:2]), 1.0)):
         if layers[layer] <= allowed:
             allowed -= layers[layer]
             trained.add(layer)
     return [name for name in parameters if is_frozen(name, MOST) and name.rpartition(".")[0] not in trained]
 
 
-def block_of(layer: str) -> str:
-    """enc.8x8_block0.conv1 -> enc.8x8_block0."""
-    return ".".join(layer.split(".")[:2])
-
-
 def propose(model: nn.Module, result: ProbeResult) -> dict[str, Any]:
     """For every published level: what to freeze instead, and how many numbers each of the two trains."""
     needs, levels = need(result), {}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     for level in range(1, MOST + 1):
         names = chosen_frozen(model, needs, level)
-        parameters = dict(model.named_parameters())
-        total = sum(p.numel() for p in parameters.values())
-        published = sum(p.numel() for name, p in parameters.items() if not is_frozen(name, level))
         levels[str(level)] = {
             "frozen": names,
-            "trained": total - sum(parameters[name].numel() for name in names),
-            "trained_published": published,
+            "trained": sum(sizes.values()) - sum(sizes[name] for name in names),
+            "trained_published": sum(size for name, size in sizes.items() if not is_frozen(name, level)),
         }
     return {"need": needs, "levels": levels}

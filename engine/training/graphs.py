@@ -247,16 +247,12 @@ def joined(shape: Any, leaves: Iterator[Any]) -> Any:
     kind, about, *parts = shape
     if kind is Tensor or kind is Draws:
         return next(leaves)
-    if not parts and not _is_container(kind):
+    if not parts and not (issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)):
         return about
     items = [joined(part, leaves) for part in parts]
     if kind is list or kind is tuple:
         return kind(items)
     return dict(zip(about, items, strict=True)) if kind is dict else kind(*items)
-
-
-def _is_container(kind: type) -> bool:
-    return issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
 def first_line(error: BaseException) -> str:

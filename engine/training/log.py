@@ -121,9 +121,13 @@ class WandB:
             import wandb
         except ImportError:
             raise UserError("log.wandb wants the wandb package: pip install 'potstill[wandb]'") from None
+        id_file = folder / "checkpoints" / "wandb-id"
+        if not id_file.exists():
+            with whole(id_file) as part:
+                part.write_text(secrets.token_hex(8), encoding="utf-8")
         try:
             self.run = wandb.init(
-                project=project, dir=str(folder), id=_stored_id(folder / "checkpoints" / "wandb-id"), resume="allow",
+                project=project, dir=str(folder), id=id_file.read_text(encoding="utf-8"), resume="allow",
                 name=f"{group} {stage}", group=group, job_type=stage,
             )  # fmt: skip
         except wandb.Error as error:
@@ -137,14 +141,6 @@ class WandB:
     def close(self, *, finished: bool) -> None:
         """Else the next stage's `wandb.init` would return this one's run, and drop what has a lower step."""
         self.run.finish(exit_code=0 if finished else 1)
-
-
-def _stored_id(path: Path) -> str:
-    """The id in that file; a random one is written where there is none."""
-    if not path.exists():
-        with whole(path) as part:
-            part.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -193,7 +189,7 @@ class Progress:
         if speed:
             parts.append(f"{speed:.0f} img/s")
             if step < self.total:
-                parts.append(f"{_clock((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
+                parts.append(f"{tqdm.format_interval((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
         print(f"{self.title} {step}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
 
     def compiling(self, modules: int) -> None:
@@ -207,9 +203,3 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

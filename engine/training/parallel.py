@@ -96,24 +96,18 @@ def build_trained(
                     one.__class__ = GlobalBatchNorm  # views share weights and must go on doing so: change, do not replace
     if parallel == "ddp":
         return {name: Trained(net, ranks) for name, net in nets.items()}
-    mesh = _mesh(device, ranks.count, cfg.replicas)
+    if cfg.replicas == 1:
+        mesh = init_device_mesh(device.type, (ranks.count,), mesh_dim_names=("shards",))
+    else:
+        mesh = init_device_mesh(device.type, (cfg.replicas, ranks.count // cfg.replicas), mesh_dim_names=("replicas", "shards"))
     views = {name: [one for one in held if is_view(one, net)] for name, net in nets.items()}
     if cfg.teacher == "shard":
         known = {id(m) for one in (*nets.values(), *(v for each in views.values() for v in each)) for m in one.modules()}
         frozen = {id(m): m for one in held for m in one.modules() if isinstance(m, Denoiser) and id(m) not in known}
         for one in frozen.values():
             shard(one, mesh, cfg)
-    return {name: Sharded(net, views[name], mesh, cfg, ranks) if has_unet(net) else Trained(net, ranks) for name, net in nets.items()}
-
-
-def _mesh(device: torch.device, count: int, replicas: int) -> DeviceMesh:
-    if replicas == 1:
-        return init_device_mesh(device.type, (count,), mesh_dim_names=("shards",))
-    return init_device_mesh(device.type, (replicas, count // replicas), mesh_dim_names=("replicas", "shards"))
-
-
-def has_unet(net: nn.Module) -> bool:
-    return any(isinstance(m, Denoiser) for m in net.modules())
+    with_unet = {name for name, net in nets.items() if any(isinstance(m, Denoiser) for m in net.modules())}
+    return {n: Sharded(net, views[n], mesh, cfg, ranks) if n in with_unet else Trained(net, ranks) for n, net in nets.items()}
 
 
 def is_view(view: nn.Module, net: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.batches import Batches
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.config import TrainConfig
-from potstill.engine.training.graphs import Graphs, Work, build_graphs
+from potstill.engine.training.graphs import Graphs, build_graphs
 from potstill.engine.training.optim import learning_rate, set_learning_rate
 from potstill.engine.training.ranks import ALONE, Ranks
 from potstill.engine.training.state import State, ema_decay
@@ -41,17 +41,12 @@ class Run(State):
         self.graphs, graphs.reset, self.tensor_rates = graphs, self.forget_gradients, True
         self.place_rates()
 
-    @property
-    def window(self) -> slice:
-        """This rank's images of the batch."""
-        return self.batches.window
-
     def take(self, images: Tensor, labels: Tensor | None) -> None:
         """One iteration on this rank's images [n, C, H, W] and labels [n, label_dim] (or None).
 
         This is the one place where nets alternate. It never reads a tensor's value, so nothing waits for the GPU.
         """
-        method, perform = self.method, self.graphs.run if self.graphs else at_once
+        method, perform = self.method, self.graphs.run if self.graphs else lambda name, work, shared: work(shared)
         logs: Logs = {}
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with self.graphs.stream() if self.graphs else nullcontext():
@@ -132,11 +127,6 @@ class Run(State):
             return self.graphs.report()
         why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
         return {"mode": "off", "why": f"{self.ranks.count} ranks" if self.ranks.several else why}
-
-
-def at_once(name: str, work: Work, shared: list[Any]) -> tuple[list[Any], Logs]:
-    """A piece of an iteration without a graph."""
-    return work(shared)
 
 
 def add(logs: Logs, name: str, value: Tensor) -> None:
