@@ -67,29 +67,10 @@ def heun(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: 
     return x_next, None
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """DPM-Solver++ of order two, multistep; one evaluation."""
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=2)
-
-
-def dpmpp_3m(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """DPM-Solver++ (3M) as its authors' code and everybody's has it; one evaluation.
-
-    Its second difference carries half the weight that Taylor's series gives it, so by its order it is a second-order
-    method, with an error about a sixth of `dpmpp_2m`'s (measured in tests/test_solvers.py). SFD's published numbers used it.
-    """
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=3)
-
-
-def dpmpp_3m_taylor(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """The same with the full weight: third order, for the same one evaluation. Ours, not published."""
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=3, curvature=2.0)
-
-
 def _dpmpp(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any, *, order: int, curvature: float = 1.0
 ) -> tuple[Tensor, Any]:
-    """One step in λ = -ln σ. The state holds (D, λ) of the last steps, newest first."""
+    """DPM-Solver++, multistep; one evaluation. A step in λ = -ln σ; the state holds (D, λ) of the last steps, newest first."""
     if sigma_next.item() == sigma.item():  # two levels of a fine schedule are one to a net that knows few
         return x, state
     history = [(denoise(x, sigma), -sigma.log()), *(state or [])][:order]
@@ -112,6 +93,16 @@ def _dpmpp(
     e_2 = (first - second) / (r_0 + r_1)
     p2 = p1 / h + 1
     return x_next + p2 * e_1 - curvature * (p2 / h - 0.5) * e_2, history
+
+
+#: Order two.
+dpmpp_2m: Step = partial(_dpmpp, order=2)
+#: (3M) as its authors' code and everybody's has it. Its second difference carries half the weight that Taylor's series gives it,
+#: so by its order it is a second-order method, with an error about a sixth of `dpmpp_2m`'s (measured in tests/test_solvers.py).
+#: SFD's published numbers used it.
+dpmpp_3m: Step = partial(_dpmpp, order=3)
+#: The same with the full weight: third order, for the same one evaluation. Ours, not published.
+dpmpp_3m_taylor: Step = partial(_dpmpp, order=3, curvature=2.0)
 
 
 def lower_order_final(step: Step, remaining: int) -> Step:

@@ -7,9 +7,12 @@ power-of-two batch sees all of the law.
 
 def digit_reversal(n: int) -> list[int]:
     """A permutation of 0 … n - 1: digit reversal in the prime factors of n; bit reversal for powers of two."""
-    order = [0]
-    for p in _factors(n):  # each round puts a digit in front of the index, and behind the slice
-        order = [digit + p * rest for digit in range(p) for rest in order]
+    order, p = [0], 2
+    while len(order) < n:
+        if n // len(order) % p:
+            p += 1
+        else:  # puts a digit in front of the index, and behind the slice
+            order = [digit + p * rest for digit in range(p) for rest in order]
     return order
 
 
@@ -23,13 +26,3 @@ def strata(total: int, part: int, step: int = 1) -> list[int]:
     within, among = digit_reversal(part), digit_reversal(parts)
     block = part * step
     return [within[i % block // step] * parts + among[i // block * step + i % step] for i in range(total)]
-
-
-def _factors(n: int) -> list[int]:
-    found, p = [], 2
-    while n > 1:
-        while n % p == 0:
-            found.append(p)
-            n //= p
-        p += 1
-    return found

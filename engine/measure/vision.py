@@ -21,7 +21,8 @@ from torch import Tensor
 
 from potstill.engine.common.download import digest, file_at
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.measure.features import Features, rgb
+from potstill.engine.measure.features import Features
+from potstill.engine.nets.features import rgb
 
 SIDE = 224
 

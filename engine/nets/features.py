@@ -139,11 +139,9 @@ class Scripted(FeatureNet):
         if not path.is_file():
             raise UserError(f"no feature net at {path}: method.features wants torchscript:FILE, timm:NAME or teacher")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
-                self.script = torch.jit.load(path, map_location="cpu")
+            self.script = load_script(path)
             with torch.no_grad():
-                maps = self.script.eval()(torch.zeros(1, 3, resolution, resolution, device="cpu"))
+                maps = self.script(torch.zeros(1, 3, resolution, resolution, device="cpu"))
         except (RuntimeError, ValueError, AttributeError, torch.jit.Error) as error:  # AttributeError: it has no forward
             what = what_it_is(path)
             why = _last_line(error) if what == "it is a TorchScript file" else f"wanted one written by torch.jit.save; {what}"
@@ -155,6 +153,13 @@ class Scripted(FeatureNet):
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
         return list(self.script(rgb(images)))
+
+
+def load_script(path: Path) -> torch.jit.ScriptModule:
+    """A TorchScript module on the CPU, in eval mode. RuntimeError or ValueError for a file that torch.jit.save did not write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
+        return torch.jit.load(path, map_location="cpu").eval()
 
 
 def load_feature_net(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.float32) -> FeatureNet:

@@ -144,19 +144,15 @@ class Skipping(SkippableDenoiser):
                 blocks[name] = (None, None, None)
                 continue
             passing = [k for k in (bins[i] for i in order[run:]) if k is not None]
-            blocks[name] = (run, *self._calibration(name, passing))
+            a = b = None  # where nothing was fitted
+            if name in self.calibration:
+                chosen = passing[:1] if len(set(passing)) == 1 else passing  # one row where all are of one bin
+                a, b = (table[chosen][:, :, None, None].to(self.compute_dtype) for table in self.calibration[name])
+            blocks[name] = (run, a, b)
         if order == sorted(order):
             return Schedule(None, None, blocks)
         back = torch.tensor(order, device=device).argsort()
         return Schedule(torch.tensor(order, device=device), back, blocks)
-
-    def _calibration(self, name: str, bins: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """a and b of the samples left out, [n, C, 1, 1] (one row where all are of one bin); None where nothing was fitted."""
-        if name not in self.calibration:
-            return None, None
-        chosen = bins[:1] if len(set(bins)) == 1 else bins
-        a, b = (table[chosen][:, :, None, None].to(self.compute_dtype) for table in self.calibration[name])
-        return a, b
 
 
 class Memory:

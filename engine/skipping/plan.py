@@ -201,12 +201,11 @@ def corrected_prefixes(prefix: list[int], longest: int, excess: Callable[[int, i
     """Prefixes whose real cost is within the budget: `excess(k, p)` of leaving out the first p blocks together in bin k."""
     found = []
     for k, p in enumerate(prefix):
-        if p and excess(k, p) > budget:
-            while p and excess(k, p) > budget:
-                p -= 1
-        else:
-            while p < longest and excess(k, p + 1) <= budget:
-                p += 1
+        start = p
+        while p and excess(k, p) > budget:
+            p -= 1
+        while start <= p < longest and excess(k, p + 1) <= budget:
+            p += 1
         found.append(p)
     return found
 

@@ -64,8 +64,6 @@ class Meter:
         if not self.sums:
             return torch.zeros(0)
         values = ranks.total(torch.stack([v.reshape(()) for v in self.sums.values()]))
-        if not ranks.several:
-            return values
         return torch.stack([v if is_count(n) else v / ranks.count for n, v in zip(self.sums, values, strict=True)])
 
 

@@ -87,7 +87,11 @@ def build_trained(
     nets, held = method.nets, modules_of(method)
     if not ranks.several:
         return {name: Trained(net, ranks) for name, net in nets.items()}
-    same_everywhere([*nets.values(), *held, method.state])
+    tensors = {
+        (t.data_ptr(), t.shape): t for m in (*nets.values(), *held, method.state) for t in (*m.parameters(), *m.buffers()) if t.numel()
+    }
+    for t in tensors.values():
+        dist.broadcast(t.detach(), src=0)
     method.ranks, method.together = ranks, together
     if together:
         for module in [*nets.values(), *held]:
@@ -114,14 +118,6 @@ def is_view(view: nn.Module, net: nn.Module) -> bool:
     """Is it another module with the very weights of `net`?"""
     a, b = ([p.data_ptr() for p in one.parameters()] for one in (view, net))
     return view is not net and bool(a) and a == b
-
-
-@torch.no_grad()
-def same_everywhere(modules: Iterable[nn.Module]) -> None:
-    """Overwrite weights and buffers by rank 0's."""
-    tensors = {(t.data_ptr(), t.shape): t for m in modules for t in (*m.parameters(), *m.buffers()) if t.numel()}
-    for t in tensors.values():
-        dist.broadcast(t.detach(), src=0)
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -163,7 +159,9 @@ class Sharded(Trained):
     """
 
     def __init__(self, net: nn.Module, views: Sequence[nn.Module], mesh: DeviceMesh, cfg: FSDPConfig, ranks: Ranks):
-        self.skeleton = _skeleton(net)
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
+        memo |= {id(b): b.to("meta") for b in net.buffers()}
+        self.skeleton = copy.deepcopy(net, memo)  # the net without numbers
         self.group = mesh["shards"].get_group()
         self.modules = [m for one in (net, *views) for m in shard(one, mesh, cfg)]
         self.full, self.views = net, list(views)
@@ -273,13 +271,6 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
     parts += [fully_shard(head, **options) for head in heads]
     assert all(hasattr(p, "device_mesh") for p in net.parameters()), "a parameter is in no part"
     return parts
-
-
-def _skeleton(net: nn.Module) -> nn.Module:
-    """A copy of a net without numbers."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
-    memo |= {id(b): b.to("meta") for b in net.buffers()}
-    return copy.deepcopy(net, memo)
 
 
 def _local(t: Any) -> Any:

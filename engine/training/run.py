@@ -9,7 +9,6 @@ from torch import Tensor
 
 from potstill.engine.methods.base import Logs, Method, modules_of
 from potstill.engine.nets.shadow import renew_stale
-from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.batches import Batches
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.config import TrainConfig
@@ -49,7 +48,7 @@ class Run(State):
         method, perform = self.method, self.graphs.run if self.graphs else lambda name, work, shared: work(shared)
         logs: Logs = {}
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
-        with self.graphs.stream() if self.graphs else nullcontext():
+        with self.graphs.backend.stream() if self.graphs else nullcontext():
             self._prepare(images, labels, decay)
             shared: list[Any] = self.batches.cut(images, labels, self.step)
             if type(method).begin is not Method.begin:
@@ -92,19 +91,15 @@ class Run(State):
         """What comes before the turns: shadows, the guard's look, seeds, learning rates, the decay of the average."""
         renew_stale(self.weights_with_shadows)
         if self.guard is not None:
-            self._compare_teachers(self.guard, images, labels)
+            before = self.guard.state
+            self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
+            if self.graphs and self.guard.state != before:
+                self.graphs.forget()  # those of a teacher that left out something else
         self.batches.seed_dropout(self.step)
         for one in self.trained.values():
             set_learning_rate(one.optimizer, learning_rate(one.cfg, self.step, self.total))
         if self.averaging_optimizer is not None:
             self.averaging_optimizer.set_ema_decay(decay)
-
-    def _compare_teachers(self, guard: Guard, images: Tensor, labels: Tensor | None) -> None:
-        """Let the guard compare gradients; graphs of a teacher that left out something else are forgotten."""
-        before = guard.state
-        self.meter.add(guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
-        if self.graphs and guard.state != before:
-            self.graphs.forget()
 
     def product_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The gradient for the product's parameters at this iteration, as one vector; changes nothing."""
