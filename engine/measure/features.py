@@ -8,6 +8,7 @@
 A distance is named after its features ("FD-pixels", "FD-resnet20"); it is called FID only with those very weights.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 from potstill.engine.common.download import digest
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.nets.features import load_script, rgb
 
 
 class Features(nn.Module):
@@ -116,10 +116,17 @@ def has_flag(script: torch.jit.ScriptModule, name: str) -> bool:
     return any(argument.name == name and "bool" in str(argument.type) for argument in script.forward.schema.arguments)
 
 
+def rgb(images: Tensor) -> Tensor:
+    """[N, 1 or 3, H, W] as [N, 3, H, W]."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
 def torchscript(path: Path) -> torch.jit.ScriptModule:
     """The module in a file written by torch.jit.save, in eval mode on the CPU."""
     try:
-        script = load_script(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
+            script = torch.jit.load(path, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         what = what_it_is(path)
         why, instead = (f" ({_first_line(error)})", "") if what == "it is a TorchScript file" else ("", f"; {what}")

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from potstill.engine.common.download import cached_path, digest, fetch, file_at
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.measure.features import Features, Scripted
-from potstill.engine.nets.features import rgb
+from potstill.engine.measure.features import Features, Scripted, rgb
 
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # of 95,607,719 bytes

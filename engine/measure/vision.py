@@ -21,8 +21,7 @@ from torch import Tensor
 
 from potstill.engine.common.download import digest, file_at
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.measure.features import Features
-from potstill.engine.nets.features import rgb
+from potstill.engine.measure.features import Features, rgb
 
 SIDE = 224
 

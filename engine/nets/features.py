@@ -139,7 +139,9 @@ class Scripted(FeatureNet):
         if not path.is_file():
             raise UserError(f"no feature net at {path}: method.features wants torchscript:FILE, timm:NAME or teacher")
         try:
-            self.script = load_script(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
+                self.script = torch.jit.load(path, map_location="cpu").eval()
             with torch.no_grad():
                 maps = self.script(torch.zeros(1, 3, resolution, resolution, device="cpu"))
         except (RuntimeError, ValueError, AttributeError, torch.jit.Error) as error:  # AttributeError: it has no forward
@@ -153,13 +155,6 @@ class Scripted(FeatureNet):
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
         return list(self.script(rgb(images)))
-
-
-def load_script(path: Path) -> torch.jit.ScriptModule:
-    """A TorchScript module on the CPU, in eval mode. RuntimeError or ValueError for a file that torch.jit.save did not write."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
-        return torch.jit.load(path, map_location="cpu").eval()
 
 
 def load_feature_net(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch.float32) -> FeatureNet:
