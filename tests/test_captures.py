@@ -15,8 +15,8 @@ import torch
 from benches.rehearse import Event, Stream, Tape
 from potstill.engine.methods.base import Draws
 from potstill.engine.training import capture
-from potstill.engine.training.batches import seed_dropout
 from potstill.engine.training.graphs import CUDA, Graphs
+from potstill.engine.training.run import seed_dropout
 from potstill.kernels import AdamEMA, tables
 from potstill.kernels.tables import SPARE, Addresses, owned_by_graph
 

@@ -23,10 +23,9 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, SkippingConfig
-from potstill.engine.training.batches import seed_dropout
 from potstill.engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, split
 from potstill.engine.training.optim import OptimConfig, rates_as_tensors
-from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.run import Run, TrainConfig, seed_dropout
 from potstill.kernels._lib import INTERPRET
 
 CPU = torch.device("cpu")

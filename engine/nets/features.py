@@ -117,14 +117,13 @@ class TransformerTaps(nn.Module):
         self.body, width, depth = body, body.embed_dim, len(body.blocks)
         self.blocks = [depth * (k + 1) // 4 - 1 for k in range(4)]  # 2, 5, 8 and 11 of twelve
         a, b, c, d = channels
-        self.readouts = nn.ModuleList(
-            [
-                nn.Sequential(nn.Conv2d(width, a, 1), nn.ConvTranspose2d(a, a, 4, stride=4)),
-                nn.Sequential(nn.Conv2d(width, b, 1), nn.ConvTranspose2d(b, b, 2, stride=2)),
-                nn.Conv2d(width, c, 1),
-                nn.Sequential(nn.Conv2d(width, d, 1), nn.Conv2d(d, d, 3, stride=2, padding=1)),
-            ]
-        )
+        readouts = [
+            nn.Sequential(nn.Conv2d(width, a, 1), nn.ConvTranspose2d(a, a, 4, stride=4)),
+            nn.Sequential(nn.Conv2d(width, b, 1), nn.ConvTranspose2d(b, b, 2, stride=2)),
+            nn.Conv2d(width, c, 1),
+            nn.Sequential(nn.Conv2d(width, d, 1), nn.Conv2d(d, d, 3, stride=2, padding=1)),
+        ]
+        self.readouts = nn.ModuleList(readouts)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(x, indices=self.blocks, norm=False, intermediates_only=True)

@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,6 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, metrics["step"])
         self.writer.flush()
 
-    def close(self, *, finished: bool) -> None:
-        self.writer.close()
-
 
 class WandB:
     """The same numbers for Weights & Biases: one run a stage, in the group of its run folder.
@@ -136,26 +133,23 @@ class WandB:
     def write(self, metrics: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, error: type[BaseException] | None, *_: Any) -> None:
         """Else the next stage's `wandb.init` would return this one's run, and drop what has a lower step."""
-        self.run.finish(exit_code=0 if finished else 1)
+        self.run.finish(exit_code=0 if error is None else 1)
 
 
 @contextmanager
 def open_writers(config: LogConfig, folder: Path, first_step: int, *, group: str, stage: str) -> Iterator[list[Any]]:
     """Everything that takes metrics of a stage from iteration `first_step` on; closed when it ends, however it does."""
-    opened: list[TensorBoard | WandB] = []
-    finished = False
-    try:
+    with ExitStack() as stack:
+        opened: list[Any] = []
         if config.tensorboard:
-            opened.append(TensorBoard(folder, first_step))
+            opened.append(board := TensorBoard(folder, first_step))
+            stack.callback(board.writer.close)
         if config.wandb:
-            opened.append(WandB(folder, config.wandb, group=group, stage=stage))
+            opened.append(wandb := WandB(folder, config.wandb, group=group, stage=stage))
+            stack.push(wandb.close)
         yield [MetricsFile(folder / "metrics.jsonl", first_step), *opened]
-        finished = True
-    finally:
-        for one in opened:
-            one.close(finished=finished)
 
 
 class Progress:
