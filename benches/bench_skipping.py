@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from benches import harness
-from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.diffusion.strata import digit_reversal
+from potstill.engine.diffusion.sigmas import digit_reversal, karras_at
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.edm import from_kwargs

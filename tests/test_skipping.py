@@ -16,8 +16,7 @@ from potstill.engine import probe as command
 from potstill.engine import sample, train
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ode, one_step
-from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.diffusion.strata import digit_reversal, strata
+from potstill.engine.diffusion.sigmas import digit_reversal, karras_at, strata
 from potstill.engine.jobs.lighter import lighten
 from potstill.engine.methods.base import Draws, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig

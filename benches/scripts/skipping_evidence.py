@@ -24,8 +24,7 @@ from benches import RESULTS, ROOT, harness, rows
 from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode
-from potstill.engine.diffusion.sigmas import grid_level, karras_at
-from potstill.engine.diffusion.strata import digit_reversal
+from potstill.engine.diffusion.sigmas import digit_reversal, grid_level, karras_at
 from potstill.engine.jobs.job import Job
 from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.score import reference, score

@@ -29,12 +29,13 @@ def solve(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
 def trajectory(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor, *, lower_final: bool = False) -> list[Tensor]:
     """The states at every level of `sigmas` ([T]), the first being x itself: T tensors of x's shape, float64.
 
-    `lower_final` ends a multistep DPM-Solver++ with lower orders.
+    `lower_final` ends a multistep DPM-Solver++ with orders 2 and 1, its authors' advice for few steps.
     """
     x, state = x.double(), None
     states = [x]
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        one = lower_order_final(step, remaining=len(sigmas) - 1 - i) if lower_final else step
+        left = len(sigmas) - 1 - i
+        one = partial(_dpmpp, order=left) if lower_final and left < ORDERS.get(step, 1) else step
         x, state = one(lambda x, s: denoise(x.float(), s.float()).double(), x, sigma, sigma_next, state)
         states.append(x)
     return states
@@ -103,13 +104,7 @@ dpmpp_2m: Step = partial(_dpmpp, order=2)
 dpmpp_3m: Step = partial(_dpmpp, order=3)
 #: The same with the full weight: third order, for the same one evaluation. Ours, not published.
 dpmpp_3m_taylor: Step = partial(_dpmpp, order=3, curvature=2.0)
-
-
-def lower_order_final(step: Step, remaining: int) -> Step:
-    """DPM-Solver++'s advice for few steps: orders 2 and 1 on the last two. `remaining` counts the steps left, this one too."""
-    orders: dict[Step, int] = {dpmpp_3m: 3, dpmpp_3m_taylor: 3, dpmpp_2m: 2}
-    return partial(_dpmpp, order=remaining) if remaining < orders.get(step, 1) else step
-
+ORDERS: dict[Step, int] = {dpmpp_2m: 2, dpmpp_3m: 3, dpmpp_3m_taylor: 3}
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.engine.common.checks import Unused, finite, one_of
 from potstill.engine.common.extras import Extra
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.diffusion.strata import strata
+from potstill.engine.diffusion.sigmas import strata
 from potstill.engine.nets.denoiser import Denoiser
 
 Logs = dict[str, Tensor]

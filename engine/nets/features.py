@@ -216,7 +216,10 @@ def timm_extras(names: Sequence[str]) -> list[Extra]:
 
 
 class LPIPS(nn.Module):
-    """LPIPS, the perceptual distance (1801.03924): images [N, C, H, W] in [-1, 1], twice -> distances [N]; VGG16, both resized to 224; differentiable in the images."""
+    """LPIPS, the perceptual distance (1801.03924): images [N, C, H, W] in [-1, 1], twice -> distances [N].
+
+    VGG16, both resized to 224; differentiable in the images.
+    """
 
     def __init__(self) -> None:
         super().__init__()

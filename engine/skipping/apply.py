@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.diffusion.strata import digit_reversal
+from potstill.engine.diffusion.sigmas import digit_reversal
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
