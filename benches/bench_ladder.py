@@ -35,9 +35,9 @@ from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import give_shadows, shadow_of
 from potstill.engine.training.compile import compile_nets
-from potstill.engine.training.ema import EMA
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.state import EMA
 from potstill.kernels import reference
 from potstill.kernels.norm_silu import plain
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from benches import harness
-from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.diffusion.strata import spread
+from potstill.engine.diffusion.sigmas import digit_reversal, karras_at
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan
 
 
@@ -46,7 +45,7 @@ def cases():
 
 def made_up(net) -> Plan:
     """A third of the blocks, from the middle outwards; the lower half of the noise levels leaves out half of those."""
-    names = block_names(net.model)
+    names = list(blocks_of(net.model))
     order = sorted(names, key=lambda name: abs(names.index(name) - len(names) / 2))
     third = len(names) // 3
     return Plan(
@@ -65,7 +64,7 @@ def test_skipping(kind, variant, place, record):
     x = torch.randn(kind.batch, 3, kind.resolution, kind.resolution, device=device)
     if variant == "batch by plan":
         levels = lambda u: karras_at(0.8 * u)  # noqa: E731
-        sigma = levels((torch.tensor(spread(kind.batch), device=device) + 0.5) / kind.batch).float()
+        sigma = levels((torch.tensor(digit_reversal(kind.batch), device=device) + 0.5) / kind.batch).float()
         light = Skipping(net, made_up(net), levels)
         variants = {"ours": lambda k: light(x, sigma), "eager": lambda k: net(x, sigma)}
     else:

@@ -22,7 +22,7 @@ from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.features import load_feature_net
 from potstill.engine.skipping.apply import Guard, Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.engine.training import ranks as speech
 from potstill.engine.training import run as stage
@@ -83,7 +83,7 @@ def tsm():
 
 def light():
     """SIM with a teacher that leaves out what a made-up plan says."""
-    method, names = sim(), block_names(net(1).model)
+    method, names = sim(), list(blocks_of(net(1).model))
     affine = {name: {"a": [[0.8] * 8] * 2, "b": [[0.1] * 8] * 2} for name in names[:2]}
     plan = Plan("", 4, [0.002, 1.0, 80.0], names, [2, 1], 0.02, affine)
     method.teacher = Skipping(method.teacher, plan, method.teacher_level)
@@ -128,7 +128,7 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
         generator = torch.Generator().manual_seed(1000 + run.step)
         images = torch.rand(BATCH, 1, 4, 4, generator=generator) * 2 - 1
         labels = torch.eye(2)[torch.randint(2, (BATCH,), generator=generator)]
-        run.take(images[run.window].to(run.device), labels[run.window].to(run.device))
+        run.take(images[run.batches.window].to(run.device), labels[run.batches.window].to(run.device))
         curve.append(run.meter.read(run.ranks))
     return curve
 

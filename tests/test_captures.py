@@ -15,8 +15,8 @@ import torch
 from benches.rehearse import Event, Stream, Tape
 from potstill.engine.methods.base import Draws
 from potstill.engine.training import capture
-from potstill.engine.training.batches import seed_dropout
 from potstill.engine.training.graphs import CUDA, Graphs
+from potstill.engine.training.run import seed_dropout
 from potstill.kernels import AdamEMA, tables
 from potstill.kernels.tables import SPARE, Addresses, owned_by_graph
 
@@ -352,7 +352,7 @@ def test_a_failed_capture_on_a_gpu_leaves_earlier_graphs_and_later_captures(erro
             for run in (lambda: work([x, draws]), lambda: graphs.run(piece, work, [x, draws])):
                 generator.manual_seed(step)
                 seed_dropout(GPU, step)
-                with graphs.stream():
+                with graphs.backend.stream():
                     wanted.append(run()[0][0])
             assert torch.equal(*wanted), (step, piece)
     assert graphs.counts["unfit"]["captured"] == 0 or REHEARSING

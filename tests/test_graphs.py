@@ -21,12 +21,11 @@ from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Guard, Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, SkippingConfig
-from potstill.engine.training.batches import seed_dropout
 from potstill.engine.training.graphs import CUDA, Graphs, Unfit, build_graphs, first_line, joined, split
 from potstill.engine.training.optim import OptimConfig, rates_as_tensors
-from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.run import Run, TrainConfig, seed_dropout
 from potstill.kernels._lib import INTERPRET
 
 CPU = torch.device("cpu")
@@ -83,7 +82,7 @@ def method_named(name: str, device=CPU) -> Method:
 
 def plan_for(net) -> Plan:
     """A made-up plan that leaves out three blocks, two, one and none."""
-    names = block_names(net.model)
+    names = list(blocks_of(net.model))
     affine = {name: {"a": [[0.8] * 4] * 4, "b": [[0.1] * 4] * 4} for name in names[:3]}
     return Plan("", 8, [0.002, 0.1, 1.0, 10.0, 80.0], names, [3, 2, 1, 0], 0.02, affine)
 

@@ -19,10 +19,10 @@ from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d
 from potstill.engine.nets.edm import from_kwargs, without_augmentation
 from potstill.engine.nets.features import KNOWN, FeatureNet, OnlyShape, Tap, load_feature_net
-from potstill.engine.nets.frozen import freeze, is_frozen
-from potstill.engine.training.ema import ema_decay
+from potstill.engine.skipping.freezing import freeze, is_frozen
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.state import ema_decay
 
 NCSNPP = {
     "model_type": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard",

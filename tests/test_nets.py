@@ -21,8 +21,8 @@ from potstill.engine.methods.base import Batch, Draws
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets import ops
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.frozen import freeze
 from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
+from potstill.engine.skipping.freezing import freeze
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
 
@@ -194,8 +194,8 @@ def test_fixed_resampling_has_pytorchs_gradients():
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
     filters = torch.rand(1, 1, 4, 4, dtype=torch.float64).expand(3, 1, -1, -1)
     ways = [
-        (ops.halved, lambda x: F.avg_pool2d(x, 2)),
-        (lambda x: ops.spread(x, filters, 1), lambda x: F.conv_transpose2d(x, filters, stride=2, padding=1, groups=3)),
+        (ops.average_pool, lambda x: F.avg_pool2d(x, 2)),
+        (lambda x: ops.upsample(x, filters, 1), lambda x: F.conv_transpose2d(x, filters, stride=2, padding=1, groups=3)),
     ]
     for ours, theirs in ways:
         g = torch.randn_like(theirs(x))

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def every_weight(monkeypatch):
     """Also those that a CPU would rather cast."""
-    monkeypatch.setattr(shadow, "FEW", 0)
+    monkeypatch.setattr(shadow, "SMALL", 0)
 
 
 def net(dtype=torch.bfloat16, seed=1, **kwargs):

@@ -16,8 +16,7 @@ from potstill.engine import probe as command
 from potstill.engine import sample, train
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ode, one_step
-from potstill.engine.diffusion.sigmas import karras_at
-from potstill.engine.diffusion.strata import spread, strata
+from potstill.engine.diffusion.sigmas import digit_reversal, karras_at, strata
 from potstill.engine.jobs.lighter import lighten
 from potstill.engine.methods.base import Draws, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
@@ -29,10 +28,10 @@ from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.frozen import is_frozen
 from potstill.engine.skipping import freezing, picture
 from potstill.engine.skipping.apply import Skipping
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
+from potstill.engine.skipping.freezing import is_frozen
 from potstill.engine.skipping.plan import (
     Plan,
     SkippingConfig,
@@ -69,7 +68,7 @@ def net_of(kwargs=SONG, **more):
 
 def plan_for(net, prefix=(3, 2, 1, 0), bins=None):
     """A plan over made-up blocks in a made-up order, with calibration that differs in every bin."""
-    order = block_names(net.model)
+    order = list(blocks_of(net.model))
     random.Random(0).shuffle(order)
     channels = {n: b.out_channels for n, b in Probed(net).parts.items()}
     draw = torch.Generator().manual_seed(1)
@@ -93,13 +92,13 @@ LEVELS = lambda u: karras_at(u)  # noqa: E731
 
 @pytest.mark.parametrize("n", [1, 2, 6, 12, 16, 30])
 def test_spread_is_a_permutation(n):
-    assert sorted(spread(n)) == list(range(n))
+    assert sorted(digit_reversal(n)) == list(range(n))
 
 
 def test_powers_of_two_are_dealt_out_by_bit_reversal():
-    assert spread(16) == [int(f"{i:04b}"[::-1], 2) for i in range(16)]
+    assert digit_reversal(16) == [int(f"{i:04b}"[::-1], 2) for i in range(16)]
     for part in (1, 2, 4, 8, 16):  # how the batch is cut changes nothing
-        assert strata(16, part) == spread(16)
+        assert strata(16, part) == digit_reversal(16)
 
 
 @pytest.mark.parametrize(("total", "part"), [(12, 4), (12, 6), (48, 16), (30, 10)])
@@ -107,7 +106,7 @@ def test_every_part_has_one_sample_in_every_slice(total, part):
     order = strata(total, part)
     assert sorted(order) == list(range(total))
     for start in range(0, total, part):
-        assert [s * part // total for s in order[start : start + part]] == spread(part)
+        assert [s * part // total for s in order[start : start + part]] == digit_reversal(part)
 
 
 @pytest.mark.parametrize(("total", "part", "step"), [(8, 4, 2), (12, 3, 4), (16, 2, 2), (12, 6, 2)])
@@ -117,7 +116,7 @@ def test_so_has_the_share_of_a_rank_that_takes_every_so_manieth_sample(total, pa
     for start in range(0, total, part * step):
         for rank in range(step):
             share = order[start + rank : start + part * step : step]
-            assert [s * part // total for s in share] == spread(part)
+            assert [s * part // total for s in share] == digit_reversal(part)
 
 
 def draws(seed=0, total=16, window=slice(0, 16), stratified=True):
@@ -126,7 +125,7 @@ def draws(seed=0, total=16, window=slice(0, 16), stratified=True):
 
 def test_stratified_levels_lie_in_their_slices_and_are_uniform():
     many = torch.stack([draws(seed).level() for seed in range(400)])
-    low = torch.tensor(spread(16)) / 16
+    low = torch.tensor(digit_reversal(16)) / 16
     assert (many - low).min() >= 0 and (many - low).max() <= 1 / 16
     within = ((many - low) * 16).flatten()
     assert within.mean().item() == pytest.approx(0.5, abs=4 * 12**-0.5 / 6400**0.5)
@@ -199,9 +198,9 @@ def test_rows_are_fixed_by_the_batch_size():
     plan = plan_for(net)
     light = Skipping(net, plan, LEVELS)
     bins = light.bins_of_samples(16)
-    shares = light.run_share(16)
+    blocks = light.schedule(torch.ones(16), 16).blocks
     for at, name in enumerate(plan.order):
-        assert shares[name] == sum(plan.left_out(k) <= at for k in bins) / 16
+        assert (16 if (rows := blocks[name][0]) is None else rows) == sum(plan.left_out(k) <= at for k in bins)
     seen = []
     for seed in range(2):
         light.estimate(*inputs(seed=seed)[:1], karras_at(draws(seed).level()))

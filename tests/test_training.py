@@ -19,10 +19,10 @@ from potstill.engine.methods.base import Batch, Method, Turn, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.training.ema import EMA, ema_decay
 from potstill.engine.training.log import Meter, MetricsFile
 from potstill.engine.training.optim import OptimConfig, learning_rate
 from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.state import EMA, ema_decay
 
 ROOT = Path(__file__).parent.parent
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}

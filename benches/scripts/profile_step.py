@@ -8,8 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torch.profiler import record_function
+
 from benches import bench_step, harness, rehearse, rows
-from potstill.engine.training.profile import STEP, Profile, span
+from potstill.engine.training.profile import STEP, Profile
 
 METHOD = "sim"
 
@@ -32,7 +34,7 @@ def shares(batch: int, graphs: str) -> dict:
         profile = Profile(Path(folder), warmup=warmup, active=active)
         profile.start(device, 2 * (warmup + active))
         for _ in range(warmup + active):
-            with span(STEP):
+            with record_function(STEP):
                 run.take(*stream.at(run.step))
             profile.step(lambda text: None)
         return json.loads((Path(folder) / "profile/table.json").read_text())

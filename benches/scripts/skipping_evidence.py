@@ -24,8 +24,7 @@ from benches import RESULTS, ROOT, harness, rows
 from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode
-from potstill.engine.diffusion.sigmas import grid_level, karras_at
-from potstill.engine.diffusion.strata import spread
+from potstill.engine.diffusion.sigmas import digit_reversal, grid_level, karras_at
 from potstill.engine.jobs.job import Job
 from potstill.engine.measure.named import features_by_name
 from potstill.engine.measure.score import reference, score
@@ -104,7 +103,7 @@ def teacher_speed(net: Denoiser, plan: Plan, n: int = 64) -> dict[str, float]:
     labels = torch.eye(net.label_dim)[torch.arange(n) % net.label_dim]
     found = {}
     for name, law in LAWS.items():
-        sigma = law((torch.tensor(spread(n)) + 0.5) / n)
+        sigma = law((torch.tensor(digit_reversal(n)) + 0.5) / n)
         light = Skipping(net, plan, law)
         found[name] = speed_up({"full": lambda s=sigma: net(x, s, labels), "light": lambda s=sigma, one=light: one(x, s, labels)})["light"]
     return found

@@ -38,7 +38,8 @@ def gdd(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = 0.002) -> Coe
 
 def vp(sigma: Tensor, beta_d: float = 19.9, beta_min: float = 0.1, steps: int = 1000) -> Coefficients:
     """DDPM++ in its variance-preserving form; the net sees the time t(σ) scaled to 0 … steps - 1."""
-    c_noise = (steps - 1) * vp_time(sigma, beta_d, beta_min)
+    time = ((beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt() - beta_min) / beta_d  # t(σ), the inverse of `vp_sigma`
+    c_noise = (steps - 1) * time
     return Coefficients(torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1).sqrt(), c_noise)
 
 
@@ -46,11 +47,6 @@ def vp_sigma(t: float, beta_d: float = 19.9, beta_min: float = 0.1) -> float:
     """σ(t) = sqrt(exp(β_d t²/2 + β_min t) - 1), in float32 as in EDM's code: at t = 1e-5 that is 2⁻¹⁰, and not 0.0010005."""
     time = torch.tensor(t, dtype=torch.float32, device="cpu")
     return ((0.5 * beta_d * time**2 + beta_min * time).exp() - 1).sqrt().item()
-
-
-def vp_time(sigma: Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
-    """t(σ), the inverse of `vp_sigma`."""
-    return ((beta_min**2 + 2 * beta_d * (1 + sigma**2).log()).sqrt() - beta_min) / beta_d
 
 
 def ve(sigma: Tensor) -> Coefficients:

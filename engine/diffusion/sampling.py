@@ -80,7 +80,12 @@ class Sampler:
         if self.churn is not None:
             if self.afs or self.step_condition is not None:
                 raise ValueError("churn wants neither afs nor a step condition")
-            self.churn = _checked_churn(self.churn, self.solver)
+            if self.solver not in CHURNED:
+                raise ValueError(f"churn wants the solver {' or '.join(CHURNED)}, got {self.solver!r}")
+            churn = self.churn  # a list where it comes from a file
+            if len(churn) != 4 or not churn[0] >= 0 or not 0 <= churn[1] <= churn[2] or not churn[3] > 0:
+                raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
+            self.churn = float(churn[0]), float(churn[1]), float(churn[2]), float(churn[3])
 
     @property
     def nfe(self) -> int:
@@ -98,7 +103,9 @@ class Sampler:
         if self.solver == ONE_STEP:
             return net(x, sigmas[0].float(), labels)
         if self.solver == ANCESTRAL:
-            return self._ancestral(net, x, labels, sigmas, noise)
+            begin_walk(net)
+            x = solve(ancestral(lambda: noise.normal(*shape)), lambda x, s: net(x, s, labels), x, sigmas)
+            return net(x.float(), sigmas[-1].float(), labels)
         if self.churn:
             step = churned(
                 SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn, known=partial(nearest_level, net)
@@ -134,35 +141,16 @@ class Sampler:
         levels = nfe + 1 + self.afs
         if nfe == self.nfe:
             return self
-        if self.rho is None or not self._of_karras(self.rho):
+        own = torch.tensor(self.sigmas, dtype=torch.float64, device="cpu")  # in files that are older than `rho` of another
+        if self.rho is None or not torch.allclose(karras(len(own), self.sigmas[-1], self.sigmas[0], self.rho), own, rtol=1e-5, atol=0):
             raise UserError(f"this student's noise levels follow no Karras schedule: it is sampled with NFE {self.nfe} only, got {nfe}")
         sigmas = karras(levels, self.sigmas[-1], self.sigmas[0], self.rho).tolist()
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
-
-    def _of_karras(self, rho: float) -> bool:
-        """Are `sigmas` the levels that `rho` makes between their ends? Not in files that are older than `rho` and had another."""
-        made = karras(len(self.sigmas), self.sigmas[-1], self.sigmas[0], rho)
-        return torch.allclose(made, torch.tensor(self.sigmas, dtype=torch.float64, device="cpu"), rtol=1e-5, atol=0)
-
-    def _ancestral(self, net: Sampled, x: Tensor, labels: Tensor | None, sigmas: Tensor, noise: Any) -> Tensor:
-        begin_walk(net)
-        step = ancestral(lambda: noise.normal(*x.shape[1:]))
-        x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
-        return net(x.float(), sigmas[-1].float(), labels)
 
     def to_dict(self) -> dict[str, Any]:
         """For a weight file: JSON's types. Without churn, and with EDM's rho, there is no word of them: older readers know it all."""
         usual = {"churn": None, "rho": 7.0}
         return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
-
-
-def _checked_churn(churn: Sequence[float], solver: str) -> tuple[float, float, float, float]:
-    if solver not in CHURNED:
-        raise ValueError(f"churn wants the solver {' or '.join(CHURNED)}, got {solver!r}")
-    if len(churn) != 4 or not churn[0] >= 0 or not 0 <= churn[1] <= churn[2] or not churn[3] > 0:
-        raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
-    s_churn, s_min, s_max, s_noise = map(float, churn)
-    return s_churn, s_min, s_max, s_noise
 
 
 def nearest_level(net: Any, sigma: float) -> float:

@@ -8,6 +8,7 @@ iPNDM 2204.13902 (Adams-Bashforth on dx/dσ), ancestral 2006.11239 written for v
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +29,13 @@ def solve(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
 def trajectory(step: Step, denoise: Denoise, x: Tensor, sigmas: Tensor, *, lower_final: bool = False) -> list[Tensor]:
     """The states at every level of `sigmas` ([T]), the first being x itself: T tensors of x's shape, float64.
 
-    `lower_final` ends a multistep DPM-Solver++ with lower orders.
+    `lower_final` ends a multistep DPM-Solver++ with orders 2 and 1, its authors' advice for few steps.
     """
     x, state = x.double(), None
     states = [x]
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        one = lower_order_final(step, remaining=len(sigmas) - 1 - i) if lower_final else step
+        left = len(sigmas) - 1 - i
+        one = partial(_dpmpp, order=left) if lower_final and left < ORDERS.get(step, 1) else step
         x, state = one(lambda x, s: denoise(x.float(), s.float()).double(), x, sigma, sigma_next, state)
         states.append(x)
     return states
@@ -66,29 +68,10 @@ def heun(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: 
     return x_next, None
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """DPM-Solver++ of order two, multistep; one evaluation."""
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=2)
-
-
-def dpmpp_3m(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """DPM-Solver++ (3M) as its authors' code and everybody's has it; one evaluation.
-
-    Its second difference carries half the weight that Taylor's series gives it, so by its order it is a second-order
-    method, with an error about a sixth of `dpmpp_2m`'s (measured in tests/test_solvers.py). SFD's published numbers used it.
-    """
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=3)
-
-
-def dpmpp_3m_taylor(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-    """The same with the full weight: third order, for the same one evaluation. Ours, not published."""
-    return _dpmpp(denoise, x, sigma, sigma_next, state, order=3, curvature=2.0)
-
-
 def _dpmpp(
     denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: Any, *, order: int, curvature: float = 1.0
 ) -> tuple[Tensor, Any]:
-    """One step in λ = -ln σ. The state holds (D, λ) of the last steps, newest first."""
+    """DPM-Solver++, multistep; one evaluation. A step in λ = -ln σ; the state holds (D, λ) of the last steps, newest first."""
     if sigma_next.item() == sigma.item():  # two levels of a fine schedule are one to a net that knows few
         return x, state
     history = [(denoise(x, sigma), -sigma.log()), *(state or [])][:order]
@@ -113,19 +96,15 @@ def _dpmpp(
     return x_next + p2 * e_1 - curvature * (p2 / h - 0.5) * e_2, history
 
 
-def lower_order_final(step: Step, remaining: int) -> Step:
-    """DPM-Solver++'s advice for few steps: orders 2 and 1 on the last two. `remaining` counts the steps left, this one too."""
-    orders: dict[Step, int] = {dpmpp_3m: 3, dpmpp_3m_taylor: 3, dpmpp_2m: 2}
-    limit = orders.get(step)
-    if limit is None or remaining >= limit:
-        return step
-    order = remaining
-    return lambda denoise, x, sigma, sigma_next, state: _dpmpp_of_order(denoise, x, sigma, sigma_next, state, order)
-
-
-def _dpmpp_of_order(denoise, x, sigma, sigma_next, state, order):
-    return _dpmpp(denoise, x, sigma, sigma_next, (state or [])[: order - 1], order=order)
-
+#: Order two.
+dpmpp_2m: Step = partial(_dpmpp, order=2)
+#: (3M) as its authors' code and everybody's has it. Its second difference carries half the weight that Taylor's series gives it,
+#: so by its order it is a second-order method, with an error about a sixth of `dpmpp_2m`'s (measured in tests/test_solvers.py).
+#: SFD's published numbers used it.
+dpmpp_3m: Step = partial(_dpmpp, order=3)
+#: The same with the full weight: third order, for the same one evaluation. Ours, not published.
+dpmpp_3m_taylor: Step = partial(_dpmpp, order=3, curvature=2.0)
+ORDERS: dict[Step, int] = {dpmpp_2m: 2, dpmpp_3m: 3, dpmpp_3m_taylor: 3}
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

@@ -18,7 +18,8 @@ from potstill.engine.formats.edm_arguments import LISTS, argument, is_number, is
 from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
 from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, StoredTensor
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.steps import FREQUENCIES, frequencies
+from potstill.engine.nets.layers import frequencies
+from potstill.engine.nets.steps import FREQUENCIES
 
 Weights = dict[str, StoredTensor | Tensor]
 PRECOND = f"{SFD_MODULE}EDMPrecond"
@@ -31,9 +32,6 @@ SAID = {
     "up": "up", "down": "down", "fused_resample": "fused_resample", "endpoint": "endpoint", "max_positions": "max_positions",
     "dropout": "dropout", "label_dropout": "label_dropout",
 }  # fmt: skip
-
-
-CALLED = {"StoredWaves": "PositionalEmbedding", "StepAffine": "Linear"}  # of our classes theirs, where the names differ
 
 
 class Student(NamedTuple):
@@ -170,8 +168,9 @@ def check_layers(ours: Denoiser, net: Inert) -> None:
         if (other := theirs.get(name.replace(".map_steps.waves", ".map_step"))) is None:
             continue
         kind, own = other.title.removeprefix(SFD_MODULE), type(module).__name__
-        if kind in SFD_CLASSES and kind != CALLED.get(own, own):
-            raise Unreadable(f"has a {kind} as {name}, where EDM's net has a {CALLED.get(own, own)}")
+        own = "Linear" if own == "StepAffine" else own
+        if kind in SFD_CLASSES and kind != own:
+            raise Unreadable(f"has a {kind} as {name}, where EDM's net has a {own}")
         for mine, said in SAID.items():
             if hasattr(module, mine) and said in other.state and not same(getattr(module, mine), other.state[said]):
                 raise Unreadable(f"holds a net whose {name} has {said} = {shown(other.state[said])}, wanted {getattr(module, mine)!r:.40}")

@@ -156,7 +156,7 @@ class Job(Workplace):
         if cfg.eval_kimg and self.images is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if folder == self.dir else folder.name
-        stream = self.stream(cfg, classes, run.window)
+        stream = self.stream(cfg, classes, run.batches.window)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
         train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile, group=group)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from potstill.engine.common.checks import Unused, finite, one_of
 from potstill.engine.common.extras import Extra
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.diffusion.strata import strata
+from potstill.engine.diffusion.sigmas import strata
 from potstill.engine.nets.denoiser import Denoiser
 
 Logs = dict[str, Tensor]
@@ -177,11 +177,10 @@ class Batch(NamedTuple):
     draws: Draws
 
 
-class Alone:
-    """The other ranks of a run, as far as a method may know of them; here there are none."""
+class OneRank:
+    """The ranks of a run, as far as a method may know of them; here there is one."""
 
     count = 1
-    together = False  # are batch statistics over all ranks' samples, and not over each micro-batch's?
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its mean over ranks."""
@@ -204,8 +203,10 @@ class Method:
     pairs: Pairs | None = None
     #: Beginnings of the names of weights that an earlier stage need not have (`students.start`): they then stay new.
     may_be_new: ClassVar[tuple[str, ...]] = ()
-    #: The other ranks, for a method with batch statistics of its own.
-    others: Alone = Alone()
+    #: For a method with batch statistics of its own: the ranks, and whether these statistics are over all ranks' samples, and not
+    #: over each micro-batch's.
+    ranks: OneRank = OneRank()
+    together: bool = False
 
     #: Draw the teacher's noise levels stratified (`Draws.level`)?
     stratified: bool = False

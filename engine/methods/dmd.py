@@ -28,7 +28,7 @@ from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Need
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
-from potstill.engine.nets.perceptual import LPIPS, lpips_extra
+from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.kernels import add_noise, denoise, discriminator_adversarial, generator_adversarial, score_match
 
 

@@ -9,7 +9,7 @@ discriminator judges patches through frozen feature nets n; l_n(x) are its logit
     L_R1 =  16 · mean_i  γ/2 · |∇_y Σ_n sum l_n(y_i)|²                          every 16th, its own optimiser step
 
 G moves first; every turn has fresh z; classes are those of the real batch y. GDD-I freezes most convolutions of G
-(`freeze: 1`, engine.nets.frozen): the layers of a diffusion U-Net that are active at different noise levels can do one step as they are.
+(`freeze: 1`, engine.skipping.freezing): the layers of a diffusion U-Net that are active at different noise levels can do one step as they are.
 
 The paper's Σ_i runs over the batch of one GPU, and so fixes how L_D weighs against L_R1. Here it is `sum_over` times the
 mean, whatever the batch, the micro-batch and the number of ranks: 64 is the paper's batch per GPU, 128 on ImageNet.
@@ -37,9 +37,8 @@ from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import ProjectedDiscriminator
 from potstill.engine.nets.edm import without_augmentation
 from potstill.engine.nets.features import FeatureNet, load_feature_net, timm_extras
-from potstill.engine.nets.frozen import FREEZE_LEVELS, freeze, freeze_named
 from potstill.engine.nets.ops import definitions
-from potstill.engine.skipping.freezing import proposed
+from potstill.engine.skipping.freezing import FREEZE_LEVELS, freeze, freeze_named, proposed
 from potstill.engine.skipping.plan import load_plan
 from potstill.kernels import discriminator_adversarial, generator_adversarial
 from potstill.kernels.estimate import accum

@@ -190,19 +190,19 @@ class Instant(MomentMatching):
         y, labels, draws = jump.batch
         sigma = lognormal(draws.normal())
         x_t = add_noise(y, sigma, noise_like(y, draws))
-        ranks = self.others.count
-        size = max(self.cfg.measure_batch // ranks, 1) if self.others.together else self.cfg.measure_batch
+        ranks = self.ranks.count
+        size = max(self.cfg.measure_batch // ranks, 1) if self.together else self.cfg.measure_batch
         for i in range(0, len(y), size):
             n = slice(i, i + size)
             estimate = self.teacher.net.estimate(x_t[n], sigma[n], labels[n] if labels is not None else None)
             loss = denoise(estimate, y[n], edm_weight(sigma[n]), reduction="sum").value.mean()
             gradient = self.teacher.gradient(loss)
-            if self.others.together:
-                self.others.average(gradient)
+            if self.together:
+                self.ranks.average(gradient)
             squares = [g.square() for g in gradient]
-            if not self.others.together:
-                self.others.average(squares)
-            self.state.add(squares, 1 if self.others.together else ranks)
+            if not self.together:
+                self.ranks.average(squares)
+            self.state.add(squares, 1 if self.together else ranks)
 
     def student_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
         n = len(jump.z_t)
@@ -213,8 +213,8 @@ class Instant(MomentMatching):
     def matched(self, first: Jump, second: Jump) -> tuple[Tensor, Logs]:
         """L_η on the second half, along ν from the first. Logs ½ |μ|²_Λ, which falls as the student learns."""
         mu = self.moment(first)
-        if self.others.together:
-            self.others.average(mu)
+        if self.together:
+            self.ranks.average(mu)
         nu = [-m for m in self.state.scaled(mu)]
         x = self.guess(second)
         direction = self.teacher.derivative(nu, self.landed(second, x), second.S_s, second.labels, self.cfg.jvp)

@@ -30,7 +30,7 @@ from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import random_labels
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.perceptual import LPIPS, lpips_extra
+from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
 from potstill.kernels import trajectory
 

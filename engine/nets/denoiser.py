@@ -113,11 +113,6 @@ class Denoiser(nn.Module):
         """An iDDPM net's levels above 0, on the host: a walk asks no device."""
         return np.array([level for level in self.u.tolist() if level > 0])
 
-    def take_levels(self, net: "Denoiser") -> None:
-        """Know the levels of `net`, of which this is another view: a file's are not to the bit those that we compute."""
-        if self.precond == "iDDPMPrecond":
-            self.u = net.u
-
     def _raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None):
         x = x.float()
         c = self.coefficients(self._sigmas(sigma, x))

@@ -150,7 +150,8 @@ class PatchHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(downs):
-            layers += [SpectralConv2d(channels, wide, 4, stride=2, padding=1), _batch_norm(wide), nn.LeakyReLU(0.2)]
+            norm = nn.BatchNorm2d(wide, track_running_stats=False)  # so that eval mode changes nothing
+            layers += [SpectralConv2d(channels, wide, 4, stride=2, padding=1), norm, nn.LeakyReLU(0.2)]
             channels, wide = wide, 2 * wide
         self.layers = nn.Sequential(*layers, SpectralConv2d(channels, class_channels if label_dim else 1, 4, bias=False))
         self.classes = ClassVector(label_dim, class_channels) if label_dim else None
@@ -162,10 +163,6 @@ class PatchHead(nn.Module):
         assert labels is not None
         vector = self.classes(labels)
         return (patches * vector[:, :, None]).sum(1) / math.sqrt(vector.shape[1])
-
-
-def _batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, track_running_stats=False)  # so that eval mode changes nothing
 
 
 class ClassVector(nn.Module):

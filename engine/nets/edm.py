@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from potstill.engine.diffusion.precond import iddpm_levels, vp_sigma
-from potstill.engine.nets.adm import DhariwalUNet
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.song import SongUNet
 from potstill.engine.nets.steps import add_step_condition
+from potstill.engine.nets.unet import DhariwalUNet, SongUNet
 
 UNETS: dict[str, type[SongUNet] | type[DhariwalUNet]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 

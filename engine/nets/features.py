@@ -8,7 +8,7 @@ Every net maps images [N, C, H, W] in [-1, 1] to maps [N, c_k, h_k, h_k], each h
 through to the images, never into a feature net.
 """
 
-# timm is optional.
+# timm and lpips are optional.
 # pyright: reportMissingImports=false
 
 import math
@@ -117,14 +117,13 @@ class TransformerTaps(nn.Module):
         self.body, width, depth = body, body.embed_dim, len(body.blocks)
         self.blocks = [depth * (k + 1) // 4 - 1 for k in range(4)]  # 2, 5, 8 and 11 of twelve
         a, b, c, d = channels
-        self.readouts = nn.ModuleList(
-            [
-                nn.Sequential(nn.Conv2d(width, a, 1), nn.ConvTranspose2d(a, a, 4, stride=4)),
-                nn.Sequential(nn.Conv2d(width, b, 1), nn.ConvTranspose2d(b, b, 2, stride=2)),
-                nn.Conv2d(width, c, 1),
-                nn.Sequential(nn.Conv2d(width, d, 1), nn.Conv2d(d, d, 3, stride=2, padding=1)),
-            ]
-        )
+        readouts = [
+            nn.Sequential(nn.Conv2d(width, a, 1), nn.ConvTranspose2d(a, a, 4, stride=4)),
+            nn.Sequential(nn.Conv2d(width, b, 1), nn.ConvTranspose2d(b, b, 2, stride=2)),
+            nn.Conv2d(width, c, 1),
+            nn.Sequential(nn.Conv2d(width, d, 1), nn.Conv2d(d, d, 3, stride=2, padding=1)),
+        ]
+        self.readouts = nn.ModuleList(readouts)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.body.forward_intermediates(x, indices=self.blocks, norm=False, intermediates_only=True)
@@ -141,14 +140,15 @@ class Scripted(FeatureNet):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # torch.export has no loader for such files
-                self.script = torch.jit.load(path, map_location="cpu")
+                self.script = torch.jit.load(path, map_location="cpu").eval()
             with torch.no_grad():
-                maps = self.script.eval()(torch.zeros(1, 3, resolution, resolution, device="cpu"))
+                maps = self.script(torch.zeros(1, 3, resolution, resolution, device="cpu"))
         except (RuntimeError, ValueError, AttributeError, torch.jit.Error) as error:  # AttributeError: it has no forward
             what = what_it_is(path)
             why = _last_line(error) if what == "it is a TorchScript file" else f"wanted one written by torch.jit.save; {what}"
             raise UserError(f"{path} is no TorchScript net for {resolution}x{resolution} images: {why}") from None
-        if not isinstance(maps, tuple | list) or not maps or any(not _is_square_map(m) for m in maps):
+        square = isinstance(maps, tuple | list) and all(isinstance(m, Tensor) and m.ndim == 4 and m.shape[2] == m.shape[3] for m in maps)
+        if not square or not maps:
             raise UserError(f"{path} wants to return a tuple of square maps [N, C, h, h], finest first")
         self.taps = [Tap(m.shape[1], m.shape[2]) for m in maps]
 
@@ -166,7 +166,11 @@ def load_feature_net(name: str, teacher: Denoiser, *, dtype: torch.dtype = torch
     match kind:
         case "teacher":
             teacher.compute_dtype = dtype
-            net: FeatureNet = TeacherEncoder(teacher, _positive(rest) if rest else TEACHER_SIGMA)
+            try:
+                sigma = float(rest or TEACHER_SIGMA)
+            except ValueError:
+                raise UserError(f"teacher features want a number, as in teacher:0.2, got {name}") from None
+            net: FeatureNet = TeacherEncoder(teacher, sigma)
         case "torchscript" if rest:
             net = Scripted(Path(rest), teacher.img_resolution)
         case "timm" if rest:
@@ -211,6 +215,35 @@ def timm_extras(names: Sequence[str]) -> list[Extra]:
     return [Extra("timm", ", ".join(wanted), "use method.features=[teacher]", fetch)] if wanted else []
 
 
+class LPIPS(nn.Module):
+    """LPIPS, the perceptual distance (1801.03924): images [N, C, H, W] in [-1, 1], twice -> distances [N].
+
+    VGG16, both resized to 224; differentiable in the images.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if planning():
+            return
+        try:
+            import lpips
+        except ImportError as error:
+            raise UserError(f"LPIPS wants the package lpips ({error}): pip install 'potstill[lpips]', or set method.lpips=0") from error
+        try:
+            self.net = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        except OSError as error:
+            raise UserError(f"LPIPS cannot fetch the weights of VGG16: {error}") from error
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = (F.interpolate(rgb(x), (224, 224), mode="bilinear", align_corners=False) for x in (a, b))
+        return self.net(a, b).flatten()
+
+
+def lpips_extra(purpose: str, otherwise: str) -> Extra:
+    """What a setting asks for that wants LPIPS. purpose: which setting; otherwise: what a user does without."""
+    return Extra("lpips", purpose, otherwise, LPIPS)
+
+
 def planning() -> bool:
     """Is torch making meta tensors, so that sizes are wanted but nothing is going to be computed?"""
     return torch.empty(0).is_meta
@@ -219,17 +252,6 @@ def planning() -> bool:
 def rgb(images: Tensor) -> Tensor:
     """Grey images repeated to three channels; others as they are."""
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-
-
-def _is_square_map(one: object) -> bool:
-    return isinstance(one, Tensor) and one.ndim == 4 and one.shape[2] == one.shape[3]
-
-
-def _positive(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"teacher features want a number, as in teacher:0.2, got teacher:{text}") from None
 
 
 def _last_line(error: Exception) -> str:

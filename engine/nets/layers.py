@@ -31,13 +31,11 @@ class Init:
         match self.law:
             case "xavier_uniform":
                 return math.sqrt(6 / (fan_in + fan_out)) * uniform
-            case "xavier_normal":
-                return math.sqrt(2 / (fan_in + fan_out)) * normal
             case "kaiming_uniform":
                 return math.sqrt(3 / fan_in) * uniform
             case "kaiming_normal":
                 return math.sqrt(1 / fan_in) * normal
-        raise ValueError(f"Init wants xavier_ or kaiming_ with uniform or normal, got {self.law!r}")
+        raise ValueError(f"Init wants xavier_uniform, kaiming_uniform or kaiming_normal, got {self.law!r}")
 
 
 class Linear(nn.Module):
@@ -76,7 +74,7 @@ class Conv2d(nn.Module):
         fused_resample: bool = False,
         init: Init = Init(),
     ):
-        assert not (up and down)
+        assert not (up and (down or fused_resample))
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
@@ -97,9 +95,6 @@ class Conv2d(nn.Module):
             return self._convolve(x, self.padding)
         f_pad = (taps.shape[-1] - 1) // 2
         if self.fused_resample and self.bias is not None:
-            if self.up:
-                x = self._upsample(x, taps, padding=max(f_pad - self.padding, 0))
-                return self._convolve(x, max(self.padding - f_pad, 0))
             x = self._convolve(x, self.padding + f_pad, bias=False)
             return self._downsample(x, taps, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
         x = self._upsample(x, taps, f_pad) if self.up else self._downsample(x, taps, f_pad)
@@ -119,11 +114,11 @@ class Conv2d(nn.Module):
     def _upsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return ops.spread(x, (taps * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
+        return ops.upsample(x, (taps * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
 
     def _downsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
         if self.box:
-            return ops.halved(x)
+            return ops.average_pool(x)
         filters = taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
         return ops.conv(x, filters, None, frozen=True, stride=2, padding=padding)
 
@@ -148,17 +143,26 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """cos and sin of σ's label at geometric frequencies: [N] -> [N, channels]."""
+    """cos and sin of σ's label at geometric frequencies: [N] -> [N, channels]. stored: the frequencies lie beside the weights."""
 
-    def __init__(self, channels: int, *, max_positions: int = 10000, endpoint: bool = False):
+    freqs: Tensor | None
+    max_positions = 10000
+
+    def __init__(self, channels: int, *, endpoint: bool = False, stored: bool = False):
         super().__init__()
-        self.channels, self.max_positions, self.endpoint = channels, max_positions, endpoint
+        self.channels, self.endpoint = channels, endpoint
+        self.register_buffer("freqs", frequencies(channels, endpoint) if stored else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.channels // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - int(self.endpoint))
-        angles = x.outer((1 / self.max_positions) ** exponents)
+        angles = x.outer(frequencies(self.channels, self.endpoint, x.device) if self.freqs is None else self.freqs)
         return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def frequencies(channels: int, endpoint: bool, device: torch.device | None = None) -> Tensor:
+    """EDM's frequencies [channels / 2] from 1 to 1/10000; the last is reached only with `endpoint`."""
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=device) / (half - int(endpoint))
+    return (1 / PositionalEmbedding.max_positions) ** exponents
 
 
 class FourierEmbedding(nn.Module):
@@ -267,8 +271,8 @@ class UNetBlock(nn.Module):
         return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def set_checkpointing(net: nn.Module, kept: str) -> None:
-    """What a net's backward finds kept: "off", every activation it wants; "blocks", only what enters each block."""
+def set_checkpointing(net: nn.Module, mode: str) -> None:
+    """What a forward keeps for backward: "off", every activation it wants; "blocks", only what enters each block."""
     for module in net.modules():
         if isinstance(module, UNetBlock):
-            module.checkpoint = kept == "blocks"
+            module.checkpoint = mode == "blocks"

@@ -5,7 +5,7 @@ wants a gradient (2.13). A teacher, a fake net in the student's turn and GDD-I's
 second, so a convolution whose weight does not require a gradient is `_FixedConv` here, and keeps no image. No
 `requires_grad` is ever toggled: it is read off the parameter.
 
-Gradients of gradients go through `_FixedConv` and `_Halved`, not through the fused GroupNorm; forward mode goes through none of
+Gradients of gradients go through `_FixedConv` and `_AveragePool`, not through the fused GroupNorm; forward mode goes through none of
 them. Who wants either says so, with `definitions()`: under it every layer is PyTorch's own differentiable operations.
 """
 
@@ -49,7 +49,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" or native.used() else torch.contiguous_format
 
 
-def laid(x: Tensor) -> Tensor:
+def in_memory_format(x: Tensor) -> Tensor:
     """x [N, C, H, W] in its device's memory format; copies only what lies differently."""
     return x.contiguous(memory_format=memory_format(x.device))
 
@@ -70,16 +70,16 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride
     return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
 
-def spread(x: Tensor, filters: Tensor, padding: int) -> Tensor:
+def upsample(x: Tensor, filters: Tensor, padding: int) -> Tensor:
     """Each channel of x [N, C, H, W] up by 2 with fixed filters [C, 1, k, k]."""
     if _keeps_nothing(x, True):
         return _FixedConv.apply(x, filters, None, 2, padding, x.shape[1], True)
     return F.conv_transpose2d(x, filters, groups=x.shape[1], stride=2, padding=padding)
 
 
-def halved(x: Tensor) -> Tensor:
+def average_pool(x: Tensor) -> Tensor:
     """Means of 2x2 pixels: [N, C, H, W] -> [N, C, H/2, W/2]; keeps nothing."""
-    return _Halved.apply(x) if _keeps_nothing(x, True) else F.avg_pool2d(x, 2)
+    return _AveragePool.apply(x) if _keeps_nothing(x, True) else F.avg_pool2d(x, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class _FixedConv(Function):
         return F.conv_transpose2d(dy, weight, None, stride, padding, lost, groups), *[None] * 6
 
 
-class _Halved(Function):
+class _AveragePool(Function):
     """avg_pool2d(x, 2), which would keep x for its shape."""
 
     @staticmethod

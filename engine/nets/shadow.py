@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 #: On a CPU, smaller weights that want a gradient are cast after all: PyTorch's own node costs less than one in Python.
-FEW = 1 << 16
+SMALL = 1 << 16
 
 
 class Shadow:
@@ -35,7 +35,7 @@ class Shadow:
             self.renew(weight)
         if not (weight.requires_grad and torch.is_grad_enabled()):
             return self.tensor
-        if not is_compiling() and weight.device.type == "cpu" and weight.numel() < FEW:
+        if not is_compiling() and weight.device.type == "cpu" and weight.numel() < SMALL:
             return weight.to(self.tensor.dtype)
         return _StraightThrough.apply(weight, self.tensor)
 

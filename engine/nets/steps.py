@@ -16,30 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.layers import FourierEmbedding, Init, Linear, UNetBlock
+from potstill.engine.nets.layers import FourierEmbedding, Init, Linear, PositionalEmbedding, UNetBlock
 
 FREQUENCIES = "model.map_steps.waves.freqs"  # in a weight file: one without is of a potstill that embedded otherwise
-
-
-class StoredWaves(nn.Module):
-    """cos and sin of a number at geometric frequencies, which lie beside the weights made for them: [N] -> [N, channels]."""
-
-    freqs: Tensor
-
-    def __init__(self, channels: int, endpoint: bool):
-        super().__init__()
-        self.endpoint, self.max_positions = endpoint, 10000
-        self.register_buffer("freqs", frequencies(channels, endpoint))
-
-    def forward(self, x: Tensor) -> Tensor:
-        angles = x.outer(self.freqs)
-        return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-def frequencies(channels: int, endpoint: bool) -> Tensor:
-    """EDM's frequencies [channels / 2] from 1 to 1/10000; the last is reached only with `endpoint`."""
-    half = channels // 2
-    return (1 / 10000) ** (torch.arange(half, dtype=torch.float32) / (half - int(endpoint)))
 
 
 class StepEmbedding(nn.Module):
@@ -86,7 +65,8 @@ def add_step_condition(net: Denoiser, *, zero: bool = False) -> Denoiser:
     last = Init(init.law, weight=0.0) if zero else init
     channels, emb_channels = net.model.map_layer0.in_features, net.model.map_layer0.out_features
     noise = net.model.map_noise
-    waves = FourierEmbedding(channels) if isinstance(noise, FourierEmbedding) else StoredWaves(channels, noise.endpoint)
+    fourier = isinstance(noise, FourierEmbedding)
+    waves = FourierEmbedding(channels) if fourier else PositionalEmbedding(channels, endpoint=noise.endpoint, stored=True)
     net.model.map_steps = StepEmbedding(waves, not adm, channels, emb_channels, init)
     for block in blocks:
         assert isinstance(block.affine, Linear)  # else the net has a step condition already

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.diffusion.strata import spread
+from potstill.engine.diffusion.sigmas import digit_reversal
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
-from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
+from potstill.engine.skipping.blocks import SkippableDenoiser
 from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.kernels import Estimate
 
@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
     blocks: dict[str, tuple[int | None, Tensor | None, Tensor | None]]
 
 
-class Skipping(Denoiser):
+class Skipping(SkippableDenoiser):
     """`net` by a plan; the same interface, weights shared. For teachers only.
 
     levels: the law of σ where a method asks with one σ per sample [N]; None for methods that only walk. `active = False`
@@ -43,13 +43,8 @@ class Skipping(Denoiser):
     """
 
     def __init__(self, net: Denoiser, plan: Plan | None, levels: Levels | None = None, cache: int = 1):
-        super().__init__(skippable(net.model), net.precond, net.scheme, net.kwargs)
-        self.take_levels(net)
-        self.train(net.training)
-        self.to(next(net.parameters()).device)
-        self.compute_dtype = net.compute_dtype
+        super().__init__(net)
         self.law, self.cache, self.active = levels, cache, True
-        self.parts: dict[str, Skippable] = blocks_of(self.model)
         self.memory = Memory()
         if cache > 1:
             remember(self.model, net.img_resolution, self.memory)
@@ -128,7 +123,7 @@ class Skipping(Denoiser):
         assert levels is not None
         edges = levels.tolist()
         chosen = []
-        for slice_ in spread(m):
+        for slice_ in digit_reversal(m):
             touched = self.plan.bins_between(edges[slice_], edges[slice_ + 1])
             chosen.append(min(touched, key=self.plan.left_out))
         return chosen * self.repeats
@@ -149,25 +144,15 @@ class Skipping(Denoiser):
                 blocks[name] = (None, None, None)
                 continue
             passing = [k for k in (bins[i] for i in order[run:]) if k is not None]
-            blocks[name] = (run, *self._calibration(name, passing))
+            a = b = None  # where nothing was fitted
+            if name in self.calibration:
+                chosen = passing[:1] if len(set(passing)) == 1 else passing  # one row where all are of one bin
+                a, b = (table[chosen][:, :, None, None].to(self.compute_dtype) for table in self.calibration[name])
+            blocks[name] = (run, a, b)
         if order == sorted(order):
             return Schedule(None, None, blocks)
         back = torch.tensor(order, device=device).argsort()
         return Schedule(torch.tensor(order, device=device), back, blocks)
-
-    def _calibration(self, name: str, bins: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        """a and b of the samples left out, [n, C, 1, 1] (one row where all are of one bin); None where nothing was fitted."""
-        if name not in self.calibration:
-            return None, None
-        chosen = bins[:1] if len(set(bins)) == 1 else bins
-        a, b = (table[chosen][:, :, None, None].to(self.compute_dtype) for table in self.calibration[name])
-        return a, b
-
-    def run_share(self, n: int) -> dict[str, float]:
-        """Per block the share of a stratified batch of n that it runs on."""
-        schedule = self._schedule_of(self.bins_of_samples(n)) if self.plan else None
-        rows = dict.fromkeys(self.parts) if schedule is None else {k: v[0] for k, v in schedule.blocks.items()}
-        return {name: 1.0 if run is None else run / n for name, run in rows.items()}
 
 
 class Memory:

@@ -7,15 +7,14 @@ shape (1x1 convolution, resampling) always runs, so every block can be left out.
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
-
-Net = TypeVar("Net", bound=nn.Module)
 
 
 class Skippable(UNetBlock):
@@ -58,28 +57,26 @@ class Skippable(UNetBlock):
         return torch.addcmul(self.shift.to(s.dtype), s, self.scale.to(s.dtype))
 
 
-def skippable(model: UNet) -> UNet:
-    """A view of a U-Net that shares its weights and whose residual blocks are `Skippable`; the net itself stays as it is."""
-    view = shared_view(model)
-    for part in (view.enc, view.dec):
-        for name, block in part.items():
-            if isinstance(block, UNetBlock):
-                part[name] = Skippable(block)
-    return view
+class SkippableDenoiser(Denoiser):
+    """A view of a denoiser that shares its weights and whose residual blocks are `Skippable`; the net itself stays as it is."""
 
+    parts: dict[str, Skippable]
 
-def shared_view(net: Net) -> Net:
-    """A copy of the modules around the very same parameters and buffers."""
-    memo = {id(t): t for t in [*net.parameters(), *net.buffers()]}
-    return copy.deepcopy(net, memo)
+    def __init__(self, net: Denoiser):
+        model = copy.deepcopy(net.model, {id(t): t for t in [*net.model.parameters(), *net.model.buffers()]})
+        for layers in (model.enc, model.dec):
+            for name, block in layers.items():
+                if isinstance(block, UNetBlock):
+                    layers[name] = Skippable(block)
+        super().__init__(model, net.precond, net.scheme, net.kwargs)
+        if self.precond == "iDDPMPrecond":
+            self.u = net.u  # a file's levels are not to the bit those that we compute
+        self.train(net.training)
+        self.to(next(net.parameters()).device)
+        self.compute_dtype, self.parts = net.compute_dtype, blocks_of(model)
 
 
 def blocks_of(model: UNet) -> dict[str, Any]:
     """The residual blocks of a U-Net in the order they run, named like "enc.16x16_block0"; of a skippable one, `Skippable`s."""
     parts = (("enc", model.enc), ("dec", model.dec))
     return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)}
-
-
-def block_names(model: UNet) -> list[str]:
-    """Their names."""
-    return list(blocks_of(model))

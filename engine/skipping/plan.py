@@ -19,7 +19,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import same_weights, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.skipping.blocks import block_names
+from potstill.engine.skipping.blocks import blocks_of
 
 FORMAT = "potstill-plan-1"
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
@@ -135,7 +135,7 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
         raise UserError(
             f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with potstill probe"
         )
-    if unknown := set(plan.order) - set(block_names(net.model)):
+    if unknown := set(plan.order) - blocks_of(net.model).keys():
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
 
 
@@ -201,12 +201,11 @@ def corrected_prefixes(prefix: list[int], longest: int, excess: Callable[[int, i
     """Prefixes whose real cost is within the budget: `excess(k, p)` of leaving out the first p blocks together in bin k."""
     found = []
     for k, p in enumerate(prefix):
-        if p and excess(k, p) > budget:
-            while p and excess(k, p) > budget:
-                p -= 1
-        else:
-            while p < longest and excess(k, p + 1) <= budget:
-                p += 1
+        start = p
+        while p and excess(k, p) > budget:
+            p -= 1
+        while start <= p < longest and excess(k, p + 1) <= budget:
+            p += 1
         found.append(p)
     return found
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.skipping.blocks import Skippable, blocks_of, skippable
+from potstill.engine.skipping.blocks import Skippable, SkippableDenoiser
 from potstill.engine.skipping.plan import Plan, corrected_prefixes, free_choice, kl_budget, latency_saved, nested_order, prefixes
 
 LOWEST, HIGHEST = 0.002, 80.0  # noise levels, where the scheme does not say
@@ -86,15 +86,12 @@ class ProbeResult:
         return (self.block_seconds - self.passed_seconds) / self.net_seconds
 
 
-class Probed(Denoiser):
+class Probed(SkippableDenoiser):
     """A frozen view of a denoiser whose blocks can be watched and left out."""
 
     def __init__(self, net: Denoiser):
-        super().__init__(skippable(net.model), net.precond, net.scheme, net.kwargs)
-        self.take_levels(net)
-        self.eval().to(next(net.parameters()).device).requires_grad_(False)
-        self.compute_dtype = net.compute_dtype
-        self.parts: dict[str, Skippable] = blocks_of(self.model)
+        super().__init__(net)
+        self.eval().requires_grad_(False)
 
     def leave_out(self, names: Sequence[str], affine: Affine, k: int, *, calibrated: bool = True) -> None:
         """From now on these blocks are left out; calibrated: by the fit of bin k."""

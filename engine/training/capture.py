@@ -5,25 +5,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
-
-
-class Backend(Protocol):
-    """What records kernels: CUDA, or a stand-in where there is none."""
-
-    def stream(self) -> Any:
-        """A context in which all work of an iteration runs, captured or not."""
-        ...
-
-    def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
-        """Record body's work without its effects; returns what repeats it. RuntimeError where it cannot be recorded."""
-        ...
-
-    def recover(self, generators: Sequence[torch.Generator]) -> bool:
-        """Make eager work and captures possible again after a capture that failed. Can earlier ones still be replayed?"""
-        ...
 
 
 class CUDA:
@@ -40,7 +23,7 @@ class CUDA:
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """Eager iterations run here too: cuBLAS workspaces and autograd's accumulation nodes belong to a stream."""
+        """All work of an iteration runs within it, eager work too: cuBLAS workspaces and autograd's accumulation nodes belong to a stream."""
         outside = torch.cuda.current_stream(self.device)
         self.side.wait_stream(outside)
         with torch.cuda.stream(self.side):
@@ -48,6 +31,7 @@ class CUDA:
         outside.wait_stream(self.side)
 
     def capture(self, body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
+        """Record body's work without its effects; returns what repeats it. RuntimeError where it cannot be recorded."""
         if not self.living:  # PyTorch takes no capture into a pool that its last graph has left
             self._new_pool()
         graph = self.latest = torch.cuda.CUDAGraph()
@@ -66,7 +50,9 @@ class CUDA:
                 body()
 
     def recover(self, generators: Sequence[torch.Generator]) -> bool:
-        """After an error of Python's the capture has ended like any other. After one of CUDA's it stays open, and PyTorch with it.
+        """Make eager work and captures possible again after a capture that failed. Can earlier ones still be replayed?
+
+        After an error of Python's the capture has ended like any other. After one of CUDA's it stays open, and PyTorch with it.
 
         Then the pool goes on recording and takes no other capture, so it is replaced. The generators believe that they are
         being captured until another capture of theirs ends, so an empty one is made. If that fails, too, they get new

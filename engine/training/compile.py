@@ -55,8 +55,3 @@ def compile_nets(nets: Iterable[nn.Module], mode: str, device: torch.device, *, 
 def cache_in(folder: Path) -> None:
     """Keep compiled code in the run folder, so that a resumed run finds it; a cache the user has named stays."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((folder / "compiled").resolve()))
-
-
-def graphs_compiled() -> int:
-    """How many graphs this process has compiled: constant after the first iterations, or something recompiles."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]

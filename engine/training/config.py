@@ -42,18 +42,15 @@ class TrainConfig:
         above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg")
         at_least(self, 1, "batch", "log_iterations", "keep")
         at_least(self, 0, "ema_kimg", "ema_ramp_up")
-        self._check_micro_batch()
+        micro = self.micro_batch
+        wants(self, "micro_batch", not isinstance(micro, str) or micro == "auto", "a number, auto or null")
+        if isinstance(micro, int) and (micro < 1 or self.batch % micro):
+            raise BadSetting("micro_batch", f"= {micro} does not divide batch = {self.batch}")
         one_of(self, "parallel", PARALLEL)
         one_of(self, "optimizer", IMPLEMENTATIONS)
         one_of(self, "compile", COMPILED)
         one_of(self, "activation_checkpointing", CHECKPOINTING)
         one_of(self, "graphs", GRAPHS)
-
-    def _check_micro_batch(self) -> None:
-        micro = self.micro_batch
-        wants(self, "micro_batch", not isinstance(micro, str) or micro == "auto", "a number, auto or null")
-        if isinstance(micro, int) and (micro < 1 or self.batch % micro):
-            raise BadSetting("micro_batch", f"= {micro} does not divide batch = {self.batch}")
 
     def optim_of(self, net: str) -> OptimConfig:
         """The optimiser settings of one net."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Draws, Logs
-from potstill.engine.training.capture import CUDA, Backend
+from potstill.engine.training.capture import CUDA
 from potstill.kernels.tables import owned_by_graph
 
 MODES = ("auto", "on", "off")
@@ -72,7 +72,7 @@ class Graphs:
     """
 
     def __init__(
-        self, backend: Backend, *, warmup: int = 3, limit: int = 32, strict: bool = False,
+        self, backend: CUDA, *, warmup: int = 3, limit: int = 32, strict: bool = False,
         reset: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
         self.backend, self.warmup, self.limit, self.strict, self.reset, self.say = backend, warmup, limit, strict, reset, say
@@ -81,9 +81,6 @@ class Graphs:
         self.seen: Counter[Hashable] = Counter()
         self.counts: dict[str, Counter[str]] = {}
         self._asks: dict[Hashable, tuple[int, tuple]] = {}  # what a piece asks the host next, having had the answers in the key
-
-    def stream(self) -> Any:
-        return self.backend.stream()
 
     def forget(self) -> None:
         """Capture all pieces again: the host has decided something that changes them and is in no key."""
@@ -157,19 +154,14 @@ class Graphs:
         except (RuntimeError, Unfit) as error:
             self.reset()
             if not self.backend.recover(generators):
-                self._capture_others_again(name)
+                if self.captured:
+                    broke = f"broke the generators of those from before ({len(self.captured)}), which are captured again"
+                    self.say(f"CUDA graphs: the failed capture of {name} {broke}")
+                self.captured.clear()
+                self.seen.clear()  # they may be captured again, after eager runs as before
             return self._refuse(name, key, first_line(error))
         self.captured[key] = graph
         self.counts[name]["captured"] += 1
-
-    def _capture_others_again(self, name: str) -> None:
-        """The failed capture has broken the other graphs: they may be captured again, after eager runs as before."""
-        if self.captured:
-            self.say(
-                f"CUDA graphs: the failed capture of {name} broke the generators of those from before ({len(self.captured)}), which are captured again"
-            )
-        self.captured.clear()
-        self.seen.clear()
 
     def _refuse(self, name: str, key: Hashable, why: str) -> None:
         if self.strict:
@@ -247,16 +239,12 @@ def joined(shape: Any, leaves: Iterator[Any]) -> Any:
     kind, about, *parts = shape
     if kind is Tensor or kind is Draws:
         return next(leaves)
-    if not parts and not _is_container(kind):
+    if not parts and not (issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)):
         return about
     items = [joined(part, leaves) for part in parts]
     if kind is list or kind is tuple:
         return kind(items)
     return dict(zip(about, items, strict=True)) if kind is dict else kind(*items)
-
-
-def _is_container(kind: type) -> bool:
-    return issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)
 
 
 def first_line(error: BaseException) -> str:

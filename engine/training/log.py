@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,6 @@ class Meter:
         if not self.sums:
             return torch.zeros(0)
         values = ranks.total(torch.stack([v.reshape(()) for v in self.sums.values()]))
-        if not ranks.several:
-            return values
         return torch.stack([v if is_count(n) else v / ranks.count for n, v in zip(self.sums, values, strict=True)])
 
 
@@ -103,9 +101,6 @@ class TensorBoard:
                 self.writer.add_scalar(name, value, metrics["step"])
         self.writer.flush()
 
-    def close(self, *, finished: bool) -> None:
-        self.writer.close()
-
 
 class WandB:
     """The same numbers for Weights & Biases: one run a stage, in the group of its run folder.
@@ -121,9 +116,13 @@ class WandB:
             import wandb
         except ImportError:
             raise UserError("log.wandb wants the wandb package: pip install 'potstill[wandb]'") from None
+        id_file = folder / "checkpoints" / "wandb-id"
+        if not id_file.exists():
+            with whole(id_file) as part:
+                part.write_text(secrets.token_hex(8), encoding="utf-8")
         try:
             self.run = wandb.init(
-                project=project, dir=str(folder), id=_stored_id(folder / "checkpoints" / "wandb-id"), resume="allow",
+                project=project, dir=str(folder), id=id_file.read_text(encoding="utf-8"), resume="allow",
                 name=f"{group} {stage}", group=group, job_type=stage,
             )  # fmt: skip
         except wandb.Error as error:
@@ -134,34 +133,23 @@ class WandB:
     def write(self, metrics: dict[str, Any]) -> None:
         self.run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
 
-    def close(self, *, finished: bool) -> None:
+    def close(self, error: type[BaseException] | None, *_: Any) -> None:
         """Else the next stage's `wandb.init` would return this one's run, and drop what has a lower step."""
-        self.run.finish(exit_code=0 if finished else 1)
-
-
-def _stored_id(path: Path) -> str:
-    """The id in that file; a random one is written where there is none."""
-    if not path.exists():
-        with whole(path) as part:
-            part.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+        self.run.finish(exit_code=0 if error is None else 1)
 
 
 @contextmanager
 def open_writers(config: LogConfig, folder: Path, first_step: int, *, group: str, stage: str) -> Iterator[list[Any]]:
     """Everything that takes metrics of a stage from iteration `first_step` on; closed when it ends, however it does."""
-    opened: list[TensorBoard | WandB] = []
-    finished = False
-    try:
+    with ExitStack() as stack:
+        opened: list[Any] = []
         if config.tensorboard:
-            opened.append(TensorBoard(folder, first_step))
+            opened.append(board := TensorBoard(folder, first_step))
+            stack.callback(board.writer.close)
         if config.wandb:
-            opened.append(WandB(folder, config.wandb, group=group, stage=stage))
+            opened.append(wandb := WandB(folder, config.wandb, group=group, stage=stage))
+            stack.push(wandb.close)
         yield [MetricsFile(folder / "metrics.jsonl", first_step), *opened]
-        finished = True
-    finally:
-        for one in opened:
-            one.close(finished=finished)
 
 
 class Progress:
@@ -193,7 +181,7 @@ class Progress:
         if speed:
             parts.append(f"{speed:.0f} img/s")
             if step < self.total:
-                parts.append(f"{_clock((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
+                parts.append(f"{tqdm.format_interval((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
         print(f"{self.title} {step}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
 
     def compiling(self, modules: int) -> None:
@@ -207,9 +195,3 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

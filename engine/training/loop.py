@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
 from potstill.engine.training.compile import cache_in
 from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
-from potstill.engine.training.profile import STEP, WAITING, Profile, span
+from potstill.engine.training.profile import STEP, WAITING, Profile
 from potstill.engine.training.run import Run
 
 BatchAt = Callable[[int], tuple[torch.Tensor, torch.Tensor | None]]  # iteration -> this rank's images [n, C, H, W] and labels or None
@@ -87,9 +88,9 @@ def iterate(
     sharded = ShardedWriter(checkpoints, ranks, cfg.keep)
     clock = Clock(run)
     while run.step < run.total:
-        with span(WAITING):
+        with record_function(WAITING):
             batch = batch_at(run.step)
-        with span(STEP):
+        with record_function(STEP):
             run.take(*batch)
         progress.advance()
         if profile:

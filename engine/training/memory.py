@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Alone, modules_of
+from potstill.engine.methods.base import OneRank, modules_of
 from potstill.engine.training.run import Run
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
@@ -46,18 +46,22 @@ def sizes(share: int) -> Iterator[int]:
 
 def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> int:
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
-    before, others = [(t, t.clone()) for t in state_of(run)], run.method.others
-    run.method.others = Alone()  # a rank without memory must not leave the others waiting
+    method, ranks = run.method, run.method.ranks
+    # what losses may change without an optimiser
+    state = [*(b for module in (*method.nets.values(), method.state) for b in module.buffers()), *method.state.parameters()]
+    before = [(t, t.clone()) for t in state]
+    moments = sum(p.nbytes for one in run.trained.values() if not one.optimizer.state for p in one.net.parameters() if p.requires_grad)
+    method.ranks = OneRank()  # a rank without memory must not leave the others waiting
     try:
         if torch.backends.cudnn.benchmark:
             every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
         torch.cuda.reset_peak_memory_stats(run.device)
         every_turn(run, images, labels, size)
-        return torch.cuda.max_memory_allocated(run.device) + moments_to_come(run)
+        return torch.cuda.max_memory_allocated(run.device) + 2 * moments  # which the first step makes
     except torch.OutOfMemoryError:
         return 0
     finally:
-        run.method.others = others
+        method.ranks = ranks
         run.forget_gradients()
         with torch.no_grad():
             for t, value in before:
@@ -72,20 +76,6 @@ def every_turn(run: Run, images: Tensor, labels: Tensor | None, size: int) -> No
         if (result := turn.loss(shared)) is not None:
             result[0].backward()
         run.forget_gradients()
-
-
-def state_of(run: Run) -> Iterator[Tensor]:
-    """What losses may change without an optimiser: buffers, and the method's own state."""
-    modules: list[nn.Module] = [*run.method.nets.values(), run.method.state]
-    for module in modules:
-        yield from module.buffers()
-    yield from run.method.state.parameters()
-
-
-def moments_to_come(run: Run) -> int:
-    """Bytes of the optimiser states that the first step makes: two moments for every weight that trains."""
-    sizes = [p.nbytes for one in run.trained.values() if not one.optimizer.state for p in one.net.parameters() if p.requires_grad]
-    return 2 * sum(sizes)
 
 
 def estimate(run: Run) -> list[str]:

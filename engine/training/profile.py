@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
+# Named stretches of host time in a trace: `record_function` costs nothing to speak of without one.
 WAITING, STEP = "potstill: wait for data", "potstill: iteration"
 # The first that fits. Names of CUDA kernels and of ATen operators.
 KINDS = {
@@ -30,11 +31,6 @@ KINDS = {
     "copies": r"memcpy|memset|copy|fill|zero_|clone|contiguous|cat",
     "elementwise": r"elementwise|vectorized|add|mul|div|sub|silu|sigmoid|pow|sqrt|where|reduce|sum|mean|pool|upsample|pad",
 }
-
-
-def span(name: str) -> Any:
-    """A named stretch of host time in a trace; costs nothing to speak of without one."""
-    return record_function(name)
 
 
 class Profile:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.methods.base import OneRank
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ LAST_WORDS = 5.0  # seconds that a rank with an error waits for the others, so t
 BUCKET = 1 << 25  # bytes that one all-reduce carries at most: large enough for bandwidth, small enough to overlap
 
 
-class Ranks:
+class Ranks(OneRank):
     """All processes of a run, as one of them sees them. `connect` before the first collective.
 
     several: do what several do, with collectives and shards. Tests let a single process do it, on the one GPU they have.

@@ -1,5 +1,10 @@
-"""One iteration of training: every turn that is due, in the method's order. The loop calls `Run.take`, which calls `turn.loss`."""
+"""One iteration of training: its micro-batches with their random numbers, and every turn that is due, in the method's order.
 
+The loop calls `Run.take`, which calls `turn.loss`. Random numbers are a function of (seed, iteration) alone, so the step counter
+is the whole state of data and noise, and a run that was killed repeats itself from its last checkpoint.
+"""
+
+import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -7,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.engine.methods.base import Logs, Method, modules_of
+from potstill.engine.methods.base import Batch, Draws, Logs, Method, modules_of
 from potstill.engine.nets.shadow import renew_stale
-from potstill.engine.skipping.apply import Guard
-from potstill.engine.training.batches import Batches
+from potstill.engine.training.capture import default_generator
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.config import TrainConfig
-from potstill.engine.training.ema import ema_decay
 from potstill.engine.training.graphs import Graphs, build_graphs
 from potstill.engine.training.optim import learning_rate, set_learning_rate
+from potstill.engine.training.parallel import largest_part
 from potstill.engine.training.ranks import ALONE, Ranks
-from potstill.engine.training.state import State
+from potstill.engine.training.state import State, ema_decay
 
 
 class Run(State):
@@ -42,11 +46,6 @@ class Run(State):
         self.graphs, graphs.reset, self.tensor_rates = graphs, self.forget_gradients, True
         self.place_rates()
 
-    @property
-    def window(self) -> slice:
-        """This rank's images of the batch."""
-        return self.batches.window
-
     def take(self, images: Tensor, labels: Tensor | None) -> None:
         """One iteration on this rank's images [n, C, H, W] and labels [n, label_dim] (or None).
 
@@ -55,7 +54,7 @@ class Run(State):
         method, graphs = self.method, self.graphs
         logs: Logs = {}
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
-        with graphs.stream() if graphs else nullcontext():
+        with graphs.backend.stream() if graphs else nullcontext():
             self._prepare(images, labels, decay)
             shared: list[Any] = self.batches.cut(images, labels, self.step)
             if type(method).begin is not Method.begin:
@@ -102,19 +101,15 @@ class Run(State):
         """What comes before the turns: shadows, the guard's look, seeds, learning rates, the decay of the average."""
         renew_stale(self.weights_with_shadows)
         if self.guard is not None:
-            self._compare_teachers(self.guard, images, labels)
+            before = self.guard.state
+            self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
+            if self.graphs and self.guard.state != before:
+                self.graphs.forget()  # those of a teacher that left out something else
         self.batches.seed_dropout(self.step)
         for one in self.trained.values():
             set_learning_rate(one.optimizer, learning_rate(one.cfg, self.step, self.total))
         if self.averaging_optimizer is not None:
             self.averaging_optimizer.set_ema_decay(decay)
-
-    def _compare_teachers(self, guard: Guard, images: Tensor, labels: Tensor | None) -> None:
-        """Let the guard compare gradients; graphs of a teacher that left out something else are forgotten."""
-        before = guard.state
-        self.meter.add(guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
-        if self.graphs and guard.state != before:
-            self.graphs.forget()
 
     def product_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The gradient for the product's parameters at this iteration, as one vector; changes nothing."""
@@ -142,3 +137,67 @@ class Run(State):
 def add(logs: Logs, name: str, value: Tensor) -> None:
     """Add to what is logged under that name; of gradient norms the last one stands."""
     logs[name] = logs[name] + value if name in logs and not name.endswith("/grad_norm") else value
+
+
+class Batches:
+    """This rank's share of every batch.
+
+    classes: those that the draws of labels choose from; None: all. size: images of a micro-batch; None: the whole share.
+    together: batch statistics are over all ranks' samples, and not over each micro-batch's.
+    """
+
+    def __init__(self, method: Method, cfg: TrainConfig, seed: int, device: torch.device, classes: Sequence[int] | None, ranks: Ranks):
+        self.method, self.seed, self.device, self.ranks = method, seed, device, ranks
+        self.share = cfg.batch // ranks.count
+        self.size = largest_part(self.share, cfg.micro_batch) if isinstance(cfg.micro_batch, int) else None
+        self.together = self.size is None and not (cfg.micro_batch == "auto" and device.type == "cuda")
+        self.classes = None if classes is None else torch.tensor(classes, device=device)
+        self.generators: list[torch.Generator] = []  # one a micro-batch, the same in every iteration, since graphs hold them
+
+    @property
+    def window(self) -> slice:
+        """This rank's images of the batch: every ranks-th where batch statistics are over all ranks, so that any aligned part
+        of the batch is shared evenly; else consecutive ones, so that a micro-batch is the same whichever rank has it."""
+        return self._samples(0, self.share, self.share)
+
+    def _samples(self, start: int, stop: int, share: int) -> slice:
+        """Where this rank's images start … stop - 1 are in the batch of all ranks."""
+        ranks, rank = self.ranks.count, self.ranks.rank
+        if ranks == 1:
+            return slice(start, stop)
+        return slice(start * ranks + rank, stop * ranks, ranks) if self.together else slice(rank * share + start, rank * share + stop)
+
+    def cut(self, images: Tensor, labels: Tensor | None, step: int) -> list[Batch]:
+        """The micro-batches of iteration `step`, from this rank's images [n, C, H, W] and labels [n, label_dim]."""
+        size = self.size or len(images)
+        return [self.part(images, labels, step, start, size) for start in range(0, len(images), size)]
+
+    def part(self, images: Tensor, labels: Tensor | None, step: int, start: int, size: int) -> Batch:
+        """The micro-batch of `size` images from number `start` on."""
+        window, share = slice(start, start + size), len(images)
+        if (number := start // size) == len(self.generators):
+            self.generators.append(torch.Generator(self.device))
+        generator = self.generators[number].manual_seed(seed_of(self.seed, step, 0))
+        host = random.Random(seed_of(self.seed, step, 2))
+        samples = self._samples(start, min(start + size, share), share)
+        draws = Draws(generator, share * self.ranks.count, samples, host, self.classes, self.method.stratified)
+        return Batch(images[window], labels[window] if labels is not None else None, draws)
+
+    def seed_dropout(self, step: int) -> None:
+        """Dropout of iteration `step` draws other masks on every rank."""
+        seed_dropout(self.device, seed_of(self.seed, step, 1 + 16 * self.ranks.rank))
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """torch.manual_seed for the host and the one device in use; for all devices it costs milliseconds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        default_generator(device).manual_seed(seed)
+
+
+def seed_of(seed: int, step: int, stream: int) -> int:
+    """A 63-bit seed from (seed, step, stream) by SplitMix64, so that neighbouring steps share nothing."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + stream * 0x8CB92BA72F3D8DD7) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (z ^ (z >> 31)) >> 1

@@ -1,5 +1,6 @@
 """The state of one stage of training: nets with their optimisers, the average of the product, and how far it has come."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,9 @@ from potstill.engine.nets.shadow import give_shadows
 from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.checkpoint import load_fitting
 from potstill.engine.training.config import TrainConfig
-from potstill.engine.training.ema import EMA
 from potstill.engine.training.log import Meter
 from potstill.engine.training.optim import rates_as_tensors
-from potstill.engine.training.parallel import Sharded, Trained, spread
+from potstill.engine.training.parallel import Sharded, Trained, build_trained
 from potstill.engine.training.ranks import Ranks
 from potstill.kernels import AdamEMA
 
@@ -35,7 +35,7 @@ class State:
         self.guard: Guard | None = None
         for net in method.nets.values():
             net.train()
-        self.trained = spread(method, cfg.parallel, cfg.fsdp, ranks, device, together=together)
+        self.trained = build_trained(method, cfg.parallel, cfg.fsdp, ranks, device, together=together)
         self.ema = EMA(self.product.net)
         self.averaging_optimizer: AdamEMA | None = None  # the product's optimiser, where it averages as well
         self.weights_with_shadows = give_shadows(modules_of(method)) if cfg.shadows else []
@@ -129,3 +129,30 @@ class State:
             case _:
                 return None
         return found if found is not None and found.shape == size else None
+
+
+class EMA:
+    """A copy of `net` that follows it; buffers are copied as they are."""
+
+    def __init__(self, net: nn.Module):
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self._targets: list[Tensor] = list(self.net.parameters())
+        self._sources = [p.detach() for p in net.parameters()]
+        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, decay: float, *, weights: bool = True) -> None:
+        """average ← decay · average + (1 - decay) · weights. weights=False: the optimiser has done that; buffers only."""
+        if weights:
+            torch._foreach_lerp_(self._targets, self._sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        for target, source in self._buffers:
+            target.copy_(source)
+
+
+def ema_decay(batch: int, images: int, half_life: float, ramp_up: float) -> float:
+    """Per-step decay 0.5^(batch / H) with H = min(half_life, ramp_up · images); 0 at the very first step.
+
+    images: how many had been seen before this step's batch, as EDM, SiD and GDD count.
+    """
+    half_life = min(half_life, images * ramp_up)
+    return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
