@@ -21,12 +21,10 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import family_of, find
 from potstill.engine.config.tree import Config, load
 from potstill.engine.formats.pictures import save_png
-from potstill.engine.jobs.apart import train_apart
-from potstill.engine.jobs.comparison import finish_run, floor_and_teacher, method_measured, sheets
+from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_teacher, method_measured, sheets, train_apart
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.snapshots import SnapshotJob
-from potstill.engine.jobs.timing import kimg_in, with_length
+from potstill.engine.jobs.rehearsal import kimg_in
 from potstill.engine.measure.judge import Judge
 from potstill.engine.measure.named import features_by_names
 from potstill.engine.measure.plots import plot_comparison
@@ -98,7 +96,10 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, f
     settings = [*overrides, f"teacher.checkpoint={job.cfg.teacher.checkpoint or f'{folder}/teacher.safetensors'}"]
     configs = {name: load(path, [*settings, f"run_dir={folder}/{name}"]) for name, path in recipes.items()}
     for name, cfg in configs.items():
-        train_student(cfg, flags, folder / name)
+        cfg.train.kimg = kimg_in(flags.seconds, cfg, folder / name / "kimg.json", of_teacher=False) / cfg.students.count
+        cfg.train.eval_kimg = cfg.train.kimg / flags.points
+        if not (record := folder / name / "trained.json").exists():
+            train_apart(cfg, record, flags.apart, only_teacher=False)
     judge = judge_of(job, features, flags)
     summary = what_was_asked(judge, features, flags, folder)
     if (before := summary_before(summary, folder)) is not None:
@@ -129,14 +130,6 @@ def train_teacher(cfg: Config, flags: argparse.Namespace, folder: Path) -> Job:
     cfg.teacher.train.eval_kimg = cfg.teacher.train.kimg / flags.teacher_points
     train_apart(cfg, folder / "teacher-trained.json", flags.apart, only_teacher=True)
     return job
-
-
-def train_student(cfg: Config, flags: argparse.Namespace, folder: Path) -> None:
-    """Train one method for its seconds, unless that was done before."""
-    cfg = with_length(cfg, flags.seconds, folder)
-    cfg.train.eval_kimg = cfg.train.kimg / flags.points
-    if not (folder / "trained.json").exists():
-        train_apart(cfg, folder / "trained.json", flags.apart, only_teacher=False)
 
 
 def judge_of(job: Job, features: list[Any], flags: argparse.Namespace) -> Judge:

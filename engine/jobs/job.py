@@ -13,13 +13,8 @@ from potstill.engine.config.tree import Config
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
-from potstill.engine.jobs.distance import Distance
-from potstill.engine.jobs.finish import Nets, draw, measured, print_result, summary_of
+from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_atomically
-from potstill.engine.jobs.gallery import Gallery
-from potstill.engine.jobs.lighter import lighten
-from potstill.engine.jobs.on_paper import check_on_paper
-from potstill.engine.jobs.pairs import pairs_of
 from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
@@ -50,7 +45,7 @@ class Job(Workplace):
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.gallery = Gallery(self.images, self.device)
         self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device)
-        self.on_paper = check_on_paper(cfg, self.images, self.dir, ranks)
+        self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
         self.partition = self.on_paper.partition
         self.say_unused(self.on_paper.teacher)
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
@@ -85,7 +80,6 @@ class Job(Workplace):
             partition = self.partition
             self.ranks.alone(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
-        self.student = student
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.alone(lambda: self.finish(nets))
 
@@ -95,11 +89,14 @@ class Job(Workplace):
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
         if not given and not self.exists(here):
-            assert self.images is not None
-            net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
-            method = Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
-            self.save(self.stage(method, self.cfg.teacher.train, self.dir / "teacher"), here)
+            self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
         return self.prepared(build.load_teacher(given or here, self.images))
+
+    def new_teacher(self) -> Teacher:
+        """The training of a teacher that knows nothing yet."""
+        assert self.images is not None
+        net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
+        return Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
 
     def matched_start(self, teacher: Denoiser) -> Denoiser:
         """What the students start as: the teacher, or a net of another shape that has learnt its scores (TSM)."""
@@ -119,11 +116,11 @@ class Job(Workplace):
         if earlier := earlier_folder(self.cfg, k):
             load_earlier(method, earlier)
         if wanted := self.cfg.method.needs().pairs:
-            method.pairs = pairs_of(self, teacher, wanted)
+            method.pairs = self.pairs(teacher, wanted)
         for note in method.notes:
             self.say(note)
         sampler = method.sampler
-        guard = lighten(method, self.cfg.skipping, self.say)
+        guard = build.lighten(method, self.cfg.skipping, self.say)
         share = k if self.partition else None
         run = self.stage(method, self.cfg.train, self.student_file(k).parent, share, guard, spare=(teacher, start))
         self.prepared(teacher)
