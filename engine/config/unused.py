@@ -6,7 +6,6 @@ dataclass says it of its own (`unused()`), and `across` of what follows from els
 
 import dataclasses
 import inspect
-from typing import Any
 
 from potstill.engine.common.checks import Unused
 from potstill.engine.config.tree import Config, flat
@@ -31,11 +30,10 @@ def unused(cfg: Config, teacher: Denoiser, ranks: int = 1) -> Unused:
     return {name: reasons[0] for name, reasons in found.items() if reasons}
 
 
-def given(cfg: Config) -> dict[str, Any]:
-    """The settings that differ from the schema's defaults: {dotted name: value}."""
-    default = Config(method=type(cfg.method)())
-    ours, theirs = flat(dataclasses.asdict(cfg)), flat(dataclasses.asdict(default))
-    return {name: value for name, value in ours.items() if name not in theirs or theirs[name] != value}
+def given(cfg: Config) -> list[str]:
+    """The dotted names of the settings that differ from the schema's defaults."""
+    ours, theirs = (flat(dataclasses.asdict(one)) for one in (cfg, Config(method=type(cfg.method)())))
+    return [name for name, value in ours.items() if name not in theirs or theirs[name] != value]
 
 
 def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
@@ -64,9 +62,5 @@ def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
     signature = inspect.signature(type(teacher.model)).parameters
     said = {name: one.default for name, one in signature.items()} | teacher.kwargs
     said |= {"precond": teacher.precond, "model_type": type(teacher.model).__name__, "conditional": bool(teacher.label_dim)}
-    ours = {name: value for name, value in vars(cfg.net).items() if value is not None}
-    return [name for name, value in ours.items() if name not in said or _plain(said[name]) != value]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    said = {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+    return [name for name, value in vars(cfg.net).items() if value is not None and (name not in said or said[name] != value)]

@@ -19,7 +19,7 @@ from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
-from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
@@ -106,7 +106,7 @@ class Job(Workplace):
         here = self.dir / "tsm.safetensors"
         if not self.exists(here):
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
-            method = TSM(TSMConfig(), teacher, self.prepared(net, students.tsm))
+            method = TSM(teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
         return self.prepared(load_net(here)[0])
 
