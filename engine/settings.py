@@ -29,6 +29,7 @@ from potstill.engine.config.tree import Config
 from potstill.engine.config.written import branch_of
 from potstill.engine.methods.table import METHODS
 
+SHOWN = str.maketrans({"<": "&lt;", "|": "\\|"})  # else Markdown takes them for a tag, and for the end of a table's cell
 NET = "NET"  # stands for the name of a net that an optimiser is of: teacher, student, fake, discriminator
 HEAD = """\
 # Settings
@@ -159,13 +160,8 @@ def page(found: list[Branch]) -> str:
         lines += ["", f"## {', '.join(branch.title for branch in same)}", ""]
         lines += [same[0].about, ""] if same[0].about else []
         lines += ["| setting | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {in_cell(s.about)} |" for s in same[0].settings]
+        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {s.about.translate(SHOWN)} |" for s in same[0].settings]
     return "\n".join(lines)
-
-
-def in_cell(text: str) -> str:
-    """With what Markdown would take for a tag or for the end of a table's cell written so that it is shown."""
-    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 if __name__ == "__main__":

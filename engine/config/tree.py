@@ -280,12 +280,6 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
-def differences(a: DictConfig, b: DictConfig) -> list[str]:
-    """Keys (dotted) whose values differ between two trees."""
-    flat_a, flat_b = flat(OmegaConf.to_container(a)), flat(OmegaConf.to_container(b))
-    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
-
-
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dictionary as {"a.b.c": value}."""
     if not isinstance(tree, dict):

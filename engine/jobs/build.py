@@ -9,6 +9,7 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, NetConfig
 from potstill.engine.data.images import Images, open_images
+from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
@@ -30,27 +31,27 @@ def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) ->
 
 
 def build_images(cfg: Config) -> Images | None:
-    """The data set of a run; None for a data-free run."""
+    """The data set of a run, synthetic for a rehearsal; None for a data-free run, and where there is nothing at its path yet."""
     if cfg.rehearse:
         return open_images(rehearsal_data(cfg))
-    if not cfg.data.path:
+    if not cfg.data.path or not is_there(cfg.data.path):
         return None
     return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled)
 
 
 def rehearsal_data(cfg: Config) -> str:
     """Synthetic images as large as the recipe's."""
-    digits, labelled = cfg.data.path == "digits", not cfg.data.unlabelled
-    some = 10 * cfg.method.needs().classes
-    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
-    size = "synthetic:8x1" if digits else f"synthetic:{cfg.data.resolution or 64}x3"
-    return f"{size}x{classes}" if classes and labelled else size
+    resolution, channels, classes = rehearsal_size(cfg)
+    return f"synthetic:{resolution}x{channels}" + f"x{classes}" * bool(classes)
 
 
 def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     """Resolution, channels and classes of those images."""
-    resolution, channels, classes = (int(s) for s in f"{rehearsal_data(cfg)}x0".partition(":")[2].split("x")[:3])
-    return resolution, channels, classes
+    some = 10 * cfg.method.needs().classes
+    digits = cfg.data.path == "digits"
+    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
+    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, 3)
+    return resolution, channels, 0 if cfg.data.unlabelled else classes
 
 
 def load_teacher(path: Path, images: Images | None) -> Denoiser:

@@ -19,7 +19,7 @@ from potstill.engine.config.tree import Config
 from potstill.engine.formats.pictures import sheet, stacked
 from potstill.engine.jobs import build
 from potstill.engine.jobs.finish import Nets
-from potstill.engine.jobs.folder import write_atomically
+from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, versions
 from potstill.engine.measure.judge import Judge
@@ -166,7 +166,7 @@ def finish_run(job: Job, summary: dict[str, Any], name: str) -> None:
         for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))
     }
     own = json.loads(path.read_text(encoding="utf-8")) | {"floor": summary["floor"], **found}
-    write_atomically(path, json.dumps(own, indent=2) + "\n")
+    write_json(path, own)
     write_report(job.dir)
 
 

@@ -40,9 +40,9 @@ class Distance:
 
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
-        shape = (1, self.images.channels, self.images.resolution, self.images.resolution)
+        side = self.images.resolution
         with torch.no_grad():
-            self.features.measure(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+            self.features.measure(torch.zeros(1, self.images.channels, side, side, dtype=torch.uint8, device=self.device))
 
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The distance of this net's images, with everything needed to repeat it."""
@@ -95,11 +95,8 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
     """The distance of each net and of real images from the data; without data, the number of evaluations alone."""
     if distance is None:
         return {name: {"nfe": sampler.nfe} for name, (_, sampler) in nets.items()}
-    against = distance.reference
-    found: dict[str, Any] = {"floor": {"fd": against.floor, "kind": against.floor_kind}}
-    for name, (net, sampler) in nets.items():
-        found[name] = distance.of(net, sampler, progress=f"measuring the {name}")
-    return found
+    floor = {"fd": distance.reference.floor, "kind": distance.reference.floor_kind}
+    return {"floor": floor} | {name: distance.of(*net, progress=f"measuring the {name}") for name, net in nets.items()}
 
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:

@@ -1,6 +1,5 @@
 """One run: the teacher is trained if need be, then the student or students, then it is measured, drawn and reported."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
-from potstill.engine.jobs.folder import check_folder, prepare, write_atomically
+from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
@@ -190,7 +189,7 @@ class Job(Workplace):
         found = self.measure(nets)
         files = [self.student_file(k) for k in range(self.cfg.students.count)]
         summary = summary_of(self, files, nets["teacher"][0], found, self.graphs, time.perf_counter() - self.began)
-        write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self.dir / "summary.json", summary)
         write_report(self.dir)
         print_result(summary, self.dir)
         return summary

@@ -94,11 +94,6 @@ def check_optimizers(cfg: Config, method: Method) -> None:
             raise UserError(f"{name}.optim wants {' or '.join(sorted(wanted))}, which are trained here, got {unknown[0]!r}")
 
 
-def data_is_there(cfg: Config) -> bool:
-    """Are there images to open? A rehearsal makes its own."""
-    return cfg.rehearse or bool(cfg.data.path and is_there(cfg.data.path))
-
-
 def missing(cfg: Config) -> list[str]:
     """What a run needs and does not find on disk, with the commands that get it."""
     wants = []

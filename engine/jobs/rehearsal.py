@@ -12,14 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
-from potstill.engine.jobs import build, machine, preflight
+from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
-from potstill.engine.jobs.workplace import say
+from potstill.engine.jobs.workplace import Workplace, say
 from potstill.engine.methods.base import Pairs
-from potstill.engine.models.opening import device_named
-from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
 #: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
@@ -50,16 +49,13 @@ def dry_run(cfg: Config) -> None:
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     preflight.check_settings(cfg)
-    device = device_named(cfg.device)
-    dtype, _ = machine.set_up(cfg, device, say)
-    images = build.build_images(cfg)
+    place = Workplace(cfg, ALONE)
+    images, device, dtype = place.images, place.device, place.dtype
     assert images is not None
     batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
     if device.type == "cpu" and batch > 8:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
-    net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)
-    net.compute_dtype = dtype
-    set_checkpointing(net, cfg.train.activation_checkpointing)
+    net = place.prepared(build.build_net(cfg.net, images.resolution, images.channels, images.label_dim))
     method = cfg.method.build(net, net)
     for one in method.nets.values():
         one.to(device)

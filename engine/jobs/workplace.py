@@ -11,7 +11,7 @@ import torch
 from potstill.engine.config.tree import Config
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import heun
-from potstill.engine.jobs import build, machine, preflight
+from potstill.engine.jobs import build, machine
 from potstill.engine.methods.base import Pairs, PairsNeeded
 from potstill.engine.models.generate import one_hot, write_pairs
 from potstill.engine.models.opening import device_named
@@ -30,7 +30,7 @@ class Workplace:
         self.given_teacher = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
         self.device = ranks.connect(device_named(cfg.device))
         self.dtype, self.why_dtype = machine.set_up(cfg, self.device, self.say)
-        self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
+        self.images = build.build_images(cfg)
 
     def say(self, text: str) -> None:
         """Print a line on stderr, once for all ranks."""
@@ -62,10 +62,10 @@ class Workplace:
         """Pairs of noise and the teacher's sample from it, made once: the same for all students of the run, classes in turn."""
         path = self.dir / "pairs.safetensors"
         if not self.exists(path):
-            self.say(f"making {wanted.count} pairs with {wanted.steps} steps of the teacher")
-            labels = np.arange(wanted.count) % teacher.label_dim if teacher.label_dim else None
+            self.say(f"making {wanted.number} pairs with {wanted.steps} steps of the teacher")
+            labels = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
             sampler, batch = heun(teacher, wanted.steps), self.cfg.eval.batch
-            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, wanted.count, batch, self.device))
+            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, wanted.number, batch, self.device))
         tensors, _ = read_tensors(path)
         classes = tensors.get("labels")
         labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)

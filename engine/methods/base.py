@@ -26,7 +26,7 @@ Net = TypeVar("Net", bound=nn.Module)
 class PairsNeeded(NamedTuple):
     """How many pairs of noise and the teacher's sample from it, and Heun's steps for each."""
 
-    count: int
+    number: int
     steps: int
 
 
