@@ -265,9 +265,9 @@ def _nested(override: str) -> dict[str, Any]:
 
 def _kinds() -> Iterator[tuple[str, Any]]:
     """The names and types of all settings, those of every method included."""
-    yield from kinds(Config)
+    yield from kinds(Config).items()
     for node in METHODS.values():
-        yield from kinds(node, "method.")
+        yield from ((f"method.{name}", kind) for name, kind in kinds(node).items())
 
 
 def _kind(key: str) -> Any:

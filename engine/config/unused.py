@@ -14,20 +14,15 @@ from potstill.engine.nets.denoiser import Denoiser
 
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     """All of them with their reasons, in one sentence; "" where there are none."""
-    names: dict[str, list[str]] = {}
-    for name, why in unused(cfg, teacher, ranks).items():
-        names.setdefault(why, []).append(name)
-    parts = [f"{', '.join(found)} ({why})" for why, found in names.items()]
-    return f"these settings do nothing here: {'; '.join(parts)}" if parts else ""
-
-
-def unused(cfg: Config, teacher: Denoiser, ranks: int = 1) -> Unused:
-    """{dotted name: why} of what was given and does nothing."""
     rules = across(cfg, teacher, ranks)
     for branch in ("data", "method", "students", "skipping"):
         rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
-    found = {name: [why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")] for name in given(cfg)}
-    return {name: reasons[0] for name, reasons in found.items() if reasons}
+    names: dict[str, list[str]] = {}
+    for name in given(cfg):
+        if why := next((why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")), None):
+            names.setdefault(why, []).append(name)
+    parts = [f"{', '.join(found)} ({why})" for why, found in names.items()]
+    return f"these settings do nothing here: {'; '.join(parts)}" if parts else ""
 
 
 def given(cfg: Config) -> list[str]:

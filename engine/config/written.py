@@ -8,7 +8,8 @@ text settings are quoted in Hydra's own way.
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -74,12 +75,16 @@ def is_text(kind: Any) -> bool:
     return kind is str or (set(get_args(kind)) == {str, type(None)})
 
 
-def kinds(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and type of every setting and branch of a tree of dataclasses; * stands for any name of a dictionary."""
+@cache
+def kinds(schema: type) -> dict[str, Any]:
+    """{dotted name: type} of every setting and branch of a tree of dataclasses; * stands for any name of a dictionary."""
+    found: dict[str, Any] = {}
     for name, kind in get_type_hints(schema).items():
-        yield f"{prefix}{name}", kind
+        found[name] = kind
         if inner := branch_of(kind):
-            yield from kinds(inner, f"{prefix}{name}.*." if get_origin(kind) is dict else f"{prefix}{name}.")
+            place = f"{name}.*" if get_origin(kind) is dict else name
+            found |= {f"{place}.{below}": one for below, one in kinds(inner).items()}
+    return found
 
 
 def branch_of(kind: Any) -> type | None:

@@ -14,7 +14,7 @@ from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
-from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
+from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
@@ -113,7 +113,8 @@ class Job(Workplace):
         """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
         method = self.cfg.method.build(teacher, start)
         if earlier := earlier_folder(self.cfg, k):
-            load_earlier(method, earlier)
+            for name, weights in earlier_weights(method, earlier).items():
+                method.nets[name].load_state_dict(weights, strict=False)  # parts that it may lack stay new, and optimisers are new
         if wanted := self.cfg.method.needs().pairs:
             method.pairs = self.pairs(teacher, wanted)
         for note in method.notes:
@@ -161,13 +162,9 @@ class Job(Workplace):
 
     def draw(self, run: Run, folder: Path) -> dict[str, float]:
         """A grid of samples from the same noise every time."""
-        net: Any = run.average()
-
-        def write() -> None:
-            pictures = self.gallery.samples(net, run.method.sampler)
-            save_png(grid(pictures, columns=self.gallery.columns(net)), folder / "samples" / f"{round(run.images_seen):010d}.png")
-
-        self.ranks.alone(write)
+        net, path = run.average(), folder / "samples" / f"{run.images_seen:010d}.png"
+        assert isinstance(net, Denoiser)
+        self.ranks.alone(lambda: save_png(grid(self.gallery.samples(net, run.method.sampler), self.gallery.columns(net)), path))
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:

@@ -16,7 +16,7 @@ from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
-from potstill.engine.jobs.workplace import Workplace, say
+from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.methods.base import Pairs
 from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
@@ -65,27 +65,24 @@ def rehearse(cfg: Config) -> None:
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
     method.pairs = stand_in_pairs(cfg, stream)
-    say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
+    place.say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
     flops = counted(run, stream, period)
     seconds_taken(run, stream, range(period, period + warmup))
     seconds = seconds_taken(run, stream, range(period + warmup, period + warmup + timed)) / timed
     hours = seconds / batch * cfg.train.kimg * 1000 / 3600
-    print(
-        json.dumps(
-            {
-                "images_per_second": round(batch / seconds, 2),
-                "seconds_per_iteration": round(seconds, 4),
-                "batch": batch,
-                "peak_memory_gib": peak_gib(device),
-                "parameters": sum(p.numel() for p in net.parameters()),
-                "projected_hours": round(hours, 2),
-                "graphs": run.graph_report(),
-                "gflop_per_image": round(flops / batch / 1e9, 2),
-                "mfu": mfu(flops / seconds, device),
-                "device": device_title(device),
-            }
-        )
-    )
+    found = {
+        "images_per_second": round(batch / seconds, 2),
+        "seconds_per_iteration": round(seconds, 4),
+        "batch": batch,
+        "peak_memory_gib": peak_gib(device),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "projected_hours": round(hours, 2),
+        "graphs": run.graph_report(),
+        "gflop_per_image": round(flops / batch / 1e9, 2),
+        "mfu": mfu(flops / seconds, device),
+        "device": device_title(device),
+    }
+    print(json.dumps(found))
 
 
 def counted(run: Run, stream: Stream, iterations: int) -> float:

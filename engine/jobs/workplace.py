@@ -35,7 +35,7 @@ class Workplace:
     def say(self, text: str) -> None:
         """Print a line on stderr, once for all ranks."""
         if self.ranks.first:
-            say(text)
+            print(text, file=sys.stderr)
 
     def exists(self, path: Path) -> bool:
         """Did this file exist when rank 0 looked?"""
@@ -99,7 +99,3 @@ class NoImages:
 
     def at(self, step: int) -> tuple[torch.Tensor, None]:
         return self.blank, None
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -22,7 +22,7 @@ the start and every `measure_every` iterations; every micro-batch pairs its own 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class Jump:
     batch: Batch
 
     def part(self, window: slice) -> "Jump":
-        labels = self.labels[window] if self.labels is not None else None
-        return Jump(self.z_t[window], self.S_t[window], self.S_s[window], self.xi[window], labels, self.batch)
+        """The jumps of some samples of the batch."""
+        return replace(self, **{name: value[window] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 class MomentMatching(Method):
