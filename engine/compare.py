@@ -21,12 +21,10 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import family_of, find
 from potstill.engine.config.tree import Config, load
 from potstill.engine.formats.pictures import save_png
-from potstill.engine.jobs.apart import train_apart
-from potstill.engine.jobs.comparison import finish_run, floor_and_teacher, method_measured, sheets
-from potstill.engine.jobs.folder import write_atomically
+from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_teacher, method_measured, sheets, train_apart
+from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.snapshots import SnapshotJob
-from potstill.engine.jobs.timing import kimg_in, with_length
+from potstill.engine.jobs.rehearsal import kimg_in
 from potstill.engine.measure.judge import Judge
 from potstill.engine.measure.named import features_by_names
 from potstill.engine.measure.plots import plot_comparison
@@ -98,20 +96,21 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, f
     settings = [*overrides, f"teacher.checkpoint={job.cfg.teacher.checkpoint or f'{folder}/teacher.safetensors'}"]
     configs = {name: load(path, [*settings, f"run_dir={folder}/{name}"]) for name, path in recipes.items()}
     for name, cfg in configs.items():
-        train_student(cfg, flags, folder / name)
+        cfg.train.kimg = kimg_in(flags.seconds, cfg, folder / name / "kimg.json", of_teacher=False) / cfg.students.count
+        cfg.train.eval_kimg = cfg.train.kimg / flags.points
+        if not (record := folder / name / "trained.json").exists():
+            train_apart(cfg, record, flags.apart, only_teacher=False)
     judge = judge_of(job, features, flags)
-    summary = what_was_asked(judge, features, flags, folder)
-    if (before := summary_before(summary, folder)) is not None:
-        summary = before
-    else:
-        summary |= floor_and_teacher(job, teacher, judge, folder)
+    path, asked = folder / "summary.json", what_was_asked(judge, features, flags, folder)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    summary = before if before | asked == before else asked | floor_and_teacher(job, teacher, judge, folder)
     for name, cfg in configs.items():
         if name not in summary["methods"]:
             trained = SnapshotJob(cfg, on_paper=True)
             summary["methods"][name] = method_measured(trained, judge, teacher)
             finish_run(trained, summary, name)
-            write_summary(summary, folder)
-    write_summary(summary, folder)
+            write_json(path, summary)
+    write_json(path, summary)
     write_atomically(folder / "table.md", markdown(summary))
     if summary["methods"]:
         plot_comparison(summary, folder / "curves.png")
@@ -131,14 +130,6 @@ def train_teacher(cfg: Config, flags: argparse.Namespace, folder: Path) -> Job:
     return job
 
 
-def train_student(cfg: Config, flags: argparse.Namespace, folder: Path) -> None:
-    """Train one method for its seconds, unless that was done before."""
-    cfg = with_length(cfg, flags.seconds, folder)
-    cfg.train.eval_kimg = cfg.train.kimg / flags.points
-    if not (folder / "trained.json").exists():
-        train_apart(cfg, folder / "trained.json", flags.apart, only_teacher=False)
-
-
 def judge_of(job: Job, features: list[Any], flags: argparse.Namespace) -> Judge:
     """What measures all nets alike, against the recipe's images or some of them."""
     if job.images is None:
@@ -150,23 +141,12 @@ def judge_of(job: Job, features: list[Any], flags: argparse.Namespace) -> Judge:
 
 
 def what_was_asked(judge: Judge, features: list[Any], flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The head of the summary."""
+    """The head of the summary; an earlier call that was asked the same goes on."""
     return {
         "recipe": folder.name, "data": judge.images.name, "reference_images": len(judge.images), "n": judge.n, "seed": judge.seed,
         "seconds_each": flags.seconds, "points": flags.points,
         "features": {one.title: {"sha256": one.sha256, "num_features": one.num_features} for one in features},
     }  # fmt: skip
-
-
-def summary_before(asked: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The summary of an earlier call that was asked the same; None where there is none."""
-    path = folder / "summary.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return before if before and all(before.get(key) == value for key, value in asked.items()) else None
-
-
-def write_summary(summary: dict[str, Any], folder: Path) -> None:
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

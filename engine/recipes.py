@@ -10,6 +10,7 @@ What is said comes from the heads of the recipes: the table shows a field up to 
 import re
 import shutil
 import textwrap
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,16 @@ def in_full(recipe: Path) -> str:
 
 def overview(some: list[str], width: int) -> str:
     """The recipes of these names as a table under the title of each data set, no wider than `width` where that is possible."""
-    rows, of_data = [], []
+    head, rows = ["recipe", "method", *(field.lower() for field in COLUMNS)], []
     for name in some:
         recipe = find(name)
         groups, fields = groups_of(recipe), head_of(recipe).fields
-        rows.append([name, groups["method"], *(in_short(fields[field]) for field in COLUMNS)])
-        of_data.append(groups["data"])
-    head = ["recipe", "method", *(field.lower() for field in COLUMNS)]
-    widths = fitting([max(map(len, column)) for column in zip(head, *rows, strict=True)], width)
-    lines = [*laid_out(head, widths)]
-    for row, data, before in zip(rows, of_data, ["", *of_data[:-1]], strict=True):
-        if data != before:
-            lines += ["", *textwrap.wrap(f"{data}: {title_of(data)}", width)]
-        lines += laid_out(row, widths)
+        rows.append((groups["data"], [name, groups["method"], *(in_short(fields[field]) for field in COLUMNS)]))
+    widths = fitting([max(map(len, column)) for column in zip(head, *(row for _, row in rows), strict=True)], width)
+    lines = laid_out(head, widths)
+    for data, of_data in groupby(rows, key=lambda one: one[0]):
+        lines += ["", *textwrap.wrap(f"{data}: {title_of(data)}", width)]
+        lines += [line for _, row in of_data for line in laid_out(row, widths)]
     return "\n".join(lines)
 
 
@@ -100,9 +98,8 @@ def fitting(widths: list[int], width: int) -> list[int]:
 
 def laid_out(row: list[str], widths: list[int]) -> list[str]:
     """A row of the table as lines: what is longer than its column goes on below."""
-    cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
-    lines = [[cell[i] if i < len(cell) else "" for cell in cells] for i in range(max(map(len, cells)))]
-    return ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    lines = zip_longest(*map(textwrap.wrap, row, widths), fillvalue="")
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 
 if __name__ == "__main__":

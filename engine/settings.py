@@ -26,8 +26,10 @@ from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES
 from potstill.engine.config.tree import Config
+from potstill.engine.config.written import branch_of
 from potstill.engine.methods.table import METHODS
 
+SHOWN = str.maketrans({"<": "&lt;", "|": "\\|"})  # else Markdown takes them for a tag, and for the end of a table's cell
 NET = "NET"  # stands for the name of a net that an optimiser is of: teacher, student, fake, discriminator
 HEAD = """\
 # Settings
@@ -81,11 +83,11 @@ def branches() -> list[Branch]:
 
 def _branches(schema: type, prefix: str, title: str) -> Iterator[Branch]:
     """A dataclass's own settings, then those of the dataclasses below it."""
-    kinds, comments = get_type_hints(schema), comments_of(schema)
+    hints, comments = get_type_hints(schema), comments_of(schema)
     own, below = [], []
     for field in dataclasses.fields(schema):
-        name, kind = f"{prefix}{field.name}", kinds[field.name]
-        inner = next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
+        name, kind = f"{prefix}{field.name}", hints[field.name]
+        inner = branch_of(kind)
         if inner is None or get_origin(kind) in (dict, Union, UnionType):
             own.append(Setting(name, _kind(kind), _default(field), comments.get(field.name, "")))
         if inner is not None:
@@ -107,13 +109,8 @@ def _kind(kind: Any) -> str:
 
 
 def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return ""
-    if value == MISSING:
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value in (MISSING, dataclasses.MISSING):
         return ""
     return value if isinstance(value, str) and value else json.dumps(value)
 
@@ -122,20 +119,15 @@ def _default(field: dataclasses.Field) -> str:
 def comments_of(schema: type) -> dict[str, str]:
     """{name: comment} of the fields of a dataclass: what stands on the lines of each one's definition."""
     source = inspect.getsource(schema)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in _tokens(source) if token.type == tokenize.COMMENT}
-    (definition,) = ast.parse(source).body
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found, (definition,) = {}, ast.parse(source).body
     assert isinstance(definition, ast.ClassDef)
-    fields = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
-    return {ast.unparse(node.target): " ".join(comments[line] for line in _lines(node) if line in comments) for node in fields}
-
-
-def _lines(node: ast.AnnAssign) -> range:
-    assert node.end_lineno is not None  # what ast.parse has made has one
-    return range(node.lineno, node.end_lineno + 1)
-
-
-def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
-    return tokenize.generate_tokens(io.StringIO(source).readline)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            found[ast.unparse(node.target)] = " ".join(comments[line] for line in lines if line in comments)
+    return found
 
 
 def _recipes_of(schema: str) -> list[str]:
@@ -168,13 +160,8 @@ def page(found: list[Branch]) -> str:
         lines += ["", f"## {', '.join(branch.title for branch in same)}", ""]
         lines += [same[0].about, ""] if same[0].about else []
         lines += ["| setting | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {in_cell(s.about)} |" for s in same[0].settings]
+        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {s.about.translate(SHOWN)} |" for s in same[0].settings]
     return "\n".join(lines)
-
-
-def in_cell(text: str) -> str:
-    """With what Markdown would take for a tag or for the end of a table's cell written so that it is shown."""
-    return text.replace("<", "&lt;").replace("|", "\\|")
 
 
 if __name__ == "__main__":

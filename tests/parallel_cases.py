@@ -16,7 +16,7 @@ from potstill.engine.methods.base import Method, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
-from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
@@ -78,7 +78,7 @@ def sfd():
 
 
 def tsm():
-    return TSM(TSMConfig(), net(1), net(2, model_channels=4))
+    return TSM(net(1), net(2, model_channels=4))
 
 
 def light():

@@ -22,7 +22,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import load, to_yaml
 from potstill.engine.data.images import open_images
 from potstill.engine.formats.edm_pickle import read_net
-from potstill.engine.jobs import gallery, job
+from potstill.engine.jobs import finish, job
 from potstill.engine.jobs.build import rehearsal_data
 from potstill.engine.jobs.folder import prepare
 from potstill.engine.measure.named import features_by_name
@@ -241,7 +241,7 @@ def test_a_grid_shows_the_classes_that_have_images(tmp_path, monkeypatch):
         one = job.Job(load(Path(DIGITS), settings), on_paper=True)
         net, asked = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=max(labels) + 1, **TINY), []
         monkeypatch.setattr(
-            gallery, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)]
+            finish, "generate", lambda net, sampler, labels, *_, asked=asked, **__: asked.append(labels) or [torch.zeros(1)]
         )
         one.gallery.samples(net, None)
         assert asked[0].tolist() == np.resize(wanted, 60).tolist()

@@ -11,7 +11,7 @@ from potstill.engine import compare, evaluate, train
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import find, text_of
 from potstill.engine.config.tree import load
-from potstill.engine.jobs import apart, timing
+from potstill.engine.jobs import comparison, rehearsal
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -65,13 +65,13 @@ def test_the_final_score_is_what_evaluate_finds(tmp_path, capsys):
 
 def test_a_process_of_its_own_knows_its_peak_memory_and_hands_on_its_refusal(tmp_path, capfd):
     cfg = load(Path(DIGITS), [*TINY, f"run_dir={tmp_path}/c"])
-    apart.train_apart(cfg, tmp_path / "done.json", True, only_teacher=True)
+    comparison.train_apart(cfg, tmp_path / "done.json", True, only_teacher=True)
     peak = json.loads((tmp_path / "done.json").read_text())["peak_memory_gib"]
     assert 0.1 < peak < 8
     assert (tmp_path / "c/teacher.safetensors").exists()
     cfg.data.path = f"{tmp_path}/nothing.zip"
     with pytest.raises(SystemExit) as stopped:
-        apart.train_apart(cfg, tmp_path / "failed.json", True, only_teacher=True)
+        comparison.train_apart(cfg, tmp_path / "failed.json", True, only_teacher=True)
     assert stopped.value.code == 2
     assert "nothing.zip" in capfd.readouterr().err
     assert not (tmp_path / "failed.json").exists()
@@ -80,9 +80,9 @@ def test_a_process_of_its_own_knows_its_peak_memory_and_hands_on_its_refusal(tmp
 def test_the_length_is_remembered_and_only_for_the_same_seconds(tmp_path):
     cfg = load(Path(DIGITS), [*TINY, f"run_dir={tmp_path}/c"])
     (tmp_path / "kimg.json").write_text(json.dumps({"kimg": 1.25, "seconds": 3.0}))
-    assert timing.with_length(cfg, 3.0, tmp_path).train.kimg == 1.25
+    assert rehearsal.kimg_in(3.0, cfg, tmp_path / "kimg.json", of_teacher=False) == 1.25
     with pytest.raises(UserError, match="holds a run of 3 seconds, got 4"):
-        timing.with_length(cfg, 4.0, tmp_path)
+        rehearsal.kimg_in(4.0, cfg, tmp_path / "kimg.json", of_teacher=False)
 
 
 @pytest.mark.parametrize(

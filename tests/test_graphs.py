@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benches.rehearse import GPU, REHEARSING, Tape, on_host
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Draws, Method
-from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
@@ -70,7 +70,7 @@ def method_named(name: str, device=CPU) -> Method:
     if name == "teacher":
         return Teacher(EDMLoss(), tiny_net(device))
     if name == "tsm":
-        return TSM(TSMConfig(), tiny_net(device), tiny_net(device))
+        return TSM(tiny_net(device), tiny_net(device))
     net = tiny_net(device)
     method = METHODS[settings["name"]](**settings).build(net, net)
     if name == "light":

@@ -55,7 +55,7 @@ def test_landing_is_the_posterior_of_the_variance_preserving_process():
     V = 1 / (1 / s_s**2 + a**2 / v)
     wanted = image(V) * (image(a / v) * z_t + image(a_s / s_s**2) * x) + image(V.sqrt()) * xi
     jump = Jump(z_t / image(a_t), s_t / a_t, s_s / a_s, xi, None, batch_of(Mixture()))
-    torch.testing.assert_close(alternating(Mixture()).landed(jump, x) * image(a_s), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alternating(Mixture()).state_at_s(jump, x) * image(a_s), wanted, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
@@ -226,7 +226,7 @@ def test_on_one_batch_it_descends_half_the_squared_norm_of_mu(guidance):
     # μ as a function of x̃, z_s held, with the teacher written out on its own
     x, teacher = method.guess(jump), apart(pretrained(data), 3)
     teacher.load_state_dict(method.teacher.net.state_dict())
-    d = guided(teacher, guidance, method.landed(jump, x), jump.S_s, jump.labels)
+    d = guided(teacher, guidance, method.state_at_s(jump, x), jump.S_s, jump.labels)
     error = (method.weight(jump.S_s) * (x - d).square().sum((1, 2, 3))).mean()
     mu = torch.autograd.grad(error, list(teacher.parameters()), create_graph=True)
     scaled = [m.square() / (v.sqrt() + 1e-8) for m, v in zip(mu, method.state.v, strict=True)]

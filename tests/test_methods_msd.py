@@ -16,7 +16,7 @@ from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import SeedNoise, one_step
 from potstill.engine.methods.base import Pairs
 from potstill.engine.methods.dmd import DMD, DMDConfig
-from potstill.engine.methods.msd import TSM, TSMConfig, make_partition
+from potstill.engine.methods.msd import TSM, make_partition
 from potstill.engine.models.router import Partition, Router, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
@@ -167,13 +167,13 @@ def test_bad_settings(tmp_path, override, words):
 def test_teacher_score_matching_learns_the_teacher():
     """TSM's loss is zero for the teacher itself, and falls for a student that is not."""
     mixture = Mixture()
-    loss, _ = TSM(TSMConfig(), mixture, mixture).loss(batch_of(mixture, 64))
+    loss, _ = TSM(mixture, mixture).loss(batch_of(mixture, 64))
     assert loss.item() < 1e-9
     student = pretrained(mixture)
     with torch.no_grad():
         for p in student.parameters():
             p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    method = TSM(TSMConfig(), mixture, student)
+    method = TSM(mixture, student)
     before = method.loss(batch_of(mixture, 2048))[0].item()
     learn(method, mixture, 200)
     assert method.loss(batch_of(mixture, 2048))[0].item() < 0.2 * before
@@ -184,7 +184,7 @@ def test_teacher_score_matching_by_hand():
     with default_dtype(torch.float64):
         mixture = Mixture()
         student = apart(pretrained(mixture), 1)
-        method, batch = TSM(TSMConfig(), mixture, student), batch_of(mixture, 32)
+        method, batch = TSM(mixture, student), batch_of(mixture, 32)
         grads = gradients(method, "student", batch_of(mixture, 32))
         assert reached(grads) == {"student"}
         again = batch_of(mixture, 32).draws  # in the order of the method's own draws

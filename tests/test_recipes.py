@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from potstill.engine.config.library import find, names, text_of
 from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import build
-from potstill.engine.jobs.gallery import Gallery
+from potstill.engine.jobs.finish import Gallery
 from potstill.engine.jobs.job import Job
 from potstill.engine.models.weights import load_net, read_tensors, save_net
 from potstill.engine.training.loop import Interrupted

@@ -17,7 +17,7 @@ from potstill.engine import sample, train
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.diffusion.sigmas import digit_reversal, karras_at, strata
-from potstill.engine.jobs.lighter import lighten
+from potstill.engine.jobs.build import lighten
 from potstill.engine.methods.base import Draws, frozen
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.gdd import GDDConfig

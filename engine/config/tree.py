@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from yaml import YAMLError
 from potstill.engine.common.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find
-from potstill.engine.config.written import Recipes, as_written, kind_of
+from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.methods.msd import KINDS as PARTITIONS
 from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss
@@ -85,15 +86,9 @@ class NetConfig:
         at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
         at_least(self, 0, "augment_dim")
         probability(self, "dropout", "label_dropout")
-        wants(
-            self,
-            "channel_mult",
-            self.channel_mult is None or min(self.channel_mult, default=0) >= 1,
-            "a list of numbers from 1, one a resolution",
-        )
-        wants(
-            self, "resample_filter", self.resample_filter is None or sum(self.resample_filter) > 0, "a list of numbers whose sum is above 0"
-        )
+        channels, taps = self.channel_mult, self.resample_filter
+        wants(self, "channel_mult", channels is None or min(channels, default=0) >= 1, "a list of numbers from 1, one a resolution")
+        wants(self, "resample_filter", taps is None or sum(taps) > 0, "a list of numbers whose sum is above 0")
 
 
 @dataclass
@@ -187,21 +182,16 @@ for plugin in (_Groups, Recipes):
     Plugins.instance().register(plugin)
 
 
-def _store_schemas() -> None:
-    """Give Hydra the dataclasses that a recipe begins with."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for name, node in METHODS.items():
-        store.store(group="method", name=f"{name}_schema", node=node)
-
-
 def load(recipe: str | Path, overrides: list[str]) -> Config:
     """The settings of a recipe, by name or path, with `key=value` overrides. UserError for whatever does not fit the schema."""
     recipe = find(recipe)
     for override in overrides:
         if "=" not in override:
             raise UserError(f"wanted key=value, got {override!r}; e.g. train.batch=64")
-    _store_schemas()
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for name, node in METHODS.items():
+        store.store(group="method", name=f"{name}_schema", node=node)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
         try:
@@ -273,19 +263,21 @@ def _nested(override: str) -> dict[str, Any]:
     return tree
 
 
+def _kinds() -> Iterator[tuple[str, Any]]:
+    """The names and types of all settings, those of every method included."""
+    yield from kinds(Config).items()
+    for node in METHODS.values():
+        yield from ((f"method.{name}", kind) for name, kind in kinds(node).items())
+
+
 def _kind(key: str) -> Any:
-    return kind_of(Config, key, {"method": list(METHODS.values())})
+    """The type of a setting; None where there is none of this name."""
+    return next((kind for name, kind in _kinds() if fnmatchcase(key, name)), None)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved settings, as they are stored in a run folder."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
-
-
-def differences(a: DictConfig, b: DictConfig) -> list[str]:
-    """Keys (dotted) whose values differ between two trees."""
-    flat_a, flat_b = flat(OmegaConf.to_container(a)), flat(OmegaConf.to_container(b))
-    return [key for key in {**flat_a, **flat_b} if flat_a.get(key) != flat_b.get(key)]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -316,19 +308,11 @@ def _sentence(error: Exception, recipe: Path) -> str:
 
 
 def _no_such_setting(key: str, recipe: Path) -> str:
-    near = difflib.get_close_matches(key, _known_keys(recipe), 1, 0.3)
+    try:
+        known = list(flat(OmegaConf.to_container(compose(recipe.stem))))
+        known += sorted({key.rpartition(".")[0] for key in known} - {""})
+    except (HydraException, OmegaConfBaseException):  # a recipe that does not compose does not say which method's they are
+        known = [name for name, _ in _kinds()]
+    near = difflib.get_close_matches(key, known, 1, 0.3)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{recipe.name}: there is no setting {key!r}{hint}"
-
-
-def _known_keys(recipe: Path) -> list[str]:
-    """Every key that could be set: those of the recipe if it composes, else the schema's."""
-    try:
-        tree = OmegaConf.to_container(compose(recipe.stem))
-    except (HydraException, OmegaConfBaseException):
-        tree = OmegaConf.to_container(OmegaConf.structured(Config))
-        assert isinstance(tree, dict)
-        tree["method"] = {k: None for node in METHODS.values() for k in flat(OmegaConf.to_container(OmegaConf.structured(node)))}
-    keys = list(flat(tree))
-    parents = {key.rpartition(".")[0] for key in keys} - {""}
-    return keys + sorted(parents)

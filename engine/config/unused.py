@@ -6,7 +6,6 @@ dataclass says it of its own (`unused()`), and `across` of what follows from els
 
 import dataclasses
 import inspect
-from typing import Any
 
 from potstill.engine.common.checks import Unused
 from potstill.engine.config.tree import Config, flat
@@ -15,27 +14,21 @@ from potstill.engine.nets.denoiser import Denoiser
 
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     """All of them with their reasons, in one sentence; "" where there are none."""
+    rules = across(cfg, teacher, ranks)
+    for branch in ("data", "method", "students", "skipping"):
+        rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     names: dict[str, list[str]] = {}
-    for name, why in unused(cfg, teacher, ranks).items():
-        names.setdefault(why, []).append(name)
+    for name in given(cfg):
+        if why := next((why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")), None):
+            names.setdefault(why, []).append(name)
     parts = [f"{', '.join(found)} ({why})" for why, found in names.items()]
     return f"these settings do nothing here: {'; '.join(parts)}" if parts else ""
 
 
-def unused(cfg: Config, teacher: Denoiser, ranks: int = 1) -> Unused:
-    """{dotted name: why} of what was given and does nothing."""
-    rules = across(cfg, teacher, ranks)
-    for branch in ("data", "method", "students", "skipping"):
-        rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
-    found = {name: [why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")] for name in given(cfg)}
-    return {name: reasons[0] for name, reasons in found.items() if reasons}
-
-
-def given(cfg: Config) -> dict[str, Any]:
-    """The settings that differ from the schema's defaults: {dotted name: value}."""
-    default = Config(method=type(cfg.method)())
-    ours, theirs = flat(dataclasses.asdict(cfg)), flat(dataclasses.asdict(default))
-    return {name: value for name, value in ours.items() if name not in theirs or theirs[name] != value}
+def given(cfg: Config) -> list[str]:
+    """The dotted names of the settings that differ from the schema's defaults."""
+    ours, theirs = (flat(dataclasses.asdict(one)) for one in (cfg, Config(method=type(cfg.method)())))
+    return [name for name, value in ours.items() if name not in theirs or theirs[name] != value]
 
 
 def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
@@ -64,9 +57,5 @@ def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
     signature = inspect.signature(type(teacher.model)).parameters
     said = {name: one.default for name, one in signature.items()} | teacher.kwargs
     said |= {"precond": teacher.precond, "model_type": type(teacher.model).__name__, "conditional": bool(teacher.label_dim)}
-    ours = {name: value for name, value in vars(cfg.net).items() if value is not None}
-    return [name for name, value in ours.items() if name not in said or _plain(said[name]) != value]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    said = {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
+    return [name for name, value in vars(cfg.net).items() if value is not None and (name not in said or said[name] != value)]

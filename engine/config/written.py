@@ -9,6 +9,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -74,26 +75,21 @@ def is_text(kind: Any) -> bool:
     return kind is str or (set(get_args(kind)) == {str, type(None)})
 
 
-def kind_of(schema: type, key: str, choices: dict[str, list[type]]) -> Any:
-    """The type of the setting at a dotted key of a tree of dataclasses; None where there is no such setting.
+@cache
+def kinds(schema: type) -> dict[str, Any]:
+    """{dotted name: type} of every setting and branch of a tree of dataclasses; * stands for any name of a dictionary."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(schema).items():
+        found[name] = kind
+        if inner := branch_of(kind):
+            place = f"{name}.*" if get_origin(kind) is dict else name
+            found |= {f"{place}.{below}": one for below, one in kinds(inner).items()}
+    return found
 
-    choices: for a name of the tree that is one of several dataclasses, those; a setting of theirs has the first one's type.
-    """
-    name, _, rest = key.partition(".")
-    if not rest or name not in choices:
-        found = get_type_hints(schema).get(name)
-        return _within(found, rest, choices) if rest else found
-    return next((kind for one in choices[name] if (kind := kind_of(one, rest, {})) is not None), None)
 
-
-def _within(kind: Any, rest: str, choices: dict[str, list[type]]) -> Any:
-    """The type at `rest` below a setting of this type: a dataclass, a dataclass or null, or a dictionary of some."""
-    if get_origin(kind) is dict:
-        _, _, rest = rest.partition(".")
-        kind = get_args(kind)[1]
-        return _within(kind, rest, choices) if rest else kind
-    kind = next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
-    return kind_of(kind, rest, choices) if kind else None
+def branch_of(kind: Any) -> type | None:
+    """The dataclass below a setting of this type: a dataclass, one or null, or a dictionary of some; None for a value."""
+    return next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
 
 
 def _items(text: str) -> list[str]:

@@ -1,16 +1,23 @@
-"""From settings and files to what a run begins with: its images, a net of their size, its teacher."""
+"""From settings and files to what a run begins with: its images, a net of their size, its teacher, whole or without some layers."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, NetConfig
 from potstill.engine.data.images import Images, open_images
+from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
+from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.skipping.apply import Guard, Skipping
+from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 
 
 def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) -> Denoiser:
@@ -24,27 +31,27 @@ def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) ->
 
 
 def build_images(cfg: Config) -> Images | None:
-    """The data set of a run; None for a data-free run."""
+    """The data set of a run, synthetic for a rehearsal; None for a data-free run, and where there is nothing at its path yet."""
     if cfg.rehearse:
         return open_images(rehearsal_data(cfg))
-    if not cfg.data.path:
+    if not cfg.data.path or not is_there(cfg.data.path):
         return None
     return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled)
 
 
 def rehearsal_data(cfg: Config) -> str:
     """Synthetic images as large as the recipe's."""
-    digits, labelled = cfg.data.path == "digits", not cfg.data.unlabelled
-    some = 10 * cfg.method.needs().classes
-    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
-    size = "synthetic:8x1" if digits else f"synthetic:{cfg.data.resolution or 64}x3"
-    return f"{size}x{classes}" if classes and labelled else size
+    resolution, channels, classes = rehearsal_size(cfg)
+    return f"synthetic:{resolution}x{channels}" + f"x{classes}" * bool(classes)
 
 
 def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     """Resolution, channels and classes of those images."""
-    resolution, channels, classes = (int(s) for s in f"{rehearsal_data(cfg)}x0".partition(":")[2].split("x")[:3])
-    return resolution, channels, classes
+    some = 10 * cfg.method.needs().classes
+    digits = cfg.data.path == "digits"
+    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
+    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, 3)
+    return resolution, channels, 0 if cfg.data.unlabelled else classes
 
 
 def load_teacher(path: Path, images: Images | None) -> Denoiser:
@@ -79,3 +86,44 @@ def taught_sampler(file: Path) -> Sampler | None:
     """How a teacher is sampled that is a student of an earlier stage; None for one that denoises at every level."""
     own = read_metadata(file)
     return own_sampler(own, file) if own.get("method", "teacher") != "teacher" else None
+
+
+def lighten(method: Method, cfg: SkippingConfig, say: Callable[[str], None]) -> Guard | None:
+    """Let the method's teacher leave out layers as cfg says; returns the guard for its run, or None where nothing is asked.
+
+    UserError if the method has no teacher for that, or the plan is another teacher's.
+    """
+    walks = check_lighten(method, cfg)
+    if not cfg.plan and cfg.cache == 1:
+        return None
+    teacher: Denoiser = method.teacher  # pyright: ignore[reportAttributeAccessIssue]  # check_lighten has found it
+    plan = own_plan(cfg, teacher)
+    if (plan is None or plan.empty) and cfg.cache == 1:
+        say(f"skipping: {cfg.plan} leaves out nothing, so the teacher stays as it is")
+        return None
+    light = Skipping(teacher, plan, None if walks else method.teacher_level, cfg.cache)
+    method.teacher = light  # pyright: ignore[reportAttributeAccessIssue]
+    method.stratified = not walks
+    return Guard(light, cfg, say)
+
+
+def check_lighten(method: Method, cfg: SkippingConfig) -> bool:
+    """Does this method let its teacher walk? UserError if `cfg` asks for what its teacher cannot do."""
+    name = type(method).__name__
+    if (cfg.plan or cfg.cache > 1) and not isinstance(getattr(method, "teacher", None), Denoiser):
+        raise UserError(
+            f"skipping is for methods that ask a teacher for denoised images, and {name} does not: unset skipping.plan and skipping.cache"
+        )
+    walks = method.teacher_level(torch.zeros(1)) is None
+    if cfg.cache > 1 and not walks:
+        raise UserError(f"skipping.cache is for teachers that walk (method sfd), and {name} asks for single noise levels: set it to 1")
+    return walks
+
+
+def own_plan(cfg: SkippingConfig, teacher: Denoiser) -> Plan | None:
+    """The plan that cfg names, which must be this teacher's; None for none."""
+    if not cfg.plan:
+        return None
+    plan = load_plan(Path(cfg.plan).expanduser())
+    check_plan(plan, teacher, cfg.plan)
+    return plan

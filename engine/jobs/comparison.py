@@ -1,25 +1,109 @@
-"""What a comparison finds: the floor, the teacher and every method measured alike, curve by curve, and their pictures."""
+"""What potstill compare does with its runs: each trains in a process of its own, keeps snapshots, and is measured from them.
+
+So a run's peak memory is its own, and the clock of its training holds nothing else. The floor, the teacher and every method
+are measured alike, curve by curve, and shown side by side.
+"""
 
 import json
+import multiprocessing
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.common.cli import run
+from potstill.engine.config.tree import Config
 from potstill.engine.formats.pictures import sheet, stacked
 from potstill.engine.jobs import build
-from potstill.engine.jobs.folder import write_atomically
+from potstill.engine.jobs.finish import Nets
+from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.machine import device_title, versions
-from potstill.engine.jobs.snapshots import opened, snapshots_in, snapshots_of
+from potstill.engine.jobs.machine import device_title, peak_gib, versions
 from potstill.engine.measure.judge import Judge
 from potstill.engine.measure.report import write_report
-from potstill.engine.models.opening import STUDENT, open_models
-from potstill.engine.models.weights import read_metadata
+from potstill.engine.models.opening import STUDENT, open_models, own_sampler
+from potstill.engine.models.router import Router
+from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.training.loop import Interrupted, signals
+from potstill.engine.training.run import Run
 
 SHOWN = 30  # pictures of each method in samples.png
+
+
+class SnapshotJob(Job):
+    """A run that writes its product every train.eval_kimg, and measures nothing itself."""
+
+    def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
+        """Write the average of the weights as it is now; the file says after how many images and seconds."""
+        self.save(run, folder / "snapshots" / f"{run.images_seen:010d}.safetensors")
+        return {}
+
+    def say_unused(self, teacher: Any) -> None:
+        """Nothing: the teacher's file beside settings of its training is the comparison's doing, not the user's."""
+
+    def measure(self, nets: Nets) -> dict[str, Any]:
+        """Nothing: it is done for all methods at once, from the snapshots."""
+        return {}
+
+
+def curve(job: Job, judge: Judge, *folders: Path) -> list[dict[str, Any]]:
+    """A point for every moment with snapshots in these folders, the earliest first; of several students each has its folder.
+
+    images and seconds are what the net of that moment took (of several students: the sum), scores its distances.
+    """
+    points = []
+    for files in zip(*(sorted((folder / "snapshots").glob("*.safetensors")) for folder in folders), strict=True):
+        nets, metas = zip(*(load_net(file) for file in files), strict=True)
+        net = Router(nets, job.partition) if job.partition and len(nets) > 1 else nets[0]
+        sampler = own_sampler(metas[0], files[0])
+        assert sampler is not None
+        took = {"images": round(1000 * sum(m["kimg"] for m in metas)), "seconds": round(sum(m["seconds"] for m in metas), 1)}
+        points.append(took | {"scores": judge.scores(job.prepared(net).eval(), sampler)})
+    return points
+
+
+def train_apart(cfg: Config, record: Path, apart: bool, *, only_teacher: bool) -> None:
+    """`train_here` in a process of its own, or in this one; ends this command where a signal ended it."""
+    if not apart:
+        return train_here(cfg, record, only_teacher, alone=False)
+    process = multiprocessing.get_context("spawn").Process(target=child, args=(cfg, record, only_teacher))
+    with signals() as caught:  # Ctrl-C reaches the child too, which saves before it ends
+        process.start()
+        while process.is_alive():
+            process.join(0.2)
+            if signal.SIGTERM in caught:
+                process.terminate()
+    if process.exitcode:
+        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
+    if caught:
+        sys.exit(128 + caught[0])
+
+
+def child(cfg: Config, record: Path, only_teacher: bool) -> None:
+    """What the other process does; its exit code says how it ended."""
+    try:
+        run(lambda _: train_here(cfg, record, only_teacher, alone=True))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+
+
+def train_here(cfg: Config, record: Path, only_teacher: bool, alone: bool) -> None:
+    """Train, and note the peak memory in `record`: on a CPU it is the process's, so None where others ran in it before."""
+    job = SnapshotJob(cfg)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
+    if only_teacher:
+        torch.manual_seed(cfg.seed)
+        job.teacher()
+    else:
+        job.run()
+    peak = peak_gib(job.device) if alone or job.device.type == "cuda" else None
+    write_atomically(record, json.dumps({"peak_memory_gib": peak}))
 
 
 def floor_and_teacher(job: Job, teacher: Denoiser, judge: Judge, folder: Path) -> dict[str, Any]:
@@ -33,7 +117,7 @@ def floor_and_teacher(job: Job, teacher: Denoiser, judge: Judge, folder: Path) -
         "teacher": {
             "fd": first_score(scores), "nfe": sampler.nfe, "scores": scores, "parameters": sum(p.numel() for p in teacher.parameters()),
             **effort(images, seconds, folder / "teacher-trained.json"),
-            "curve": [point(judge, *opened(job, [file])) for file in snapshots_in(folder / "teacher")],
+            "curve": curve(job, judge, folder / "teacher"),
         },
         "methods": {},
         "device": device_title(job.device),
@@ -44,24 +128,20 @@ def floor_and_teacher(job: Job, teacher: Denoiser, judge: Judge, folder: Path) -
 
 def method_measured(job: Job, judge: Judge, teacher: Denoiser) -> dict[str, Any]:
     """The curve of one method, from the weights it started with to its last snapshot, and what it took."""
-    curve = []
+    points, files = [], [job.student_file(k) for k in range(job.cfg.students.count)]
     if job.cfg.students.net is None:
         method = job.cfg.method.build(teacher, teacher)
         scores = judge.scores(job.prepared(method.nets["student"]).eval(), method.sampler)
-        curve.append({"images": 0, "seconds": 0.0, "scores": scores})
-    moments = [opened(job, files) for files in snapshots_of(job)]
-    curve += [point(judge, *moment) for moment in moments]
-    sampler, last, finished = moments[-1][1], curve[-1], json.loads((job.dir / "summary.json").read_text(encoding="utf-8"))
+        points.append({"images": 0, "seconds": 0.0, "scores": scores})
+    points += curve(job, judge, *(file.parent for file in files))
+    sampler, scores = own_sampler(read_metadata(files[0]), files[0]), points[-1]["scores"]
+    assert sampler is not None
+    finished = json.loads((job.dir / "summary.json").read_text(encoding="utf-8"))
     return {
-        "fd": first_score(last["scores"]), "nfe": sampler.nfe, "scores": last["scores"],
+        "fd": first_score(scores), "nfe": sampler.nfe, "scores": scores,
         **effort(finished["images_seen"]["student"], finished["seconds"]["student"], job.dir / "trained.json"),
-        "curve": curve,
+        "curve": points,
     }  # fmt: skip
-
-
-def point(judge: Judge, net: Any, sampler: Sampler, took: dict[str, Any]) -> dict[str, Any]:
-    """One point of a curve."""
-    return took | {"scores": judge.scores(net, sampler)}
 
 
 def effort(images: int, seconds: float, record: Path) -> dict[str, Any]:
@@ -86,7 +166,7 @@ def finish_run(job: Job, summary: dict[str, Any], name: str) -> None:
         for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))
     }
     own = json.loads(path.read_text(encoding="utf-8")) | {"floor": summary["floor"], **found}
-    write_atomically(path, json.dumps(own, indent=2) + "\n")
+    write_json(path, own)
     write_report(job.dir)
 
 

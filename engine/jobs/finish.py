@@ -1,16 +1,92 @@
-"""The end of a run: distances of teacher, student and real images, samples.png, and the summary."""
+"""The end of a run: the Fréchet distances of teacher, student and real images, their pictures, and the summary."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from potstill.engine.config.tree import EvalConfig
+from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import save_png, sheet
-from potstill.engine.jobs.distance import Distance
-from potstill.engine.jobs.gallery import Gallery
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.measure.features import Features
+from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.score import Reference, reference, score
+from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+
+
+class Distance:
+    """From these images; nothing is loaded before it is asked for."""
+
+    def __init__(self, cfg: EvalConfig, images: Images, device: torch.device):
+        self.images, self.name, self.device = images, cfg.features, device
+        self.settings: dict[str, Any] = {
+            "n": cfg.n or min(len(images), 50_000), "seed": cfg.seed, "batch": cfg.batch, "device": device
+        }  # fmt: skip
+
+    @cached_property
+    def features(self) -> Features:
+        return features_by_name(self.name).to(self.device)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return reference(self.images, self.features, **self.settings)
+
+    def try_features(self) -> None:
+        """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
+        side = self.images.resolution
+        with torch.no_grad():
+            self.features.measure(torch.zeros(1, self.images.channels, side, side, dtype=torch.uint8, device=self.device))
+
+    def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
+        """The distance of this net's images, with everything needed to repeat it."""
+        settings = self.settings | {"against": self.reference, "progress": progress}
+        return score(net.eval(), sampler, self.images, self.features, **settings)
+
+
+class Gallery:
+    """What one data set's pictures show; `images` is None for a data-free run."""
+
+    count = 60  # divides into rows of 10 classes
+
+    def __init__(self, images: Images | None, device: torch.device):
+        self.images, self.device = images, device
+
+    def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
+        """Generated images [60, C, H, W], uint8."""
+        labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else None
+        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device)))
+
+    def real(self) -> torch.Tensor:
+        """As many real images, uint8."""
+        assert self.images is not None
+        return torch.from_numpy(np.stack([self.images.read(int(i)) for i in self.real_places()]))
+
+    def real_places(self) -> np.ndarray:
+        """Where these lie in the data set; of a labelled one, classes in columns like the samples."""
+        assert self.images is not None
+        if self.images.labels is None:
+            return np.linspace(0, len(self.images) - 1, self.count).astype(int)
+        of_class = [np.flatnonzero(self.images.labels == c) for c in self.classes(self.images.label_dim)]
+        columns = len(of_class)
+        return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.count)])
+
+    def columns(self, net: Denoiser) -> int:
+        """How many pictures stand side by side."""
+        classes = len(self.classes(net.label_dim))
+        return classes if net.label_dim and classes > 1 else 10
+
+    def classes(self, label_dim: int) -> np.ndarray:
+        """The classes in the columns: the first ten that have images; without labelled data, the first ten."""
+        labels = None if self.images is None else self.images.labels
+        return (np.arange(label_dim) if labels is None else np.unique(labels))[:10]
+
 
 Nets = dict[str, tuple[Denoiser, Sampler]]  # {"teacher": …, "student": …}: each net and how it is sampled
 
@@ -19,11 +95,8 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
     """The distance of each net and of real images from the data; without data, the number of evaluations alone."""
     if distance is None:
         return {name: {"nfe": sampler.nfe} for name, (_, sampler) in nets.items()}
-    against = distance.reference
-    found: dict[str, Any] = {"floor": {"fd": against.floor, "kind": against.floor_kind}}
-    for name, (net, sampler) in nets.items():
-        found[name] = distance.of(net, sampler, progress=f"measuring the {name}")
-    return found
+    floor = {"fd": distance.reference.floor, "kind": distance.reference.floor_kind}
+    return {"floor": floor} | {name: distance.of(*net, progress=f"measuring the {name}") for name, net in nets.items()}
 
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:

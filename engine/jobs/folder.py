@@ -1,14 +1,16 @@
 """The run folder and its config.yaml: a run is only ever continued with the settings it began with."""
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import whole
-from potstill.engine.config.tree import Config, differences, to_yaml
+from potstill.engine.config.tree import Config, flat, to_yaml
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")
@@ -51,15 +53,17 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def check_settings(before: str, now: str, folder: Path) -> None:
     """UserError where a setting differs between two files of settings that may not."""
     unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    old, new = OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)
-    assert isinstance(old, DictConfig) and isinstance(new, DictConfig)
-    changed = [k for k in differences(old, new) if not _free(k) and k.rpartition(".")[2] not in FREE_OF_STAGE]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{folder} holds a run with other settings: {key} was {OmegaConf.select(old, key)!r}, now {OmegaConf.select(new, key)!r}; "
-            f"give a new run_dir=, or remove {folder} to start over"
-        )
+    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)))
+    for key in old | new:
+        if old.get(key) != new.get(key) and not _free(key):
+            raise UserError(
+                f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}; "
+                f"give a new run_dir=, or remove {folder} to start over"
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -68,4 +72,5 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _free(key: str) -> bool:
-    return ".fsdp." in key or any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    free = any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+    return free or ".fsdp." in key or key.rpartition(".")[2] in FREE_OF_STAGE

@@ -1,6 +1,5 @@
 """One run: the teacher is trained if need be, then the student or students, then it is measured, drawn and reported."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +12,13 @@ from potstill.engine.config.tree import Config
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
-from potstill.engine.jobs.distance import Distance
-from potstill.engine.jobs.finish import Nets, draw, measured, print_result, summary_of
-from potstill.engine.jobs.folder import check_folder, prepare, write_atomically
-from potstill.engine.jobs.gallery import Gallery
-from potstill.engine.jobs.lighter import lighten
-from potstill.engine.jobs.on_paper import check_on_paper
-from potstill.engine.jobs.pairs import pairs_of
-from potstill.engine.jobs.students import earlier_folder, listed, load_earlier
+from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
+from potstill.engine.jobs.folder import check_folder, prepare, write_json
+from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
-from potstill.engine.methods.msd import TSM, TSMConfig
+from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
@@ -50,7 +44,7 @@ class Job(Workplace):
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.gallery = Gallery(self.images, self.device)
         self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device)
-        self.on_paper = check_on_paper(cfg, self.images, self.dir, ranks)
+        self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
         self.partition = self.on_paper.partition
         self.say_unused(self.on_paper.teacher)
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
@@ -85,7 +79,6 @@ class Job(Workplace):
             partition = self.partition
             self.ranks.alone(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
-        self.student = student
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.alone(lambda: self.finish(nets))
 
@@ -95,11 +88,14 @@ class Job(Workplace):
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
         if not given and not self.exists(here):
-            assert self.images is not None
-            net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
-            method = Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
-            self.save(self.stage(method, self.cfg.teacher.train, self.dir / "teacher"), here)
+            self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
         return self.prepared(build.load_teacher(given or here, self.images))
+
+    def new_teacher(self) -> Teacher:
+        """The training of a teacher that knows nothing yet."""
+        assert self.images is not None
+        net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
+        return Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
 
     def matched_start(self, teacher: Denoiser) -> Denoiser:
         """What the students start as: the teacher, or a net of another shape that has learnt its scores (TSM)."""
@@ -109,7 +105,7 @@ class Job(Workplace):
         here = self.dir / "tsm.safetensors"
         if not self.exists(here):
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
-            method = TSM(TSMConfig(), teacher, self.prepared(net, students.tsm))
+            method = TSM(teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
         return self.prepared(load_net(here)[0])
 
@@ -117,13 +113,14 @@ class Job(Workplace):
         """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
         method = self.cfg.method.build(teacher, start)
         if earlier := earlier_folder(self.cfg, k):
-            load_earlier(method, earlier)
+            for name, weights in earlier_weights(method, earlier).items():
+                method.nets[name].load_state_dict(weights, strict=False)  # parts that it may lack stay new, and optimisers are new
         if wanted := self.cfg.method.needs().pairs:
-            method.pairs = pairs_of(self, teacher, wanted)
+            method.pairs = self.pairs(teacher, wanted)
         for note in method.notes:
             self.say(note)
         sampler = method.sampler
-        guard = lighten(method, self.cfg.skipping, self.say)
+        guard = build.lighten(method, self.cfg.skipping, self.say)
         share = k if self.partition else None
         run = self.stage(method, self.cfg.train, self.student_file(k).parent, share, guard, spare=(teacher, start))
         self.prepared(teacher)
@@ -165,13 +162,9 @@ class Job(Workplace):
 
     def draw(self, run: Run, folder: Path) -> dict[str, float]:
         """A grid of samples from the same noise every time."""
-        net: Any = run.average()
-
-        def write() -> None:
-            pictures = self.gallery.samples(net, run.method.sampler)
-            save_png(grid(pictures, columns=self.gallery.columns(net)), folder / "samples" / f"{round(run.images_seen):010d}.png")
-
-        self.ranks.alone(write)
+        net, path = run.average(), folder / "samples" / f"{run.images_seen:010d}.png"
+        assert isinstance(net, Denoiser)
+        self.ranks.alone(lambda: save_png(grid(self.gallery.samples(net, run.method.sampler), self.gallery.columns(net)), path))
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
@@ -193,7 +186,7 @@ class Job(Workplace):
         found = self.measure(nets)
         files = [self.student_file(k) for k in range(self.cfg.students.count)]
         summary = summary_of(self, files, nets["teacher"][0], found, self.graphs, time.perf_counter() - self.began)
-        write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_json(self.dir / "summary.json", summary)
         write_report(self.dir)
         print_result(summary, self.dir)
         return summary

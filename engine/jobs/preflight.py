@@ -1,27 +1,36 @@
 """What a run checks before it trains anything; --dry-run does the very same.
 
 A value that no run can use is an error of its own dataclass (`engine.common.checks`). Here is what depends on something else: the device,
-the number of ranks, other settings, files, packages.
+the number of ranks, other settings, files, packages. And the run on paper: its teacher and method on the meta device, so that what is
+wrong with them is found now and not after hours of training the teacher. What lies on disk is opened; of what does not yet, there is a
+stand-in of the size that the settings name.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from potstill.engine.common.download import cached_path, is_url
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.extras import Extra
 from potstill.engine.config.tree import Config
+from potstill.engine.data.images import Images
 from potstill.engine.data.sources import is_there
-from potstill.engine.jobs import machine
-from potstill.engine.jobs.students import earlier_folder
+from potstill.engine.jobs import build, machine
+from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.measure import inception
 from potstill.engine.measure.named import check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
+from potstill.engine.models.router import Partition
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.compile import check_compile
 from potstill.engine.training.graphs import check_graphs
 from potstill.engine.training.parallel import check_shares
+from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import TrainConfig
 from potstill.kernels import cuda
 
@@ -85,20 +94,6 @@ def check_optimizers(cfg: Config, method: Method) -> None:
             raise UserError(f"{name}.optim wants {' or '.join(sorted(wanted))}, which are trained here, got {unknown[0]!r}")
 
 
-def check_no_plan(cfg: Config) -> None:
-    """UserError for a plan of layers to skip where the teacher is yet to be trained: it cannot be that one's."""
-    if cfg.skipping.plan:
-        raise UserError(
-            f"skipping.plan={cfg.skipping.plan} was made for one teacher, and this run would train another: give teacher.checkpoint=FILE, or "
-            "train the teacher first and probe it (potstill probe)"
-        )
-
-
-def data_is_there(cfg: Config) -> bool:
-    """Are there images to open? A rehearsal makes its own."""
-    return cfg.rehearse or bool(cfg.data.path and is_there(cfg.data.path))
-
-
 def missing(cfg: Config) -> list[str]:
     """What a run needs and does not find on disk, with the commands that get it."""
     wants = []
@@ -115,13 +110,8 @@ def missing(cfg: Config) -> list[str]:
         wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
     if (earlier := earlier_folder(cfg, cfg.student or 0)) and not checkpoints(earlier / "checkpoints"):
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
-    return wants + [sentence for extra in extras(cfg) for sentence in extra.missing()]
-
-
-def extras(cfg: Config) -> list[Extra]:
-    """Optional packages that the settings ask for."""
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
-    return [*cfg.method.needs().extras, *logs]
+    return wants + [sentence for extra in (*cfg.method.needs().extras, *logs) for sentence in extra.missing()]
 
 
 def check_complete(cfg: Config) -> None:
@@ -135,3 +125,63 @@ def unfetched(features: str) -> str | None:
     """The address that these features must be downloaded from before they can be tried; None where they lie on disk."""
     url = inception.URL if features == "inception" else features.partition(":")[2]
     return url if is_url(url) and not cached_path(url).is_file() else None
+
+
+class OnPaper(NamedTuple):
+    """Nets without numbers, and which student has which classes; None where there is one student."""
+
+    teacher: Denoiser
+    method: Method
+    partition: Partition | None
+    empty: list[int]  # classes that no image shows
+
+
+def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> OnPaper:
+    """The run of these settings on these images, None where there are none or not yet. UserError for what cannot be."""
+    check_images(cfg, images, ranks.count)
+    teacher = teacher_on_paper(cfg, images, folder, ranks)
+    with torch.device("meta"):
+        teacher = teacher.to("meta")
+        students = cfg.students.net
+        start = build.build_net(students, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if students else None
+        method = cfg.method.build(teacher, start or teacher)
+    build.check_lighten(method, cfg.skipping)
+    check_optimizers(cfg, method)
+    if not cfg.data.path and cfg.method.needs().data:
+        raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
+    if not cfg.data.path and students:
+        raise UserError("students.net is trained on real images first: set data.path")
+    known = images is not None or not cfg.data.path  # else which classes there are is not known yet
+    partition = partition_of(cfg, teacher.label_dim, images) if known else None
+    if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints"):
+        earlier_weights(method, earlier)
+    return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim))
+
+
+def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
+    """UserError where there are too few images for anything."""
+    if not cfg.data.path and not cfg.teacher.checkpoint:
+        raise UserError("data.path=null wants teacher.checkpoint=FILE.safetensors: a teacher cannot be trained without data")
+    if images is not None and len(images) < 2:
+        raise UserError(f"{images.name} has 1 image, a run wants at least 2: it ends with a distance between distributions")
+    if images is not None and len(images) < ranks:
+        raise UserError(f"{ranks} ranks want as many images, {images.name} has {len(images)}: start fewer")
+
+
+def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Denoiser:
+    """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images."""
+    given = cfg.teacher.checkpoint
+    file = Path(given).expanduser() if given else folder / "teacher.safetensors"
+    if ranks.agree(file.is_file()):
+        teacher = build.load_teacher(file, images)
+        build.own_plan(cfg.skipping, teacher)
+        build.taught_sampler(file)
+        return teacher
+    if not given and cfg.skipping.plan:
+        raise UserError(
+            f"skipping.plan={cfg.skipping.plan} was made for one teacher, and this run would train another: give teacher.checkpoint=FILE, or "
+            "train the teacher first and probe it (potstill probe)"
+        )
+    size = build.rehearsal_size(cfg) if images is None else (images.resolution, images.channels, images.label_dim)
+    with torch.device("meta"):
+        return build.build_net(cfg.net, *size)

@@ -1,22 +1,24 @@
-"""What a recipe would cost, before it runs: sizes on paper (--dry-run), or a few iterations for real (rehearse=true)."""
+"""What a recipe costs before it runs: sizes on paper (--dry-run), a few iterations for real (rehearse=true), images in so many seconds."""
 
 import dataclasses
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
-from potstill.engine.jobs import build, machine, preflight
+from potstill.engine.jobs import build, preflight
+from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.machine import device_title, peak_gib
-from potstill.engine.jobs.pairs import timing_pairs
-from potstill.engine.jobs.timing import seconds_taken
-from potstill.engine.jobs.workplace import say
-from potstill.engine.models.opening import device_named
-from potstill.engine.nets.layers import set_checkpointing
+from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
+from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.methods.base import Pairs
+from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
 #: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
@@ -47,16 +49,13 @@ def dry_run(cfg: Config) -> None:
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     preflight.check_settings(cfg)
-    device = device_named(cfg.device)
-    dtype, _ = machine.set_up(cfg, device, say)
-    images = build.build_images(cfg)
+    place = Workplace(cfg, ALONE)
+    images, device, dtype = place.images, place.device, place.dtype
     assert images is not None
     batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
     if device.type == "cpu" and batch > 8:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
-    net = build.build_net(cfg.net, images.resolution, images.channels, images.label_dim).to(device)
-    net.compute_dtype = dtype
-    set_checkpointing(net, cfg.train.activation_checkpointing)
+    net = place.prepared(build.build_net(cfg.net, images.resolution, images.channels, images.label_dim))
     method = cfg.method.build(net, net)
     for one in method.nets.values():
         one.to(device)
@@ -65,28 +64,25 @@ def rehearse(cfg: Config) -> None:
     warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
-    method.pairs = timing_pairs(stream) if cfg.method.needs().pairs else None
-    say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
+    method.pairs = stand_in_pairs(cfg, stream)
+    place.say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
     flops = counted(run, stream, period)
     seconds_taken(run, stream, range(period, period + warmup))
     seconds = seconds_taken(run, stream, range(period + warmup, period + warmup + timed)) / timed
     hours = seconds / batch * cfg.train.kimg * 1000 / 3600
-    print(
-        json.dumps(
-            {
-                "images_per_second": round(batch / seconds, 2),
-                "seconds_per_iteration": round(seconds, 4),
-                "batch": batch,
-                "peak_memory_gib": peak_gib(device),
-                "parameters": sum(p.numel() for p in net.parameters()),
-                "projected_hours": round(hours, 2),
-                "graphs": run.graph_report(),
-                "gflop_per_image": round(flops / batch / 1e9, 2),
-                "mfu": mfu(flops / seconds, device),
-                "device": device_title(device),
-            }
-        )
-    )
+    found = {
+        "images_per_second": round(batch / seconds, 2),
+        "seconds_per_iteration": round(seconds, 4),
+        "batch": batch,
+        "peak_memory_gib": peak_gib(device),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "projected_hours": round(hours, 2),
+        "graphs": run.graph_report(),
+        "gflop_per_image": round(flops / batch / 1e9, 2),
+        "mfu": mfu(flops / seconds, device),
+        "device": device_title(device),
+    }
+    print(json.dumps(found))
 
 
 def counted(run: Run, stream: Stream, iterations: int) -> float:
@@ -104,3 +100,53 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
     return None if peak is None else round(flops_per_second / peak, 4)
+
+
+def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> float:
+    """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`."""
+    if stored.exists():
+        before = json.loads(stored.read_text(encoding="utf-8"))
+        if before["seconds"] != seconds:
+            raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
+        return before["kimg"]
+    job, stage = Job(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
+    stream = job.stream(stage, None)
+    if of_teacher:
+        method = job.new_teacher()
+    else:
+        teacher = job.teacher()
+        method = cfg.method.build(teacher, teacher)
+        method.pairs = stand_in_pairs(cfg, stream)
+    kimg = seconds / seconds_per_iteration(Run(method, stage, cfg.seed, job.device), stream, 0.03 * seconds) * stage.batch / 1000
+    write_atomically(stored, json.dumps({"kimg": kimg, "seconds": seconds}))
+    return kimg
+
+
+def seconds_per_iteration(run: Run, stream: Any, least: float) -> float:
+    """By whole periods of the method's turns, for at least `least` seconds, after two iterations that do not count."""
+    for net in run.method.nets.values():
+        net.to(run.device)
+    period = max(turn.every for turn in run.method.turns)
+    seconds_taken(run, stream, range(2))
+    seconds, step, rounds = 0.0, 2, period * max(1, round(8 / period))
+    while step == 2 or seconds < least:
+        seconds += seconds_taken(run, stream, range(step, step + rounds))
+        step += rounds
+    return seconds / (step - 2)
+
+
+def seconds_taken(run: Run, stream: Any, steps: range) -> float:
+    """How long these iterations take, the device's work included."""
+    start = time.perf_counter()
+    for step in steps:
+        run.take(*stream.at(step))
+    synchronize(run.device)
+    return time.perf_counter() - start
+
+
+def stand_in_pairs(cfg: Config, stream: Any) -> Pairs | None:
+    """Pairs of the right shapes where only time and memory count: the first batch's images instead of samples; None if not needed."""
+    if not cfg.method.needs().pairs:
+        return None
+    images, labels = stream.at(0)
+    return Pairs(torch.randn_like(images), images, labels)

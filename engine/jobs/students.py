@@ -73,12 +73,6 @@ def earlier_folder(cfg: Config, student: int) -> Path | None:
     return student_folder(folder, student) if cfg.students.count > 1 else folder
 
 
-def load_earlier(method: Method, folder: Path) -> None:
-    """Load the method's nets from another run's last checkpoint; parts that it may lack stay new, and optimisers are new."""
-    for name, weights in earlier_weights(method, folder).items():
-        method.nets[name].load_state_dict(weights, strict=False)
-
-
 def earlier_weights(method: Method, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights for each of the method's nets in another run's last checkpoint. UserError unless they fit (`may_be_new` apart)."""
     state = load_newest(folder / "checkpoints", "cpu")

@@ -1,17 +1,21 @@
-"""Where a run works: its folder, the device and precision of its nets, its images, and the ranks that share the work."""
+"""Where a run works: its folder, the device and precision of its nets, its images and pairs, and the ranks that share the work."""
 
 import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from potstill.engine.config.tree import Config
 from potstill.engine.data.sampler import Stream
-from potstill.engine.jobs import build, machine, preflight
+from potstill.engine.diffusion.sampling import heun
+from potstill.engine.jobs import build, machine
+from potstill.engine.methods.base import Pairs, PairsNeeded
+from potstill.engine.models.generate import one_hot, write_pairs
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.weights import read_metadata, save_net
+from potstill.engine.models.weights import read_metadata, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import set_checkpointing
 from potstill.engine.training.ranks import Ranks
@@ -26,12 +30,12 @@ class Workplace:
         self.given_teacher = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
         self.device = ranks.connect(device_named(cfg.device))
         self.dtype, self.why_dtype = machine.set_up(cfg, self.device, self.say)
-        self.images = build.build_images(cfg) if preflight.data_is_there(cfg) else None
+        self.images = build.build_images(cfg)
 
     def say(self, text: str) -> None:
         """Print a line on stderr, once for all ranks."""
         if self.ranks.first:
-            say(text)
+            print(text, file=sys.stderr)
 
     def exists(self, path: Path) -> bool:
         """Did this file exist when rank 0 looked?"""
@@ -53,6 +57,19 @@ class Workplace:
         return Stream(
             images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device, window=window
         )
+
+    def pairs(self, teacher: Denoiser, wanted: PairsNeeded) -> Pairs:
+        """Pairs of noise and the teacher's sample from it, made once: the same for all students of the run, classes in turn."""
+        path = self.dir / "pairs.safetensors"
+        if not self.exists(path):
+            self.say(f"making {wanted.number} pairs with {wanted.steps} steps of the teacher")
+            labels = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
+            sampler, batch = heun(teacher, wanted.steps), self.cfg.eval.batch
+            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, wanted.number, batch, self.device))
+        tensors, _ = read_tensors(path)
+        classes = tensors.get("labels")
+        labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
+        return Pairs(tensors["z"].to(self.device), tensors["y"].to(self.device).float() / 127.5 - 1, labels)
 
     def save(self, run: Run, path: Path, **more: Any) -> None:
         """Write the average of a run's product as a weight file that says what it is and where it comes from."""
@@ -82,7 +99,3 @@ class NoImages:
 
     def at(self, step: int) -> tuple[torch.Tensor, None]:
         return self.blank, None
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)

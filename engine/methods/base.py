@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ Net = TypeVar("Net", bound=nn.Module)
 class PairsNeeded(NamedTuple):
     """How many pairs of noise and the teacher's sample from it, and Heun's steps for each."""
 
-    count: int
+    number: int
     steps: int
 
 
@@ -92,12 +92,7 @@ class Turn:
     after: int = 0  # the first iteration that takes this turn
 
 
-class Host(Protocol):
-    """A generator on the host, as far as it is asked: random.Random, or what stands in for it."""
-
-    def choice(self, options: Any, /) -> Any: ...
-
-
+@dataclass(eq=False)
 class Draws:
     """Random numbers of one iteration, a function of (seed, iteration, sample index) and of nothing else.
 
@@ -105,17 +100,12 @@ class Draws:
     the number of ranks nor the micro-batch size changes a single number, and a resumed run needs no generator state.
     """
 
-    def __init__(
-        self,
-        generator: torch.Generator,
-        total: int,
-        window: slice,
-        host: Host,
-        classes: Tensor | None = None,
-        stratified: bool = False,
-    ):
-        self.generator, self.total, self.window, self.host, self.classes = generator, total, window, host, classes
-        self.stratified = stratified
+    generator: torch.Generator
+    total: int  # samples of the global batch
+    window: slice
+    host: Any  # a generator on the host: random.Random, or what stands in for it
+    classes: Tensor | None = None  # those that labels are drawn from; None: all
+    stratified: bool = False
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normals, [n, *shape] for the n samples of the window."""
@@ -127,8 +117,7 @@ class Draws:
 
     def integers(self, low: int, high: int) -> Tensor:
         """Uniform integers in low … high, both included, [n]."""
-        draws = torch.randint(low, high + 1, (self.total,), generator=self.generator, device=self.generator.device)
-        return draws[self.window]
+        return torch.randint(low, high + 1, (self.total,), generator=self.generator, device=self.generator.device)[self.window]
 
     def level(self) -> Tensor:
         """Uniform on [0, 1), [n]: where in its law each sample's noise level for the teacher lies.
@@ -146,10 +135,11 @@ class Draws:
         slices = _slices(self.total, *self.window.indices(self.total), self.generator.device)
         return (slices + torch.rand(self.total, generator=self.generator, device=self.generator.device)) / self.total
 
-    def labels(self, label_dim: int) -> Tensor:
-        """Uniform classes as one-hot rows [n, label_dim]; only those of the student's share, where it has one."""
-        among = label_dim if self.classes is None else len(self.classes)
-        drawn = self.integers(0, among - 1)
+    def labels(self, label_dim: int) -> Tensor | None:
+        """Uniform classes as one-hot rows [n, label_dim]; only those of the student's share, where it has one. None without classes."""
+        if not label_dim:
+            return None
+        drawn = self.integers(0, (label_dim if self.classes is None else len(self.classes)) - 1)
         drawn = drawn if self.classes is None else self.classes[drawn]
         return torch.zeros(len(drawn), label_dim, device=drawn.device).scatter_(1, drawn[:, None], 1.0)
 

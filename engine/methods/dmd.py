@@ -25,7 +25,7 @@ from potstill.engine.common.checks import Unused, above, at_least, one_of, windo
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, PairsNeeded, Turn, copied, frozen, integer_at
-from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.features import LPIPS, lpips_extra
@@ -112,7 +112,7 @@ class DMD(Method):
         return grid_level(integer_at(u, *self.cfg.match_index))
 
     def begin(self, batch: Batch) -> Shared:
-        return Shared(batch, random_labels(self.student, batch.draws))
+        return Shared(batch, batch.draws.labels(self.student.label_dim))
 
     def student_loss(self, it: Shared) -> tuple[Tensor, Logs]:
         """Move x along fake - real, and towards images the head takes for real."""

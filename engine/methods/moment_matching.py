@@ -22,7 +22,7 @@ the start and every `measure_every` iterations; every micro-batch pairs its own 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class Jump:
     batch: Batch
 
     def part(self, window: slice) -> "Jump":
-        labels = self.labels[window] if self.labels is not None else None
-        return Jump(self.z_t[window], self.S_t[window], self.S_s[window], self.xi[window], labels, self.batch)
+        """The jumps of some samples of the batch."""
+        return replace(self, **{name: value[window] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 class MomentMatching(Method):
@@ -135,7 +135,7 @@ class MomentMatching(Method):
         """x̃ = g_η(z_t)."""
         return self.student(jump.z_t, jump.S_t, jump.labels)
 
-    def landed(self, jump: Jump, x: Tensor) -> Tensor:
+    def state_at_s(self, jump: Jump, x: Tensor) -> Tensor:
         """z_s, without gradient; computed in float64, for S spans five decades."""
         S_t, S_s = jump.S_t.double()[:, None, None, None], jump.S_s.double()[:, None, None, None]
         return posterior(x.detach(), jump.z_t, S_t, S_s, jump.xi).to(x.dtype)
@@ -155,7 +155,7 @@ class Alternating(MomentMatching):
         """L_φ: denoise the student's guesses, but stay near the teacher."""
         with torch.no_grad():
             x = self.guess(jump)
-            z_s = self.landed(jump, x)
+            z_s = self.state_at_s(jump, x)
             real = self.teacher.estimate(z_s, jump.S_s, jump.labels, guidance=self.cfg.guidance).denoised()
         fake, w = self.fake.estimate(z_s, jump.S_s, jump.labels), self.weight(jump.S_s)
         own, nonfinite = denoise(fake, x, w, reduction="sum")
@@ -166,7 +166,7 @@ class Alternating(MomentMatching):
         """L_η: its value says nothing, its gradient moves x̃ along g_θ - g_φ."""
         x = self.guess(jump)
         with torch.no_grad():
-            z_s = self.landed(jump, x)
+            z_s = self.state_at_s(jump, x)
             real = self.teacher.estimate(z_s, jump.S_s, jump.labels, guidance=self.cfg.guidance)
             fake = self.frozen_fake.estimate(z_s, jump.S_s, jump.labels)
         loss, nonfinite = moments(x, real, fake, self.weight(jump.S_s), reduction="sum")
@@ -217,7 +217,7 @@ class Instant(MomentMatching):
             self.ranks.average(mu)
         nu = [-m for m in self.state.scaled(mu)]
         x = self.guess(second)
-        direction = self.teacher.derivative(nu, self.landed(second, x), second.S_s, second.labels, self.cfg.jvp)
+        direction = self.teacher.derivative(nu, self.state_at_s(second, x), second.S_s, second.labels, self.cfg.jvp)
         loss, nonfinite = moments(x, torch.zeros_like(x), direction, self.weight(second.S_s), reduction="sum")
         moment = -0.5 * torch.stack([(m * n).sum() for m, n in zip(mu, nu, strict=True)]).sum()
         return loss.mean(), {"moment": moment, "nonfinite": nonfinite}
@@ -226,7 +226,7 @@ class Instant(MomentMatching):
         """μ: the teacher's gradient on the student's guesses, one tensor per parameter."""
         with torch.no_grad():
             x = self.guess(jump)
-        estimate = self.teacher.estimate(self.landed(jump, x), jump.S_s, jump.labels)
+        estimate = self.teacher.estimate(self.state_at_s(jump, x), jump.S_s, jump.labels)
         return self.teacher.gradient(denoise(estimate, x, self.weight(jump.S_s), reduction="sum").value.mean())
 
 

@@ -1,4 +1,4 @@
-"""What several papers share: the one-step generator, labels for it, levels of noise, and what a teacher must be able to do."""
+"""What several papers share: the one-step generator, noise, and what a teacher must be able to do."""
 
 from torch import Tensor, nn
 
@@ -17,11 +17,6 @@ def generate(net: Denoiser, draws: Draws, sigma: float, labels: Tensor | None) -
 def noise_like(x: Tensor, draws: Draws) -> Tensor:
     """Standard normals of x's shape."""
     return draws.normal(*x.shape[1:])
-
-
-def random_labels(net: Denoiser, draws: Draws) -> Tensor | None:
-    """Uniform one-hot labels [N, label_dim] for images to be generated; None for an unconditional net."""
-    return draws.labels(net.label_dim) if net.label_dim else None
 
 
 def check_guidance(guidance: float, teacher: Denoiser) -> None:

@@ -28,7 +28,6 @@ from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import random_labels
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
@@ -136,7 +135,7 @@ class SFD(Method):
         net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
         t, teachers = self.levels[num_steps], self.walks[num_steps][1]
         x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
-        labels = random_labels(net, batch.draws)
+        labels = batch.draws.labels(net.label_dim)
         with torch.no_grad():
             states = teachers.states(self.teacher, x, labels)
         targets = [state.to(x.dtype) for state in states[:: self.cfg.K]]

@@ -27,7 +27,7 @@ from potstill.engine.common.checks import Unused, above, one_of, probability, wa
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import check_guidance, generate, noise_like, random_labels, set_dropout
+from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
@@ -85,7 +85,7 @@ class SIM(Method):
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_ψ: denoise the student's images."""
-        labels = random_labels(self.fake, batch.draws)
+        labels = batch.draws.labels(self.fake.label_dim)
         with torch.no_grad():
             x = generate(self.frozen_student, batch.draws, self.cfg.sigma, labels)
         sigma = lognormal(batch.draws.normal(), self.cfg.P_mean, self.cfg.P_std)
@@ -95,7 +95,7 @@ class SIM(Method):
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_g on fresh noise and labels."""
-        labels = random_labels(self.student, batch.draws)
+        labels = batch.draws.labels(self.student.label_dim)
         x = generate(self.student, batch.draws, self.cfg.sigma, labels)
         sigma = self.teacher_level(batch.draws.level())
         loss, nonfinite = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
