@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.writing import check_free
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.formats.edm_pickle import Found, read_net
-from potstill.engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
+from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
 from potstill.engine.models.weights import save_net
 
 IMAGES = """\
@@ -78,9 +79,7 @@ def convert_images(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.src, labelled=not arguments.unlabelled)
     n = min(len(source), arguments.max_images or len(source))
     labels = source.labels
-    writer = DatasetZip(out, classes=labels.classes if labels else None, overwrite=arguments.force)
     skipped: list[UserError] = []
-    channels = _channels(source, n, arguments.skip_corrupt)
     fit: Fit = "centre-crop" if arguments.fit == "center-crop" else arguments.fit
 
     def made(i: int) -> bytes | UserError:
@@ -90,7 +89,8 @@ def convert_images(arguments: argparse.Namespace) -> None:
             return error
         return png(fitted(picture, resolution, fit, arguments.filter))
 
-    with writer:
+    with dataset_zip(out, classes=labels.classes if labels else None, overwrite=arguments.force) as writer:
+        channels = _channels(source, n, arguments.skip_corrupt)
         for i, image in enumerate(in_order(made, n, f"converting {source.path}", chunk=8)):
             if isinstance(image, bytes):
                 writer.add(image, None if labels is None else int(labels.of[i]))
@@ -139,8 +139,7 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     out, sigma = arguments.out.expanduser(), arguments.one_step
     if out.suffix != ".safetensors":
         raise UserError(f"wanted an output that ends in .safetensors, got {out}")
-    if out.is_dir() or (out.exists() and not arguments.force):
-        raise UserError(f"{out} exists: choose another name" + ("" if out.is_dir() else " or add --force"))
+    check_free(out, arguments.force)
     if sigma is not None and not 0 < sigma < float("inf"):
         raise UserError(f"--one-step wants the noise level of the generator, above 0, got {sigma:g}")
     source = arguments.source

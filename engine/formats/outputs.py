@@ -12,7 +12,7 @@ import numpy as np
 
 from potstill.engine.common.errors import UserError, writing
 from potstill.engine.common.writing import check_writable, whole
-from potstill.engine.formats.images import DatasetZip, png
+from potstill.engine.formats.images import dataset_zip, png
 from potstill.engine.formats.pictures import default_columns, grid, save_png
 
 MOST_COLUMNS = 40  # with more classes than this a grid is square
@@ -90,7 +90,7 @@ def _npz_file(out: Path, labels: np.ndarray | None, seeds: Sequence[int]) -> Ite
 def _edm_zip(out: Path, labels: np.ndarray | None) -> Iterator[Add]:
     """EDM's dataset zip, in the order of the seeds."""
     waiting = None if labels is None else iter(labels)
-    with DatasetZip(out, overwrite=True) as archive:
+    with dataset_zip(out, overwrite=True) as archive:
 
         def add(images: np.ndarray) -> None:
             for image in images:
