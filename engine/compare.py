@@ -27,10 +27,9 @@ from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.snapshots import SnapshotJob
 from potstill.engine.jobs.timing import kimg_in, with_length
-from potstill.engine.measure.judge import Judge
-from potstill.engine.measure.named import features_by_names
-from potstill.engine.measure.plots import plot_comparison
-from potstill.engine.measure.table import markdown, plain
+from potstill.engine.measure.comparison import markdown, plain, plot_comparison
+from potstill.engine.measure.networks import features_by_names
+from potstill.engine.measure.score import Judge
 
 
 def main(arguments: list[str]) -> None:

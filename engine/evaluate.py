@@ -25,10 +25,9 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import check_features_name, features_by_name
-from potstill.engine.measure.provenance import tools
+from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
-from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score
+from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score, tools
 from potstill.engine.models import presets
 from potstill.engine.models.classes import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
@@ -172,7 +171,7 @@ def reference_from_file(where: str, features: Features, models: Iterable[Model],
     path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
-    features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))
+    features.try_on(net.img_channels, net.img_resolution, device)
     if len(gaussian.mu) != features.num_features:
         raise UserError(
             f"{path} is of {len(gaussian.mu)} features, {features.title} has {features.num_features}: "

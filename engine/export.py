@@ -24,10 +24,9 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
-from potstill.engine.models.hub import copy_weights, write_hub
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
-from potstill.engine.models.student import Student
+from potstill.engine.models.student import Student, copy_weights, write_hub
 from potstill.engine.nets.denoiser import Denoiser
 
 ONNX = "student.onnx"

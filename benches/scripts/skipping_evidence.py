@@ -27,7 +27,7 @@ from potstill.engine.diffusion.sampling import ode
 from potstill.engine.diffusion.sigmas import grid_level, karras_at
 from potstill.engine.diffusion.strata import spread
 from potstill.engine.jobs.job import Job
-from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import reference, score
 from potstill.engine.methods.base import integer_at
 from potstill.engine.methods.sfd import SFD, SFDConfig

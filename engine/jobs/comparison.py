@@ -13,8 +13,8 @@ from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.snapshots import opened, snapshots_in, snapshots_of
-from potstill.engine.measure.judge import Judge
 from potstill.engine.measure.report import write_report
+from potstill.engine.measure.score import Judge
 from potstill.engine.models.opening import STUDENT, open_models
 from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser

@@ -9,7 +9,7 @@ from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import Reference, reference, score
 from potstill.engine.nets.denoiser import Denoiser
 
@@ -33,9 +33,7 @@ class Distance:
 
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
-        shape = (1, self.images.channels, self.images.resolution, self.images.resolution)
-        with torch.no_grad():
-            self.features.measure(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        self.features.try_on(self.images.channels, self.images.resolution, self.device)
 
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The distance of this net's images, with everything needed to repeat it."""

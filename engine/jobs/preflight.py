@@ -14,8 +14,7 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import machine
 from potstill.engine.jobs.students import earlier_folder
-from potstill.engine.measure import inception
-from potstill.engine.measure.named import check_features_name
+from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
 from potstill.engine.training.checkpoint import checkpoints
@@ -133,5 +132,5 @@ def check_complete(cfg: Config) -> None:
 
 def unfetched(features: str) -> str | None:
     """The address that these features must be downloaded from before they can be tried; None where they lie on disk."""
-    url = inception.URL if features == "inception" else features.partition(":")[2]
+    url = INCEPTION_URL if features == "inception" else features.partition(":")[2]
     return url if is_url(url) and not cached_path(url).is_file() else None

@@ -39,11 +39,7 @@ def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, Any]:
 def precision_recall(real: Tensor, fake: Tensor, *, k: int = NEIGHBOURS, block: int = 2048) -> dict[str, Any]:
     """Shares in [0, 1]; `block` rows of the table of distances are in memory at a time."""
     check_neighbours(min(len(real), len(fake)), k)
-    return {
-        "precision": _covered(real, fake, k, block),
-        "recall": _covered(fake, real, k, block),
-        "neighbours": k,
-    }
+    return {"precision": _covered(real, fake, k, block), "recall": _covered(fake, real, k, block), "neighbours": k}
 
 
 def check_neighbours(n: int, k: int = NEIGHBOURS) -> None:
@@ -54,11 +50,6 @@ def check_neighbours(n: int, k: int = NEIGHBOURS) -> None:
 
 def _covered(centres: Tensor, points: Tensor, k: int, block: int) -> float:
     """Share of the points that lie in the ball of a centre, which reaches to its k-th neighbour among the centres."""
-    radii = torch.cat([_distances(rows, centres).kthvalue(k + 1).values for rows in centres.split(block)])  # 1st: itself
-    inside = [(_distances(rows, centres) <= radii).any(1) for rows in points.split(block)]
+    radii = torch.cat([torch.cdist(rows, centres).kthvalue(k + 1).values for rows in centres.split(block)])  # 1st: itself
+    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)]
     return float(torch.cat(inside).double().mean())
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean, [len(a), len(b)]."""
-    return torch.cdist(a, b)

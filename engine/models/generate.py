@@ -13,17 +13,6 @@ from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 
 
-class PortableNoise(SeedNoise):
-    """Drawn on the CPU and moved: a seed is the same image on every machine (CUDA's generator is another stream)."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str):
-        super().__init__(seeds)
-        self.device = device
-
-    def normal(self, *shape: int) -> Tensor:
-        return super().normal(*shape).to(self.device)
-
-
 class Between(NamedTuple):
     """A point on the way from the noise of one seed (t = 0) to that of another (t = 1)."""
 
@@ -44,10 +33,10 @@ class BetweenNoise:
         return slerp(a, b, self.t).float().to(self.device)
 
 
-def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> PortableNoise | BetweenNoise:
+def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> SeedNoise | BetweenNoise:
     """The noise of whole seeds, or of points between them."""
     numbers = [seed for seed in seeds if not isinstance(seed, Between)]
-    return PortableNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
+    return SeedNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
