@@ -51,6 +51,7 @@ class Student(nn.Module):
         self.net, self.sampler, self.metadata = net, sampler, metadata or {}
         self.label_dim, self.shape = net.label_dim, (net.img_channels, net.img_resolution, net.img_resolution)
         self.draws = sampler.nfe if sampler.solver == ANCESTRAL else 1  # arrays of noise that an image takes
+        self.noise_shape = self.shape if self.draws == 1 else (self.draws, *self.shape)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
@@ -98,9 +99,8 @@ class Student(nn.Module):
         Raises:
             UserError: noise or labels of another shape.
         """
-        wanted = self.shape if self.draws == 1 else (self.draws, *self.shape)
-        if tuple(z.shape[1:]) != wanted:
-            raise UserError(f"this student wants noise {['N', *wanted]}, got {list(z.shape)}")
+        if tuple(z.shape[1:]) != self.noise_shape:
+            raise UserError(f"this student wants noise {['N', *self.noise_shape]}, got {list(z.shape)}")
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
         return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
 
