@@ -91,7 +91,9 @@ class Zip:
         try:
             with reading(path), zipfile.ZipFile(path) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-                self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
+                if METADATA in entries and entries[METADATA].file_size > MAX_FILE_BYTES:
+                    raise UserError(f"{METADATA} in {path} unpacks to more than {MAX_FILE_BYTES:,} bytes")
+                self.beside = Beside(archive.read(METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
@@ -199,9 +201,3 @@ def _overlooked(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The first dataset.json that is not at the top, and the first other file that may hold labels."""
     buried = next((name for name in names if name.endswith("/" + METADATA)), None)
     return buried, next((name for name in names if TABLE.fullmatch(name) and not name.endswith(METADATA)), None)
-
-
-def _checked_read(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MAX_FILE_BYTES:
-        raise UserError(f"{name} in {archive.filename} unpacks to more than {MAX_FILE_BYTES:,} bytes")
-    return archive.read(name)
