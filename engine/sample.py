@@ -29,7 +29,6 @@ from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.plan import check_plan, load_plan
 
 FRAMES = 8  # of a strip
-Seeds = Sequence[int] | Sequence[Between]
 
 
 def main(argv: list[str]) -> None:
