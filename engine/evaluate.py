@@ -29,7 +29,7 @@ from potstill.engine.measure.networks import check_features_name, features_by_na
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score, tools
 from potstill.engine.models import presets
-from potstill.engine.models.classes import RANDOM, parse_classes
+from potstill.engine.models.generate import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
 from potstill.engine.models.weights import file_hash
 from potstill.engine.training.ranks import Ranks, meet, one_voice

@@ -308,16 +308,16 @@ def test_labels_have_the_data_s_proportions_whatever_n():
     images.labels = np.sort(images.labels)
     shares = np.bincount(images.labels) / 1797
     for n in (100, 1797, 2500, 3594):
-        labels, kind = labels_for(net, images, n)
+        labels, kind = labels_for(net, images.labels, n)
         assert (len(labels), kind) == (n, "data")
         assert abs(np.bincount(labels) / n - shares).max() <= 1 / n
-    np.testing.assert_array_equal(labels_for(net, images, 1797)[0], images.labels)
+    np.testing.assert_array_equal(labels_for(net, images.labels, 1797)[0], images.labels)
 
 
 def test_labels_are_balanced_or_none(digits):
     unlabelled = open_images("digits", labelled=False)
     assert score(tiny_net(), one_step(80), unlabelled, Pixels(), n=64)["labels"] == "balanced"
-    assert np.bincount(labels_for(tiny_net(), unlabelled, 50)[0]).tolist() == [5] * 10
+    assert np.bincount(labels_for(tiny_net(), unlabelled.labels, 50)[0]).tolist() == [5] * 10
     assert score(tiny_net(label_dim=0), one_step(80), digits, Pixels(), n=64)["labels"] == "none"
 
 

@@ -35,7 +35,7 @@ from potstill.engine.measure.networks import features_by_name, features_by_names
 from potstill.engine.measure.quality import kid, precision_recall
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
-from potstill.engine.models.classes import labels_for
+from potstill.engine.models.generate import labels_for
 from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.training.ranks import Ranks
@@ -381,14 +381,14 @@ def test_random_labels_are_drawn_after_the_noise_of_their_seed():
 
 def test_labels_by_name(digits):
     net = tiny_net()
-    assert labels_for(net, digits, 4, "3,7")[0].tolist() == [3, 7, 3, 7]
-    assert labels_for(net, digits, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
+    assert labels_for(net, digits.labels, 4, "3,7")[0].tolist() == [3, 7, 3, 7]
+    assert labels_for(net, digits.labels, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
     with pytest.raises(UserError, match="among 0 … 9"):
-        labels_for(net, digits, 4, "10")
+        labels_for(net, digits.labels, 4, "10")
     with pytest.raises(UserError, match="data wants labelled data"):
         labels_for(net, None, 4, "data")
     with pytest.raises(UserError, match="knows no classes"):
-        labels_for(tiny_net(label_dim=0), digits, 4, "balanced")
+        labels_for(tiny_net(label_dim=0), digits.labels, 4, "balanced")
 
 
 def test_the_best_of_several_is_marked(digits, capsys, run_dir):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from potstill.engine.common.download import cached_path, is_url
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.extras import Extra
+from potstill.engine.common.packages import Extra
 from potstill.engine.config.tree import Config
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import machine

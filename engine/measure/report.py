@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from potstill.engine.common.versions import versions_of
+from potstill.engine.common.packages import versions_of
 from potstill.engine.common.writing import whole
 from potstill.engine.measure import curves
 from potstill.engine.measure.curves import Chart, chart, is_number, read_curves, short

@@ -16,14 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.versions import versions_of
+from potstill.engine.common.packages import versions_of
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.frechet import Gaussian, gathered, moments, share, squared_distance
 from potstill.engine.measure.quality import check_neighbours, kid, precision_recall
-from potstill.engine.models.classes import labels_for
-from potstill.engine.models.generate import generate
+from potstill.engine.models.generate import generate, labels_for
 from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
@@ -118,7 +117,7 @@ def score(
     start, mine = time.perf_counter(), share(ranks, n, batch)
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):
-        classes, labels_kind = labels_for(net, images, n, labels, seed=first)
+        classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
         own = None if classes is None else classes[mine]
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
         kept = None if set(metrics) == {FD} else []
@@ -225,7 +224,7 @@ class Judge:
     def scores(self, net: Any, sampler: Sampler) -> dict[str, float]:
         """Distances by title of n images of this net, which is on the device and in eval mode."""
         check_fit(net, self.images)
-        labels, _ = labels_for(net, self.images, self.n)
+        labels, _ = labels_for(net, self.images.labels, self.n)
         seeds = range(self.seed, self.seed + self.n)
         shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
         fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}

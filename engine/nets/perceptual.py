@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.extras import Extra
+from potstill.engine.common.packages import Extra
 from potstill.engine.nets.features import planning, rgb
 
 
