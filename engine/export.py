@@ -73,8 +73,8 @@ def found(source: Path) -> Subject:
     """The student at `source`. UserError if there is none, or its run is not finished."""
     run = source if source.is_dir() else source.parent
     # Of a single file's run: its numbers are about its last student only.
-    summary = _summary(run) if source.is_dir() or source.name == "student.safetensors" else {}
-    if source.is_dir() and not summary:
+    summary = _summary(run) if source.is_dir() or source.name == "student.safetensors" else None
+    if source.is_dir() and summary is None:
         has = (run / "student.safetensors").is_file()
         raise UserError(
             f"{run} is no finished run (it has no summary.json): repeat its potstill train command to finish it"
@@ -86,22 +86,22 @@ def found(source: Path) -> Subject:
     classes = f"{net.label_dim:,} classes" if net.label_dim else "no classes"
     size = f"{net.img_resolution}x{net.img_resolution}x{net.img_channels}, {classes}, "
     about = About(
-        name=(run if summary else source.with_suffix("")).resolve().name,
+        name=(run if source.is_dir() or summary else source.with_suffix("")).resolve().name,
         metadata=model.metadata,
         nfe=model.sampler.nfe,
         size=size + f"{sum(p.numel() for p in net.parameters()):,} parameters",
         students=len(net.students) if isinstance(net, Router) else 1,
         teacher=_teacher(source, model.metadata),
-        summary=summary,
+        summary=summary or {},
     )
     return Subject(student, model.path, about)
 
 
-def _summary(run: Path) -> dict[str, Any]:
-    """summary.json of a run, which is there when it is finished; {} before."""
+def _summary(run: Path) -> dict[str, Any] | None:
+    """summary.json of a run, which is there when it is finished."""
     path = run / "summary.json"
     if not path.is_file():
-        return {}
+        return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
