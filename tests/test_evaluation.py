@@ -25,11 +25,10 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import Sampler, ode, one_step
 from potstill.engine.formats.pictures import grid, save_png, sheet
-from potstill.engine.measure.curves import chart, read_curves, short
+from potstill.engine.measure.distances import frechet
 from potstill.engine.measure.features import Features, Pixels
-from potstill.engine.measure.frechet import frechet
 from potstill.engine.measure.networks import features_by_name
-from potstill.engine.measure.report import write_report
+from potstill.engine.measure.report import chart, read_curves, short, write_report
 from potstill.engine.measure.score import labels_for, reference, score
 from potstill.engine.models.generate import generate, one_hot, to_uint8
 from potstill.engine.models.weights import save_net

@@ -28,11 +28,10 @@ from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.formats.card import _quality
 from potstill.engine.jobs.job import Job
 from potstill.engine.measure import features as features_module
-from potstill.engine.measure import networks, quality
+from potstill.engine.measure import networks
+from potstill.engine.measure.distances import Gaussian, frechet, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Pixels
-from potstill.engine.measure.frechet import Gaussian, frechet, gathered, moments, share, squared_distance
 from potstill.engine.measure.networks import features_by_name, features_by_names
-from potstill.engine.measure.quality import kid, precision_recall
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
 from potstill.engine.models.generate import labels_for
@@ -179,7 +178,7 @@ def test_kernel_distance_of_whole_sets():
 
 
 def test_kernel_distance_is_of_its_seed(monkeypatch):
-    monkeypatch.setattr(quality, "SUBSETS", 3)
+    monkeypatch.setattr(distances, "SUBSETS", 3)
     a, b = torch.randn(1500, 4, dtype=torch.float64), torch.randn(1200, 4, dtype=torch.float64)
     assert kid(a, b) == kid(a, b) != kid(a, b, seed=1)
     assert kid(a, b)["kid_subset_size"] == 1000

@@ -19,9 +19,8 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.packages import versions_of
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
+from potstill.engine.measure.distances import Gaussian, check_neighbours, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.frechet import Gaussian, gathered, moments, share, squared_distance
-from potstill.engine.measure.quality import check_neighbours, kid, precision_recall
 from potstill.engine.models.generate import generate, labels_for
 from potstill.engine.training.ranks import ALONE, Ranks
 
