@@ -27,8 +27,8 @@ from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.formats.card import _quality
 from potstill.engine.jobs.job import Job
+from potstill.engine.measure import distances, networks
 from potstill.engine.measure import features as features_module
-from potstill.engine.measure import networks
 from potstill.engine.measure.distances import Gaussian, frechet, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Pixels
 from potstill.engine.measure.networks import features_by_name, features_by_names
