@@ -130,8 +130,11 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         )  # fmt: skip
         one |= about(model)
         say(sentence(model.role, one))
-        for note in notes(model, one):
-            say(f"note: {note}")
+        if "warning" in one:
+            say(f"note: {one['warning']}")
+        if chosen_by := one.get("weights_chosen_by"):
+            best = f"the best of {chosen_by['best_of']} by {chosen_by['metric']}"
+            say(f"note: these weights are {best}: on the same seeds their distance is flattered")
     if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
         found["teacher_of_summary"] = known
         say(sentence("teacher (summary.json)", known))
@@ -215,13 +218,6 @@ def about(model: Model) -> dict[str, Any]:
     more = {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
     more |= {"weights_chosen_by": chosen} if (chosen := model.metadata.get("chosen_by")) else {}
     return {"weights": str(model.path), "weights_sha256": sha256} | more
-
-
-def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
-    if warning := one.get("warning"):
-        yield warning
-    if chosen := one.get("weights_chosen_by"):
-        yield f"these weights are the best of {chosen['best_of']} by {chosen['metric']}: on the same seeds their distance is flattered"
 
 
 def sentence(role: str, one: dict[str, Any]) -> str:

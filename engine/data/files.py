@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,21 +25,6 @@ TABLE = re.compile(
     r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I
 )
 MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
-
-
-class Files(Protocol):
-    path: Path
-    names: list[str]  # of the images only, relative, with forward slashes, sorted as strings
-
-    def head(self, i: int, size: int) -> bytes:
-        """The first `size` bytes of file i, or fewer where it is shorter."""
-        ...
-
-    def read(self, i: int) -> bytes: ...
-
-    def title(self, i: int) -> str:
-        """What a user would call file i."""
-        ...
 
 
 class Beside(NamedTuple):
@@ -69,6 +54,8 @@ def is_hidden(name: str) -> bool:
 
 
 class Folder:
+    """`names`: of the images only, relative, with forward slashes, sorted as strings."""
+
     def __init__(self, path: Path):
         self.path = path
         found = list(_walk(path))
@@ -76,16 +63,20 @@ class Folder:
         self.beside = Beside(_start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None, *_overlooked(found))
 
     def head(self, i: int, size: int) -> bytes:
+        """The first `size` bytes of file i, or fewer where it is shorter."""
         return _start(self.path / self.names[i], size)
 
     def read(self, i: int) -> bytes:
         return _start(self.path / self.names[i], MAX_FILE_BYTES)
 
     def title(self, i: int) -> str:
+        """What a user would call file i."""
         return str(self.path / self.names[i])
 
 
 class Zip:
+    """As a folder."""
+
     def __init__(self, path: Path):
         self.path = path
         try:

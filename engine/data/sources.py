@@ -8,11 +8,11 @@ from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
-from potstill.engine.data.files import METADATA, Files, Folder, Zip, open_files
+from potstill.engine.data.files import METADATA, Folder, Zip, open_files
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
 from potstill.engine.data.pictures import FORMATS, NO_IMAGE, Header, decode, opened, png_header, refuse_bomb
 from potstill.engine.data.progress import note
-from potstill.engine.data.tars import read_tars, shards_of
+from potstill.engine.data.tars import Tars, read_tars, shards_of
 
 
 class FileSource:
@@ -20,7 +20,7 @@ class FileSource:
 
     labels: Labels | None = None
 
-    def __init__(self, files: Files):
+    def __init__(self, files: Folder | Zip | Tars | hugging_face.Encoded):
         self.files, self.path = files, str(files.path)  # as the user gave it
 
     def __len__(self) -> int:

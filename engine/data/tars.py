@@ -155,7 +155,7 @@ def _of_json(values: dict[Key, Any]) -> dict[Key, Any]:
 
 
 class Tars:
-    """`engine.data.files.Files` over the shards."""
+    """The images of the shards, read as those of a `Folder`."""
 
     def __init__(self, path: Path, shards: list[Path], images: Column):
         self.path, self.shards = path, shards

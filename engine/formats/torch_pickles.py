@@ -4,6 +4,7 @@ What a file may name is the table `CALLS` and little more; a tensor is copied ou
 NVIDIA's persistence format stores a network as a dictionary with the source text of its class: the text is never looked at.
 """
 
+import math
 import re
 import struct
 import zipfile
@@ -73,10 +74,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def extent(self) -> int:

@@ -122,21 +122,21 @@ def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, Any]:
     return {"kid": float(mean), "kid_std": float(std), "kid_subsets": SUBSETS, "kid_subset_size": size}
 
 
-def precision_recall(real: Tensor, fake: Tensor, *, k: int = NEIGHBOURS, block: int = 2048) -> dict[str, Any]:
+def precision_recall(real: Tensor, fake: Tensor, *, block: int = 2048) -> dict[str, Any]:
     """Shares in [0, 1]; `block` rows of the table of distances are in memory at a time."""
-    check_neighbours(min(len(real), len(fake)), k)
-    return {"precision": _covered(real, fake, k, block), "recall": _covered(fake, real, k, block), "neighbours": k}
+    check_neighbours(min(len(real), len(fake)))
+    return {"precision": _covered(real, fake, block), "recall": _covered(fake, real, block), "neighbours": NEIGHBOURS}
 
 
-def check_neighbours(n: int, k: int = NEIGHBOURS) -> None:
+def check_neighbours(n: int) -> None:
     """UserError where the smaller of two sets of images, n of them, has no k-th neighbours."""
-    if n <= k:
-        raise UserError(f"precision and recall want more than {k} images on either side, got {n}")
+    if n <= NEIGHBOURS:
+        raise UserError(f"precision and recall want more than {NEIGHBOURS} images on either side, got {n}")
 
 
-def _covered(centres: Tensor, points: Tensor, k: int, block: int) -> float:
+def _covered(centres: Tensor, points: Tensor, block: int) -> float:
     """Share of the points that lie in the ball of a centre, which reaches to its k-th neighbour among the centres."""
-    radii = torch.cat([torch.cdist(rows, centres).kthvalue(k + 1).values for rows in centres.split(block)])  # 1st: itself
+    radii = torch.cat([torch.cdist(rows, centres).kthvalue(NEIGHBOURS + 1).values for rows in centres.split(block)])  # 1st: itself
     inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)]
     return float(torch.cat(inside).double().mean())
 
