@@ -45,30 +45,36 @@ ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's gen
 def main(argv: list[str]) -> None:
     parser = parser_of("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm", help="what is converted:")
-    _add_images(commands)
-    _add_edm(commands)
-    arguments = parser.parse_args(argv)
-    arguments.again = shlex.join(["potstill", "convert", *argv])
-    arguments.call(arguments)
 
-
-def _add_images(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
-    parser.set_defaults(call=convert_images)
-    parser.add_argument("src", metavar="SRC", help="the pictures: a folder, an archive, hf:NAME")
-    parser.add_argument("out", metavar="OUT.zip", type=Path, help="the data set to be written")
-    parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
-    parser.add_argument(
+    images = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
+    images.set_defaults(call=convert_images)
+    images.add_argument("src", metavar="SRC", help="the pictures: a folder, an archive, hf:NAME")
+    images.add_argument("out", metavar="OUT.zip", type=Path, help="the data set to be written")
+    images.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
+    images.add_argument(
         "--fit",
         choices=("centre-crop", "center-crop", "stretch", "pad"),
         default="centre-crop",
         help="how a picture becomes a square; pad is black (default centre-crop)",
     )
-    parser.add_argument("--filter", choices=tuple(RESAMPLING), help="(default: box to shrink, lanczos to enlarge)")
-    parser.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+    images.add_argument("--filter", choices=tuple(RESAMPLING), help="(default: box to shrink, lanczos to enlarge)")
+    images.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
+    images.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
+    images.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
+    images.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+
+    edm = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
+    edm.set_defaults(call=convert_edm)
+    edm.add_argument("source", metavar="IN.pkl|URL", help="a file, or the address of one")
+    edm.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
+    edm.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
+    edm.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
+    edm.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
+    edm.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
+
+    arguments = parser.parse_args(argv)
+    arguments.again = shlex.join(["potstill", "convert", *argv])
+    arguments.call(arguments)
 
 
 def convert_images(arguments: argparse.Namespace) -> None:
@@ -121,17 +127,6 @@ def _channels(source: Source, n: int, skip_corrupt: bool) -> int:
             raise
 
     return max(in_order(channels, n, f"looking at {source.path}", chunk=256))
-
-
-def _add_edm(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
-    parser.set_defaults(call=convert_edm)
-    parser.add_argument("source", metavar="IN.pkl|URL", help="a file, or the address of one")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
-    parser.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
-    parser.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
-    parser.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
 
 def convert_edm(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from potstill.engine.common.writing import whole
 
 MOST_GRIDS = 8  # of the sample grids over time
 PACKAGES = ("potstill", "torch", "triton", "numpy", "torchmetrics", "safetensors")
+GROUPS = ("student", "teacher", "floor", "seconds", "versions")  # of a summary: dictionaries
 BOOKKEEPING = ("/nonfinite", "/grad_norm", "images_per_second")  # curves that are shown last
 
 Curve = list[tuple[float, float]]
@@ -49,8 +50,7 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html from what a run folder holds by now, and return its path. Parts that are missing say so."""
     run_dir = Path(run_dir)
     summary, teacher, path = _summary(run_dir / "summary.json"), run_dir / "teacher", run_dir / "report.html"
-    levels = {who: fd for who in ("teacher", "floor") if is_number(fd := _of(summary, who, "fd"))}
-    told = summary.get("versions")
+    levels = {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         title=run_dir.resolve().name,
@@ -62,7 +62,7 @@ def write_report(run_dir: Path) -> Path:
         teacher_charts=_charts(read_curves(teacher / "metrics.jsonl"), {}),
         teacher_grids=_grids(teacher / "samples"),
         files=[(file.name, _text(file)) for file in (run_dir / "config.yaml", run_dir / "summary.json")],
-        versions=told if isinstance(told, Mapping) else versions(),
+        versions=summary.get("versions") or versions(),
         width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT,
     )  # fmt: skip
     with whole(path) as part:
@@ -72,26 +72,25 @@ def write_report(run_dir: Path) -> Path:
 
 def _lead(summary: dict[str, Any]) -> str:
     """The result in a sentence."""
-    student, nfe, teacher, teacher_nfe = (_of(summary, who, key) for who in ("student", "teacher") for key in ("fd", "nfe"))
+    student, nfe, teacher, teacher_nfe = (summary.get(who, {}).get(key) for who in ("student", "teacher") for key in ("fd", "nfe"))
     if not is_number(student) or not is_number(nfe):
         return "This run has not been scored yet."
     evaluations = f"{nfe:g} network evaluation{'' if nfe == 1 else 's'}"
-    text = f"The student reaches {_of(summary, 'student', 'features') or 'FD'} {short(student)} with {evaluations} per image"
+    text = f"The student reaches {summary['student'].get('features') or 'FD'} {short(student)} with {evaluations} per image"
     return f"{text}, its teacher {short(teacher)} with {teacher_nfe:g}." if is_number(teacher) and is_number(teacher_nfe) else f"{text}."
 
 
 def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The headline numbers, and what they are."""
     for who in ("student", "teacher"):
-        if is_number(fd := _of(summary, who, "fd")):
-            nfe = _of(summary, who, "nfe")
-            yield short(fd), f"{who}, {_of(summary, who, 'features') or 'FD'}" + (f" at NFE {nfe:g}" if is_number(nfe) else "")
-    if is_number(fd := _of(summary, "floor", "fd")):
+        if is_number(fd := summary.get(who, {}).get("fd")):
+            nfe = summary.get(who, {}).get("nfe")
+            yield short(fd), f"{who}, {summary[who].get('features') or 'FD'}" + (f" at NFE {nfe:g}" if is_number(nfe) else "")
+    if is_number(fd := summary.get("floor", {}).get("fd")):
         yield short(fd), "floor: real against real at the same n"
     if is_number(images := summary.get("images_seen")):
         yield short(images), "images seen"
-    seconds = summary.get("seconds")
-    for name, value in seconds.items() if isinstance(seconds, Mapping) else ():
+    for name, value in summary.get("seconds", {}).items():
         if is_number(value):
             yield _duration(value), f"time: {name}"
 
@@ -131,13 +130,7 @@ def _summary(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _of(summary: Mapping[str, Any], group: str, key: str) -> Any:
-    """summary[group][key], None where it is not there."""
-    inner = summary.get(group)
-    return inner.get(key) if isinstance(inner, Mapping) else None
+    return {k: v for k, v in found.items() if k not in GROUPS or isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def _duration(seconds: float) -> str:
