@@ -25,10 +25,9 @@ from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_t
 from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.rehearsal import kimg_in
-from potstill.engine.measure.judge import Judge
-from potstill.engine.measure.named import features_by_names
-from potstill.engine.measure.plots import plot_comparison
-from potstill.engine.measure.table import markdown, plain
+from potstill.engine.measure.comparison import markdown, plain, plot_comparison
+from potstill.engine.measure.networks import features_by_names
+from potstill.engine.measure.score import Judge
 
 
 def main(arguments: list[str]) -> None:

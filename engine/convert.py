@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.writing import check_free
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.formats.edm_pickle import Found, read_net
-from potstill.engine.formats.images import RESAMPLING, DatasetZip, Fit, channels_of, fitted, plain, png
+from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
 from potstill.engine.models.weights import save_net
 
 IMAGES = """\
@@ -44,30 +45,36 @@ ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's gen
 def main(argv: list[str]) -> None:
     parser = parser_of("convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm", help="what is converted:")
-    _add_images(commands)
-    _add_edm(commands)
-    arguments = parser.parse_args(argv)
-    arguments.again = shlex.join(["potstill", "convert", *argv])
-    arguments.call(arguments)
 
-
-def _add_images(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
-    parser.set_defaults(call=convert_images)
-    parser.add_argument("src", metavar="SRC", help="the pictures: a folder, an archive, hf:NAME")
-    parser.add_argument("out", metavar="OUT.zip", type=Path, help="the data set to be written")
-    parser.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
-    parser.add_argument(
+    images = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
+    images.set_defaults(call=convert_images)
+    images.add_argument("src", metavar="SRC", help="the pictures: a folder, an archive, hf:NAME")
+    images.add_argument("out", metavar="OUT.zip", type=Path, help="the data set to be written")
+    images.add_argument("--resolution", type=int, required=True, help="side of the square images, in pixels")
+    images.add_argument(
         "--fit",
         choices=("centre-crop", "center-crop", "stretch", "pad"),
         default="centre-crop",
         help="how a picture becomes a square; pad is black (default centre-crop)",
     )
-    parser.add_argument("--filter", choices=tuple(RESAMPLING), help="(default: box to shrink, lanczos to enlarge)")
-    parser.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
-    parser.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+    images.add_argument("--filter", choices=tuple(RESAMPLING), help="(default: box to shrink, lanczos to enlarge)")
+    images.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
+    images.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
+    images.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
+    images.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+
+    edm = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
+    edm.set_defaults(call=convert_edm)
+    edm.add_argument("source", metavar="IN.pkl|URL", help="a file, or the address of one")
+    edm.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
+    edm.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
+    edm.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
+    edm.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
+    edm.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
+
+    arguments = parser.parse_args(argv)
+    arguments.again = shlex.join(["potstill", "convert", *argv])
+    arguments.call(arguments)
 
 
 def convert_images(arguments: argparse.Namespace) -> None:
@@ -78,9 +85,7 @@ def convert_images(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.src, labelled=not arguments.unlabelled)
     n = min(len(source), arguments.max_images or len(source))
     labels = source.labels
-    writer = DatasetZip(out, classes=labels.classes if labels else None, overwrite=arguments.force)
     skipped: list[UserError] = []
-    channels = _channels(source, n, arguments.skip_corrupt)
     fit: Fit = "centre-crop" if arguments.fit == "center-crop" else arguments.fit
 
     def made(i: int) -> bytes | UserError:
@@ -90,7 +95,8 @@ def convert_images(arguments: argparse.Namespace) -> None:
             return error
         return png(fitted(picture, resolution, fit, arguments.filter))
 
-    with writer:
+    with dataset_zip(out, classes=labels.classes if labels else None, overwrite=arguments.force) as writer:
+        channels = _channels(source, n, arguments.skip_corrupt)
         for i, image in enumerate(in_order(made, n, f"converting {source.path}", chunk=8)):
             if isinstance(image, bytes):
                 writer.add(image, None if labels is None else int(labels.of[i]))
@@ -123,24 +129,12 @@ def _channels(source: Source, n: int, skip_corrupt: bool) -> int:
     return max(in_order(channels, n, f"looking at {source.path}", chunk=256))
 
 
-def _add_edm(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
-    parser.set_defaults(call=convert_edm)
-    parser.add_argument("source", metavar="IN.pkl|URL", help="a file, or the address of one")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
-    parser.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
-    parser.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
-    parser.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
-    parser.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
-
-
 def convert_edm(arguments: argparse.Namespace) -> None:
     """Fetch, read, save; prints one line about the net."""
     out, sigma = arguments.out.expanduser(), arguments.one_step
     if out.suffix != ".safetensors":
         raise UserError(f"wanted an output that ends in .safetensors, got {out}")
-    if out.is_dir() or (out.exists() and not arguments.force):
-        raise UserError(f"{out} exists: choose another name" + ("" if out.is_dir() else " or add --force"))
+    check_free(out, arguments.force)
     if sigma is not None and not 0 < sigma < float("inf"):
         raise UserError(f"--one-step wants the noise level of the generator, above 0, got {sigma:g}")
     source = arguments.source

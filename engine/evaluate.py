@@ -25,12 +25,11 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import check_features_name, features_by_name
-from potstill.engine.measure.provenance import tools
+from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
-from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score
+from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score, tools
 from potstill.engine.models import presets
-from potstill.engine.models.classes import RANDOM, parse_classes
+from potstill.engine.models.generate import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
 from potstill.engine.models.weights import file_hash
 from potstill.engine.training.ranks import Ranks, meet, one_voice
@@ -99,7 +98,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         raise UserError("--unlabelled is about data, and with --reference none are read: leave it out")
     default = MOST if args.reference or images is None else min(len(images), MOST)
     n = default if chosen["n"] is None else chosen["n"]
-    n, seed, batch = check_numbers(n, chosen["seed"], chosen["batch"], args.best_of)
+    seed, batch = chosen["seed"], chosen["batch"]
+    check_numbers(n, seed, batch, args.best_of)
     for model in models:
         check_model(model, images, args.labels)
     features = in_turn(ranks, lambda: features_by_name(chosen["features"], command=args.command)).to(device)
@@ -109,10 +109,15 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     else:
         assert images is not None
         against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=metrics != [FD])
-    if args.save_reference:
-        save_reference(args.save_reference, against, ranks)
+    if args.save_reference and ranks.first:
+        write_reference(args.save_reference, against.gaussian)
+        print(f"{args.save_reference}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
     floor = {"fd": against.floor, "kind": against.floor_kind, "n": n}
-    say = print_on_first(ranks)
+
+    def say(text: str) -> None:
+        if ranks.first:
+            print(text, file=sys.stderr)
+
     if against.floor is not None:
         say(f"floor: {features.title} {against.floor:.4g} ({against.floor_kind})")
     found: dict[str, Any] = {}
@@ -125,8 +130,11 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         )  # fmt: skip
         one |= about(model)
         say(sentence(model.role, one))
-        for note in notes(model, one):
-            say(f"note: {note}")
+        if "warning" in one:
+            say(f"note: {one['warning']}")
+        if chosen_by := one.get("weights_chosen_by"):
+            best = f"the best of {chosen_by['best_of']} by {chosen_by['metric']}"
+            say(f"note: these weights are {best}: on the same seeds their distance is flattered")
     if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
         found["teacher_of_summary"] = known
         say(sentence("teacher (summary.json)", known))
@@ -172,19 +180,13 @@ def reference_from_file(where: str, features: Features, models: Iterable[Model],
     path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
-    features.measure(torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.uint8, device=device))
+    features.try_on(net.img_channels, net.img_resolution, device)
     if len(gaussian.mu) != features.num_features:
         raise UserError(
             f"{path} is of {len(gaussian.mu)} features, {features.title} has {features.num_features}: "
             "name the --features that it was made with"
         )
     return Reference(gaussian, n, None, "not known: a reference file holds no images", path.name, None, digest(path))
-
-
-def save_reference(path: Path, against: Reference, ranks: Ranks) -> None:
-    if ranks.first:
-        write_reference(path, against.gaussian)
-        print(f"{path}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
 
 
 def open_data(args: argparse.Namespace, recipe: dict[str, Any]) -> Images:
@@ -197,7 +199,7 @@ def open_data(args: argparse.Namespace, recipe: dict[str, Any]) -> Images:
     return open_images(recipe["path"], resolution=recipe.get("resolution"), labelled=labelled)
 
 
-def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int, int, int]:
+def check_numbers(n: int, seed: int, batch: int, best_of: int) -> None:
     if n < 2:
         raise UserError(f"a Fréchet distance wants at least 2 images, got --n {n}")
     if seed < 0:
@@ -208,25 +210,14 @@ def check_numbers(n: int, seed: int, batch: int, best_of: int = 1) -> tuple[int,
         raise UserError(f"{n * best_of} images from seed {seed} on go beyond the last seed, 2^63 - 1: take a smaller --seed")
     if batch < 1:
         raise UserError(f"wanted at least 1 image at a time, got --batch {batch}")
-    return n, seed, batch
 
 
 def about(model: Model) -> dict[str, Any]:
     """Of the weights: where they lie, and whether they were chosen by their distance."""
-    found: dict[str, Any] = {
-        "weights": str(model.path),
-        "weights_sha256": digest(model.path) if model.path.suffix == ".json" else file_hash(model.path),
-    }
-    found |= {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
-    chosen = model.metadata.get("chosen_by")
-    return found | ({"weights_chosen_by": chosen} if chosen else {})
-
-
-def notes(model: Model, one: dict[str, Any]) -> Iterable[str]:
-    if warning := one.get("warning"):
-        yield warning
-    if chosen := one.get("weights_chosen_by"):
-        yield f"these weights are the best of {chosen['best_of']} by {chosen['metric']}: on the same seeds their distance is flattered"
+    sha256 = digest(model.path) if model.path.suffix == ".json" else file_hash(model.path)
+    more = {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
+    more |= {"weights_chosen_by": chosen} if (chosen := model.metadata.get("chosen_by")) else {}
+    return {"weights": str(model.path), "weights_sha256": sha256} | more
 
 
 def sentence(role: str, one: dict[str, Any]) -> str:
@@ -248,10 +239,6 @@ def teacher_of_summary(source: Path, student: dict[str, Any]) -> dict[str, Any] 
         return None
     alike = ("features", "features_sha256", "n", "seeds", "data", "labels", "reference_sha256")
     return known if isinstance(known, dict) and "fd" in known and all(known.get(k) == student[k] for k in alike) else None
-
-
-def print_on_first(ranks: Ranks) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr) if ranks.first else None
 
 
 if __name__ == "__main__":

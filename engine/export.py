@@ -11,10 +11,9 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,9 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
-from potstill.engine.models.hub import copy_weights, write_hub
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
-from potstill.engine.models.student import Student
+from potstill.engine.models.student import Student, copy_weights, write_hub
 from potstill.engine.nets.denoiser import Denoiser
 
 ONNX = "student.onnx"
@@ -54,14 +52,13 @@ def main(argv: list[str]) -> None:
         with writing(out):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            told = FORMATS[args.to](subject, part)
-            library, use = USES[args.to](subject)
-            (part / "README.md").write_text(card(subject.about, library, use), encoding="utf-8")
+            written = FORMATS[args.to](subject, part)
+            (part / "README.md").write_text(card(subject.about, written.library, written.use), encoding="utf-8")
             part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {told}, {size / 2**20:.1f} MiB; read {out}/README.md before you publish it", file=sys.stderr)
+    print(f"{out}: {written.told}, {size / 2**20:.1f} MiB; read {out}/README.md before you publish it", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,39 +71,37 @@ def parser() -> argparse.ArgumentParser:
 
 def found(source: Path) -> Subject:
     """The student at `source`. UserError if there is none, or its run is not finished."""
-    if source.is_dir():
-        summary = _summary(source)
-    else:  # a file of a run: the run's numbers are about its last student only
-        summary = _summary(source.parent, wanted=False) if source.name == "student.safetensors" else {}
+    run = source if source.is_dir() else source.parent
+    # Of a single file's run: its numbers are about its last student only.
+    summary = _summary(run) if source.is_dir() or source.name == "student.safetensors" else None
+    if source.is_dir() and summary is None:
+        has = (run / "student.safetensors").is_file()
+        raise UserError(
+            f"{run} is no finished run (it has no summary.json): repeat its potstill train command to finish it"
+            + (", or export the file student.safetensors in it" if has else "")
+        )
     model = open_models(source, STUDENT)[0]
     student = Student(model.net, model.sampler, model.metadata).eval()
     net = student.net
     classes = f"{net.label_dim:,} classes" if net.label_dim else "no classes"
     size = f"{net.img_resolution}x{net.img_resolution}x{net.img_channels}, {classes}, "
     about = About(
-        name=(source if source.is_dir() else source.parent if summary else source.with_suffix("")).resolve().name,
+        name=(run if source.is_dir() or summary else source.with_suffix("")).resolve().name,
         metadata=model.metadata,
         nfe=model.sampler.nfe,
         size=size + f"{sum(p.numel() for p in net.parameters()):,} parameters",
         students=len(net.students) if isinstance(net, Router) else 1,
         teacher=_teacher(source, model.metadata),
-        summary=summary,
+        summary=summary or {},
     )
     return Subject(student, model.path, about)
 
 
-def _summary(run: Path, wanted: bool = True) -> dict[str, Any]:
+def _summary(run: Path) -> dict[str, Any] | None:
     """summary.json of a run, which is there when it is finished."""
     path = run / "summary.json"
     if not path.is_file():
-        if not wanted:
-            return {}
-        again = "repeat its potstill train command to finish it"
-        has = (run / "student.safetensors").is_file()
-        raise UserError(
-            f"{run} is no finished run (it has no summary.json): {again}"
-            + (", or export the file student.safetensors in it" if has else "")
-        )
+        return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -126,38 +121,79 @@ def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
     return Path(given).name if given else f"a teacher trained in the same run on {metadata.get('data', 'its data')}"
 
 
-# How each format is written: into a folder, and what to say about it.
+# How each format is written into a folder.
 
 
-def to_safetensors(subject: Subject, folder: Path) -> str:
+class Written(NamedTuple):
+    """What to say about it, the hub's name of what loads it, and Markdown on how it is loaded."""
+
+    told: str
+    library: str
+    use: str
+
+
+def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
-    return "weights with their description in their metadata"
+    where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
+    use = _python(where) + "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
+    return Written("weights with their description in their metadata", "potstill", use)
 
 
-def to_hub(subject: Subject, folder: Path) -> str:
+def to_hub(subject: Subject, folder: Path) -> Written:
     write_hub(subject.path, folder)
-    return "a folder for the Hugging Face hub"
+    up = "Upload it with `hf upload USER/NAME DIR`; only safetensors and JSON are ever read."
+    return Written("a folder for the Hugging Face hub", "potstill", _python('"USER/NAME"', "  # or this folder") + "\n\n" + up)
 
 
-def to_diffusers(subject: Subject, folder: Path) -> str:
+def _python(where: str, comment: str = "") -> str:
+    return f"""\
+```python
+from potstill.engine.models.student import Student  # potstill
+
+student = Student.from_pretrained({where}){comment}
+images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
+```"""
+
+
+def to_diffusers(subject: Subject, folder: Path) -> Written:
     student = single(subject, "diffusers")
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
     assert isinstance(student.net, Denoiser)
     write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
-    return "a diffusers pipeline"
+    classes = ", class_labels=[0, 1, 2, 3]" if student.label_dim else ""
+    use = f"""\
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+images = pipe(seeds=[0, 1, 2, 3]{classes}).images
+```
+
+`trust_remote_code` runs pipeline.py and unet/denoiser.py of this folder: read them, they are short."""
+    return Written("a diffusers pipeline", "diffusers", use)
 
 
-def to_onnx(subject: Subject, folder: Path) -> str:
+def to_onnx(subject: Subject, folder: Path) -> Written:
     """The graph and its check. UserError if onnxruntime's images are not PyTorch's."""
-    generator = Graph(single(subject, "onnx"))
+    generator = Graph(student := single(subject, "onnx"))
     example, names = generator.example(), generator.names
     write_onnx(generator, example, names, folder / ONNX)
     difference = largest_difference(folder / ONNX, generator, example, names)
     if difference is None:
-        return "an ONNX graph, not checked (pip install onnxruntime checks it)"
-    if not difference < MOST_UNLIKE:
+        told = "an ONNX graph, not checked (pip install onnxruntime checks it)"
+    elif difference < MOST_UNLIKE:
+        told = f"an ONNX graph, within {difference:.1e} of PyTorch in onnxruntime"
+    else:
         raise UserError(f"onnxruntime's images differ by {difference:.2g} from PyTorch's: export to safetensors instead")
-    return f"an ONNX graph, within {difference:.1e} of PyTorch in onnxruntime"
+    labels = ', "labels": np.arange(16)' + (f" % {student.label_dim}" if student.label_dim < 16 else "") if student.label_dim else ""
+    use = f"""\
+```python
+import numpy as np, onnxruntime
+
+z = np.random.default_rng(0).standard_normal((16, {", ".join(map(str, student.noise_shape))}), np.float32)
+(images,) = onnxruntime.InferenceSession("{ONNX}").run(None, {{"z": z{labels}}})  # about in [-1, 1]
+```"""
+    return Written(told, "onnx", use)
 
 
 def single(subject: Subject, kind: str) -> Student:
@@ -182,73 +218,14 @@ class Graph(nn.Module):
 
     def example(self) -> tuple[Tensor, ...]:
         student = self.student
-        shape = student.shape if student.draws == 1 else (student.draws, *student.shape)
-        z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+        z = torch.randn(2, *student.noise_shape, generator=torch.Generator().manual_seed(0))
         return (z, torch.arange(2) % student.label_dim) if student.label_dim else (z,)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.student.generate(z, labels)
 
 
-def _use_file(subject: Subject) -> tuple[str, str]:
-    where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
-    return "potstill", _python(where) + "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
-
-
-def _use_hub(subject: Subject) -> tuple[str, str]:
-    up = "Upload it with `hf upload USER/NAME DIR`; only safetensors and JSON are ever read."
-    return "potstill", _python('"USER/NAME"', "or this folder") + "\n\n" + up
-
-
-def _python(where: str, comment: str = "") -> str:
-    return f"""\
-```python
-from potstill.engine.models.student import Student  # potstill
-
-student = Student.from_pretrained({where}){f"  # {comment}" if comment else ""}
-images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
-```"""
-
-
-def _use_diffusers(subject: Subject) -> tuple[str, str]:
-    classes = ", class_labels=[0, 1, 2, 3]" if subject.student.label_dim else ""
-    return (
-        "diffusers",
-        f"""\
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
-images = pipe(seeds=[0, 1, 2, 3]{classes}).images
-```
-
-`trust_remote_code` runs pipeline.py and unet/denoiser.py of this folder: read them, they are short.""",
-    )
-
-
-def _use_onnx(subject: Subject) -> tuple[str, str]:
-    student = subject.student
-    shape = ", ".join(map(str, student.shape if student.draws == 1 else (student.draws, *student.shape)))
-    labels = ', "labels": np.arange(16)' + (f" % {student.label_dim}" if student.label_dim < 16 else "") if student.label_dim else ""
-    return (
-        "onnx",
-        f"""\
-```python
-import numpy as np, onnxruntime
-
-z = np.random.default_rng(0).standard_normal((16, {shape}), np.float32)
-(images,) = onnxruntime.InferenceSession("{ONNX}").run(None, {{"z": z{labels}}})  # about in [-1, 1]
-```""",
-    )
-
-
-FORMATS: dict[str, Callable[[Subject, Path], str]] = {
-    "safetensors": to_safetensors,
-    "hub": to_hub,
-    "diffusers": to_diffusers,
-    "onnx": to_onnx,
-}
-USES = {"safetensors": _use_file, "hub": _use_hub, "diffusers": _use_diffusers, "onnx": _use_onnx}
+FORMATS = {"safetensors": to_safetensors, "hub": to_hub, "diffusers": to_diffusers, "onnx": to_onnx}
 
 if __name__ == "__main__":
     run(main)

@@ -8,7 +8,9 @@ writes the plan for `skipping.plan=plan.json` of `potstill train`. Beside it: a 
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import torch
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import Images, open_images
+from potstill.engine.jobs.machine import device_title
 from potstill.engine.measure.score import check_fit
 from potstill.engine.models.generate import one_hot
 from potstill.engine.models.opening import device_named
@@ -36,9 +39,9 @@ def main(argv: list[str]) -> None:
     images = open_images(args.data, labelled=not args.unlabelled)
     check_fit(net, images)
     data = material(images, net, args.images, args.batch, args.seed, device)
-    profile = probe(net.to(device), data, args.bins, say)
+    profile = probe(net.to(device), data, args.bins, partial(print, file=sys.stderr))
     plan = make_plan(net, data, profile, args.budget)
-    plan.report |= {"data": images.name, "images": len(data.images), "batch": args.batch, "latency": timing(device)}
+    plan.report |= {"data": images.name, "images": len(data.images), "batch": args.batch, "latency": device_title(device)}
     plan.report["rank_correlation"] = {
         "taylor": [round(spearman(profile.taylor[:, k], profile.alone[:, k]), 4) for k in range(plan.bins)],
         "residual_share": [round(spearman(profile.share[:, k], profile.raw[:, k]), 4) for k in range(plan.bins)],
@@ -51,9 +54,9 @@ def main(argv: list[str]) -> None:
     print(
         f"\ntime saved {report['latency_saved']:.1%}, mean over bins (timing of {report['latency']}); KL budget "
         f"{report['kl_nats']:.3g} nats per image; rank correlation with the error: Taylor "
-        f"{mean(report['rank_correlation']['taylor']):.2f}, residual share {mean(report['rank_correlation']['residual_share']):.2f}"
+        f"{fmean(report['rank_correlation']['taylor']):.2f}, residual share {fmean(report['rank_correlation']['residual_share']):.2f}"
     )
-    say(f"-> {args.out}, {args.out.with_suffix('.png')}; use it with skipping.plan={args.out}")
+    print(f"-> {args.out}, {args.out.with_suffix('.png')}; use it with skipping.plan={args.out}", file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,18 +91,6 @@ def material(images: Images, net: Denoiser, most: int, batch: int, seed: int, de
     if net.label_dim and images.labels is not None:
         labels = one_hot(images.labels[chosen], net.label_dim).to(device)
     return Material((pixels.float() / 127.5 - 1).to(device), labels, batch, seed)
-
-
-def timing(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

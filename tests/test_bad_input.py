@@ -25,7 +25,7 @@ from potstill.engine.formats.edm_pickle import read_net
 from potstill.engine.jobs import finish, job
 from potstill.engine.jobs.build import rehearsal_data
 from potstill.engine.jobs.folder import prepare
-from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.references import read_reference
 from potstill.engine.models.router import load_router
 from potstill.engine.models.weights import load_net, read_tensors, save_net

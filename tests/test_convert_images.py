@@ -14,7 +14,7 @@ from PIL import Image
 from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
 from potstill.engine.data.images import open_images
-from potstill.engine.formats.images import DatasetZip, fitted, png
+from potstill.engine.formats.images import dataset_zip, fitted, png
 
 
 def pixels(*shape, seed=0):
@@ -233,7 +233,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_nothing(tmp_path):
     def stopped():
-        with DatasetZip(tmp_path / "out.zip") as writer:
+        with dataset_zip(tmp_path / "out.zip") as writer:
             writer.add(png(Image.fromarray(pixels(4, 4))), 0)
             assert len(os.listdir(tmp_path)) == 1
             raise KeyboardInterrupt

@@ -25,11 +25,10 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import Sampler, ode, one_step
 from potstill.engine.formats.pictures import grid, save_png, sheet
-from potstill.engine.measure.curves import chart, read_curves, short
+from potstill.engine.measure.distances import frechet
 from potstill.engine.measure.features import Features, Pixels
-from potstill.engine.measure.frechet import frechet
-from potstill.engine.measure.named import features_by_name
-from potstill.engine.measure.report import write_report
+from potstill.engine.measure.networks import features_by_name
+from potstill.engine.measure.report import chart, read_curves, short, write_report
 from potstill.engine.measure.score import labels_for, reference, score
 from potstill.engine.models.generate import generate, one_hot, to_uint8
 from potstill.engine.models.weights import save_net
@@ -308,16 +307,16 @@ def test_labels_have_the_data_s_proportions_whatever_n():
     images.labels = np.sort(images.labels)
     shares = np.bincount(images.labels) / 1797
     for n in (100, 1797, 2500, 3594):
-        labels, kind = labels_for(net, images, n)
+        labels, kind = labels_for(net, images.labels, n)
         assert (len(labels), kind) == (n, "data")
         assert abs(np.bincount(labels) / n - shares).max() <= 1 / n
-    np.testing.assert_array_equal(labels_for(net, images, 1797)[0], images.labels)
+    np.testing.assert_array_equal(labels_for(net, images.labels, 1797)[0], images.labels)
 
 
 def test_labels_are_balanced_or_none(digits):
     unlabelled = open_images("digits", labelled=False)
     assert score(tiny_net(), one_step(80), unlabelled, Pixels(), n=64)["labels"] == "balanced"
-    assert np.bincount(labels_for(tiny_net(), unlabelled, 50)[0]).tolist() == [5] * 10
+    assert np.bincount(labels_for(tiny_net(), unlabelled.labels, 50)[0]).tolist() == [5] * 10
     assert score(tiny_net(label_dim=0), one_step(80), digits, Pixels(), n=64)["labels"] == "none"
 
 

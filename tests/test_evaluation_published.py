@@ -27,16 +27,14 @@ from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode, one_step
 from potstill.engine.formats.card import _quality
 from potstill.engine.jobs.job import Job
+from potstill.engine.measure import distances, networks
 from potstill.engine.measure import features as features_module
-from potstill.engine.measure import inception, quality, vision
+from potstill.engine.measure.distances import Gaussian, frechet, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Pixels
-from potstill.engine.measure.frechet import Gaussian, frechet, moments, squared_distance
-from potstill.engine.measure.named import features_by_name, features_by_names
-from potstill.engine.measure.quality import kid, precision_recall
+from potstill.engine.measure.networks import features_by_name, features_by_names
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import reference, score
-from potstill.engine.measure.shares import gathered, share
-from potstill.engine.models.classes import labels_for
+from potstill.engine.models.generate import labels_for
 from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.training.ranks import Ranks
@@ -180,7 +178,7 @@ def test_kernel_distance_of_whole_sets():
 
 
 def test_kernel_distance_is_of_its_seed(monkeypatch):
-    monkeypatch.setattr(quality, "SUBSETS", 3)
+    monkeypatch.setattr(distances, "SUBSETS", 3)
     a, b = torch.randn(1500, 4, dtype=torch.float64), torch.randn(1200, 4, dtype=torch.float64)
     assert kid(a, b) == kid(a, b) != kid(a, b, seed=1)
     assert kid(a, b)["kid_subset_size"] == 1000
@@ -291,7 +289,7 @@ def test_evaluate_asks_a_reference_of_edm2_for_its_own_features(tmp_path, run_di
     features, models = features_by_name(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
     found = evaluate.reference_from_file(str(path), features, models, torch.device("cpu"), 8, "again")
     assert found.gaussian.mu.tolist() == [1.0] * 2048 and found.data == "img64.pkl"
-    assert (vision.NETWORKS["dinov2"].edm2, vision.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
+    assert (networks.NETWORKS["dinov2"].edm2, networks.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
     with pytest.raises(UserError, match="nothing for these features"):
         evaluate.main([str(run_dir), "--reference", str(path), "--n", "8"])
 
@@ -382,14 +380,14 @@ def test_random_labels_are_drawn_after_the_noise_of_their_seed():
 
 def test_labels_by_name(digits):
     net = tiny_net()
-    assert labels_for(net, digits, 4, "3,7")[0].tolist() == [3, 7, 3, 7]
-    assert labels_for(net, digits, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
+    assert labels_for(net, digits.labels, 4, "3,7")[0].tolist() == [3, 7, 3, 7]
+    assert labels_for(net, digits.labels, 20, "balanced")[0].tolist() == [*range(10), *range(10)]
     with pytest.raises(UserError, match="among 0 … 9"):
-        labels_for(net, digits, 4, "10")
+        labels_for(net, digits.labels, 4, "10")
     with pytest.raises(UserError, match="data wants labelled data"):
         labels_for(net, None, 4, "data")
     with pytest.raises(UserError, match="knows no classes"):
-        labels_for(tiny_net(label_dim=0), digits, 4, "balanced")
+        labels_for(tiny_net(label_dim=0), digits.labels, 4, "balanced")
 
 
 def test_the_best_of_several_is_marked(digits, capsys, run_dir):
@@ -472,7 +470,7 @@ def test_fid_is_only_called_fid_with_its_own_weights(tmp_path, monkeypatch):
     found.measure(images)
     assert (found.title, found.num_features) == ("FD-inception (not FID's Inception: another sha256)", 2048)
     assert torch.equal(found(images)[:, 7], images.double().mean((1, 2, 3)).float().double())
-    monkeypatch.setattr(inception, "SHA256", download.digest(path))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", download.digest(path))
     renamed = tmp_path / "renamed.pt"
     renamed.write_bytes(path.read_bytes())
     for name in (f"inception:{path}", str(path), str(renamed)):  # by its sha256, whatever it is called
@@ -615,14 +613,14 @@ def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
     monkeypatch.setattr(download, "PAUSE", 0)
     url = "http://127.0.0.1:9/metrics/inception-2015-12-05.pt"
-    monkeypatch.setattr(inception, "URL", url)
+    monkeypatch.setattr(networks, "INCEPTION_URL", url)
     place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
     with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
         features_by_name("inception", command="potstill evaluate X")
     fake_inception(place)
     with pytest.raises(UserError, match=r"has the sha256 .* wanted f58cb9b6"):
         features_by_name("inception")
-    monkeypatch.setattr(inception, "SHA256", download.digest(place))
+    monkeypatch.setattr(networks, "INCEPTION_SHA256", download.digest(place))
     assert features_by_name("inception").title == "FID"
 
 
@@ -634,10 +632,10 @@ def test_a_state_dict_is_read_without_unpickling_it(tmp_path):
         if broken == "text.pth":
             (tmp_path / broken).write_text("hello")
         with pytest.raises(UserError, match="no plain state dict"):
-            inception.read_state_dict(tmp_path / broken)
+            networks.read_state_dict(tmp_path / broken)
     assert not (tmp_path / "executed").exists()
     torch.save({"a": torch.ones(2)}, tmp_path / "good.pth")
-    assert inception.read_state_dict(tmp_path / "good.pth")["a"].tolist() == [1, 1]
+    assert networks.read_state_dict(tmp_path / "good.pth")["a"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("module", ["torch_fidelity", "timm"])

@@ -19,10 +19,10 @@ from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.formats.pictures import LINE, grid, save_png, sheet, stacked
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.preflight import check_complete
+from potstill.engine.measure.distances import frechet
 from potstill.engine.measure.features import Pixels
-from potstill.engine.measure.frechet import frechet
-from potstill.engine.measure.judge import Judge
-from potstill.engine.measure.named import features_by_names
+from potstill.engine.measure.networks import features_by_names
+from potstill.engine.measure.score import Judge
 from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs

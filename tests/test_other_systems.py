@@ -14,7 +14,7 @@ from test_old_runs import SETTINGS
 from test_without_triton import HIDDEN
 
 from potstill.engine.data.files import _seek_and_read
-from potstill.engine.formats.images import DatasetZip, png
+from potstill.engine.formats.images import dataset_zip, png
 from potstill.engine.jobs.machine import peak_gib
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ print([name for name, module in sys.modules.items() if name.split(".")[0] in ("t
 def test_a_run_from_a_zip_to_its_images(tmp_path):
     """With a file name in it that is not ASCII, and pictures that a worker process reads."""
     generator = np.random.default_rng(0)
-    with DatasetZip(tmp_path / "bilder-größer.zip") as data:
+    with dataset_zip(tmp_path / "bilder-größer.zip") as data:
         for i in range(64):
             data.add(png(Image.fromarray(generator.integers(0, 256, (8, 8), np.uint8))), i % 10)
     command = [sys.executable, "-X", "warn_default_encoding", "-c", HIDDEN + ELSEWHERE + COMMANDS, tmp_path / "bilder-größer.zip"]

@@ -14,7 +14,7 @@ from potstill.engine import sample
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import SeedNoise, ode, one_step
-from potstill.engine.formats import outputs
+from potstill.engine.formats import pictures as outputs
 from potstill.engine.formats.pictures import sheet
 from potstill.engine.models.generate import Between, generate, slerp
 from potstill.engine.models.opening import open_models

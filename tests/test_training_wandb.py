@@ -167,7 +167,7 @@ def test_no_login_is_one_sentence(tmp_path, wandb):
 
 
 def test_missing_package_is_said_before_anything_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr("potstill.engine.common.extras.installed", lambda package: package != "wandb")
+    monkeypatch.setattr("potstill.engine.common.packages.installed", lambda package: package != "wandb")
     with pytest.raises(UserError, match=r"package wandb, for log.wandb: pip install 'potstill\[wandb\]'"):
         command.main([DIGITS, f"run_dir={tmp_path}/r", "log.wandb=p"])
     assert not (tmp_path / "r").exists()

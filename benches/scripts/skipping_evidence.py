@@ -26,7 +26,7 @@ from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode
 from potstill.engine.diffusion.sigmas import digit_reversal, grid_level, karras_at
 from potstill.engine.jobs.job import Job
-from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import reference, score
 from potstill.engine.methods.base import integer_at
 from potstill.engine.methods.sfd import SFD, SFDConfig

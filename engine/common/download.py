@@ -43,13 +43,8 @@ def is_url(text: str) -> bool:
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text))
 
 
-def cache_folder() -> Path:
-    """$POTSTILL_CACHE, or ~/.cache/potstill."""
-    return Path(os.environ.get("POTSTILL_CACHE") or "~/.cache/potstill").expanduser()
-
-
 def cached_path(url: str) -> Path:
-    """Where the file of a URL lies, there or not: CACHE/host/path. UserError for what is no http or https address."""
+    """Where the file of a URL lies, there or not: CACHE/host/path, where CACHE is $POTSTILL_CACHE or ~/.cache/potstill. UserError for what is no http or https address."""
     parts = urllib.parse.urlsplit(url)
     names = [name for name in parts.path.split("/") if name not in ("", ".", "..")]
     if parts.scheme not in ("http", "https") or not parts.hostname or not names:
@@ -57,7 +52,7 @@ def cached_path(url: str) -> Path:
     host = parts.netloc.rpartition("@")[2].replace(":", "_")
     if parts.query:
         names[-1] = f"{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}-{names[-1]}"
-    return cache_folder().joinpath(host, *names)
+    return Path(os.environ.get("POTSTILL_CACHE") or "~/.cache/potstill").expanduser().joinpath(host, *names)
 
 
 def file_at(where: str, *, command: str) -> Path:

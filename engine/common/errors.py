@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 
@@ -11,21 +12,15 @@ class UserError(ValueError):
 
 
 @contextmanager
-def reading(path: object) -> Iterator[None]:
-    """UserError for what the system has against reading there."""
+def _doing(verb: str, path: object) -> Iterator[None]:
+    """UserError for what the system has against it."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
-@contextmanager
-def writing(path: object) -> Iterator[None]:
-    """UserError for what the system has against writing there."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+reading, writing = partial(_doing, "read"), partial(_doing, "write")  # with reading(path): … turns an OSError into a UserError
 
 
 def what_it_is(path: Path) -> str:

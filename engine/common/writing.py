@@ -45,3 +45,9 @@ def check_writable(out: Path, *, folder: bool = False) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write {out}: no permission to write in {nearest}")
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """UserError where there is a file `out` that nobody wants to lose (--force does not mind it), or a folder."""
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} exists: choose another name" + ("" if out.is_dir() else " or add --force"))

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,21 +25,6 @@ TABLE = re.compile(
     r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I
 )
 MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
-
-
-class Files(Protocol):
-    path: Path
-    names: list[str]  # of the images only, relative, with forward slashes, sorted as strings
-
-    def head(self, i: int, size: int) -> bytes:
-        """The first `size` bytes of file i, or fewer where it is shorter."""
-        ...
-
-    def read(self, i: int) -> bytes: ...
-
-    def title(self, i: int) -> str:
-        """What a user would call file i."""
-        ...
 
 
 class Beside(NamedTuple):
@@ -69,6 +54,8 @@ def is_hidden(name: str) -> bool:
 
 
 class Folder:
+    """`names`: of the images only, relative, with forward slashes, sorted as strings."""
+
     def __init__(self, path: Path):
         self.path = path
         found = list(_walk(path))
@@ -76,22 +63,28 @@ class Folder:
         self.beside = Beside(_start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None, *_overlooked(found))
 
     def head(self, i: int, size: int) -> bytes:
+        """The first `size` bytes of file i, or fewer where it is shorter."""
         return _start(self.path / self.names[i], size)
 
     def read(self, i: int) -> bytes:
         return _start(self.path / self.names[i], MAX_FILE_BYTES)
 
     def title(self, i: int) -> str:
+        """What a user would call file i."""
         return str(self.path / self.names[i])
 
 
 class Zip:
+    """As a folder."""
+
     def __init__(self, path: Path):
         self.path = path
         try:
             with reading(path), zipfile.ZipFile(path) as archive:
                 entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-                self.beside = Beside(_checked_read(archive, METADATA) if METADATA in entries else None, *_overlooked(entries))
+                if METADATA in entries and entries[METADATA].file_size > MAX_FILE_BYTES:
+                    raise UserError(f"{METADATA} in {path} unpacks to more than {MAX_FILE_BYTES:,} bytes")
+                self.beside = Beside(archive.read(METADATA) if METADATA in entries else None, *_overlooked(entries))
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
@@ -199,9 +192,3 @@ def _overlooked(names: Iterable[str]) -> tuple[str | None, str | None]:
     """The first dataset.json that is not at the top, and the first other file that may hold labels."""
     buried = next((name for name in names if name.endswith("/" + METADATA)), None)
     return buried, next((name for name in names if TABLE.fullmatch(name) and not name.endswith(METADATA)), None)
-
-
-def _checked_read(archive: zipfile.ZipFile, name: str) -> bytes:
-    if archive.getinfo(name).file_size > MAX_FILE_BYTES:
-        raise UserError(f"{name} in {archive.filename} unpacks to more than {MAX_FILE_BYTES:,} bytes")
-    return archive.read(name)

@@ -69,7 +69,7 @@ def _rows(text: str) -> Any:
 
 
 class Encoded:
-    """`engine.data.files.Files` over one column: PNG or JPEG files as they were stored."""
+    """One column, read as a `Folder` of engine.data.files is: PNG or JPEG files as they were stored."""
 
     def __init__(self, text: str, column: Any, name: str):
         self.path, self.column, self.name = Path(text), column, name

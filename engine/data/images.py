@@ -10,6 +10,7 @@ sizes are refused with the command that makes them alike (`potstill convert`).
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,23 +42,20 @@ def open_images(path: str | Path, *, resolution: int | None = None, label_dim: i
     return Images(source, header, np.arange(len(source)), labels=labels, label_dim=dim, classes=classes)
 
 
+@dataclass(eq=False, repr=False)
 class Images:
     """`index` [N]: which pictures of `source` these are. `labels` [N] int64 or None; `classes`: names, where known."""
 
-    def __init__(
-        self,
-        source: Source,
-        header: Header,
-        index: np.ndarray,
-        *,
-        labels: np.ndarray | None = None,
-        label_dim: int = 0,
-        classes: list[str] | None = None,
-    ):
-        self.source, self.header, self.index = source, header, index
-        self.labels, self.label_dim, self.classes = labels, label_dim, classes
-        self.name = _short(source.path)
-        self.resolution, self.channels = header.width, len(header.mode)  # "L" or "RGB"
+    source: Source
+    header: Header
+    index: np.ndarray
+    labels: np.ndarray | None = None
+    label_dim: int = 0
+    classes: list[str] | None = None
+
+    def __post_init__(self):
+        self.name = _short(self.source.path)
+        self.resolution, self.channels = self.header.width, len(self.header.mode)  # "L" or "RGB"
         self._pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -120,8 +118,7 @@ class Images:
         return part
 
     def _part(self, keep: np.ndarray) -> "Images":
-        labels = None if self.labels is None else self.labels[keep]
-        part = Images(self.source, self.header, self.index[keep], labels=labels, label_dim=self.label_dim, classes=self.classes)
+        part = replace(self, index=self.index[keep], labels=None if self.labels is None else self.labels[keep])
         part._pixels = None if self._pixels is None else self._pixels[keep]
         return part
 

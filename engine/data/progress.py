@@ -30,7 +30,10 @@ def in_order(work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, th
     def run(start: int) -> list[T]:
         return [work(i) for i in range(start, min(start + chunk, n))]
 
-    with ThreadPoolExecutor(threads) as pool, _bar(n, what) as bar:
+    bar = tqdm(  # on stderr, from one process only; rewritten often on a terminal and every ten seconds in a log file
+        total=n, desc=what, unit=" images", delay=1.0, mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=os.environ.get("RANK", "0") != "0"
+    )  # fmt: skip
+    with ThreadPoolExecutor(threads) as pool, bar:
         waiting = deque(pool.submit(run, start) for start in islice(starts, 2 * threads))
         try:
             while waiting:
@@ -45,21 +48,5 @@ def in_order(work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, th
 
 def note(text: str) -> None:
     """A line on stderr, from one process only."""
-    if _first():
+    if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
-
-
-def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _bar(n: int, what: str) -> tqdm:
-    """On stderr, from one process only; rewritten often on a terminal and every ten seconds in a log file."""
-    return tqdm(
-        total=n,
-        desc=what,
-        unit=" images",
-        delay=1.0,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        disable=not _first(),
-    )

@@ -3,34 +3,51 @@
 import io
 import os
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
-from potstill.engine.data.files import METADATA, Files, Folder, Zip, open_files
+from potstill.engine.data.files import METADATA, Folder, Zip, open_files
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
 from potstill.engine.data.pictures import FORMATS, NO_IMAGE, Header, decode, opened, png_header, refuse_bomb
 from potstill.engine.data.progress import note
-from potstill.engine.data.tars import read_tars, shards_of
+from potstill.engine.data.tars import Tars, read_tars, shards_of
 
 
-class Source(Protocol):
-    path: str  # as the user gave it
-    labels: Labels | None
+class FileSource:
+    """Pictures that are files; `labels` are given afterwards."""
 
-    def __len__(self) -> int: ...
+    labels: Labels | None = None
 
-    def title(self, i: int) -> str: ...
+    def __init__(self, files: Folder | Zip | Tars | hugging_face.Encoded):
+        self.files, self.path = files, str(files.path)  # as the user gave it
+
+    def __len__(self) -> int:
+        return len(self.files.names)
+
+    def title(self, i: int) -> str:
+        return self.files.title(i)
 
     def header(self, i: int) -> Header:
         """Without decoding the picture."""
-        ...
+        header = png_header(self.files.head(i, 32)) or self._pillow_header(i)
+        refuse_bomb(header, self.title(i))
+        return header
+
+    def _pillow_header(self, i: int) -> Header:
+        try:
+            picture = Image.open(io.BytesIO(self.files.head(i, 2**16)), formats=FORMATS)
+        except NO_IMAGE:  # perhaps because the header is longer than that
+            picture = opened(self.files.read(i), self.title(i))
+        return Header(*picture.size, picture.mode)
 
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         """Decoded; `upright` follows a camera's rotation mark. UserError, naming the file, where it is damaged."""
-        ...
+        return decode(self.files.read(i), self.title(i), upright=upright)
+
+
+Source = FileSource | arrays.ArraySource
 
 
 def open_source(path: str | Path, *, labelled: bool = True) -> Source:
@@ -84,36 +101,6 @@ def is_there(path: str) -> bool:
     if path == "digits" or path.startswith(("synthetic:", hugging_face.PREFIX)):
         return True
     return bool(shards_of(path)) if path.endswith(".tar") else os.path.exists(Path(path).expanduser())
-
-
-class FileSource:
-    """Pictures that are files; `labels` are given afterwards."""
-
-    labels: Labels | None = None
-
-    def __init__(self, files: Files):
-        self.files, self.path = files, str(files.path)
-
-    def __len__(self) -> int:
-        return len(self.files.names)
-
-    def title(self, i: int) -> str:
-        return self.files.title(i)
-
-    def header(self, i: int) -> Header:
-        header = png_header(self.files.head(i, 32)) or self._pillow_header(i)
-        refuse_bomb(header, self.title(i))
-        return header
-
-    def _pillow_header(self, i: int) -> Header:
-        try:
-            picture = Image.open(io.BytesIO(self.files.head(i, 2**16)), formats=FORMATS)
-        except NO_IMAGE:  # perhaps because the header is longer than that
-            picture = opened(self.files.read(i), self.title(i))
-        return Header(*picture.size, picture.mode)
-
-    def picture(self, i: int, *, upright: bool = False) -> Image.Image:
-        return decode(self.files.read(i), self.title(i), upright=upright)
 
 
 def file_labels(files: Folder | Zip, say: Say) -> Labels | None:

@@ -106,8 +106,9 @@ def _images_and_columns(columns: dict[str, Column], text: str) -> tuple[Column, 
 
 def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say) -> Labels | None:
     """KEY.cls, or a number in KEY.txt, or a usual name of labels in KEY.json."""
-    found: dict[Key, Any] = {}
-    for kind in [*usual(columns), *(kind for kind in ("txt", "json") if kind in columns)]:
+    kinds = [*usual(columns), *(kind for kind in ("txt", "json") if kind in columns)]
+    kind, found = "", {}
+    for kind in kinds:
         values = {
             key: _value(tars.text(key, place), kind, f"{tars.shards[key.shard]}: {place.name}") for key, place in columns[kind].items()
         }
@@ -116,7 +117,7 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
             found = {}  # captions
         if found:
             break
-    else:
+    if not found:
         if has_class_folders([f"{key.name}.png" for key in keys]):
             say(
                 f"{tars.path} has no labels (KEY.cls); its folders are not taken for classes: potstill convert images on the unpacked folder does that"
@@ -124,7 +125,7 @@ def _labels(tars: "Tars", keys: list[Key], columns: dict[str, Column], say: Say)
         elif columns:
             say(f"{tars.path} has no labels (KEY.cls); passed over: {', '.join(f'KEY.{kind}' for kind in columns)}")
         return None
-    if more := [other for other in (*usual(columns), *(k for k in ("txt", "json") if k in columns)) if other != kind]:
+    if more := [other for other in kinds if other != kind]:
         say(f"{tars.path}: labels are those of KEY.{kind}; passed over: {', '.join(f'KEY.{other}' for other in more)}")
     if alone := found.keys() - set(keys):
         key = min(alone)
@@ -154,7 +155,7 @@ def _of_json(values: dict[Key, Any]) -> dict[Key, Any]:
 
 
 class Tars:
-    """`engine.data.files.Files` over the shards."""
+    """The images of the shards, read as those of a `Folder`."""
 
     def __init__(self, path: Path, shards: list[Path], images: Column):
         self.path, self.shards = path, shards

@@ -30,14 +30,17 @@ class Sampled(Protocol):
 
 
 class SeedNoise:
-    """Standard normals with one generator per sample, so that neither the batch nor its size changes an image."""
+    """Standard normals with one generator per sample, so that neither the batch nor its size changes an image.
+
+    They are drawn on the CPU and moved: a seed is the same image on every machine (CUDA's generator is another stream).
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.generators, self.device = [torch.Generator().manual_seed(seed) for seed in seeds], device
 
     def normal(self, *shape: int) -> Tensor:
-        """[len(seeds), *shape]; the next numbers of every sample's own stream."""
-        return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in self.generators])
+        """[len(seeds), *shape] on the device; the next numbers of every sample's own stream."""
+        return torch.stack([torch.randn(*shape, generator=g, device="cpu") for g in self.generators]).to(self.device)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.engine.common.versions import versions_of
+from potstill.engine.common.packages import versions_of
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
 UNKNOWN = (

@@ -1,12 +1,10 @@
-"""The keyword arguments that a net in somebody else's file was made with: which there may be, and whether two accounts agree."""
+"""The keyword arguments that a net in somebody else's file was made with, as plain data: which there may be."""
 
 import math
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from potstill.engine.formats.numpy_pickles import NumpyArray
 from potstill.engine.formats.pickles import Unreadable, shown
-from potstill.engine.nets.edm import all_kwargs
 
 # What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
 COUNTS = {
@@ -47,18 +45,3 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def is_whole(value: Any, low: int, high: int) -> TypeGuard[float]:
     return is_number(value) and low <= value <= high and value == int(value)
-
-
-def check_class(own: str, named: str, like: Path) -> None:
-    """Unreadable where a file and --like name different classes."""
-    if own != named:
-        raise Unreadable(f"holds a net of the class {shown(own)}, and --like {like} is one of {named}: leave --like out")
-
-
-def check_arguments(precond: str, own: dict[str, Any], named: dict[str, Any], like: Path) -> None:
-    """The same of keyword arguments, defaults included."""
-    own, named = all_kwargs(precond, own), all_kwargs(precond, named)
-    for name in own | named:
-        if own.get(name) != named.get(name):
-            mine, theirs = (f"{kwargs.get(name)!r:.60}" for kwargs in (own, named))
-            raise Unreadable(f"holds a net made with {name} = {mine}, and --like {like} one with {theirs}: leave --like out")

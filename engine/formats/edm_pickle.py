@@ -15,10 +15,10 @@ from torch import Tensor
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import iddpm_levels
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.edm_arguments import argument, check_arguments, check_class
-from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
+from potstill.engine.formats.edm_arguments import argument
+from potstill.engine.formats.pickles import Inert, Unreadable, shown
 from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
-from potstill.engine.formats.torch_pickles import Persistent, StoredTensor, read_file
+from potstill.engine.formats.torch_pickles import MOST_PARTS, NET_NAME, Persistent, StoredTensor, Weights, read_file, weights_of
 from potstill.engine.models.weights import load_strictly, read_metadata, read_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
@@ -30,11 +30,15 @@ ANCHOR = "map_layer0.weight"  # every U-Net of EDM's has it
 AUGMENT = "model.map_augment.weight"
 WRAPPERS = {"module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 UNUSED = re.compile(r"model\.logvar_linear\.(weight|bias)")  # FastGen: a loss weight, of no use to the denoiser
-NET_NAME = re.compile(r"[\w.-]{1,300}")
-MOST_PARTS, LONGEST_PREFIX, MOST_NESTED = 100_000, 500, 16
+MOST_NESTED, LONGEST_KEY = 16, 500
 
-Weights = dict[str, StoredTensor | Tensor]
-Description = tuple[str, dict[str, Any]]  # EDM's class name and keyword arguments
+
+class Like(NamedTuple):
+    """What a weight file says that its net is: EDM's class name and keyword arguments."""
+
+    path: Path
+    precond: str
+    kwargs: dict[str, Any]
 
 
 class Found(NamedTuple):
@@ -54,17 +58,16 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
     like: a weight file whose class and keyword arguments the net has; wanted for checkpoints, which do not tell theirs.
     Raises UserError for what is damaged, refused, ambiguous or of another architecture, and where `like` contradicts the file.
     """
-    named = None if like is None else _description_in(like)
+    named = None if like is None else _named(like)
     try:
         content = _bare_tensors(path, named) if path.suffix == ".safetensors" else read_file(path)
         nets = networks(content)
         if nets and is_student(chosen := nets[name := _chosen(path, nets, net)]):
-            return _student(path, name, chosen, named, like)
+            return _student(path, name, chosen, named)
         if nets:
-            described = _description_of(chosen, named, like)
-            weights = weights_of(chosen)
+            described, weights = _description_of(chosen, named), weights_of(chosen)
         else:
-            (name, weights), described = _checkpoint(path, content, net), named
+            (name, weights), described = _checkpoint(path, content, net), named and (named.precond, named.kwargs)
         if described is None:
             raise UserError(
                 f"{path} holds weights and does not say of which net: add --like TEACHER.safetensors, a converted net "
@@ -75,37 +78,45 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
         raise UserError(f"{path} {error}") from error
 
 
-def _student(path: Path, name: str, net: Inert, named: Description | None, like: Path | None) -> Found:
+def _student(path: Path, name: str, net: Inert, named: Like | None) -> Found:
     """One of SFD's, which says all about itself."""
     precond = net.title.rpartition(".")[2]
     found = student(net, weights_of(net))
-    if named is not None and like is not None:
-        check_class(precond, named[0], like)
-        check_arguments(precond, found.kwargs, named[1], like)
+    _check_like(named, precond, found.kwargs)
     fitted = _build(path, name, precond, found.kwargs, found.weights)
     check_layers(fitted.net, net)
     return fitted._replace(notes=[*found.notes, *fitted.notes], sampler=found.sampler)
 
 
-def _description_of(net: Persistent, named: Description | None, like: Path | None) -> Description:
+def _description_of(net: Persistent, named: Like | None) -> tuple[str, dict[str, Any]]:
     """What the file says about its net. --like may fill what it leaves out, and contradict nothing."""
-    if named is not None and like is not None:
-        check_class(net.title, named[0], like)
+    _check_like(named, net.title)
     precond, kwargs = description(net)
-    if kwargs is None:
-        if named is None:
-            raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
-        return named
-    if named is not None and like is not None:
-        check_arguments(precond, kwargs, named[1], like)
-    return precond, kwargs
+    if kwargs is not None:
+        _check_like(named, precond, kwargs)
+        return precond, kwargs
+    if named is None:
+        raise Unreadable("does not say what its net was made with: add --like TEACHER.safetensors")
+    return named.precond, named.kwargs
 
 
-def _bare_tensors(path: Path, named: Description | None) -> Weights:
+def _check_like(named: Like | None, precond: str, kwargs: dict[str, Any] | None = None) -> None:
+    """Unreadable where a file and --like name different classes, or different keyword arguments, defaults included."""
+    if named and precond != named.precond:
+        raise Unreadable(f"holds a net of the class {shown(precond)}, and --like {named.path} is one of {named.precond}: leave --like out")
+    if named and kwargs is not None:
+        own, others = all_kwargs(precond, kwargs), all_kwargs(precond, named.kwargs)
+        for name in own | others:
+            if own.get(name) != others.get(name):
+                mine, theirs = (f"{kwargs.get(name)!r:.60}" for kwargs in (own, others))
+                raise Unreadable(f"holds a net made with {name} = {mine}, and --like {named.path} one with {theirs}: leave --like out")
+
+
+def _bare_tensors(path: Path, named: Like | None) -> Weights:
     """The tensors of a safetensors file that does not say what they are of."""
     tensors, metadata = read_tensors(path)
     if "precond" in metadata:
-        both = f", of a net of {metadata['precond']} (and --like of one of {named[0]})" if named else ""
+        both = f", of a net of {metadata['precond']} (and --like of one of {named.precond})" if named else ""
         raise Unreadable(f"is a weight file of ours already{both}: use it as it is")
     return {**tensors}
 
@@ -129,34 +140,6 @@ def _chosen(path: Path, names: Any, wanted: str | None) -> str:
     if wanted is None and EMA not in names and len(names) > 1:
         raise UserError(f"{path} holds several nets: {titles}; choose one with --net")
     return wanted or (EMA if EMA in names else next(iter(names)))
-
-
-def weights_of(net: Persistent | Inert) -> Weights:
-    """The net's state_dict, its tensors still in the file."""
-    found: Weights = {}
-    waiting: list[tuple[str, Any]] = [("", net)]
-    parts = 0
-    while waiting:
-        prefix, module = waiting.pop()
-        parts += 1
-        if parts > MOST_PARTS or len(prefix) > LONGEST_PREFIX:
-            raise Unreadable("holds a net that has no end")
-        state = checked(module, (Persistent, Inert), "a part of a net").state
-        unsaved = checked(state.get("_non_persistent_buffers_set", set()), set, "the names of unsaved buffers")
-        for kind in ("_parameters", "_buffers"):
-            for name, value in _attributes(state, kind):
-                if value is not None and not (kind == "_buffers" and name in unsaved):
-                    found[prefix + name] = checked(value, StoredTensor, "a tensor")
-        waiting += [(f"{prefix}{name}.", child) for name, child in _attributes(state, "_modules") if child is not None]
-    return found
-
-
-def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
-    items = list(checked(state.get(kind, {}), dict, "the attributes of a layer").items())
-    for name, _ in items:
-        if type(name) is not str or not NET_NAME.fullmatch(name):
-            raise Unreadable(f"has a layer or tensor called {shown(name)}")
-    return items
 
 
 def description(net: Persistent) -> tuple[str, dict[str, Any] | None]:
@@ -220,15 +203,15 @@ def _flat(content: Any) -> Weights:
             found[name] = value
         elif type(value) is dict:
             named = [(str(key), child) for key, child in reversed(value.items())]
-            waiting += [((*path, key), child) for key, child in named if len(key) <= LONGEST_PREFIX]
+            waiting += [((*path, key), child) for key, child in named if len(key) <= LONGEST_KEY]
     return found
 
 
-def _description_in(like: Path) -> Description:
+def _named(like: Path) -> Like:
     metadata = read_metadata(like)
     if "precond" not in metadata or "kwargs" not in metadata:
         raise UserError(f"{like} does not say which net it holds: wanted a file written by potstill convert or train")
-    return metadata["precond"], metadata["kwargs"]
+    return Like(like, metadata["precond"], metadata["kwargs"])
 
 
 def _check_constants(net: Denoiser) -> None:

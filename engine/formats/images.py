@@ -6,14 +6,16 @@ same pictures give the same bytes.
 
 import io
 import json
-import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from PIL import Image
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.writing import check_free, whole
 
 Fit = Literal["centre-crop", "stretch", "pad"]
 Filter = Literal["box", "lanczos"]
@@ -70,57 +72,32 @@ def png(picture: Image.Image) -> bytes:
 
 
 class DatasetZip:
-    """Write images one after the other; on leaving the `with` block in peace the zip is there, otherwise nothing is."""
+    """Takes images one after the other, each with its class or None. Made by `dataset_zip`."""
 
-    def __init__(self, path: Path, *, classes: list[str] | None = None, overwrite: bool = False):
-        if path.suffix.lower() != ".zip":
-            raise UserError(f"wanted an output that ends in .zip, got {path}")
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise UserError(f"{path} exists: choose another name" + ("" if path.is_dir() else " or add --force"))
-        self.path, self.part = path, path.with_name(f"{path.name}.{os.getpid()}.part")
-        self.classes, self.labels = classes, []
-
-    def __enter__(self) -> Self:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._zip = zipfile.ZipFile(self.part, "w", zipfile.ZIP_STORED)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        return self
+    def __init__(self, archive: zipfile.ZipFile):
+        self.archive = archive
+        self.labels: list[tuple[str, int | None]] = []  # name and class of every image
 
     def add(self, png: bytes, label: int | None) -> None:
         number = len(self.labels)
         name = f"{number // 1000:05d}/img{number:08d}.png"
-        self._write(name, png)
-        self.labels.append([name, label])
+        self.write(name, png)
+        self.labels.append((name, label))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
-            if kind is None:
-                labels = self.labels if all(label is not None for _, label in self.labels) else None
-                names = {"classes": self.classes} if labels and self.classes else {}
-                self._write("dataset.json", json.dumps({"labels": labels} | names).encode())
-                self._zip.close()
-                os.replace(self.part, self.path)
-        except OSError as full:
-            raise self._unwritable(full) from full
-        finally:
-            self._abandon()
+    def write(self, name: str, data: bytes) -> None:
+        entry = zipfile.ZipInfo(name)  # dated 1980: the same images give the same file
+        entry.external_attr = 0o644 << 16  # or it would unpack to files that nobody may read
+        self.archive.writestr(entry, data)
 
-    def _write(self, name: str, data: bytes) -> None:
-        try:
-            entry = zipfile.ZipInfo(name)  # dated 1980: the same images give the same file
-            entry.external_attr = 0o644 << 16  # or it would unpack to files that nobody may read
-            self._zip.writestr(entry, data)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
-    def _abandon(self) -> None:
-        """Remove the unfinished file; there is none after a success."""
-        if self._zip.fp is not None:
-            self._zip.fp.close()
-            self._zip.fp = None  # or ZipFile would write its directory when it is collected
-        self.part.unlink(missing_ok=True)
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}")
+@contextmanager
+def dataset_zip(path: Path, *, classes: list[str] | None = None, overwrite: bool = False) -> Iterator[DatasetZip]:
+    """The zip is there when the block ends in peace; otherwise nothing is. UserError where it cannot be written."""
+    if path.suffix.lower() != ".zip":
+        raise UserError(f"wanted an output that ends in .zip, got {path}")
+    check_free(path, overwrite)
+    with writing(path), whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        yield (found := DatasetZip(archive))
+        labels = found.labels if all(label is not None for _, label in found.labels) else None
+        names = {"classes": classes} if labels and classes else {}
+        found.write("dataset.json", json.dumps({"labels": labels} | names).encode())

@@ -259,7 +259,7 @@ OPERATIONS: Mapping[int, Callable[[_Machine], object]] = {
     0x86: lambda m: m.tuple_of(2),
     0x87: lambda m: m.tuple_of(3),
     ord("}"): _push(lambda m: {}),
-    ord("s"): lambda m: _set_one(m, m.stack.pop(), m.stack.pop()),
+    ord("s"): lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     ord("u"): lambda m: m.set_items(m.pop_mark()),
     0x8F: _push(lambda m: set()),
     0x90: lambda m: m.add(m.pop_mark()),
@@ -283,7 +283,3 @@ OPERATIONS: Mapping[int, Callable[[_Machine], object]] = {
 
 def _extend(m: _Machine, items: list[Any]) -> None:
     checked(m.stack[-1], list, "a list").extend(items)
-
-
-def _set_one(m: _Machine, value: Any, key: Any) -> None:
-    m.set_items([key, value])

@@ -16,12 +16,11 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import geometric, karras, vp_uniform
 from potstill.engine.formats.edm_arguments import LISTS, argument, is_number, is_whole
 from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
-from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, StoredTensor
+from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, Persistent, StoredTensor, Weights, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import frequencies
 from potstill.engine.nets.steps import FREQUENCIES
 
-Weights = dict[str, StoredTensor | Tensor]
 PRECOND = f"{SFD_MODULE}EDMPrecond"
 STEPS = re.compile(r"model\.map_step(_layer[01])?\.|\.affine_step\.")
 OURS = {".map_step_layer": ".map_steps.layer", ".map_step.": ".map_steps.waves.", ".affine_step.": ".affine.steps."}
@@ -104,7 +103,7 @@ def sampler_of(net: Inert) -> Sampler:
 
 def unet_arguments(net: Inert, weights: Weights) -> dict[str, Any]:
     """The keyword arguments of the U-Net, from the shapes and names of its layers."""
-    model = part(net, "model")
+    model = checked(parts(net).get("model"), Inert, "the layer model of a net")
     kind = model.title.removeprefix(SFD_MODULE)
     if kind not in ("SongUNet", "DhariwalUNet"):
         raise Unreadable(f"holds a U-Net of the class {shown(model.title)}, wanted SongUNet or DhariwalUNet")
@@ -180,20 +179,6 @@ def same(mine: Any, theirs: Any) -> bool:
     return type(theirs) in (bool, int, float) and abs(float(mine) - float(theirs)) <= 1e-6 * abs(float(mine))
 
 
-def part(module: Inert, name: str) -> Inert:
-    """A layer by its name."""
-    found = checked(module.state.get("_modules", {}), dict, "the layers of a net").get(name)
-    return checked(found, Inert, f"the layer {name} of a net")
-
-
-def parts(net: Inert) -> dict[str, Inert]:
-    """All layers under their dotted names. The net has an end: its weights have been found."""
-    found: dict[str, Inert] = {}
-    waiting = [("", net)]
-    while waiting:
-        prefix, module = waiting.pop()
-        for name, child in checked(module.state.get("_modules", {}), dict, "the layers of a net").items():
-            if isinstance(child, Inert):
-                found[prefix + name] = child
-                waiting.append((f"{prefix}{name}.", child))
-    return found
+def parts(net: Inert) -> dict[str, Persistent | Inert]:
+    """All layers under their dotted names."""
+    return {prefix.removesuffix("."): module for prefix, module in modules_of(net) if prefix}

@@ -4,10 +4,11 @@ What a file may name is the table `CALLS` and little more; a tensor is copied ou
 NVIDIA's persistence format stores a network as a dictionary with the source text of its class: the text is never looked at.
 """
 
+import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from potstill.engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, 
 from potstill.engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 
 PERSISTENCE_VERSION = 6
+MOST_PARTS, LONGEST_PREFIX = 100_000, 500  # of a net
+NET_NAME = re.compile(r"[\w.-]{1,300}")
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how a file of torch.save begins that is no zip archive
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -71,10 +74,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
     @property
     def extent(self) -> int:
@@ -285,3 +285,40 @@ def _archive(data: memoryview, path: Path) -> Any:
     for key, storage in storages.items():
         storage.fill(member(f"data/{key}"))
     return content
+
+
+Weights = dict[str, StoredTensor | torch.Tensor]
+
+
+def weights_of(net: Persistent | Inert) -> Weights:
+    """The net's state_dict, its tensors still in the file."""
+    found: Weights = {}
+    for prefix, module in modules_of(net):
+        unsaved = checked(module.state.get("_non_persistent_buffers_set", set()), set, "the names of unsaved buffers")
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _attributes(module.state, kind):
+                if value is not None and not (kind == "_buffers" and name in unsaved):
+                    found[prefix + name] = checked(value, StoredTensor, "a tensor")
+    return found
+
+
+def modules_of(net: Any) -> Iterator[tuple[str, Persistent | Inert]]:
+    """A net and all its parts, each with what the names of its tensors begin with. Unreadable where there is no end."""
+    waiting: list[tuple[str, Any]] = [("", net)]
+    parts = 0
+    while waiting:
+        prefix, module = waiting.pop()
+        parts += 1
+        if parts > MOST_PARTS or len(prefix) > LONGEST_PREFIX:
+            raise Unreadable("holds a net that has no end")
+        yield prefix, checked(module, (Persistent, Inert), "a part of a net")
+        waiting += [(f"{prefix}{name}.", child) for name, child in _attributes(module.state, "_modules") if child is not None]
+
+
+def _attributes(state: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
+    """The parameters, buffers or modules of a part of a net by name."""
+    items = list(checked(state.get(kind, {}), dict, "the attributes of a layer").items())
+    for name, _ in items:
+        if type(name) is not str or not NET_NAME.fullmatch(name):
+            raise Unreadable(f"has a layer or tensor called {shown(name)}")
+    return items

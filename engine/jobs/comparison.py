@@ -22,8 +22,8 @@ from potstill.engine.jobs.finish import Nets
 from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, versions
-from potstill.engine.measure.judge import Judge
 from potstill.engine.measure.report import write_report
+from potstill.engine.measure.score import Judge
 from potstill.engine.models.opening import STUDENT, open_models, own_sampler
 from potstill.engine.models.router import Router
 from potstill.engine.models.weights import load_net, read_metadata

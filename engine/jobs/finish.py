@@ -14,7 +14,7 @@ from potstill.engine.formats.pictures import save_png, sheet
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.named import features_by_name
+from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import Reference, reference, score
 from potstill.engine.models.generate import generate
 from potstill.engine.models.weights import read_metadata

@@ -14,14 +14,13 @@ import torch
 
 from potstill.engine.common.download import cached_path, is_url
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.extras import Extra
+from potstill.engine.common.packages import Extra
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
-from potstill.engine.measure import inception
-from potstill.engine.measure.named import check_features_name
+from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.router import Partition
@@ -123,7 +122,7 @@ def check_complete(cfg: Config) -> None:
 
 def unfetched(features: str) -> str | None:
     """The address that these features must be downloaded from before they can be tried; None where they lie on disk."""
-    url = inception.URL if features == "inception" else features.partition(":")[2]
+    url = INCEPTION_URL if features == "inception" else features.partition(":")[2]
     return url if is_url(url) and not cached_path(url).is_file() else None
 
 

@@ -2,8 +2,8 @@
 
     pixels                 the pixels themselves, of at most 16x16
     FILE.pt                a TorchScript module of yours, or NVIDIA's Inception, known by its sha256
-    inception[:FILE|URL]   the Inception network that FID is defined by (engine.measure.inception)
-    dinov2:FILE|URL        DINOv2 ViT-L/14, clip:FILE|URL: CLIP ViT-B/32 (engine.measure.vision); want the extra `timm`
+    inception[:FILE|URL]   the Inception network that FID is defined by (engine.measure.networks)
+    dinov2:FILE|URL        DINOv2 ViT-L/14, clip:FILE|URL: CLIP ViT-B/32 (also there); want the extra `timm`
 
 A distance is named after its features ("FD-pixels", "FD-resnet20"); it is called FID only with those very weights.
 """
@@ -31,6 +31,7 @@ class Features(nn.Module):
     sha256: str | None = None
     edm2: str | None = None
     num_features: int = 0  # 0 until `measure` has seen an image
+    width: int | None = None  # what it must be then, for a known network
     device: torch.device = torch.device("cpu")  # of the last images measured
 
     def measure(self, images: Tensor) -> None:
@@ -41,6 +42,13 @@ class Features(nn.Module):
         if found.ndim != 2 or len(found) != 1:
             raise UserError(f"{self.title} wants to be a map [N, C, H, W] -> [N, D], got {list(found.shape)} for one image")
         self.num_features, self.device = found.shape[1], images.device
+        if self.width and self.num_features != self.width:
+            raise UserError(f"FID's Inception has {self.width} features, {self.title} has {self.num_features}")
+
+    @torch.no_grad()
+    def try_on(self, channels: int, resolution: int, device: torch.device | str) -> None:
+        """Move to the device and `measure` a black image of this size."""
+        self.to(device).measure(torch.zeros(1, channels, resolution, resolution, dtype=torch.uint8, device=device))
 
 
 class Pixels(Features):
@@ -73,7 +81,8 @@ class Scripted(Features):
         self.title = f"FD-{path.stem}"
         self.sha256 = digest(path)
         self.script = torchscript(path)
-        self.flags = {"return_features": True} if has_flag(self.script, "return_features") else {}
+        flagged = any(one.name == "return_features" and "bool" in str(one.type) for one in self.script.forward.schema.arguments)
+        self.flags = {"return_features": True} if flagged else {}
 
     def forward(self, images: Tensor) -> Tensor:
         found = self.script(rgb(images), **self.flags)
@@ -109,11 +118,6 @@ class Scripted(Features):
 def are_probabilities(rows: Tensor) -> bool:
     """Do all rows [N, D] hold numbers in [0, 1] that sum to 1, up to the rounding of float16?"""
     return bool((rows >= 0).all()) and bool((rows.sum(1) - 1).abs().max() < 1e-2)
-
-
-def has_flag(script: torch.jit.ScriptModule, name: str) -> bool:
-    """Has its forward an argument of that name which is a bool?"""
-    return any(argument.name == name and "bool" in str(argument.type) for argument in script.forward.schema.arguments)
 
 
 def rgb(images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from potstill.engine.common.errors import UserError, reading, what_it_is, writin
 from potstill.engine.common.writing import whole
 from potstill.engine.formats.numpy_pickles import read_arrays
 from potstill.engine.formats.pickles import shown
-from potstill.engine.measure.frechet import Gaussian
+from potstill.engine.measure.distances import Gaussian
 
 MOST_FEATURES = 16_384  # a covariance of 2 GiB
 BROKEN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, NotImplementedError)

@@ -5,31 +5,52 @@ Here is what it says; report.html beside this file is how it looks.
 
 import base64
 import json
+import math
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from potstill.engine.common.versions import versions_of
+from potstill.engine.common.packages import versions_of
 from potstill.engine.common.writing import whole
-from potstill.engine.measure import curves
-from potstill.engine.measure.curves import Chart, chart, is_number, read_curves, short
 
 MOST_GRIDS = 8  # of the sample grids over time
 PACKAGES = ("potstill", "torch", "triton", "numpy", "torchmetrics", "safetensors")
+GROUPS = ("student", "teacher", "floor", "seconds", "versions")  # of a summary: dictionaries
 BOOKKEEPING = ("/nonfinite", "/grad_norm", "images_per_second")  # curves that are shown last
+
+Curve = list[tuple[float, float]]
+Place = tuple[float, str]  # a pixel, and the text that stands there
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+POINTS = 240  # drawn per curve; longer ones are averaged in equal pieces
+LOG_RANGE = 30.0  # a positive curve that spans more than this factor is drawn on a logarithmic scale
+BESIDES = {"step", "kimg", "seconds"}  # of a metrics line: the axis, not curves
+
+
+@dataclass
+class Chart:
+    """One curve in pixels. `levels` are horizontal lines with their names; `last` is the curve's last value."""
+
+    points: list[tuple[float, float]]
+    x_ticks: list[Place]
+    y_ticks: list[Place]
+    levels: list[Place]
+    last: str
 
 
 def write_report(run_dir: Path) -> Path:
     """Write report.html from what a run folder holds by now, and return its path. Parts that are missing say so."""
     run_dir = Path(run_dir)
     summary, teacher, path = _summary(run_dir / "summary.json"), run_dir / "teacher", run_dir / "report.html"
-    levels = {who: fd for who in ("teacher", "floor") if is_number(fd := _of(summary, who, "fd"))}
-    told = summary.get("versions")
+    levels = {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         title=run_dir.resolve().name,
@@ -41,8 +62,8 @@ def write_report(run_dir: Path) -> Path:
         teacher_charts=_charts(read_curves(teacher / "metrics.jsonl"), {}),
         teacher_grids=_grids(teacher / "samples"),
         files=[(file.name, _text(file)) for file in (run_dir / "config.yaml", run_dir / "summary.json")],
-        versions=told if isinstance(told, Mapping) else versions(),
-        width=curves.WIDTH, height=curves.HEIGHT, left=curves.LEFT, right=curves.RIGHT,
+        versions=summary.get("versions") or versions(),
+        width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT,
     )  # fmt: skip
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
@@ -51,31 +72,30 @@ def write_report(run_dir: Path) -> Path:
 
 def _lead(summary: dict[str, Any]) -> str:
     """The result in a sentence."""
-    student, nfe, teacher, teacher_nfe = (_of(summary, who, key) for who in ("student", "teacher") for key in ("fd", "nfe"))
+    student, nfe, teacher, teacher_nfe = (summary.get(who, {}).get(key) for who in ("student", "teacher") for key in ("fd", "nfe"))
     if not is_number(student) or not is_number(nfe):
         return "This run has not been scored yet."
     evaluations = f"{nfe:g} network evaluation{'' if nfe == 1 else 's'}"
-    text = f"The student reaches {_of(summary, 'student', 'features') or 'FD'} {short(student)} with {evaluations} per image"
+    text = f"The student reaches {summary['student'].get('features') or 'FD'} {short(student)} with {evaluations} per image"
     return f"{text}, its teacher {short(teacher)} with {teacher_nfe:g}." if is_number(teacher) and is_number(teacher_nfe) else f"{text}."
 
 
 def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The headline numbers, and what they are."""
     for who in ("student", "teacher"):
-        if is_number(fd := _of(summary, who, "fd")):
-            nfe = _of(summary, who, "nfe")
-            yield short(fd), f"{who}, {_of(summary, who, 'features') or 'FD'}" + (f" at NFE {nfe:g}" if is_number(nfe) else "")
-    if is_number(fd := _of(summary, "floor", "fd")):
+        if is_number(fd := summary.get(who, {}).get("fd")):
+            nfe = summary.get(who, {}).get("nfe")
+            yield short(fd), f"{who}, {summary[who].get('features') or 'FD'}" + (f" at NFE {nfe:g}" if is_number(nfe) else "")
+    if is_number(fd := summary.get("floor", {}).get("fd")):
         yield short(fd), "floor: real against real at the same n"
     if is_number(images := summary.get("images_seen")):
         yield short(images), "images seen"
-    seconds = summary.get("seconds")
-    for name, value in seconds.items() if isinstance(seconds, Mapping) else ():
+    for name, value in summary.get("seconds", {}).items():
         if is_number(value):
             yield _duration(value), f"time: {name}"
 
 
-def _charts(found: dict[str, curves.Curve], levels: dict[str, float]) -> list[tuple[str, Chart]]:
+def _charts(found: dict[str, Curve], levels: dict[str, float]) -> list[tuple[str, Chart]]:
     """A chart per metric: distances first, book-keeping last; `levels` belong to the distances."""
     order = sorted(found, key=lambda name: (name.endswith(BOOKKEEPING), not name.startswith("fd@")))
     return [(name, chart(found[name], levels if name.startswith("fd@") else None)) for name in order]
@@ -110,16 +130,97 @@ def _summary(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError:
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _of(summary: Mapping[str, Any], group: str, key: str) -> Any:
-    """summary[group][key], None where it is not there."""
-    inner = summary.get(group)
-    return inner.get(key) if isinstance(inner, Mapping) else None
+    return {k: v for k, v in found.items() if k not in GROUPS or isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+# A small line chart: where its points and ticks are.
+
+
+def read_curves(metrics: Path) -> dict[str, Curve]:
+    """Every number of a metrics.jsonl against thousands of images: name -> [(kimg, value)]; {} where there is no file.
+
+    A last line cut short by a crash, lines of something else and values that are not finite are left out.
+    """
+    curves: dict[str, Curve] = {}
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        x = entry.get("kimg", entry.get("step")) if isinstance(entry, dict) else None
+        if not is_number(x):
+            continue
+        for name, y in entry.items():
+            if name not in BESIDES and is_number(y):
+                curves.setdefault(name, []).append((x, y))
+    return curves
+
+
+def chart(curve: Curve, levels: Mapping[str, float] | None = None) -> Chart:
+    """Where a curve and horizontal lines at `levels` lie; logarithmic where they are positive and far apart."""
+    levels = levels or {}
+    points = _thinned(sorted(curve))
+    values = [y for _, y in curve] + list(levels.values())
+    log = min(values) > 0 and max(values) > LOG_RANGE * min(values)
+    scale = math.log10 if log else float
+    low, high = scale(min(values)), scale(max(values))
+    margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
+    low, high = low - margin, high + margin
+    start, end = points[0][0], points[-1][0]
+
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - RIGHT - LEFT) * (x - start) / (end - start or 1)
+
+    def up(y: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (scale(y) - low) / (high - low)
+
+    return Chart(
+        points=[(across(x), up(y)) for x, y in points],
+        x_ticks=[(across(x), short(x)) for x in _ticks(start, end, 5)],
+        y_ticks=[(up(y), short(y)) for y in (_log_ticks(low, high) if log else _ticks(low, high, 4))],
+        levels=[(up(y), f"{name} {short(y)}") for name, y in levels.items()],
+        last=short(curve[-1][1]),
+    )
+
+
+def short(value: float) -> str:
+    """A number for an axis or a headline: at most four digits, k and M for thousands and millions."""
+    for unit, name in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Is it a finite number?"""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _thinned(points: Curve) -> Curve:
+    """Means over equal pieces, so that nothing is dropped; the last point stays."""
+    if len(points) <= POINTS:
+        return points
+    return [(x, y) for x, y in (piece.mean(0).tolist() for piece in np.array_split(points, POINTS)[:-1])] + points[-1:]
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers within [low, high]."""
+    if high <= low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / about))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m * about >= high - low)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten with exponents within [low, high], at most five; of less than three decades their double and fivefold, too."""
+    decades = [10.0**e for e in range(math.floor(low), math.floor(high) + 1)]
+    if len(decades) > 3:
+        return decades[1 :: math.ceil((len(decades) - 1) / 5)]
+    return [m * decade for decade in decades for m in (1, 2, 5) if low <= math.log10(m * decade) <= high]

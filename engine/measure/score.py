@@ -1,5 +1,10 @@
-"""How far a net's images are from the data, and how far the data are from themselves at the same number of images."""
+"""How far a net's images are from the data, and how far the data are from themselves at the same number of images.
 
+Beside a number stands what it was measured with: a fingerprint of the real images, and the versions of the tools.
+"""
+
+import hashlib
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +16,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.packages import versions_of
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
+from potstill.engine.measure.distances import Gaussian, check_neighbours, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Features
-from potstill.engine.measure.frechet import Gaussian, moments, squared_distance
-from potstill.engine.measure.provenance import Fingerprint, tools
-from potstill.engine.measure.quality import check_neighbours, kid, precision_recall
-from potstill.engine.measure.shares import gathered, share
-from potstill.engine.models.classes import labels_for
-from potstill.engine.models.generate import generate
+from potstill.engine.models.generate import generate, labels_for
 from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
+PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity")
+
+
+class Fingerprint:
+    """The sha256 of all images' sha256s in their order, each of the bytes [C, H, W] uint8: the same for zip and folder."""
+
+    def __init__(self):
+        self.digests: list[bytes] = []
+
+    def add(self, images: Sequence[np.ndarray]) -> None:
+        self.digests += [hashlib.sha256(np.ascontiguousarray(image).data).digest() for image in images]
+
+    def of_all(self, ranks: Ranks, total: int, batch: int, device: torch.device) -> str:
+        """In hexadecimal, of all processes' images."""
+        mine = torch.tensor([list(d) for d in self.digests], dtype=torch.uint8, device=device).reshape(-1, 32)
+        return hashlib.sha256(gathered(ranks, mine, total, batch).cpu().numpy().tobytes()).hexdigest()
 
 
 @dataclass
@@ -36,7 +54,7 @@ class Reference:
     floor_kind: str
     data: str  # the name of the data or file
     images: int | None  # how many
-    sha256: str  # of the images (engine.measure.provenance) or the file
+    sha256: str  # the Fingerprint of the images, or that of the file
     seen: Tensor | None = None  # the real images' features [N, D], for the metrics that want more than a Gaussian
 
 
@@ -56,7 +74,7 @@ def reference(
         mine = indices[share(ranks, len(indices), batch)]
         return moments(_read(images, mine, batch, device, fingerprint), features, kept=kept, ranks=ranks).gaussian(kind)
 
-    _measure(features, images, device)
+    features.try_on(images.channels, images.resolution, device)  # a process without a share sees no other image
     whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept)
     if total >= 2 * n:
         order = rng.permutation(total)
@@ -98,11 +116,11 @@ def score(
     start, mine = time.perf_counter(), share(ranks, n, batch)
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):
-        classes, labels_kind = labels_for(net, images, n, labels, seed=first)
+        classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
         own = None if classes is None else classes[mine]
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
         kept = None if set(metrics) == {FD} else []
-        _measure(features, net, device)
+        features.try_on(net.img_channels, net.img_resolution, device)
         fake = moments(_with_bar(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
         found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
         if kept is not None:
@@ -153,13 +171,6 @@ def _more(metrics: Sequence[str], against: Reference, fake: Tensor, seed: int) -
     return found | (precision_recall(against.seen, fake) if PR in metrics else {})
 
 
-def _measure(features: Features, source: Any, device: Device) -> None:
-    """Let the features see an image of this size, which a process without a share would never do."""
-    c, r = (source.channels, source.resolution) if hasattr(source, "channels") else (source.img_channels, source.img_resolution)
-    with torch.no_grad():
-        features.to(device).measure(torch.zeros(1, c, r, r, dtype=torch.uint8, device=device))
-
-
 def _rows(kept: list[Tensor], features: Features) -> Tensor:
     """[n, D] float64 of this process, n = 0 without a share."""
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
@@ -180,3 +191,40 @@ def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[
         for batch in batches:
             yield batch
             bar.update(len(batch))
+
+
+def tools() -> dict[str, str]:
+    """Versions of what took part, as far as it is installed."""
+    return {"python": platform.python_version()} | versions_of(*PACKAGES)
+
+
+class Judge:
+    """Fréchet distances in several features from the same real images, at the same n and seeds: a comparison's.
+
+    A net's images are made once and shown to all features. Beside every distance stands its floor, real against real.
+    """
+
+    def __init__(self, images: Images, features: Sequence[Features], *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu"):
+        """Reads all images once per features. UserError where features do not take them."""
+        self.images, self.n, self.seed, self.batch, self.device = images, n, seed, batch, device
+        settings = {"n": n, "seed": seed, "batch": batch, "device": device}
+        self.features = {one.title: one for one in features}
+        self.references = {one.title: reference(images, one.to(device), **settings) for one in features}
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Real against real by title."""
+        return {title: one.floor for title, one in self.references.items() if one.floor is not None}  # all: there are images
+
+    @property
+    def floor_kind(self) -> str:
+        return next(iter(self.references.values())).floor_kind
+
+    def scores(self, net: Any, sampler: Sampler) -> dict[str, float]:
+        """Distances by title of n images of this net, which is on the device and in eval mode."""
+        check_fit(net, self.images)
+        labels, _ = labels_for(net, self.images.labels, self.n)
+        seeds = range(self.seed, self.seed + self.n)
+        shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
+        fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
+        return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}

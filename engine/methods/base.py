@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.checks import Unused, finite, one_of
-from potstill.engine.common.extras import Extra
+from potstill.engine.common.packages import Extra
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import strata
 from potstill.engine.nets.denoiser import Denoiser

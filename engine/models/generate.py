@@ -1,4 +1,7 @@
-"""Images from seeds: every image has its own generator, so it is the same image in whatever batch it is made."""
+"""Images from seeds: every image has its own generator, so it is the same image in whatever batch it is made.
+
+Also which class each image gets: the data's own, all in turn, a list, or EDM's draw from each image's seed.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,16 +15,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 
-
-class PortableNoise(SeedNoise):
-    """Drawn on the CPU and moved: a seed is the same image on every machine (CUDA's generator is another stream)."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device | str):
-        super().__init__(seeds)
-        self.device = device
-
-    def normal(self, *shape: int) -> Tensor:
-        return super().normal(*shape).to(self.device)
+DATA, BALANCED, RANDOM, NONE = "data", "balanced", "random", "none"  # where classes come from
 
 
 class Between(NamedTuple):
@@ -44,10 +38,10 @@ class BetweenNoise:
         return slerp(a, b, self.t).float().to(self.device)
 
 
-def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> PortableNoise | BetweenNoise:
+def noise_of(seeds: Sequence[int | Between], device: torch.device | str) -> SeedNoise | BetweenNoise:
     """The noise of whole seeds, or of points between them."""
     numbers = [seed for seed in seeds if not isinstance(seed, Between)]
-    return PortableNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
+    return SeedNoise(numbers, device) if numbers else BetweenNoise([seed for seed in seeds if isinstance(seed, Between)], device)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -111,3 +105,45 @@ def write_pairs(
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
     with whole(path) as part:
         save_tensors(tensors, part)
+
+
+def labels_for(
+    net: Sampled, known: np.ndarray | None, n: int, how: str | None = None, *, seed: int = 0
+) -> tuple[np.ndarray | None, str]:  # fmt: skip
+    """The class of each of n images with the seeds from `seed` on, and where it comes from.
+
+    known: the data's labels, if there are any. how: data (theirs in their order, thinned out or repeated evenly), balanced (all in turn), random (EDM's), or classes
+    such as 3,5 in turn; None is data where there are labelled data, else balanced. UserError for what the net does not know.
+    """
+    if not net.label_dim:
+        if how not in (None, NONE):
+            raise UserError(f"this net knows no classes, got --labels {how}")
+        return None, NONE
+    how = how or (BALANCED if known is None else DATA)
+    if how == BALANCED:
+        return np.arange(n) % net.label_dim, BALANCED
+    if how == RANDOM:
+        return classes_of_seeds(net, range(seed, seed + n)), RANDOM
+    if how == DATA:
+        if known is None:
+            raise UserError("--labels data wants labelled data, and there are none: take balanced or random")
+        return known[np.arange(n) * len(known) // n], DATA  # the first n would be one class of sorted data
+    return np.resize(parse_classes(how, net.label_dim), n), how
+
+
+def classes_of_seeds(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
+    """EDM's: a seed's generator gives the noise first and then the class, all equally likely."""
+    shape, found = (net.img_channels, net.img_resolution, net.img_resolution), []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(*shape, generator=generator)
+        found.append(int(torch.randint(net.label_dim, (), generator=generator)))
+    return np.array(found, np.int64)
+
+
+def parse_classes(text: str, label_dim: int) -> list[int]:
+    """`0,3,5` as classes of a net with so many of them."""
+    parts = [part.strip() for part in text.split(",")]
+    if bad := [p for p in parts if not p.isdecimal() or int(p) >= label_dim]:
+        raise UserError(f"labels want to be among 0 … {label_dim - 1}, such as 0,1,2, or all; got {bad[0]!r}")
+    return [int(part) for part in parts]

@@ -129,23 +129,24 @@ def sampler_for(
             raise UserError(f"{source} is sampled by {walk.solver}, churn wants a walk with {' or '.join(CHURNED)}")
         lift, low, high, noise = churn
         return replace(walk, churn=(lift, low, min(high, walk.levels(net)[0].item()), noise))
-    if role == STUDENT and own is None and solver is None:
-        raise UserError(f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver")
     if own and steps is None and solver is None:
         return own
-    if role == STUDENT and solver is None and own and own.sigmas[-1] > 0 and own.solver in SOLVERS:
-        assert steps is not None  # else the file's own way is taken, above
-        if own.step_condition is None and steps != own.nfe:
-            raise UserError(f"{source} was distilled for {own.nfe} evaluations, got {steps}: leave steps out, or name a solver")
-        return own.with_nfe(steps)
     walks = own is not None and own.solver in SOLVERS
-    if role == STUDENT and solver is None and own and not walks:
-        if steps == len(own.sigmas):
+    if role == STUDENT and solver is None:
+        if own is None:
+            raise UserError(f"{source} does not say how its student is sampled (no 'sampler' in its metadata): name a solver")
+        assert steps is not None  # else the file's own way is taken, above
+        if walks and own.sigmas[-1] > 0:
+            if own.step_condition is None and steps != own.nfe:
+                raise UserError(f"{source} was distilled for {own.nfe} evaluations, got {steps}: leave steps out, or name a solver")
+            return own.with_nfe(steps)
+        if not walks and steps == len(own.sigmas):
             return own
-        raise UserError(
-            f"{source} was distilled for {len(own.sigmas)} step{'s' * (len(own.sigmas) > 1)}, got {steps}: "
-            "leave steps out, or name a solver to use it as a denoiser"
-        )
+        if not walks:
+            raise UserError(
+                f"{source} was distilled for {len(own.sigmas)} step{'s' * (len(own.sigmas) > 1)}, got {steps}: "
+                "leave steps out, or name a solver to use it as a denoiser"
+            )
     default = 18 if net.img_resolution <= 32 else 40  # EDM's for CIFAR-10 and for 64 pixels
     count = steps or (len(own.sigmas) - 1 if own and walks else default)
     name = solver or (own.solver if own and walks and role == STUDENT else "heun")

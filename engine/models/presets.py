@@ -32,13 +32,10 @@ def add_options(p: ArgumentParser) -> None:
 
 def how(args: Namespace) -> dict[str, Any]:
     """The options as arguments of `open_models`; a preset and churn apply to the teacher only."""
-    preset = PRESETS.get(args.preset, {})
-    of_teacher = preset | {key: v for key in ("steps", "solver") if preset and (v := getattr(args, key)) is not None}
-    if churn := chosen_churn(args, preset.get("churn")):
-        of_teacher |= {"churn": churn}
-    else:
-        of_teacher.pop("churn", None)
-    return {"steps": args.steps, "solver": args.solver, "of_teacher": of_teacher or None}
+    given, preset = {"steps": args.steps, "solver": args.solver}, PRESETS.get(args.preset, {})
+    changed = {key: value for key, value in given.items() if preset and value is not None}
+    of_teacher = preset | changed | {"churn": chosen_churn(args, preset.get("churn"))}
+    return given | {"of_teacher": {key: value for key, value in of_teacher.items() if value is not None} or None}
 
 
 def chosen_churn(args: Namespace, preset: Churn | None) -> Churn | None:

@@ -8,7 +8,9 @@ x = student.generate(z, labels)                      # float32 about in [-1, 1],
 # huggingface_hub is optional.
 # pyright: reportMissingImports=false
 
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,12 +23,12 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
 from potstill.engine.models.generate import generate
-from potstill.engine.models.hub import WEIGHTS, write_config
 from potstill.engine.models.opening import STUDENT, open_models
-from potstill.engine.models.router import Router
-from potstill.engine.models.weights import save_net
+from potstill.engine.models.router import MANIFEST, Router
+from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.denoiser import Denoiser
 
+WEIGHTS = "model.safetensors"  # in a folder as the Hugging Face hub expects it, beside config.json
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json"]  # what Student reads; pickles and code are not even downloaded
 
@@ -49,6 +51,7 @@ class Student(nn.Module):
         self.net, self.sampler, self.metadata = net, sampler, metadata or {}
         self.label_dim, self.shape = net.label_dim, (net.img_channels, net.img_resolution, net.img_resolution)
         self.draws = sampler.nfe if sampler.solver == ANCESTRAL else 1  # arrays of noise that an image takes
+        self.noise_shape = self.shape if self.draws == 1 else (self.draws, *self.shape)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
@@ -96,9 +99,8 @@ class Student(nn.Module):
         Raises:
             UserError: noise or labels of another shape.
         """
-        wanted = self.shape if self.draws == 1 else (self.draws, *self.shape)
-        if tuple(z.shape[1:]) != wanted:
-            raise UserError(f"this student wants noise {['N', *wanted]}, got {list(z.shape)}")
+        if tuple(z.shape[1:]) != self.noise_shape:
+            raise UserError(f"this student wants noise {['N', *self.noise_shape]}, got {list(z.shape)}")
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
         return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
 
@@ -169,3 +171,25 @@ def _downloaded(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no folder or file at {name}, and none of that name came from the hub ({reason})") from error
+
+
+def write_hub(weights: Path, folder: Path) -> None:
+    """A student's weight file and its config.json into a folder that exists; of several students, all of theirs."""
+    write_config(folder, copy_weights(weights, folder, WEIGHTS))
+
+
+def copy_weights(weights: Path, folder: Path, name: str) -> Path:
+    """Copy a weight file to `name` in a folder; a manifest and all that it names, as they are called. Returns the first weight file."""
+    if weights.name != MANIFEST:
+        return Path(shutil.copyfile(weights, folder / name))
+    files = [entry["file"] for entry in json.loads(weights.read_text(encoding="utf-8"))["students"]]
+    for file in [MANIFEST, *files]:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights.parent / file, folder / file)
+    return folder / files[0]
+
+
+def write_config(folder: Path, weights: Path) -> None:
+    """config.json: the metadata of a weight file, for people and for the hub's counters; the file decides."""
+    text = {"library_name": "potstill", **read_metadata(weights)}
+    (folder / "config.json").write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.common.extras import Extra
+from potstill.engine.common.packages import Extra
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.unet import channels_of
 

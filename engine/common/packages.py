@@ -1,7 +1,9 @@
-"""Optional packages: what settings ask for, whether it is here, and how to get it or do without."""
+"""Other people's packages: which versions are here, and what to do without an optional one that settings ask for."""
 
 import sys
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -23,3 +25,16 @@ class Extra(NamedTuple):
 
 def installed(package: str) -> bool:
     return package in sys.modules or find_spec(package) is not None
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    return {package: found for package in packages if (found := _version(package))}

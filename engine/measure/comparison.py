@@ -1,4 +1,5 @@
-"""The pictures of a comparison: every method's distance against seconds and against images, floor and teacher as lines."""
+"""What a comparison shows of its summary: every method's distance against seconds and against images, with floor and teacher as
+lines, and one table, for a terminal and as Markdown."""
 
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,36 @@ def scale(summary: dict[str, Any], title: str) -> str:
     values = [summary["floor"]["scores"][title], summary["teacher"]["scores"][title]]
     values += [p["scores"][title] for m in summary["methods"].values() for p in m["curve"]]
     return "log" if min(values) > 0 and max(values) > 5 * min(values) else "linear"
+
+
+def rows(summary: dict[str, Any]) -> list[list[str]]:
+    """The table as text, the head first."""
+    titles = list(summary["floor"]["scores"])
+    found = [["method", "NFE", *titles, "seconds", "images", "img/s", "peak GiB"]]
+    found.append(["floor", "", *(short(summary["floor"]["scores"][t]) for t in titles), "", "", "", ""])
+    for name, one in [("teacher", summary["teacher"]), *summary["methods"].items()]:
+        speed, peak = one["images_per_second"], one["peak_memory_gib"]
+        found.append([
+            name, str(one["nfe"]), *(short(one["scores"][t]) for t in titles), f"{one['seconds']:.0f}", f"{one['images']:,}",
+            "" if speed is None else f"{speed:.0f}", "" if peak is None else f"{peak:.2f}",
+        ])  # fmt: skip
+    return found
+
+
+def short(value: float) -> str:
+    """Three or four digits."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    head, *body = rows(summary)
+    lines = [head, ["---"] * len(head), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def plain(summary: dict[str, Any]) -> str:
+    """In columns as wide as what stands in them."""
+    table = rows(summary)
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = [[cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in table]
+    return "\n".join("  ".join(line) for line in lines)

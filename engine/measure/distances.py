@@ -1,20 +1,30 @@
-"""The Fréchet distance between two sets of images: that of the Gaussians fitted to their features (1706.08500, Eq. 6).
+"""How far two sets of images are from each other in their features: the Fréchet distance between the Gaussians fitted to them
+(1706.08500, Eq. 6), the kernel distance, and precision and recall.
 
     d² = |μ_r - μ_g|² + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^½)
 
 Features and their products are summed in float64, batch by batch and over processes; covariances have n - 1. The trace of
 the root is the sum of the singular values of Σ_r^½ Σ_g^½, which stays real and accurate where a covariance is singular.
+
+KID (1801.01401) is torchmetrics': the squared maximum mean discrepancy of (x·y/D + 1)³, unbiased, a mean over 100 subsets of
+1000. Precision and recall (1904.06991): the share of generated images within the k-th neighbour's distance of a real one,
+and the other way round.
 """
 
+import warnings
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.measure.features import Features
 from potstill.engine.training.ranks import ALONE, Ranks
+
+SUBSETS, SUBSET = 100, 1000
+NEIGHBOURS = 3
 
 
 class Gaussian(NamedTuple):
@@ -91,3 +101,57 @@ def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor]
     found = found or Moments(features.num_features, features.device)
     found.merge(ranks)
     return found
+
+
+def kid(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, Any]:
+    """Mean and standard deviation over the subsets; smaller ones where there are fewer images. `seed` chooses them."""
+    from torchmetrics.image.kid import KernelInceptionDistance  # half of a run's start, and only this wants it
+
+    size = min(SUBSET, len(real), len(fake))
+    if size < 2:
+        raise UserError(f"a kernel distance wants at least 2 images on either side, got {size}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features: they are kept already
+        metric = KernelInceptionDistance(nn.Identity(), subsets=SUBSETS, subset_size=size, sync_on_compute=False)
+    metric = metric.set_dtype(real.dtype).to(real.device)
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        mean, std = metric.compute()
+    return {"kid": float(mean), "kid_std": float(std), "kid_subsets": SUBSETS, "kid_subset_size": size}
+
+
+def precision_recall(real: Tensor, fake: Tensor, *, block: int = 2048) -> dict[str, Any]:
+    """Shares in [0, 1]; `block` rows of the table of distances are in memory at a time."""
+    check_neighbours(min(len(real), len(fake)))
+    return {"precision": _covered(real, fake, block), "recall": _covered(fake, real, block), "neighbours": NEIGHBOURS}
+
+
+def check_neighbours(n: int) -> None:
+    """UserError where the smaller of two sets of images, n of them, has no k-th neighbours."""
+    if n <= NEIGHBOURS:
+        raise UserError(f"precision and recall want more than {NEIGHBOURS} images on either side, got {n}")
+
+
+def _covered(centres: Tensor, points: Tensor, block: int) -> float:
+    """Share of the points that lie in the ball of a centre, which reaches to its k-th neighbour among the centres."""
+    radii = torch.cat([torch.cdist(rows, centres).kthvalue(NEIGHBOURS + 1).values for rows in centres.split(block)])  # 1st: itself
+    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(block)]
+    return float(torch.cat(inside).double().mean())
+
+
+# Several processes: each makes whole batches in turn, so that an image is computed in the batch that it has in one process.
+
+
+def share(ranks: Ranks, total: int, batch: int) -> np.ndarray:
+    """Which of `total` items, made `batch` at a time, are this process's, in their order: [m] int64."""
+    items = np.arange(total)
+    return items[items // batch % ranks.count == ranks.rank]
+
+
+def gathered(ranks: Ranks, rows: Tensor, total: int, batch: int) -> Tensor:
+    """The rows [m, …] of all processes' shares as [total, …], each at its item's place."""
+    whole = rows.new_zeros(total, *rows.shape[1:])
+    whole[torch.from_numpy(share(ranks, total, batch)).to(rows.device)] = rows
+    return ranks.total(whole)
