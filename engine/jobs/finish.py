@@ -40,9 +40,7 @@ class Distance:
 
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
-        side = self.images.resolution
-        with torch.no_grad():
-            self.features.measure(torch.zeros(1, self.images.channels, side, side, dtype=torch.uint8, device=self.device))
+        self.features.try_on(self.images.channels, self.images.resolution, self.device)
 
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The distance of this net's images, with everything needed to repeat it."""
