@@ -89,7 +89,7 @@ def kinds(schema: type) -> dict[str, Any]:
 
 def branch_of(kind: Any) -> type | None:
     """The dataclass below a setting of this type: a dataclass, one or null, or a dictionary of some; None for a value."""
-    return next((one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)), None)
+    return next((one for one in (kind, *get_args(kind)) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
 def _items(text: str) -> list[str]:

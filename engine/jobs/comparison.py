@@ -57,7 +57,7 @@ def curve(job: Job, judge: Judge, *folders: Path) -> list[dict[str, Any]]:
     """
     points = []
     for files in zip(*(sorted((folder / "snapshots").glob("*.safetensors")) for folder in folders), strict=True):
-        nets, metas = zip(*(load_net(file) for file in files), strict=True)
+        nets, metas = map(list, zip(*(load_net(file) for file in files), strict=True))
         net = Router(nets, job.partition) if job.partition and len(nets) > 1 else nets[0]
         sampler = own_sampler(metas[0], files[0])
         assert sampler is not None

@@ -63,9 +63,9 @@ class Workplace:
         path = self.dir / "pairs.safetensors"
         if not self.exists(path):
             self.say(f"making {wanted.number} pairs with {wanted.steps} steps of the teacher")
-            labels = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
+            in_turn = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
             sampler, batch = heun(teacher, wanted.steps), self.cfg.eval.batch
-            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, labels, wanted.number, batch, self.device))
+            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, in_turn, wanted.number, batch, self.device))
         tensors, _ = read_tensors(path)
         classes = tensors.get("labels")
         labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
