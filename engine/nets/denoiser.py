@@ -22,6 +22,8 @@ class Denoiser(nn.Module):
     `compute_dtype` is what F runs in; parameters, preconditioning and D stay float32.
     """
 
+    u: Tensor  # an iDDPM net's levels
+
     def __init__(self, model: UNet, precond: str, scheme: dict[str, float], kwargs: dict[str, Any]):
         super().__init__()
         self.model, self.precond, self.scheme, self.kwargs = model, precond, scheme, kwargs

@@ -6,6 +6,7 @@ Statistics, softmax and the embedding are computed in float32. What lies below a
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from potstill.engine.nets.shadow import in_dtype
 class Init:
     """How a layer's weight and bias are drawn: a named law, scaled."""
 
-    law: str = "kaiming_normal"
+    law: Literal["kaiming_normal", "kaiming_uniform", "xavier_uniform"] = "kaiming_normal"
     weight: float = 1.0
     bias: float = 0.0
 
@@ -28,14 +29,9 @@ class Init:
         if (planned := torch.empty(shape)).is_meta:  # drawing nothing takes torch longer there than drawing numbers elsewhere
             return planned
         uniform, normal = torch.rand(shape) * 2 - 1, torch.randn(shape)
-        match self.law:
-            case "xavier_uniform":
-                return math.sqrt(6 / (fan_in + fan_out)) * uniform
-            case "kaiming_uniform":
-                return math.sqrt(3 / fan_in) * uniform
-            case "kaiming_normal":
-                return math.sqrt(1 / fan_in) * normal
-        raise ValueError(f"Init wants xavier_uniform, kaiming_uniform or kaiming_normal, got {self.law!r}")
+        if self.law == "kaiming_normal":
+            return math.sqrt(1 / fan_in) * normal
+        return math.sqrt(6 / (fan_in + fan_out) if self.law == "xavier_uniform" else 3 / fan_in) * uniform
 
 
 class Linear(nn.Module):

@@ -239,7 +239,7 @@ def joined(shape: Any, leaves: Iterator[Any]) -> Any:
     kind, about, *parts = shape
     if kind is Tensor or kind is Draws:
         return next(leaves)
-    if not parts and not (issubclass(kind, list | tuple | dict) or dataclasses.is_dataclass(kind)):
+    if not parts and not (issubclass(kind, list | tuple | dict) or hasattr(kind, "__dataclass_fields__")):
         return about
     items = [joined(part, leaves) for part in parts]
     if kind is list or kind is tuple:
