@@ -11,7 +11,8 @@ import torch
 from kernel_cases import off_the_grid, poisoned_memory
 from places import everywhere, needs_triton, on_gpu
 
-from potstill.kernels import _norm, _norm_shapes, native, norm_silu
+from potstill.kernels import _norm, native, norm_silu
+from potstill.kernels._aot import ADM, SONG
 from potstill.kernels._lib import INTERPRET
 from potstill.kernels.norm_silu import plain
 
@@ -295,7 +296,7 @@ def test_bad_input_is_named(wrong, message):
 
 def test_every_shipped_width_has_a_plan_whose_channels_fit():
     for direction, last, size in itertools.product(("forward", "backward"), (True, False), (2, 4)):
-        for c, resolution in _norm_shapes.SONG + _norm_shapes.ADM:
+        for c, resolution in SONG + ADM:
             k = c // 32
             plan = _norm.plan(c, resolution**2, 32, size, last, direction)
             assert 32 % plan["KG"] == 0
@@ -317,8 +318,8 @@ ODD = (
     "far from zero",
     "one sample, one row",
 )
-SHIPPED = [Case(2, c, r, r, 32, extras=MODULATED) for c, r in _norm_shapes.ADM]
-SHIPPED += [Case(2, c, r, r, 32, extras=("add",)) for c, r in _norm_shapes.SONG]
+SHIPPED = [Case(2, c, r, r, 32, extras=MODULATED) for c, r in ADM]
+SHIPPED += [Case(2, c, r, r, 32, extras=("add",)) for c, r in SONG]
 GPU_CHECKS = [(CASES[name], torch.float32) for name in ODD]
 GPU_CHECKS += [(CASES[name], DTYPES[-1]) for name in ("digits", "two passes masked", "two passes NCHW", "one group, odd")]
 GPU_CHECKS += [(case, DTYPES[-1]) for case in SHIPPED]
