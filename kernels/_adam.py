@@ -6,14 +6,12 @@ All three walk the tables of kernels/tables.py. The formula stands in kernels/ad
 # Triton's launches take constexpr parameters as plain values, and options like num_warps besides; its device functions are untyped.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
 import math
 import struct
 
 import torch
 
 from potstill.kernels import cuda
-from potstill.kernels._aot import AotCase, aot_case
 from potstill.kernels._groups import Group
 from potstill.kernels._lib import cdiv
 from potstill.kernels._triton import tl, triton
@@ -245,42 +243,3 @@ LAUNCHERS = {
     "triton": (_triton_check, _triton_coefs, _triton_update),
     "cuda": (_cuda_check, _cuda_coefs, _cuda_update),
 }
-
-
-def aot_cases() -> list[AotCase]:
-    """float32 and bfloat16 gradients; every recipe's update keeps an EMA and a bfloat16 shadow, the plainest neither."""
-    table = {"fixed_ptr": "*i64", "grads_ptr": "*i64", "chunks_ptr": "*i32"}
-    one = {"ALIGNED": True, "CHUNK": CHUNK, "BLOCK": BLOCK}
-    betas = dict.fromkeys(("log2_beta1", "rest1", "log2_beta2", "rest2", "weight_decay"), "fp32")
-    numbers = dict.fromkeys(("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay"), "fp32")
-    cases = [
-        aot_case(
-            "adam_ema.coefs",
-            _coefs_kernel,
-            {"steps_ptr": "*fp32", "grads_ptr": "*i64", "rates_ptr": "*i64", "flag_ptr": "*fp32"}
-            | {"found_inf_ptr": "*fp32", "grad_scale_ptr": "*fp32", "nonfinite_ptr": "*i32", "coefs_ptr": "*fp32"}
-            | {"tensors": "i32"} | betas,
-            COUNTS=True, HAS_FOUND=True, HAS_SCALE=True, COEFS=COEFS, BLOCK=128,
-        )
-    ]  # fmt: skip
-    for grad, full in itertools.product((torch.float32, torch.bfloat16), (True, False)):
-        kept = "ema + shadow" if full else "bare"
-        cases.append(
-            aot_case(
-                f"adam_ema.update[{_TRITON[grad]}, {kept}]",
-                _update_kernel,
-                table | {"coefs_ptr": "*fp32", "flag_ptr": "*fp32", "tensors": "i32"} | numbers,
-                GRAD=_TRITON[grad], SHADOW=tl.bfloat16, DECAYS=full, DECOUPLED=full, HAS_EMA=full, HAS_SHADOW=full,
-                COEFS=COEFS, **one,
-            )
-        )  # fmt: skip
-        if full:
-            cases.append(
-                aot_case(
-                    f"adam_ema.check[{_TRITON[grad]}]",
-                    _check_kernel,
-                    table | {"flag_ptr": "*fp32", "tensors": "i32"},
-                    GRAD=_TRITON[grad], **one,
-                )
-            )  # fmt: skip
-    return cases

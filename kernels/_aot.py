@@ -1,67 +1,174 @@
-"""How a kernel module lists its kernels for kernels/aot.py, which compiles them for GPUs that are not there."""
+"""Every kernel in the configurations that are shipped, for kernels/aot.py, which compiles them for GPUs that are not there.
 
-from collections.abc import Iterator
+The launchers are called on tensors without memory, and Triton says how it would compile each call: types, constants, and
+what 16 divides. So a kernel is compiled ahead exactly as it is launched.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from potstill.kernels._adam import LAUNCHERS
+from potstill.kernels._lib import TRITON
+from potstill.kernels._triton import triton
+from potstill.kernels.adam_ema import AdamEMA
 from potstill.kernels.estimate import Estimate
+
+#: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
+SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
+ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: N and D. Triton compiles a kernel once more for integers that 16 divides, and once more for a 1, which is then a constant.
+SIZES = {"": (63, 3 * 63 * 63), ", D % 16 = 0": (64, 3 * 64 * 64)}
 
 
 class AotCase(NamedTuple):
-    """One kernel in one shipped configuration, as `triton.compile(ASTSource(kernel, signature, constexprs))` wants it.
-
-    Every kernel module has `aot_cases() -> list[AotCase]`; `kernels/aot.py` compiles them for sm_80 and sm_90.
-    """
+    """One kernel in one shipped configuration, as `triton.compile(ASTSource(kernel, signature, ...))` wants it."""
 
     name: str  # "score_match.partials[bf16]"
     kernel: Any  # the triton.JITFunction
-    signature: dict[str, Any]  # argument -> "*bf16", "i32", "i32:16", "fp32", "constexpr", or a (named) tuple of those
-    constexprs: dict[Any, Any]  # argument, or (argument position, position inside it), -> value
+    signature: dict[str, Any]  # argument -> "*bf16", "i32", "fp32", "constexpr", or a (named) tuple of those
+    constexprs: dict[tuple[int, ...], Any]  # (argument position,) or (argument position, position inside it) -> value
+    attributes: dict[tuple[int, ...], Any]  # the same -> [["tt.divisibility", 16]]
     num_warps: int
-    maxnreg: int | None = None
+    maxnreg: int | None
 
 
-#: Triton compiles a kernel once more for integers that 16 divides (:16), and once more for a 1, which is then a constant.
-SIZES = {"": "i32", ", D % 16 = 0": "i32:16"}
+class NoGPU:
+    """As much of a driver as Triton asks for before it compiles."""
+
+    def get_current_device(self) -> Any:
+        return self  # Triton remembers for each device what it has compiled
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
 
 
-def fp32(names: str) -> dict[str, str]:
-    """The types of these pointers to float32."""
-    return dict.fromkeys(names.split(), "*fp32")
+def cases() -> list[AotCase]:
+    """The kernels of every op, names unique; of calls that Triton compiles once, the first."""
+    found: dict[tuple[Any, str], AotCase] = {}
+
+    def record(label: str, *, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        options = json.loads(compile["specialization_data"])["options"]
+        name = f"{fn.module.rpartition('.')[2].strip('_')}.{fn.name.strip('_').removesuffix('_kernel')}[{label}]"
+        attributes = {path: what for path, what in compile["configs"][0].items() if what}
+        case = AotCase(
+            name, fn.jit_function, compile["signature"], compile["constants"], attributes, options["num_warps"], options["maxnreg"]
+        )
+        found.setdefault((fn.jit_function, key), case)
+        return True  # neither compile nor launch
+
+    driver, runtime = triton.runtime.driver, triton.knobs.runtime
+    before = driver._active, runtime.jit_cache_hook
+    driver._active = NoGPU()
+    try:
+        for label, launch in _launches():
+            runtime.jit_cache_hook = partial(record, label)
+            launch()
+    finally:
+        driver._active, runtime.jit_cache_hook = before
+    names = [case.name for case in found.values()]
+    assert len(set(names)) == len(names), "two AOT cases of one name"
+    return list(found.values())
 
 
-def aot_variants() -> Iterator[tuple[str, str, bool, str]]:
-    """(what to call it, dtype of raw outputs, with guidance, size): what the kernels of most losses are compiled for."""
-    for dtype, guided, (even, size) in product(("fp32", "bf16", "fp16"), (False, True), SIZES.items()):
-        yield f"[{dtype}{', guided' if guided else ''}{even}]", dtype, guided, size
+def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What to call each configuration, and the calls. Losses: outputs in each dtype, with guidance and without; the rest float32."""
+    for dtype, (even, shape) in product(DTYPES, SIZES.items()):
+        yield f"{dtype}{even}", partial(_losses, DTYPES[dtype], False, *shape)
+        yield f"{dtype}, guided{even}", partial(_losses, DTYPES[dtype], True, *shape)
+        for metric in ("l1", "l2", "huber"):
+            yield f"{metric}, {dtype}{even}", partial(_trajectory, metric, DTYPES[dtype], *shape)
+    for even, shape in SIZES.items():  # SiD's is another finishing kernel
+        yield (
+            f"l2{even}",
+            partial(TRITON["score_implicit"], _empty(*shape), *_estimates(torch.float32, False, *shape), None, "l2", 1.2, 0.0, ""),
+        )
+    counts = [(nets, 49) for nets in (1, 2, 4)] + [(1, 1), (2, 1)]  # nets and logits of each; DMD2 has one
+    for (nets, logits), form, dtype in product(counts, ("softplus", "hinge"), DTYPES):
+        yield f"{nets} x {dtype}{', 1 logit' * (logits == 1)}, {form}", partial(_adversarial, nets, logits, form, DTYPES[dtype])
+    for c, resolution in SONG:
+        yield f"{c}x{resolution}x{resolution} bf16 add", partial(_norm_silu, c, resolution, "add")
+    for c, resolution in ADM:
+        yield f"{c}x{resolution}x{resolution} bf16 scale+shift", partial(_norm_silu, c, resolution, "scale+shift")
+    yield "72x8x8 bf16 scale+shift", partial(_norm_silu, 72, 8, "scale+shift")
+    yield "128x64x64 fp32 add", partial(_norm_silu, 128, 64, "add", "fp32")
+    yield "256x32x32 fp16 add NCHW", partial(_norm_silu, 256, 32, "add", "fp16", layout=torch.contiguous_format)
+    yield "64x8x8 fp32 add NCHW", partial(_norm_silu, 64, 8, "add", "fp32", layout=torch.contiguous_format)
+    yield "256x16x16 bf16 plain", partial(_norm_silu, 256, 16, "plain")
+    yield "256x16x16 bf16 add bf16 weights", partial(_norm_silu, 256, 16, "add", weights="bf16")
+    yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
+    for dtype, full in product(("fp32", "bf16"), (True, False)):
+        yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
 
-def aot_estimate(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
-    """The types of an estimate's fields: raw output in `dtype`, x_t and coefficients in float32."""
-    uncond = f"*{dtype}" if guided else None
-    return Estimate(f"*{dtype}", "*fp32" if own_x_t else None, "*fp32", "*fp32", uncond, "fp32")  # pyright: ignore[reportArgumentType]
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def aot_gradients(dtype: str, *, guided: bool = False, own_x_t: bool = True) -> Estimate:
-    """The types of where its gradients go."""
-    return aot_estimate(dtype, guided=guided, own_x_t=own_x_t)._replace(c_skip=None, c_out=None)
+def _estimates(dtype: torch.dtype, guided: bool, n: int, d: int) -> tuple[Estimate, Estimate]:
+    """The real one holds the x_t of both."""
+    raw, uncond, of_fake = (_empty(n, d, dtype=dtype) for _ in range(3))
+    real = Estimate(raw, _empty(n, d), _empty(n), _empty(n), uncond if guided else None)
+    return real, Estimate(of_fake, None, _empty(n), _empty(n))
 
 
-def aot_case(
-    name: str, kernel: Any, arguments: dict[str, Any], *, num_warps: int = 4, maxnreg: int | None = None, **constexprs: Any
-) -> AotCase:
-    """An AotCase from the types of the arguments; None, also inside an estimate, is an absent pointer, 1 the number 1."""
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = dict(constexprs)
-    for argument, kind in arguments.items():
-        position = kernel.arg_names.index(argument)
-        if isinstance(kind, tuple):
-            constants |= {(position, j): k for j, k in enumerate(kind) if not isinstance(k, str)}
-            spelled = [k if isinstance(k, str) else "constexpr" for k in kind]
-            signature[argument] = type(kind)(*spelled) if hasattr(kind, "_fields") else tuple(spelled)
-        else:
-            signature[argument] = kind if isinstance(kind, str) else "constexpr"
-            if not isinstance(kind, str):
-                constants[argument] = kind
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    return AotCase(name, kernel, {a: signature[a] for a in kernel.arg_names}, constants, num_warps, maxnreg)
+def _losses(dtype: torch.dtype, guided: bool, n: int, d: int) -> None:
+    x, w, (real, fake) = _empty(n, d), _empty(n), _estimates(dtype, guided, n, d)
+    g = _empty(1).expand(n)  # the stride of a mean's gradient is 0
+    TRITON["add_noise"](_empty(n, d, dtype=dtype), w, x)
+    _, _, coef = TRITON["score_match"](x, real, fake, w, 1e-6, 0.0)
+    TRITON["score_match_backward"]([coef], g, x, real, fake)
+    TRITON["moments"](x, real, fake, w, True)
+    sim = x, real, fake, None, "huber", 1.0, 0.03, ""
+    _, _, coefs = TRITON["score_implicit"](*sim)
+    TRITON["score_implicit_backward"]([coefs], g, *sim, [True] * 7)
+    _, _, coef = TRITON["denoise"](real, x, w, True)
+    TRITON["denoise_backward"]([coef], g, real, x, w, True, [True] * 4)
+
+
+def _trajectory(metric: str, dtype: torch.dtype, n: int, d: int) -> None:
+    x, w, (_, e) = _empty(n, d), _empty(n), _estimates(dtype, False, n, d)
+    given = x, e, w, w, _empty(n, d), metric, 0.03, True
+    _, _, *saved = TRITON["trajectory"](*given)
+    TRITON["trajectory_backward"](saved, _empty(1).expand(n), *given, [False, True, False, False, False])
+
+
+def _adversarial(nets: int, size: int, form: str, dtype: torch.dtype) -> None:
+    logits = [_empty(63, size, dtype=dtype) for _ in range(nets)]
+    _, _, keep = TRITON["adversarial"](logits, nets // 2, form)
+    TRITON["adversarial_backward"](keep, _empty(1).expand(63), logits, nets // 2, form, [True] * nets)
+
+
+def _norm_silu(
+    c: int, resolution: int, added: str, dtype: str = "bf16", *, weights: str = "fp32", trained: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> None:  # fmt: skip
+    """As the nets launch it; "plain": before attention, no SiLU and nothing added."""
+    x = _empty(64, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=layout)
+    weight, add = _empty(c, dtype=DTYPES[weights]), _empty(64, c, dtype=x.dtype) if added == "add" else None
+    scale, shift = _empty(64, 2 * c, dtype=x.dtype).chunk(2, 1) if added == "scale+shift" else (None, None)
+    given = weight, weight, scale, shift, add, min(32, c // 4)
+    _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain")
+    wanted = trained, scale is not None, shift is not None, add is not None
+    TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", wanted)
+
+
+def _adam_ema(dtype: torch.dtype, full: bool) -> None:
+    """One step of three tensors, with all that a recipe has (EMA, bfloat16 shadow, weight decay, clipping) or without."""
+    params = [torch.zeros(2048) for _ in range(3)]
+    companions = {"ema": params, "shadow": [p.bfloat16() for p in params], "weight_decay": 0.01, "decoupled": True} if full else {}
+    optimizer = AdamEMA(params, **companions)
+    if full:
+        optimizer._all_flags.grad_scale = optimizer._all_flags.found_inf = torch.zeros(())
+    for part in optimizer._parts:
+        part.grads = [p.to(dtype) for p in params]
+    optimizer._step_fused(*LAUNCHERS["triton"])

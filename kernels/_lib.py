@@ -50,6 +50,10 @@ _ESTIMATE = "Tensor {0}, Tensor? {0}_x_t, Tensor? {0}_c_skip, Tensor? {0}_c_out,
 REGISTERS = 128
 
 
+#: The Triton launcher of each op, by its name.
+TRITON: dict[str, Callable[..., Any]] = {}
+
+
 def define(
     schema: str, *, launchers: Mapping[str, Callable[..., Any]], shapes: Callable[..., Any], cpu: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -67,6 +71,7 @@ def define(
     """
     name, kinds, spelled, returns = parse(schema)
     family = name.removesuffix("_backward")
+    TRITON[name] = launchers["triton"]
 
     def launch(*flat: Any) -> Any:
         device = _first_tensor(flat).device

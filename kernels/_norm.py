@@ -287,9 +287,7 @@ def _stride(t: Tensor | None) -> int:
 
 def forward(x, weight, bias, scale, shift, add, groups, eps, silu):
     n, c, h, w = x.shape
-    y = torch.empty_like(x)
-    mean = x.new_empty(n, groups, dtype=accum(x))
-    rstd = torch.empty_like(mean)
+    y, mean, rstd = outputs(x, groups)
     if x.numel() == 0:
         return y, mean, rstd
     channels_last = not x.is_contiguous()
@@ -305,8 +303,7 @@ def forward(x, weight, bias, scale, shift, add, groups, eps, silu):
 def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
     n, c, h, w = x.shape
     params, want_scale, want_shift, want_add = wanted
-    dx = torch.empty_like(x)
-    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    dx, *out = gradients(x, weight, bias, scale, shift, add, wanted)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in out)
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
@@ -327,8 +324,15 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, w
     return dx, *out
 
 
+def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for y like x, and mean and 1/std [N, G]."""
+    mean = x.new_empty(x.shape[0], groups, dtype=accum(x))
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
 def gradients(x, weight, bias, scale, shift, add, wanted) -> list[Tensor]:
-    """Memory for the gradients of weight, bias, scale, shift and add; what is not wanted is empty."""
+    """Memory for the gradients of x, weight, bias, scale, shift and add; what is not wanted is empty."""
     params, *each = wanted
     given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
+    made = [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
+    return [torch.empty_like(x), *made]

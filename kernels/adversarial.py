@@ -13,7 +13,6 @@ Source: arXiv 2405.20750 (GDD), arXiv 2405.14867 (DMD2).
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.kernels import reference
-from potstill.kernels._aot import AotCase, aot_case
 from potstill.kernels._args import check_choice
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import define, rows, tl_dtype
@@ -221,18 +219,3 @@ def discriminator_adversarial(
     if uses_reference("adversarial", fakes[0]):
         return reference.discriminator_adversarial(fakes, reals, kind=kind)
     return Losses(*_adversarial(_flat(fakes + reals), len(fakes), kind)[:2])
-
-
-def aot_cases() -> list[AotCase]:
-    """One and two nets for the generator, two pairs for the discriminator, in each dtype; DMD2's single logit."""
-    finish = {"sums_ptr": "*fp32", "value_ptr": "*fp32", "keep_ptr": "*i8", "nonfinite_ptr": "*i32", "N": "i32"}
-    cases = [aot_case("adversarial.finish", _finish_kernel, finish, ROWS=rows(1))]
-    counts = [(nets, "i32") for nets in (1, 2, 4)] + [(1, 1), (2, 1)]
-    for (nets, size), form, dtype in itertools.product(counts, ("softplus", "hinge"), ("fp32", "bf16", "fp16")):
-        name = f"[{nets} x {dtype}{'' if size == 'i32' else ', 1 logit'}, {form}]"
-        given = {"logits": (f"*{dtype}",) * nets, "sizes": (size,) * nets, "signs": ("fp32",) * nets}
-        flags = {"SOFTPLUS": form == "softplus", "HINGE": form == "hinge", "BLOCK": _BLOCK, "ACC": tl.float32}
-        grads = {"gradients": (f"*{dtype}",) * nets, "keep_ptr": "*i8", "g_ptr": "*fp32", "g_stride": "i32"}
-        cases.append(aot_case(f"adversarial.forward{name}", _forward_kernel, given | {"sums_ptr": "*fp32"}, **flags))
-        cases.append(aot_case(f"adversarial.gradient{name}", _gradient_kernel, given | grads, **flags))
-    return cases

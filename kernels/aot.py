@@ -1,12 +1,11 @@
 """Compile every kernel for sm_80 and sm_90 without a GPU: `python -m kernels.aot`. Spilled registers are a failure.
 
-Each kernel module lists its kernels in their shipped configurations (`aot_cases`). Triton compiles them here as it would
-on the device; registers, shared memory and spills are read from the result with the cuobjdump of the triton package.
+kernels/_aot.py lists the kernels in their shipped configurations. Triton compiles them here as it would on the device;
+registers, shared memory and spills are read from the result with the cuobjdump of the triton package.
 Where nvcc and the sources are present, csrc/*.cu are compiled too and ptxas reports the same numbers.
 """
 
 import argparse
-import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -22,8 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from potstill import kernels
-from potstill.kernels._aot import AotCase
+from potstill.kernels._aot import AotCase, cases
 from potstill.kernels._triton import INSTALLED, triton
 
 ARCHITECTURES = (80, 90)  # A100, and H100/H200
@@ -41,16 +39,6 @@ class Usage(NamedTuple):
     problem: str = ""
 
 
-def cases() -> list[AotCase]:
-    """The cases of every module of this package, names unique."""
-    found: list[AotCase] = []
-    for module in sorted(file.stem for file in Path(kernels.__path__[0]).glob("*.py") if file.stem != "__init__"):
-        found += getattr(importlib.import_module(f"potstill.kernels.{module}"), "aot_cases", list)()
-    names = [case.name for case in found]
-    assert len(set(names)) == len(names), "two AOT cases of one name"
-    return found
-
-
 def tool(name: str) -> str:
     """A program of the CUDA toolkit that the triton package brings: cuobjdump, ptxas."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -61,27 +49,8 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(case.kernel, *specialised(case))
+    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": case.num_warps, "maxnreg": case.maxnreg}).asm
-
-
-def specialised(case: AotCase) -> tuple[dict[str, Any], dict[Any, Any], dict[tuple[int, ...], Any]]:
-    """Signature, constants and attributes as a launch makes them: 16 divides pointers, as PyTorch allocates, and i32:16."""
-    attributes = {}
-    for i, argument in enumerate(case.kernel.arg_names):
-        kind = case.signature[argument]
-        for path, one in [((i, j), k) for j, k in enumerate(kind)] if isinstance(kind, tuple) else [((i,), kind)]:
-            if one.startswith("*") or one.endswith(":16"):
-                attributes[path] = [["tt.divisibility", 16]]
-    return {argument: plain(kind) for argument, kind in case.signature.items()}, case.constexprs, attributes
-
-
-def plain(kind: Any) -> Any:
-    """The type without what is known of the value."""
-    if isinstance(kind, tuple):
-        fields = [plain(k) for k in kind]
-        return type(kind)(*fields) if hasattr(kind, "_fields") else tuple(fields)
-    return kind.removesuffix(":16")
 
 
 def usage(case: AotCase, arch: int) -> Usage:

@@ -11,7 +11,6 @@ Source: arXiv 2206.00364 Eq. 3 and 8 (w = lambda(sigma)); arXiv 2405.14867 and 2
 from torch import Tensor
 
 from potstill.kernels import reference
-from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_gradients, aot_variants, fp32
 from potstill.kernels._args import check_choice, check_constant, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
@@ -114,16 +113,3 @@ def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None =
         return reference.denoise(e, target, weight, reduction=reduction)
     _, (e, target) = flattened(e, target)
     return Losses(*_denoise(*e, target, weight, reduction == "mean")[:2])
-
-
-def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; the rest in float32."""
-    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
-    cases = [aot_case("denoise.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for name, dtype, guided, size in aot_variants():
-        e, one = {"e": aot_estimate(dtype, guided=guided)} | fp32("target_ptr"), {"BLOCK": BLOCK, "ACC": tl.float32}
-        sums = fp32("partials_ptr") | {"N": size, "D": size}
-        grads = fp32("coef_ptr g_ptr") | {"de": aot_gradients(dtype, guided=guided), "g_stride": size, "D": size, "chunks": "i32"}
-        cases.append(aot_case(f"denoise.partials{name}", _partials_kernel, e | sums, S=16, **one))
-        cases.append(aot_case(f"denoise.gradient{name}", _gradient_kernel, e | grads, **one))
-    return cases

@@ -11,7 +11,6 @@ Source: arXiv 2406.04103, Alg. 2.
 from torch import Tensor
 
 from potstill.kernels import reference
-from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
 from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, results, rows, splits, tl_dtype
@@ -102,15 +101,3 @@ def moments(
         return reference.moments(x, real, fake, weight, reduction=reduction)
     _, (x, real, fake) = flattened(x, real, shared(fake, real))
     return Losses(*_moments(x, *real, *fake, weight, reduction == "mean")[:2])
-
-
-def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
-    cases = [aot_case("moments.finish", _finish_kernel, finish, MEAN=True, S=16, ROWS=rows(16))]
-    for name, dtype, guided, size in aot_variants():
-        sums = {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
-        sums |= fp32("x_ptr partials_ptr") | {"N": size, "D": size}
-        one = {"maxnreg": REGISTERS, "S": 16, "BLOCK": BLOCK, "ACC": tl.float32}
-        cases.append(aot_case(f"moments.partials{name}", _partials_kernel, sums, **one))
-    return cases

@@ -1,7 +1,7 @@
 """The C++ of csrc/ for CPU tensors: norm_silu on NHWC images in float32 and bfloat16, in vectors of what the processor has.
 
 Optional: setup.py compiles it where it finds a C++ compiler and PyTorch. Elsewhere, and with the backend "reference", CPU
-tensors take PyTorch's own operations. POTSTILL_CPU=any|avx2|avx512|avx512_bf16 picks the instructions by hand.
+tensors take the definition, `plain` in kernels/norm_silu.py. POTSTILL_CPU=any|avx2|avx512|avx512_bf16 picks the instructions by hand.
 """
 
 from functools import cache
@@ -45,19 +45,3 @@ def library() -> Any:
             f"({error}): build it again with `pip install -e . --no-build-isolation`, or do without: POTSTILL_BACKEND=reference"
         ) from error
     return torch.ops.potstill_cpu
-
-
-def forward(x, weight, bias, scale, shift, add, groups, eps, silu) -> tuple[Tensor, Tensor, Tensor]:
-    """y like x, and mean and 1/std [N, G]."""
-    y = torch.empty_like(x)
-    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    library().norm_silu(x, weight, bias, scale, shift, add, groups, eps, silu, y, mean, rstd)
-    return y, mean, rstd
-
-
-def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, out) -> Tensor:
-    """dx like x; the gradients of weight, bias, scale, shift and add go to `out`, where it is not None."""
-    dx = torch.empty_like(x)
-    library().norm_silu_grad(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, *out)
-    return dx

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from potstill.kernels import reference
-from potstill.kernels._aot import SIZES, AotCase, aot_case, fp32
 from potstill.kernels._args import check_constant, check_image, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, cdiv, define, tl_dtype
@@ -78,13 +77,3 @@ def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
         return reference.add_noise(x, sigma, noise)
     layout, (flat_x,) = flattened(x)
     return layout.image(_add_noise(flat_x, sigma, layout.flat(noise)))
-
-
-def aot_cases() -> list[AotCase]:
-    """Images in each dtype, any sizes and even ones; sigma, noise and x_t in float32."""
-    cases = []
-    for dtype in ("fp32", "bf16", "fp16"):
-        for even, size in SIZES.items():
-            arguments = {"x_ptr": f"*{dtype}"} | fp32("sigma_ptr noise_ptr x_t_ptr") | {"D": size, "chunks": "i32"}
-            cases.append(aot_case(f"add_noise[{dtype}{even}]", _add_noise_kernel, arguments, BLOCK=BLOCK, ACC=tl.float32))
-    return cases

@@ -6,9 +6,11 @@
 Forward reads x and writes y; backward reads x and dy and writes dx; images of up to 16384 (8192) numbers per program are
 read once, larger ones twice, the second time mostly from L2. Sums are float32. Kept for backward: x itself, and mean and
 1/std [N, G]; h is computed again. Where weight and bias are frozen nothing is kept or computed for their gradients.
-CPU: the C++ of csrc/ (kernels/native.py) on NHWC images, PyTorch's operations (kernels/_norm_cpu.py) on what that does not take.
+CPU: the C++ of csrc/ (kernels/native.py) on NHWC images, the definition, `plain`, on what that does not take.
 Source of the op: arXiv 2006.11239 (DDPM's norm), arXiv 2105.05233 (ADM's scale and shift).
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,45 +18,30 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from potstill.kernels import _norm, _norm_cpu, cuda, native
+from potstill.kernels import _norm, cuda, native
 from potstill.kernels._inference import takes_inference_tensors
-from potstill.kernels._lib import INTERPRET, define
-from potstill.kernels._norm import gradients
-from potstill.kernels._norm_cpu import Norm
-from potstill.kernels.estimate import accum
+from potstill.kernels._lib import define
+from potstill.kernels._loss import uses_reference
+from potstill.kernels._norm import gradients, outputs
 
 
-def _cpu_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
-    if native.takes(x):
-        return native.forward(x, weight, bias, scale, shift, add, groups, eps, silu)
-    return _norm_cpu.forward(x, Norm(weight, bias, scale, shift, add, groups, silu), eps)
+def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, silu):
+    """By the C++ of csrc/: `built` is the module that loads it, kernels.cuda or kernels.native."""
+    out = outputs(x, groups)
+    if x.numel():
+        built.library().norm_silu(x, weight, bias, scale, shift, add, groups, eps, silu, *out)
+    return out
 
 
 def _cpu_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
-    out = gradients(x, weight, bias, scale, shift, add, wanted)
-    if native.takes(x):
-        room = [t if want else None for t, want in zip(out, (wanted[0], *wanted), strict=True)]
-        return native.backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, room), *out
-    norm = Norm(weight, bias, scale, shift, add, groups, silu)
-    dx, sums, dadd = _norm_cpu.backward(dy, x, mean, rstd, norm)
-    for t, gradient in zip(out, (*_norm_cpu.parameters(sums, norm), dadd), strict=True):
-        if t.numel():
-            t.copy_(gradient)
+    dx, *out = gradients(x, weight, bias, scale, shift, add, wanted)
+    room = [t if want else None for t, want in zip(out, (wanted[0], *wanted), strict=True)]
+    native.library().norm_silu_grad(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dx, *room)
     return dx, *out
 
 
-def _cuda_forward(x, weight, bias, scale, shift, add, groups, eps, silu):
-    y = torch.empty_like(x)
-    mean = x.new_empty(x.shape[0], groups, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    if x.numel():
-        cuda.library().norm_silu(x, weight, bias, scale, shift, add, groups, eps, silu, y, mean, rstd)
-    return y, mean, rstd
-
-
 def _cuda_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
-    dx = torch.empty_like(x)
-    out = gradients(x, weight, bias, scale, shift, add, wanted)
+    dx, *out = gradients(x, weight, bias, scale, shift, add, wanted)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in out)
     sums = mean.new_empty(2, *x.shape[:2])
@@ -64,21 +51,16 @@ def _cuda_backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, s
     return dx, *out
 
 
-def _forward_shapes(x, weight, bias, scale, shift, add, groups, eps, silu):
-    mean = x.new_empty(x.shape[0], groups, dtype=accum(x))
-    return torch.empty_like(x), mean, torch.empty_like(mean)
-
-
 def _backward_shapes(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
-    return torch.empty_like(x), *gradients(x, weight, bias, scale, shift, add, wanted)
+    return tuple(gradients(x, weight, bias, scale, shift, add, wanted))
 
 
 _GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"
 _forward_op = define(
     f"norm_silu(Tensor x, {_GIVEN}, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
-    launchers={"triton": _norm.forward, "cuda": _cuda_forward},
-    shapes=_forward_shapes,
-    cpu=_cpu_forward,
+    launchers={"triton": _norm.forward, "cuda": partial(_compiled_forward, cuda)},
+    shapes=lambda x, weight, bias, scale, shift, add, groups, eps, silu: outputs(x, groups),
+    cpu=partial(_compiled_forward, native),
 )
 _backward_op = define(
     f"norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_GIVEN}, bool silu, bool[4] wanted)"
@@ -107,6 +89,29 @@ class _NormSilu(Function):
         dx, *others = _backward_op(dy, x, *rest, ctx.groups, ctx.silu, wanted)
         others = [t if need else None for t, need in zip(others, (weight, bias, *each), strict=True)]
         return dx, *others, None, None, None
+
+
+class _Recomputed(Function):
+    """The definition, computed again in backward: what is kept is the arguments."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, add, *options):
+        ctx.save_for_backward(x, weight, bias, scale, shift, add)
+        ctx.options = options
+        return _positional(x, weight, bias, scale, shift, add, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        given = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+        with torch.enable_grad():
+            y = _positional(*given, *ctx.options)
+        found = iter(torch.autograd.grad(y, [t for t in given if t is not None and t.requires_grad], dy))
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None, None, None
+
+
+def _positional(x, weight, bias, scale, shift, add, groups, eps, silu):
+    return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -146,25 +151,14 @@ def norm_silu(
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
     _check(x, weight, bias, groups, scale, shift, add)
-    if x.device.type == "cpu" and not INTERPRET and not native.takes(x):
-        if _in_rows(x):
-            return _norm_cpu.rows(x, weight, bias, groups, eps, scale, shift, add, silu)
-        if _definition_is_fast(x):
+    if uses_reference("norm_silu", x) and not native.takes(x):
+        if torch.compiler.is_compiling():  # torch.compile itself decides what it computes again
             return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu)
+        return _Recomputed.apply(x, weight, bias, scale, shift, add, groups, eps, silu)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     scale, shift, add = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift, add))
     return _NormSilu.apply(x, weight.contiguous(), bias.contiguous(), scale, shift, add, groups, eps, silu)
-
-
-def _in_rows(x: Tensor) -> bool:
-    """Does every channel of x lie in one piece, and is there any?"""
-    return x.is_contiguous() and x.numel() > 0
-
-
-def _definition_is_fast(x: Tensor) -> bool:
-    """Of CPU tensors that do not lie in rows, all but 16-bit channels-last ones; see kernels/_norm_cpu.py."""
-    return x.element_size() > 2 or not x.is_contiguous(memory_format=torch.channels_last)
 
 
 @takes_inference_tensors

@@ -17,7 +17,6 @@ Source: huber arXiv 2410.16794 (SIM), l2 arXiv 2404.04057 (SiD; alpha = 1 is SIM
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
-from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_gradients, aot_variants, fp32
 from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
@@ -211,23 +210,3 @@ def score_implicit(
         return reference.score_implicit(x, real, fake, distance=distance, alpha=alpha, c=c, weight=weight, detach=detach)
     _, (x, real, fake) = flattened(x, real, shared(fake, real))
     return Losses(*_score_implicit(x, *real, *fake, weight, distance, alpha, c, detach or "")[:2])
-
-
-def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    finish = fp32("partials_ptr value_ptr coefs_ptr") | {"weight_ptr": None, "nonfinite_ptr": "*i32", "N": "i32", "D": "i32"}
-    finish |= {"past": "fp32", "c": "fp32"}
-    flags = {"FACTOR": False, "NORMALISER": False, "S": 16, "ROWS": rows(16)}
-    cases = [
-        aot_case(f"score_implicit.finish[{distance}]", _finish_kernel, finish, HUBER=distance == "huber", **flags)
-        for distance in ("l2", "huber")
-    ]
-    for name, dtype, guided, size in aot_variants():
-        pair = fp32("x_ptr") | {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
-        sums = fp32("partials_ptr") | {"N": size, "D": size, "past": "fp32"}
-        grads = {"d_real_ptrs": aot_gradients(dtype, guided=guided), "d_fake_ptrs": aot_gradients(dtype, own_x_t=False)}
-        grads |= fp32("dx_ptr coefs_ptr g_ptr") | {"g_stride": size, "N": size, "D": size, "chunks": "i32"}
-        one = {"BLOCK": BLOCK, "ACC": tl.float32}
-        cases.append(aot_case(f"score_implicit.partials{name}", _partials_kernel, pair | sums, S=16, **one))
-        cases.append(aot_case(f"score_implicit.gradient{name}", _gradient_kernel, pair | grads, **one))
-    return cases

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
-from potstill.kernels._aot import AotCase, aot_case, aot_estimate, aot_variants, fp32
 from potstill.kernels._args import check_constant_estimate, check_estimate, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, cdiv, results, rows, splits, tl_dtype
@@ -130,23 +129,3 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
         return reference.score_match(x, real, fake, eps=eps)
     _, (x, real, fake) = flattened(x, real, shared(fake, real))
     return Losses(*_score_match(x, *real, *fake, None, eps, 0.0)[:2])
-
-
-def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, with and without guidance, any sizes and even ones; x, x_t in float32."""
-    finish = fp32("partials_ptr weight_ptr value_ptr coef_ptr") | {
-        "nonfinite_ptr": "*i32",
-        "N": "i32",
-        "D": "i32",
-        "eps": "fp32",
-        "plus": "fp32",
-    }
-    cases = [aot_case("score_match.finish", _finish_kernel, finish, S=16, ROWS=rows(16))]
-    for name, dtype, guided, size in aot_variants():
-        pair = {"real": aot_estimate(dtype, guided=guided), "fake": aot_estimate(dtype, own_x_t=False)}
-        sums = fp32("x_ptr partials_ptr") | {"N": size, "D": size}
-        scaled = fp32("coef_ptr g_ptr dx_ptr") | {"g_stride": size, "D": size, "chunks": "i32"}  # the stride of a mean is 0
-        one = {"BLOCK": BLOCK, "ACC": tl.float32}
-        cases.append(aot_case(f"score_match.partials{name}", _partials_kernel, sums | pair, maxnreg=REGISTERS, S=16, **one))
-        cases.append(aot_case(f"score_match.difference{name}", _difference_kernel, scaled | pair, **one))
-    return cases

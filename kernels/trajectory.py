@@ -11,12 +11,9 @@ Source: arXiv 2409.19681, Alg. 1.
 # Triton's launches and device functions are untyped.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
-
 from torch import Tensor
 
 from potstill.kernels import reference
-from potstill.kernels._aot import SIZES, AotCase, aot_case, aot_estimate, aot_gradients, fp32
 from potstill.kernels._args import check_choice, check_constant, check_estimate, check_image, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
@@ -181,24 +178,3 @@ def trajectory(
     layout, (x, e, target) = flattened(x, e._replace(x_t=None) if e.x_t is x else e, target)
     value, nonfinite, _, x_next = _trajectory(x, *e, sigma, sigma_next, target, metric, c, reduction == "mean")
     return Losses(value, nonfinite), layout.image(x_next)
-
-
-def aot_cases() -> list[AotCase]:
-    """Raw outputs in float32, bfloat16 and float16, the three metrics, any sizes and even ones; states in float32."""
-    cases = []
-    for metric, dtype, (even, size) in itertools.product(("l1", "l2", "huber"), ("fp32", "bf16", "fp16"), SIZES.items()):
-        name = f"[{metric}, {dtype}{even}]"
-        e = aot_estimate(dtype, own_x_t=False)
-        sums = {"e": e, "N": size, "D": size} | fp32("x_ptr sigma_ptr sigma_next_ptr target_ptr x_next_ptr partials_ptr")
-        grads = {"e": e, "de": aot_gradients(dtype, own_x_t=False), "g_stride": size, "D": size, "chunks": "i32"}
-        grads |= fp32("x_next_ptr target_ptr coef_ptr g_ptr")
-        one = {"L1": metric == "l1", "BLOCK": BLOCK, "ACC": tl.float32}
-        if metric != "huber":  # the same as l2
-            cases.append(aot_case(f"trajectory.partials{name}", _partials_kernel, sums, S=16, **one))
-            cases.append(aot_case(f"trajectory.gradient{name}", _gradient_kernel, grads, **one))
-        if dtype == "fp32" and not even:
-            finish = fp32("partials_ptr sigma_ptr sigma_next_ptr value_ptr coef_ptr")
-            finish |= {"nonfinite_ptr": "*i32", "N": "i32", "D": "i32", "c": "fp32"}
-            flags = {"L1": metric == "l1", "HUBER": metric == "huber", "MEAN": True}
-            cases.append(aot_case(f"trajectory.finish[{metric}]", _finish_kernel, finish, S=16, ROWS=rows(16), **flags))
-    return cases

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from potstill.kernels import _norm, _norm_shapes, aot
-from potstill.kernels._aot import SIZES, aot_case
+from potstill.kernels import _norm, aot
+from potstill.kernels._aot import ADM, SIZES, SONG, AotCase
 from potstill.kernels._lib import INTERPRET, REGISTERS
 
 triton = pytest.importorskip("triton", reason="compiles with Triton, and it is not installed")
@@ -31,7 +31,8 @@ def _wrong_kernel(x_ptr, SIZE: tl.constexpr):
 
 
 def case(kernel, name, size, num_warps=4, **pointers):
-    return aot_case(name, kernel, pointers, num_warps=num_warps, SIZE=size)
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    return AotCase(name, kernel, pointers | {"SIZE": "constexpr"}, {(len(pointers),): size}, aligned, num_warps, None)
 
 
 @needs_compiler
@@ -88,6 +89,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 128 bytes smem, 412 bytes cm
     assert second == aot.Usage("a.cu: forward_kernel<float, 4, true>", 80, 64, 128, 36, "36 bytes spilled")
 
 
+@needs_compiler
 def test_every_kernel_of_the_package_is_compiled_in_some_case():
     """A kernel that a program launches, `name_kernel`, and that no case lists would first be compiled by a user."""
     cases = aot.cases()
@@ -97,31 +99,36 @@ def test_every_kernel_of_the_package_is_compiled_in_some_case():
         assert [n for n, kernel in kernels.items() if id(kernel) not in listed] == [], module
 
 
+@needs_compiler
 def test_every_width_of_the_edm_and_adm_networks_is_compiled():
     widths = {128, 192, 256, 384, 512, 576, 768, 960, 1152, 1344, 1536}
-    assert widths == {c for c, _ in _norm_shapes.SONG + _norm_shapes.ADM}
-    names = [c.name for c in aot.cases() if c.name.startswith("norm_silu.")]
+    assert widths == {c for c, _ in SONG + ADM}
+    names = [c.name for c in aot.cases() if c.name.startswith("norm.")]
     for direction in ("forward", "backward"):
         assert widths <= {int(n.partition("[")[2].partition("x")[0]) for n in names if direction in n}
 
 
+@needs_compiler
 def test_what_the_networks_launch_is_among_the_cases():
     """bfloat16 images with float32 weights, everything 16-byte aligned, and losses on images of which 16 divides the size."""
-    signatures = {c.name: aot.specialised(c) for c in aot.cases()}
+    cases = {c.name: c for c in aot.cases()}
     for direction in ("forward", "backward"):
-        types, _, divisible = signatures[f"norm_silu.{direction}[256x32x32 bf16 add]"]
+        types, divisible = (
+            cases[f"norm.{direction}[256x32x32 bf16 add]"].signature,
+            cases[f"norm.{direction}[256x32x32 bf16 add]"].attributes,
+        )
         assert (types["x_ptr"], types["weight_ptr"], types["add_ptr"], types["add_n"]) == ("*bf16", "*fp32", "*bf16", "i32")
         kernel = _norm.forward_kernel if direction == "forward" else _norm.backward_kernel
         assert {(kernel.arg_names.index(a),) for a in ("x_ptr", "weight_ptr", "add_n")} <= divisible.keys()
     for name in ("score_match.partials", "score_match.difference", "score_implicit.partials", "score_implicit.gradient",
                  "moments.partials", "denoise.partials", "denoise.gradient"):  # fmt: skip
         for dtype in ("fp32", "bf16", "fp16"):
-            (_, _, odd), (types, _, even) = (signatures[f"{name}[{dtype}, guided{size}]"] for size in SIZES)
-            at = list(types).index("D")
-            assert (at,) in even and (at,) not in odd and types["D"] == "i32"
-            estimate = next(i for i, a in enumerate(types) if a in ("real", "e"))
-            assert {(estimate, 0), (estimate, 1)} <= even.keys(), "pointers inside an estimate"
-    one_logit = next(c for c in aot.cases() if c.name == "adversarial.forward[2 x bf16, 1 logit, softplus]")
+            odd, even = (cases[f"{name}[{dtype}, guided{size}]"] for size in SIZES)
+            at = list(even.signature).index("D")
+            assert (at,) in even.attributes and (at,) not in odd.attributes and even.signature["D"] == "i32"
+            estimate = next(i for i, a in enumerate(even.signature) if a in ("real", "e"))
+            assert {(estimate, 0), (estimate, 1)} <= even.attributes.keys(), "pointers inside an estimate"
+    one_logit = cases["adversarial.forward[2 x bf16, 1 logit, softplus]"]
     assert one_logit.constexprs[(1, 0)] == one_logit.constexprs[(1, 1)] == 1
 
 
