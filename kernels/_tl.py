@@ -1,4 +1,4 @@
-"""Device functions that the loss kernels share: masked loads, clean images from estimates, sums over parts."""
+"""What the loss kernels share: masked loads, clean images from estimates, sums over parts, and one finishing kernel."""
 
 # pyright: reportGeneralTypeIssues=false
 
@@ -120,3 +120,22 @@ def weights(weight_ptr, n, valid, D, MEAN: tl.constexpr, ACC: tl.constexpr):
     if weight_ptr is not None:
         w *= tl.load(weight_ptr + n, mask=valid, other=0.0).to(ACC)
     return w
+
+
+@triton.jit
+def finish_kernel(
+    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D,
+    MEAN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The values w·sum and their coefficients w, 1/D included for a mean, from the parts of each sample's sum."""
+    bad = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, N, ROWS):
+        n = start + tl.arange(0, ROWS)
+        valid = n < N
+        sum_n = total(partials_ptr, 0, n, valid, N, S)
+        w = weights(weight_ptr, n, valid, D, MEAN, sum_n.dtype)
+        ok = is_finite(w * sum_n)
+        tl.store(value_ptr + n, tl.where(ok, w * sum_n, 0.0), mask=valid)
+        tl.store(coef_ptr + n, tl.where(ok, w, 0.0), mask=valid)
+        bad += (valid & (ok == 0)).to(tl.int32)
+    tl.store(nonfinite_ptr, tl.sum(bad, 0))

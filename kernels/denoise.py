@@ -15,7 +15,7 @@ from potstill.kernels._args import check_choice, check_constant, check_estimate,
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
-from potstill.kernels._tl import block_of, clean, is_finite, load, noisy, part, store_raw, through_x_t, total, weights
+from potstill.kernels._tl import block_of, clean, finish_kernel, load, noisy, part, store_raw, through_x_t
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum
 
@@ -34,29 +34,11 @@ def _partials_kernel(e, target_ptr, partials_ptr, N, D, S: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _finish_kernel(
-    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D,
-    MEAN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    bad = tl.zeros((ROWS,), tl.int32)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        valid = n < N
-        square = total(partials_ptr, 0, n, valid, N, S)
-        w = weights(weight_ptr, n, valid, D, MEAN, square.dtype)
-        ok = is_finite(w * square)
-        tl.store(value_ptr + n, tl.where(ok, w * square, 0.0), mask=valid)
-        tl.store(coef_ptr + n, tl.where(ok, 2 * w, 0.0), mask=valid)
-        bad += (valid & (ok == 0)).to(tl.int32)
-    tl.store(nonfinite_ptr, tl.sum(bad, 0))
-
-
-@triton.jit
 def _gradient_kernel(e, de, target_ptr, coef_ptr, g_ptr, g_stride, D, chunks, BLOCK: tl.constexpr, ACC: tl.constexpr):
     n, i, mask = block_of(tl.program_id(0), D, chunks, BLOCK)
     error = clean(e, noisy(e, i, mask, ACC), n, i, mask, ACC) - load(target_ptr, i, mask, ACC)
     coef = tl.load(coef_ptr + n).to(ACC)
-    d = coef * tl.load(g_ptr + n * g_stride).to(ACC) * error
+    d = 2 * coef * tl.load(g_ptr + n * g_stride).to(ACC) * error
     store_raw(e, de, d, coef != 0, n, i, mask, ACC)
     if de.x_t is not None:
         tl.store(de.x_t + i, tl.where(coef != 0, through_x_t(e, d, n, ACC), 0.0), mask=mask)
@@ -68,7 +50,7 @@ def _forward(e: Estimate, target: Tensor, weight: Tensor | None, mean: bool) -> 
     if n > 0:
         partials = target.new_empty((1, n, s), dtype=acc)
         _partials_kernel[(n * s,)](e, target, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
-        _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
+        finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
     return value, nonfinite, coef
 
 

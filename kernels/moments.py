@@ -15,7 +15,7 @@ from potstill.kernels._args import check_choice, check_constant_estimate, check_
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
-from potstill.kernels._tl import clean_pair, is_finite, load, part, total, weights
+from potstill.kernels._tl import clean_pair, finish_kernel, load, part
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import Estimate, Losses, accum, shared
 from potstill.kernels.score_match import difference
@@ -34,31 +34,13 @@ def _partials_kernel(x_ptr, real, fake, partials_ptr, N, D, S: tl.constexpr, BLO
     tl.store(partials_ptr + n * S + s, tl.sum(product, 0))
 
 
-@triton.jit
-def _finish_kernel(
-    partials_ptr, weight_ptr, value_ptr, coef_ptr, nonfinite_ptr, N, D,
-    MEAN: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    bad = tl.zeros((ROWS,), tl.int32)
-    for start in range(0, N, ROWS):
-        n = start + tl.arange(0, ROWS)
-        valid = n < N
-        product = total(partials_ptr, 0, n, valid, N, S)
-        w = weights(weight_ptr, n, valid, D, MEAN, product.dtype)
-        ok = is_finite(w * product)
-        tl.store(value_ptr + n, tl.where(ok, w * product, 0.0), mask=valid)
-        tl.store(coef_ptr + n, tl.where(ok, w, 0.0), mask=valid)
-        bad += (valid & (ok == 0)).to(tl.int32)
-    tl.store(nonfinite_ptr, tl.sum(bad, 0))
-
-
 def _forward(x: Tensor, real: Estimate, fake: Estimate, weight: Tensor | None, mean: bool) -> Outputs:
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coef = results(x, acc, (n,))
     if n > 0:
         partials = x.new_empty((1, n, s), dtype=acc)
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4, maxnreg=REGISTERS)
-        _finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
+        finish_kernel[(1,)](partials, weight, value, coef, nonfinite, n, d, MEAN=mean, S=s, ROWS=rows(s), num_warps=4)
     return value, nonfinite, coef
 
 

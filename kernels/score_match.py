@@ -125,7 +125,4 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
     fake = check_estimate("score_match", "fake", fake, "x", x)
     check_constant_estimate("score_match", "real", real, "x")
     check_constant_estimate("score_match", "fake", fake, "x")
-    if uses_reference("score_match", x):
-        return reference.score_match(x, real, fake, eps=eps)
-    _, (x, real, fake) = flattened(x, real, shared(fake, real))
-    return Losses(*_score_match(x, *real, *fake, None, eps, 0.0)[:2])
+    return weighted(x, real, fake, None, eps=eps, plus=0.0)

@@ -115,7 +115,7 @@ def test_even_losses_are_launched_as_they_are_compiled_ahead(op, ahead, compiled
     cases = [c for c in ahead if c.kernel in {kernel for kernel, *_ in LAUNCHED}]
     known = [(list(c.signature.values()), c.attributes | {"maxnreg": c.maxnreg}) for c in cases]
     for kernel, signature, attributes in LAUNCHED:
-        if kernel.fn.__name__ != "_finish_kernel":
+        if kernel.fn.__name__.strip("_") != "finish_kernel":
             assert (list(signature.values()), attributes) in known, (kernel.fn.__name__, signature, attributes)
 
 
