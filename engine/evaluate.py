@@ -171,7 +171,7 @@ def check_model(model: Model, images: Images | None, labels: str | None) -> None
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """The result of work(), which rank 0 calls first: the other ranks then find its downloads in the cache."""
-    found = ranks.alone(work)
+    found = ranks.on_first(work)
     return found if ranks.first else work()
 
 

@@ -72,7 +72,7 @@ def test_a_world_of_one_gives_the_numbers_of_no_world(one, alone, job, monkeypat
 
 def test_a_world_of_one_speaks_with_itself(one):
     ranks, device = one
-    assert ranks.agree({"a": 1}) == {"a": 1} and ranks.alone(lambda: 3) == 3 and ranks.least(5) == 5
+    assert ranks.agree({"a": 1}) == {"a": 1} and ranks.on_first(lambda: 3) == 3 and ranks.least(5) == 5
     assert ranks.stop(15) == 0 and ranks.stop(0) == 15 and ranks.stop(0) == 0
     ranks.wait()
     tensors = [torch.full((3,), 2.0, device=device), torch.ones(2, dtype=torch.float64, device=device)]

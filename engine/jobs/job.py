@@ -48,12 +48,12 @@ class Job(Workplace):
         self.partition = self.on_paper.partition
         self.say_unused(self.on_paper.teacher)
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
-            ranks.alone(self.distance.try_features)
+            ranks.on_first(self.distance.try_features)
         if on_paper:
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
-            ranks.alone(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
-        ranks.alone(lambda: prepare(cfg))
+            ranks.on_first(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
+        ranks.on_first(lambda: prepare(cfg))
         if self.images is not None and (empty := self.on_paper.empty):
             self.say(f"note: {self.images.name} has no images of {listed(empty)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
@@ -77,10 +77,10 @@ class Job(Workplace):
                 self.say(f"student {self.cfg.student} of {count} is done; the run is measured when {missing} are, too")
                 return None
             partition = self.partition
-            self.ranks.alone(lambda: write_manifest(self.dir, partition))
+            self.ranks.on_first(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
-        return self.ranks.alone(lambda: self.finish(nets))
+        return self.ranks.on_first(lambda: self.finish(nets))
 
     # stages
 
@@ -164,7 +164,7 @@ class Job(Workplace):
         """A grid of samples from the same noise every time."""
         net, path = run.average(), folder / "samples" / f"{run.images_seen:010d}.png"
         assert isinstance(net, Denoiser)
-        self.ranks.alone(lambda: save_png(grid(self.gallery.samples(net, run.method.sampler), self.gallery.columns(net)), path))
+        self.ranks.on_first(lambda: save_png(grid(self.gallery.samples(net, run.method.sampler), self.gallery.columns(net)), path))
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
@@ -172,7 +172,7 @@ class Job(Workplace):
         assert self.distance is not None
         distance, net = self.distance, run.average()
         assert isinstance(net, Denoiser)
-        result: Any = self.ranks.agree(self.ranks.alone(lambda: distance.of(net, run.method.sampler)))
+        result: Any = self.ranks.agree(self.ranks.on_first(lambda: distance.of(net, run.method.sampler)))
         if result["fd"] < run.best:
             run.best = result["fd"]
             chosen = {"metric": f"{result['features']}@{result['n']}", "best_of": run.times(run.cfg.eval_kimg or run.cfg.kimg)}

@@ -65,7 +65,7 @@ class Workplace:
             self.say(f"making {wanted.number} pairs with {wanted.steps} steps of the teacher")
             in_turn = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
             sampler, batch = heun(teacher, wanted.steps), self.cfg.eval.batch
-            self.ranks.alone(lambda: write_pairs(path, teacher, sampler, in_turn, wanted.number, batch, self.device))
+            self.ranks.on_first(lambda: write_pairs(path, teacher, sampler, in_turn, wanted.number, batch, self.device))
         tensors, _ = read_tensors(path)
         classes = tensors.get("labels")
         labels = None if classes is None else one_hot(classes.numpy(), teacher.label_dim).to(self.device)
@@ -75,7 +75,7 @@ class Workplace:
         """Write the average of a run's product as a weight file that says what it is and where it comes from."""
         product = run.average()
         assert isinstance(product, Denoiser)
-        self.ranks.alone(lambda: save_net(
+        self.ranks.on_first(lambda: save_net(
             path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
             method=self.cfg.method.name if run.method.product == "student" else "teacher",
             data=self.images.name if self.images else "none", **self.inherited, **more,

@@ -97,7 +97,7 @@ class Ranks(OneRank):
             dist.all_reduce(tensor)
         return tensor
 
-    def alone(self, work: Callable[[], T]) -> T | None:
+    def on_first(self, work: Callable[[], T]) -> T | None:
         """work() on rank 0 while the others wait. Returns its result on rank 0 and None elsewhere; all ranks raise its UserError."""
         result, message = None, ""
         if self.first:
