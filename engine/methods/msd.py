@@ -34,7 +34,9 @@ def make_partition(kind: str, classes: int, count: int, seed: int, features: np.
     blocks: consecutive classes, the paper's choice (WordNet order is semantic). random: a seeded permutation in blocks.
     kmeans: balanced clusters of `features` [classes, D], e.g. each class's mean image.
     """
-    if classes % count:
+    if kind not in KINDS:
+        raise UserError(f"partition wants one of {', '.join(KINDS)}, got {kind!r}")
+    if count < 1 or classes < 1 or classes % count:
         raise UserError(f"students={count} does not divide the {classes} classes: shares must be of equal size")
     rng, size = np.random.default_rng(seed), classes // count
     order = np.arange(classes)
