@@ -25,7 +25,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import Sampler, ode, one_step
 from potstill.engine.formats.pictures import grid, save_png, sheet
-from potstill.engine.measure.distances import frechet
+from potstill.engine.measure.distances import moments, squared_distance
 from potstill.engine.measure.features import Features, Pixels
 from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.report import chart, read_curves, short, write_report
@@ -86,6 +86,11 @@ def by_scipy(a, b):
 
 
 # The distance
+
+
+def frechet(real, fake, features):
+    """Between two streams of images, put together as a score does it."""
+    return squared_distance(moments(real, features).gaussian("real"), moments(fake, features).gaussian("generated"))
 
 
 def test_two_gaussians_in_closed_form():

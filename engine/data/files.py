@@ -85,7 +85,7 @@ class Zip:
                 if METADATA in entries and entries[METADATA].file_size > MAX_FILE_BYTES:
                     raise UserError(f"{METADATA} in {path} unpacks to more than {MAX_FILE_BYTES:,} bytes")
                 self.beside = Beside(archive.read(METADATA) if METADATA in entries else None, *_overlooked(entries))
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # the last two: how it is packed
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
             ) from error

@@ -13,7 +13,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")
 PNG = b"\x89PNG\r\n\x1a\n"
 # What Pillow raises for data that is no image, beyond the documented OSError.
 NO_IMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
-NO_IMAGE += (NotImplementedError, struct.error, zlib.error)
+NO_IMAGE += (NotImplementedError, struct.error, zlib.error)  # of its readers for TIFF and PNG
 NO_IMAGE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # EXIF tag; how to turn what the camera stored
 TURNS = {

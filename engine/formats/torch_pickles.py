@@ -254,7 +254,7 @@ def _archive(data: memoryview, path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:  # of a zip that zipfile cannot read
         raise Unreadable(f"is a damaged zip archive ({error})") from error
     if any(name.endswith("/constants.pkl") for name in entries):
         raise Unreadable("holds a program, which is not executed")

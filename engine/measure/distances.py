@@ -78,11 +78,6 @@ def _root(covariance: Tensor) -> Tensor:
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def frechet(real_batches: Iterable[Tensor], fake_batches: Iterable[Tensor], features: Features) -> float:
-    """Distance between two streams of uint8 images [n, C, H, W]. UserError for fewer than two on either side."""
-    return squared_distance(moments(real_batches, features).gaussian("real"), moments(fake_batches, features).gaussian("generated"))
-
-
 @torch.no_grad()
 def moments(batches: Iterable[Tensor], features: Features, *, kept: list[Tensor] | None = None, ranks: Ranks = ALONE) -> Moments:
     """The sums over a stream of uint8 images, all processes' together; `kept` collects this one's features, [n, D] each.
