@@ -87,6 +87,8 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{dtype}, guided{even}", partial(_losses, DTYPES[dtype], True, *shape)
         for metric in ("l1", "l2", "huber"):
             yield f"{metric}, {dtype}{even}", partial(_trajectory, metric, DTYPES[dtype], *shape)
+    for dtype in DTYPES:
+        yield f"{dtype}, gradient in a column", partial(_losses, DTYPES[dtype], False, *SIZES[""], column=True)
     for even, shape in SIZES.items():  # SiD's is another finishing kernel
         yield (
             f"l2{even}",
@@ -105,6 +107,7 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "64x8x8 fp32 add NCHW", partial(_norm_silu, 64, 8, "add", "fp32", layout=torch.contiguous_format)
     yield "256x16x16 bf16 plain", partial(_norm_silu, 256, 16, "plain")
     yield "256x16x16 bf16 add bf16 weights", partial(_norm_silu, 256, 16, "add", weights="bf16")
+    yield "72x8x8 bf16 scale+shift, 3 images", partial(_norm_silu, 72, 8, "scale+shift", n=3)
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
@@ -121,9 +124,9 @@ def _estimates(dtype: torch.dtype, guided: bool, n: int, d: int) -> tuple[Estima
     return real, Estimate(of_fake, None, _empty(n), _empty(n))
 
 
-def _losses(dtype: torch.dtype, guided: bool, n: int, d: int) -> None:
+def _losses(dtype: torch.dtype, guided: bool, n: int, d: int, *, column: bool = False) -> None:
     x, w, (real, fake) = _empty(n, d), _empty(n), _estimates(dtype, guided, n, d)
-    g = _empty(1).expand(n)  # the stride of a mean's gradient is 0
+    g = _empty(n, 3)[:, 0] if column else _empty(1).expand(n)  # the stride of a mean's gradient is 0
     TRITON["add_noise"](_empty(n, d, dtype=dtype), w, x)
     _, _, coef = TRITON["score_match"](x, real, fake, w, 1e-6, 0.0)
     TRITON["score_match_backward"]([coef], g, x, real, fake)
@@ -149,13 +152,13 @@ def _adversarial(nets: int, size: int, form: str, dtype: torch.dtype) -> None:
 
 
 def _norm_silu(
-    c: int, resolution: int, added: str, dtype: str = "bf16", *, weights: str = "fp32", trained: bool = True,
+    c: int, resolution: int, added: str, dtype: str = "bf16", *, n: int = 64, weights: str = "fp32", trained: bool = True,
     layout: torch.memory_format = torch.channels_last,
 ) -> None:  # fmt: skip
     """As the nets launch it; "plain": before attention, no SiLU and nothing added."""
-    x = _empty(64, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=layout)
-    weight, add = _empty(c, dtype=DTYPES[weights]), _empty(64, c, dtype=x.dtype) if added == "add" else None
-    scale, shift = _empty(64, 2 * c, dtype=x.dtype).chunk(2, 1) if added == "scale+shift" else (None, None)
+    x = _empty(n, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=layout)
+    weight, add = _empty(c, dtype=DTYPES[weights]), _empty(n, c, dtype=x.dtype) if added == "add" else None
+    scale, shift = _empty(n, 2 * c, dtype=x.dtype).chunk(2, 1) if added == "scale+shift" else (None, None)
     given = weight, weight, scale, shift, add, min(32, c // 4)
     _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain")
     wanted = trained, scale is not None, shift is not None, add is not None

@@ -132,6 +132,16 @@ def test_what_the_networks_launch_is_among_the_cases():
     assert one_logit.constexprs[(1, 0)] == one_logit.constexprs[(1, 1)] == 1
 
 
+@needs_compiler
+def test_gradients_of_any_stride_and_batches_of_any_size_are_compiled_too():
+    cases = {c.name: c for c in aot.cases()}
+    for name in ("score_match.difference", "score_implicit.gradient", "denoise.gradient"):
+        of_mean, in_column = (cases[f"{name}[bf16{what}]"] for what in ("", ", gradient in a column"))
+        at = (list(of_mean.signature).index("g_stride"),)
+        assert (at in of_mean.attributes, at in in_column.attributes) == (True, False), name
+    assert {f"norm.{kernel}[72x8x8 bf16 scale+shift, 3 images]" for kernel in ("backward", "parameters")} <= cases.keys()
+
+
 def test_exit_status_is_1_when_anything_spills(monkeypatch, capsys):
     good = aot.Usage("good", 80, 32, 0, 0)
     monkeypatch.setattr(aot, "cases", list)
