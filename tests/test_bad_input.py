@@ -64,7 +64,9 @@ def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
         ("method.fake_per_studnt=3", ["did you mean method.fake_per_student"]),
         ("train.batch=many", ["train.batch", "many"]),
         ("train.batch", ["key=value"]),
-        ("method=dmdd", ["dmdd"]),
+        ("method=dmdd", ["digits.yaml: there is no method 'dmdd' to take; did you mean dmd or dmd2?"]),
+        ("method=xx", ["there is no method 'xx' to take; wanted one of dmd, dmd2, gdd"]),
+        ("method=gdd", ["digits.yaml sets method.fake_per_student, which this method does not have"]),
         ("precision=fp8", ["precision wants auto, fp32, bf16, got 'fp8'"]),
         ("precision=fp16", ["precision=fp16 cannot train", "use bf16"]),
         ("train.compile=max", ["train.compile wants one of off, blocks, net, got 'max'"]),
@@ -92,7 +94,11 @@ def test_settings(tmp_path, override, words):
 def test_unknown_key_in_the_recipe_itself(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("defaults: [schema, {method: dmd}, _self_]\ntrain: {batch: 8, epochs: 3}\n")
-    assert "train.epochs" in refused(str(recipe))
+    assert refused(str(recipe)).startswith("mine.yaml: there is no setting 'train.epochs'")
+    recipe.write_text("defaults: [schema, {method: dmd}, _self_]\nmethod: {fake_per_studnt: 3}\n")
+    assert refused(str(recipe)) == "mine.yaml: there is no setting 'method.fake_per_studnt'; did you mean method.fake_per_student?"
+    recipe.write_text("defaults: [digitz, _self_]\n")
+    assert refused(str(recipe)).startswith("mine.yaml: there is no recipe 'digitz' to take; did you mean digits")
 
 
 def test_recipes_that_are_not_there_or_no_yaml(tmp_path):

@@ -26,7 +26,7 @@ from yaml import YAMLError
 
 from potstill.engine.common.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import RECIPES, find
+from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.methods.msd import KINDS as PARTITIONS
 from potstill.engine.methods.table import METHODS
@@ -37,6 +37,7 @@ from potstill.engine.training.run import TrainConfig
 
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
 ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
+NOT_IN = re.compile(r"Key '\w+' not in '\w+'\s+full_key: (\S+)")
 MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
 
 
@@ -222,6 +223,8 @@ def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
     """What Hydra makes of recipe and overrides. It stumbles over some input in ways of its own, which are the user's to mend too."""
     try:
         return compose(recipe.stem, overrides=overrides)
+    except MissingConfigException as error:  # an OSError too
+        raise UserError(_sentence(error, recipe)) from error
     except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
         given = f" with {' '.join(overrides)}" if overrides else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -292,8 +295,14 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _sentence(error: Exception, recipe: Path) -> str:
     """What went wrong, from the innermost of Hydra's nested errors."""
-    if isinstance(error, OverrideParseException | MissingConfigException):
+    if isinstance(error, MissingConfigException):
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = [one for one in error.options or ["schema", *names()] if not one.endswith("_schema")]
+        return f"{recipe.name}: there is no {group or 'recipe'} {name!r} to take; {_near(name, known)}"
+    if isinstance(error, OverrideParseException):
         return " ".join(str(error).split())
+    if isinstance(error, ConfigCompositionException) and (found := NOT_IN.search(str(error))):  # a line of the recipe's own
+        return _no_such_setting(found[1], recipe)
     inner: BaseException = error
     while isinstance(inner.__cause__, HydraException | OmegaConfBaseException):
         inner = inner.__cause__
@@ -307,12 +316,19 @@ def _sentence(error: Exception, recipe: Path) -> str:
     return f"{recipe.name}: {key}: {message}" if key else f"{recipe.name}: {message}"
 
 
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 2, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"wanted one of {', '.join(known)}"
+
+
 def _no_such_setting(key: str, recipe: Path) -> str:
     try:
         known = list(flat(OmegaConf.to_container(compose(recipe.stem))))
         known += sorted({key.rpartition(".")[0] for key in known} - {""})
     except (HydraException, OmegaConfBaseException):  # a recipe that does not compose does not say which method's they are
         known = [name for name, _ in _kinds()]
+    if key in known:
+        return f"{recipe.name} sets {key}, which this method does not have; wanted a recipe of this method (`potstill recipes`), or a copy without it"
     near = difflib.get_close_matches(key, known, 1, 0.3)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{recipe.name}: there is no setting {key!r}{hint}"
