@@ -84,8 +84,8 @@ def define(
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, f"({spelled}){returns}")
     torch.library.impl(qualified, "CUDA", launch)
-    if INTERPRET or cpu is not None:
-        torch.library.impl(qualified, "CPU", launch if INTERPRET or cpu is None else cpu)
+    if on_cpu := launch if INTERPRET else cpu:
+        torch.library.impl(qualified, "CPU", on_cpu)
     torch.library.register_fake(qualified, lambda *flat: shapes(*_grouped(flat, kinds)))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -122,10 +122,8 @@ def _forward(
     (n, d), s, acc = x.shape, splits(*x.shape), accum(x, *real.images, *fake.images)
     value, nonfinite, coefs = results(x, acc, (3, n))
     if n > 0:
-        past, partials = (
-            1 - alpha if distance == "l2" else 0.0,
-            x.new_empty((3, n, s), dtype=acc),
-        )  # past: delta's share in the second factor
+        past = 1 - alpha if distance == "l2" else 0.0  # delta's share in the second factor
+        partials = x.new_empty((3, n, s), dtype=acc)
         _partials_kernel[(n * s,)](x, real, fake, partials, n, d, past, S=s, BLOCK=BLOCK, ACC=tl_dtype(acc), num_warps=4)
         _finish_kernel[(1,)](
             partials, weight, value, coefs, nonfinite, n, d, past, c,

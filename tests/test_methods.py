@@ -33,6 +33,13 @@ def test_the_table_has_every_paper_and_every_yaml_has_its_schema():
     assert schemas == PAPERS
 
 
+def test_a_name_that_another_method_has_is_refused():
+    known = dict(METHODS)
+    with pytest.raises(TypeError, match="Mine: wanted a name of its own, got 'dmd', which DMDConfig has"):
+        type("Mine", (MethodConfig,), {"name": "dmd", "__qualname__": "Mine"})
+    assert known == METHODS
+
+
 @pytest.mark.parametrize(
     ("name", "given", "wanted"),
     [
@@ -89,10 +96,10 @@ def example(tmp_path, monkeypatch):
     (tmp_path / "method/kd.yaml").write_text(page)
     (tmp_path / "digits_kd.yaml").write_text(recipe)
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
-    monkeypatch.setitem(METHODS, "kd", None)  # and so taken away again
     importlib.reload(table)  # looks for files anew
     yield importlib.import_module("potstill.engine.methods.kd"), str(tmp_path / "digits_kd.yaml")
     sys.modules.pop("potstill.engine.methods.kd")
+    METHODS.pop("kd")
 
 
 def test_the_example_is_short_and_nothing_else_knows_it(example):

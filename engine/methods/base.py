@@ -51,7 +51,8 @@ class MethodConfig:
     name: str
 
     def __init_subclass__(cls) -> None:
-        METHODS[cls.name] = cls
+        if (other := METHODS.setdefault(cls.name, cls)) is not cls:
+            raise TypeError(f"{cls.__qualname__}: wanted a name of its own, got {cls.name!r}, which {other.__qualname__} has")
 
     def __post_init__(self) -> None:
         """BadSetting for a value that no run can use."""
