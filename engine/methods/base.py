@@ -82,7 +82,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """One optimiser step: `loss(shared)` returns a scalar for nets[trains] and what to log; on every `every`-th iteration.
+    """One optimiser step: `loss(shared)` returns a scalar for nets[trains] and what to log (detached by the step), every `every`-th time.
 
     A loss may return None where this iteration has no use for the turn; that must not depend on the sample.
     """

@@ -124,13 +124,14 @@ class DMD(Method):
             real = self.teacher.estimate(x_t, sigma, it.labels, guidance=self.cfg.guidance)
             fake = self.frozen_fake.estimate(x_t, sigma, it.labels)
         loss, nonfinite = score_match(x, real, fake)
-        loss, logs = loss.mean(), {"match": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        logs = {"match": loss, "nonfinite": nonfinite}
         if self.cfg.gan:
             adversarial = generator_adversarial([self.logits(self.frozen_fake, x, it.labels, it)]).value.mean()
-            loss, logs = loss + self.cfg.gan_student * adversarial, logs | {"gan": adversarial.detach()}
+            loss, logs = loss + self.cfg.gan_student * adversarial, logs | {"gan": adversarial}
         if self.cfg.regression:
             distance = self.regression(it)
-            loss, logs = loss + self.cfg.regression * distance, logs | {"regression": distance.detach()}
+            loss, logs = loss + self.cfg.regression * distance, logs | {"regression": distance}
         return loss, logs
 
     def regression(self, it: Shared) -> Tensor:
@@ -151,12 +152,13 @@ class DMD(Method):
         sigma = grid_level(it.batch.draws.integers(*self.cfg.fake_index))
         x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
         loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, it.labels), x, edm_weight(sigma))
-        loss, logs = loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        logs = {"denoise": loss, "nonfinite": nonfinite}
         if self.cfg.gan:
             y, real_labels, _ = it.batch
             logits = self.logits(self.fake, x, it.labels, it), self.logits(self.fake, y, real_labels, it)
             adversarial = discriminator_adversarial([logits[0]], [logits[1]]).value.mean()
-            loss, logs = loss + self.cfg.gan_fake * adversarial, logs | {"gan": adversarial.detach()}
+            loss, logs = loss + self.cfg.gan_fake * adversarial, logs | {"gan": adversarial}
         return loss, logs
 
     def logits(self, critic: Critic, x: Tensor, labels: Tensor | None, it: Shared) -> Tensor:

@@ -116,7 +116,8 @@ class GDD(Method):
         """G fools the discriminator."""
         x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
         loss, nonfinite = generator_adversarial(self.logits(self.frozen_discriminator, x, it), kind=self.cfg.loss)
-        return self.cfg.sum_over * loss.mean(), {"gan": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return self.cfg.sum_over * loss, {"gan": loss, "nonfinite": nonfinite}
 
     def discriminator_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """D tells generated images from real ones; they go in apart, since batch statistics differ."""
@@ -124,8 +125,9 @@ class GDD(Method):
             x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
         fake, real = self.logits(self.discriminator, x, it), self.logits(self.discriminator, it.images, it)
         loss, nonfinite = discriminator_adversarial(fake, real, kind=self.cfg.loss)
-        logs = {"gan": loss.detach().mean(), "fake": mean_logit(fake), "real": mean_logit(real), "nonfinite": nonfinite}
-        return self.cfg.sum_over * loss.mean(), logs
+        loss = loss.mean()
+        logs = {"gan": loss, "fake": mean_logit(fake), "real": mean_logit(real), "nonfinite": nonfinite}
+        return self.cfg.sum_over * loss, logs
 
     def r1_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """The discriminator's slope at real images, taken down to the pixels."""
@@ -134,7 +136,7 @@ class GDD(Method):
             score = torch.stack([logits.sum() for logits in self.logits(self.discriminator, y, it)]).sum()
             (slope,) = torch.autograd.grad(score, y, create_graph=True)
         penalty = slope.to(accum(slope)).square().flatten(1).sum(1).mean()
-        return self.cfg.r1_every * self.cfg.r1_gamma / 2 * penalty, {"r1": penalty.detach()}
+        return self.cfg.r1_every * self.cfg.r1_gamma / 2 * penalty, {"r1": penalty}
 
     def after_step(self, name: str) -> None:
         if name == "discriminator":

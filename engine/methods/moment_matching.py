@@ -160,7 +160,8 @@ class Alternating(MomentMatching):
         fake, w = self.fake.estimate(z_s, jump.S_s, jump.labels), self.weight(jump.S_s)
         own, nonfinite = denoise(fake, x, w, reduction="sum")
         near, _ = denoise(fake, real, w, reduction="sum")
-        return (own + near).mean(), {"own": own.detach().mean(), "near": near.detach().mean(), "nonfinite": nonfinite}
+        own, near = own.mean(), near.mean()
+        return own + near, {"own": own, "near": near, "nonfinite": nonfinite}
 
     def student_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
         """L_η: its value says nothing, its gradient moves x̃ along g_θ - g_φ."""
@@ -170,7 +171,8 @@ class Alternating(MomentMatching):
             real = self.teacher.estimate(z_s, jump.S_s, jump.labels, guidance=self.cfg.guidance)
             fake = self.frozen_fake.estimate(z_s, jump.S_s, jump.labels)
         loss, nonfinite = moments(x, real, fake, self.weight(jump.S_s), reduction="sum")
-        return loss.mean(), {"inner": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return loss, {"inner": loss, "nonfinite": nonfinite}
 
 
 class Instant(MomentMatching):

@@ -86,4 +86,5 @@ class TSM(Method):
         with torch.no_grad():
             target = self.teacher(x_t, sigma, labels)
         loss, nonfinite = denoise(self.student.estimate(x_t, sigma, labels), target, edm_weight(sigma))
-        return loss.mean(), {"match": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return loss, {"match": loss, "nonfinite": nonfinite}

@@ -152,10 +152,11 @@ class SFD(Method):
         (loss, nonfinite), x_next = trajectory(
             it.x, estimate, t, t_next, it.targets[i + 1], metric=self.cfg.metric, c=self.cfg.huber_c, reduction="sum"
         )
-        logs = {f"step{i}": loss.detach().mean() / it.x[0].numel(), "nonfinite": nonfinite}
+        loss, numel = loss.mean(), it.x[0].numel()
+        logs = {f"step{i}": loss / numel, "nonfinite": nonfinite}
         if self.lpips is not None and i + 2 == len(it.t):
             image = it.x + (t_next - t) / t * (it.x - estimate.denoised())
-            distance = self.lpips(image, it.targets[-1])
-            loss, logs["lpips"] = loss + self.cfg.lpips * it.x[0].numel() * distance, distance.detach().mean()
+            logs["lpips"] = self.lpips(image, it.targets[-1]).mean()
+            loss = loss + self.cfg.lpips * numel * logs["lpips"]
         it.x = x_next
-        return loss.mean(), logs
+        return loss, logs

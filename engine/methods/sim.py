@@ -91,7 +91,8 @@ class SIM(Method):
         sigma = lognormal(batch.draws.normal(), self.cfg.P_mean, self.cfg.P_std)
         x_t = add_noise(x, sigma, noise_like(x, batch.draws))
         loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, labels), x, edm_weight(sigma), reduction="sum")
-        return loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return loss, {"denoise": loss, "nonfinite": nonfinite}
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_g on fresh noise and labels."""
@@ -99,7 +100,8 @@ class SIM(Method):
         x = generate(self.student, batch.draws, self.cfg.sigma, labels)
         sigma = self.teacher_level(batch.draws.level())
         loss, nonfinite = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
-        return self.cfg.scale * loss.mean(), {"implicit": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return self.cfg.scale * loss, {"implicit": loss, "nonfinite": nonfinite}
 
     def teacher_level(self, u: Tensor) -> Tensor:
         return karras_at(self.cfg.t_max * u)

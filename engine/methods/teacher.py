@@ -46,4 +46,5 @@ class Teacher(Method):
         x_t = add_noise(y, sigma, draws.normal(*y.shape[1:]))
         estimate = self.net.estimate(x_t, sigma, labels)
         loss, nonfinite = denoise(estimate, y, edm_weight(sigma))
-        return loss.mean(), {"denoise": loss.detach().mean(), "nonfinite": nonfinite}
+        loss = loss.mean()
+        return loss, {"denoise": loss, "nonfinite": nonfinite}
