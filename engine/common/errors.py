@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Says what was wanted, what came, and what to do."""
 
 
+class Damaged(UserError):
+    """A file is not what it was written as: cut off, a checksum differs, its parts contradict each other. What a run has made it makes again."""
+
+
 @contextmanager
 def _doing(verb: str, path: object) -> Iterator[None]:
     """UserError for what the system has against it."""
