@@ -6,15 +6,30 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, flat, to_yaml
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
-FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")
-FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch", "parallel")
+FREE = (
+    "run_dir",
+    "log.",
+    "eval.",
+    "data.workers",
+    "data.how",
+    "teacher.how",
+    "device",
+    "student",
+    "cudnn_benchmark",
+    "deterministic",
+    "max_hours",
+)
+FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "on_nonfinite", "micro_batch", "parallel")
+MOST_TEXT = 2**20  # characters of a config.yaml
 
 
 def check_folder(cfg: Config) -> None:
@@ -28,7 +43,7 @@ def check_folder(cfg: Config) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        before = stored.read_text(encoding="utf-8") if (stored := folder / "config.yaml").exists() else None
+        before = stored.read_text(encoding="utf-8", errors="replace") if (stored := folder / "config.yaml").exists() else None
         if before not in (None, text := to_yaml(cfg)):
             check_settings(before, text, folder)
     except OSError as error:
@@ -53,13 +68,28 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def check_settings(before: str, now: str, folder: Path) -> None:
     """UserError where a setting differs between two files of settings that may not."""
     unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)))
+    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, _tree(before, folder)), OmegaConf.create(now)))
     for key in old | new:
-        if old.get(key) != new.get(key) and not _free(key):
-            raise UserError(
-                f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}; "
-                f"give a new run_dir=, or remove {folder} to start over"
-            )
+        if old.get(key) == new.get(key) or _free(key, new):
+            continue
+        raise UserError(
+            f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}"
+            + (", over which its schedules are spread" if key.endswith(".kimg") else "")
+            + f"; give a new run_dir=, or remove {folder} to start over"
+        )
+
+
+def _tree(text: str, folder: Path) -> Any:
+    """The settings in config.yaml. Damaged where they are not all there."""
+    file, advice = folder / "config.yaml", "restore it, or remove it alone if the settings of this command are those the run began with"
+    try:
+        tree = OmegaConf.create(text) if len(text) <= MOST_TEXT else None
+        if isinstance(tree, DictConfig) and tree.keys() >= {"seed", "method", "train"}:
+            OmegaConf.to_container(tree, resolve=True)
+            return tree
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{file} is not readable as YAML ({str(error).splitlines()[0]}): {advice}") from error
+    raise Damaged(f"{file} is damaged, it does not hold the settings of a run: {advice}")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,6 +101,12 @@ def write_atomically(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def _free(key: str) -> bool:
+def _free(key: str, settings: dict[str, Any]) -> bool:
+    """May this setting change while the run goes on? The length may not where a schedule or the skipping is spread over it."""
+    stage, _, name = key.rpartition(".")
+    if name == "kimg":
+        spread = any(k.startswith(f"{stage}.optim.") and k.endswith(".schedule") and v != "constant" for k, v in settings.items())
+        skips = stage == "train" and settings["skipping.anneal"] and (settings["skipping.plan"] or settings["skipping.cache"] > 1)
+        return not (spread or skips)
     free = any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
     return free or ".fsdp." in key or key.rpartition(".")[2] in FREE_OF_STAGE

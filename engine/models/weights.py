@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from potstill.engine.common.errors import UserError, what_it_is
+from potstill.engine.common.errors import Damaged, UserError, what_it_is
 from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
@@ -54,6 +54,17 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with _opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         return tensors, {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+
+
+def is_whole(path: Path, say: Callable[[str], None] | None = None) -> bool:
+    """Can all of a weight file be read? Else `say` takes a line on what is wrong with it."""
+    try:
+        read_tensors(path)
+    except Damaged as error:
+        if say:
+            say(f"{error}; it is made again")
+        return False
+    return True
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
