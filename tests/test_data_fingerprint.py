@@ -68,10 +68,10 @@ def arrays(path, found):
 KINDS = {"set": folder, "set.zip": archive, "set.tar": shard, "set.npz": arrays}
 
 
-def changed(name, **what):
+def changed(old, **what):
     found = files()
-    data, label = found.pop(name)
-    renamed = {what.get("name", name): (what.get("data", data), what.get("label", label))}
+    data, label = found.pop(old)
+    renamed = {what.get("name", old): (what.get("data", data), what.get("label", label))}
     return dict(sorted((found | renamed).items()))
 
 
