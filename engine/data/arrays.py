@@ -4,11 +4,13 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
 
@@ -37,6 +39,12 @@ class ArraySource:
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         chw = self.pixels[i]
         return Image.fromarray(chw[0] if len(chw) == 1 else np.ascontiguousarray(chw.transpose(1, 2, 0)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of a `FileSource`; names and sizes of files there are none."""
+        labels = self.labels.of if self.labels else None
+        found = fingerprint([str(i) for i in range(len(self))], None, labels, lambda i: self.pixels[i].tobytes())
+        return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
 def digits() -> tuple[ArraySource, Reader]:

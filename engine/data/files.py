@@ -69,6 +69,11 @@ class Folder:
     def read(self, i: int) -> bytes:
         return _start(self.path / self.names[i], MAX_FILE_BYTES)
 
+    def sizes(self) -> np.ndarray:
+        """int64 [N, k], what changes when a file does and is known without reading it: here its length, in bytes."""
+        with reading(self.path):
+            return np.array([os.stat(self.path / name).st_size for name in self.names], np.int64)[:, None]
+
     def title(self, i: int) -> str:
         """What a user would call file i."""
         return str(self.path / self.names[i])
@@ -114,6 +119,10 @@ class Zip:
         if len(data) != size or zlib.crc32(data) != crc:
             raise UserError(f"{self.title(i)} is damaged (its checksum differs): copy or download the zip again")
         return data
+
+    def sizes(self) -> np.ndarray:
+        """Lengths unpacked, and checksums."""
+        return self._entries[:, 2:4]
 
     def title(self, i: int) -> str:
         return f"{self.path}: {self.names[i]}"

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,10 @@ class Images:
         for i, image in enumerate(in_order(self.read, len(self), f"decoding {self.name}")):
             pixels[i] = image
         return pixels
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others at the same path, for JSON: that of all pictures of the source, and what a net sees of them."""
+        return self.source.fingerprint() | {"resolution": self.resolution, "channels": self.channels, "label_dim": self.label_dim}
 
     def subset(self, classes: Sequence[int]) -> "Images":
         """Only the images of these classes. Labels and the width of one-hot rows stay as they are."""

@@ -3,12 +3,14 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
 from potstill.engine.data.files import METADATA, Folder, Zip, open_files
+from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
 from potstill.engine.data.pictures import FORMATS, NO_IMAGE, Header, decode, opened, png_header, refuse_bomb
 from potstill.engine.data.progress import note
@@ -45,6 +47,12 @@ class FileSource:
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         """Decoded; `upright` follows a camera's rotation mark. UserError, naming the file, where it is damaged."""
         return decode(self.files.read(i), self.title(i), upright=upright)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these pictures from others at the same path, for JSON; the path itself does not count. UserError for a damaged one."""
+        labels = self.labels.of if self.labels else None
+        found = fingerprint(self.files.names, self.files.sizes(), labels, self.files.read)
+        return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
 Source = FileSource | arrays.ArraySource

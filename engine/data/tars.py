@@ -180,6 +180,9 @@ class Tars:
             raise UserError(f"{self.title(i)} is cut off: copy or download the shard again")
         return data
 
+    def sizes(self) -> np.ndarray:
+        return self._places[:, 2:]
+
     def title(self, i: int) -> str:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
 
