@@ -32,8 +32,8 @@ FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "o
 MOST_TEXT = 2**20  # characters of a config.yaml
 
 
-def check_folder(cfg: Config) -> None:
-    """UserError unless the run folder can be made, or holds a run with these settings; changes nothing."""
+def check_folder(cfg: Config) -> list[str]:
+    """What to say of a run folder with other settings that may change. UserError unless it can be made, or goes on with these; changes nothing."""
     folder = Path(cfg.run_dir or "").expanduser()
     nearest = folder
     try:
@@ -44,8 +44,7 @@ def check_folder(cfg: Config) -> None:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         before = stored.read_text(encoding="utf-8", errors="replace") if (stored := folder / "config.yaml").exists() else None
-        if before not in (None, text := to_yaml(cfg)):
-            check_settings(before, text, folder)
+        return [] if before in (None, text := to_yaml(cfg)) else check_settings(before, text, folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -65,18 +64,22 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=")
 
 
-def check_settings(before: str, now: str, folder: Path) -> None:
-    """UserError where a setting differs between two files of settings that may not."""
+def check_settings(before: str, now: str, folder: Path) -> list[str]:
+    """What to say of settings that differ between two files of them. UserError for those that may not."""
     unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
     old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, _tree(before, folder)), OmegaConf.create(now)))
     for key in old | new:
-        if old.get(key) == new.get(key) or _free(key, new):
-            continue
-        raise UserError(
-            f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}"
-            + (", over which its schedules are spread" if key.endswith(".kimg") else "")
-            + f"; give a new run_dir=, or remove {folder} to start over"
-        )
+        if old.get(key) != new.get(key) and not _free(key):
+            raise UserError(
+                f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}; "
+                f"give a new run_dir=, or remove {folder} to start over"
+            )
+    lengths = [key for key in new if key.endswith(".kimg") and old.get(key) != new[key] and _spread(key, new)]
+    return [
+        f"note: {key} was {old.get(key)}, now {new[key]}: what is spread over the whole length (a learning rate's schedule, the last part "
+        "without skipping) follows the new one from here on, so this is not the run that began with it"
+        for key in lengths
+    ]
 
 
 def _tree(text: str, folder: Path) -> Any:
@@ -101,12 +104,15 @@ def write_atomically(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def _free(key: str, settings: dict[str, Any]) -> bool:
-    """May this setting change while the run goes on? The length may not where a schedule or the skipping is spread over it."""
-    stage, _, name = key.rpartition(".")
-    if name == "kimg":
-        spread = any(k.startswith(f"{stage}.optim.") and k.endswith(".schedule") and v != "constant" for k, v in settings.items())
-        skips = stage == "train" and settings["skipping.anneal"] and (settings["skipping.plan"] or settings["skipping.cache"] > 1)
-        return not (spread or skips)
+def _spread(key: str, settings: dict[str, Any]) -> bool:
+    """Does anything stretch over this length?"""
+    stage = key.removesuffix(".kimg")
+    scheduled = any(k.startswith(f"{stage}.optim.") and k.endswith(".schedule") and v != "constant" for k, v in settings.items())
+    return scheduled or bool(
+        stage == "train" and settings["skipping.anneal"] and (settings["skipping.plan"] or settings["skipping.cache"] > 1)
+    )
+
+
+def _free(key: str) -> bool:
     free = any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
     return free or ".fsdp." in key or key.rpartition(".")[2] in FREE_OF_STAGE

@@ -42,8 +42,10 @@ class Job(Workplace):
         preflight.check_settings(cfg, ranks.count)
         if not on_paper:
             preflight.check_complete(cfg)
-        check_folder(cfg)
+        notes = check_folder(cfg)
         super().__init__(cfg, ranks)
+        for note in notes:
+            self.say(note)
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.gallery = Gallery(self.images, self.device)
         self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device)

@@ -85,7 +85,7 @@ class MetricsFile:
         with reading(path):
             before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in before if line.endswith(b"\n") and _step_of(line) <= first_step]
-        if kept != before:
+        if kept != before or not path.exists():
             with whole(path) as part:
                 part.write_bytes(b"".join(kept))
 
