@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from potstill.engine.common.kinds import is_dict
 from potstill.engine.common.packages import versions_of
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
@@ -93,14 +94,14 @@ def _number(value: float) -> str:
 def _made(about: About) -> str:
     summary, metadata = about.summary, about.metadata
     versions = {"potstill": "unknown"} | versions_of("potstill") | (summary.get("versions") or {})  # unknown: a checkout, not installed
-    seconds, seen = summary.get("seconds") or {}, summary.get("images_seen") or {}
+    seconds, seen = summary.get("seconds") or {}, summary.get("images_seen")
     sampler = metadata.get("sampler") or {}
     facts = {
         "method": metadata.get("method"),
         "teacher": about.teacher,
         "data": metadata.get("data"),
         "sampling": _sampling(sampler),
-        "images seen": f"{seen['student']:,}" if "student" in seen else None,
+        "images seen": f"{seen['student']:,}" if is_dict(seen) and "student" in seen else None,
         "seconds of training": f"{seconds['student']:,.0f} on {summary.get('device', '?')}" if "student" in seconds else None,
         "precision": summary.get("precision"),
         "seed": summary.get("seed"),
