@@ -68,10 +68,10 @@ def _quality(about: About) -> str:
     student = summary.get("student") or {}
     if "fd" not in student:
         return "Not measured. `potstill evaluate` measures a weight file."
-    features, n = student.get("features", "FD"), student.get("n")
+    features, n = student.get("features", "FD"), f"{student['n']:,}" if "n" in student else "?"
     rows = [("real images against themselves (floor)", "", (summary.get("floor") or {}).get("fd"))]
     rows += [(who, (summary.get(who) or {}).get("nfe", ""), (summary.get(who) or {}).get("fd")) for who in ("teacher", "student")]
-    table = [f"| | evaluations per image | {features}, n = {n:,} |", "|---|---|---|"]
+    table = [f"| | evaluations per image | {features}, n = {n} |", "|---|---|---|"]
     table += [f"| {who} | {nfe} | {_number(fd)} |" for who, nfe, fd in rows if fd is not None]
     images = student.get("reference_images")
     against = f"{images:,} real images of " if images else ""

@@ -46,8 +46,11 @@ def _wanted(name: str) -> str:
     low, high = (COUNTS | LISTS | NUMBERS).get(name, (None, None))
     if low is None:
         return ""
-    what = "numbers" if name in NUMBERS else "whole numbers"
-    return f", wanted {f'at most {LONGEST_LIST} {what}' if name in LISTS else what[:-1]} from {low:g} to {high:,}"
+    bounds = f"from {low:g} to {high:,}" if isinstance(high, int) else f"from {low:g} to {high:g}"
+    if name in LISTS:
+        even = "an even number of " * (name == "resample_filter")
+        return f", wanted {even}whole numbers {bounds}, at most {LONGEST_LIST}"
+    return f", wanted a {'whole ' * (name in COUNTS)}number {bounds}"
 
 
 def is_number(value: Any) -> TypeGuard[float]:

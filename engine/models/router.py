@@ -151,7 +151,7 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
         meta = read_metadata(file)
         if meta.get("partition") != partition.hash or meta.get("student") != k:
             raise UserError(
-                f"{file} is student {meta.get('student')} of partition {meta.get('partition')}, "
+                f"{file} is student {meta.get('student')} of partition {shown(meta.get('partition'))}, "
                 f"{manifest} wants student {k} of {partition.hash}: students of different partitions do not mix"
             )
         if sha256 != file_hash(file) and sha256 != digest(file):  # an earlier potstill took all of the file for the tensors in it

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import shown
 from potstill.engine.formats.edm_arguments import argument
 from potstill.engine.formats.pickles import Unreadable
 from potstill.engine.models.tensors import FLOATS, Lazily, Stored, hash_of, kinds_of, metadata_of, opened, tensors_of, write_tensors
@@ -120,7 +121,9 @@ def check_fits(net: nn.Module, found: dict[str, Stored], source: str) -> None:
     ]
     if missing or extra or shapes:
         parts = [f"misses {missing[0]} and {len(missing) - 1} more"] if missing else []
-        parts += [f"has {extra[0]:.100} and {len(extra) - 1} more that the net lacks"] if extra else []
+        parts += (
+            [f"has {extra[0] if extra[0].isprintable() else shown(extra[0])} and {len(extra) - 1} more that the net lacks"] if extra else []
+        )
         parts += [f"{shapes[0]} ({len(shapes)} shapes differ)"] if shapes else []
         raise UserError(f"{source} is of another architecture: it {'; it '.join(parts)}")
     for name, (dtype, _) in found.items():

@@ -82,8 +82,9 @@ class Conv2d(nn.Module):
             shape = (out_channels, in_channels, kernel, kernel)
             self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out, init.weight))
             self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out, init.bias))
-        f = torch.tensor(resample_filter, dtype=torch.float32)
-        self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
+        f = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")  # arithmetic on "meta" would import a compiler
+        taps = (f.outer(f)[None, None] / f.sum() ** 2).to(torch.get_default_device()) if up or down else None
+        self.register_buffer("resample_filter", taps)
 
     def forward(self, x: Tensor) -> Tensor:
         taps = self.resample_filter
