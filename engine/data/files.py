@@ -11,6 +11,7 @@ import threading
 import weakref
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,11 @@ class Zip:
         self.path = path
         try:
             with reading(path), zipfile.ZipFile(path) as archive:
-                entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
+                found = [entry for entry in archive.infolist() if not entry.is_dir()]
+                entries = {entry.filename: entry for entry in found}
+                if len(entries) < len(found):
+                    name = Counter(entry.filename for entry in found).most_common(1)[0][0]
+                    raise UserError(f"{path} holds {name} twice, wanted every file once: write the zip anew, without the other")
                 if METADATA in entries and entries[METADATA].file_size > MAX_FILE_BYTES:
                     raise UserError(f"{METADATA} in {path} unpacks to more than {MAX_FILE_BYTES:,} bytes")
                 self.beside = Beside(archive.read(METADATA) if METADATA in entries else None, *_overlooked(entries))
