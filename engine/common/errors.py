@@ -82,7 +82,7 @@ def _zipped(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last: a compression that zipfile does not know
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, IndexError):  # the last two: how it is packed, and an odd name
         return "a zip archive that is damaged or cut off: copy or download it again"
     ends = {name.rpartition("/")[2] for name in names}
     if "data.pkl" in ends:

@@ -18,6 +18,7 @@ import numpy as np
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.arrays import ArraySource
+from potstill.engine.data.labels import refuse_holes
 from potstill.engine.data.pictures import Header
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
@@ -35,6 +36,8 @@ def open_images(path: str | Path, *, resolution: int | None = None, label_dim: i
     header = _common_header(source, resolution)
     if resolution not in (None, header.width):
         raise UserError(f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}")
+    if source.labels and not label_dim:
+        refuse_holes(source.labels, source.path)
     labels, dim, classes = source.labels or (None, 0, None)
     if label_dim:
         if not 0 < dim <= label_dim:

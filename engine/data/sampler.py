@@ -261,7 +261,7 @@ def _no_alarm() -> Iterator[None]:
     alarm = getattr(signal, "SIGCHLD", None)  # Windows has none, and no such handler
     before = None if alarm is None else signal.getsignal(alarm)
     yield
-    if before is not None and threading.current_thread() is threading.main_thread():
+    if alarm is not None and before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(alarm, before)
 
 
