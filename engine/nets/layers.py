@@ -176,7 +176,8 @@ class FourierEmbedding(nn.Module):
     def __init__(self, channels: int, *, scale: float = 16.0):
         super().__init__()
         check_even(channels)
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        planned = torch.empty(channels // 2)
+        self.register_buffer("freqs", planned if planned.is_meta else torch.randn(channels // 2) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.outer(2 * math.pi * self.freqs)
