@@ -323,7 +323,7 @@ def test_a_signal_while_it_measures_is_one_line_and_the_command_goes_on(argument
 
 
 def test_max_hours_saves_and_ends(tmp_path):
-    with pytest.raises(Interrupted, match="max_hours are over: saved .*; the same command goes on"), signals.stoppable(0.2 / 3600):
+    with pytest.raises(Interrupted, match="max_hours are over: saved .*; the same command goes on"), signals.stoppable(3 / 3600):
         line(tmp_path, kimg=1e6)
     assert len(checkpoints(tmp_path / "checkpoints")) == 1
 
