@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
 from potstill.engine.training.compile import cache_in
+from potstill.engine.training.health import Health
 from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
 from potstill.engine.training.profile import STEP, WAITING, Profile
@@ -65,7 +66,8 @@ def train(
         if run.step < run.total:
             opened = open_writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([])
             with opened as writers, signals() as caught:
-                iterate(run, batch_at, folder, hooks, profile, progress, [*writers, progress], caught)
+                watching = [Health(folder, run.total, progress.say)] if ranks.first else []
+                iterate(run, batch_at, folder, hooks, profile, progress, [*writers, progress, *watching], caught)
             if run.graphs:
                 progress.say(f"{title}: {run.graphs}")
 
