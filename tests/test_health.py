@@ -74,14 +74,14 @@ def curves(lines: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["dmd2", "gdd"])
 def test_a_run_has_its_reference_curves(name, tmp_path):
-    """Adam without momentum moves every weight by the sign of its gradient at first, so rounding does not stay small: another CPU
-    (other instruction sets, other threads) was seen to move these means by less than 1 % in 24 iterations."""
+    """A teacher whose weights differ by 1e-6 of themselves, ten times float32's rounding, moves no line by more than 3e-5 + 1e-4 of
+    it, so 1e-3 leaves room for other CPUs; but accuracy counts signs, and one logit is 1/64 of it."""
     wanted = json.loads((CURVES / "curves.json").read_text())[name]
     found = curves(run_of(name, tmp_path))
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     for line, other in zip(found, wanted, strict=True):
         for key, value in other.items():
-            assert line[key] == pytest.approx(value, rel=0.03, abs=0.01), (line["step"], key)
+            assert line[key] == pytest.approx(value, rel=1e-3, abs=0.04 if key.endswith("accuracy") else 1e-3), (line["step"], key)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -186,16 +186,21 @@ def test_every_turns_gradient_norm_is_there():
 
 # Alarms.
 
+SHORT = ["train.kimg=0.128", "train.log_iterations=1"]  # eight iterations
+
 
 def alarms(lines: list[dict]) -> dict[str, str]:
     return {line["kind"]: line["alarm"] for line in lines if "alarm" in line}
 
 
 def test_a_learning_rate_that_is_far_too_high(tmp_path):
-    found = alarms(run_of("dmd", tmp_path, "train.optim.student.lr=0.3"))
-    assert "they leave the range of images; lower train.optim.student.lr" in found["variance"]
-    assert "Alarms" in (page := write_report(tmp_path).read_text())
-    assert "they leave the range of images" in page
+    """The recipe's, times 1000: the student becomes one grey image; the alarm is in the log and in the report."""
+    found = alarms(run_of("dmd", tmp_path, *SHORT, "train.optim.student.lr=0.3", "train.kimg=0.256"))
+    assert "go on from an earlier checkpoint with a lower train.optim.student.lr" in found["variance"]
+    page = write_report(tmp_path).read_text()
+    assert "<h2>Alarms</h2>" in page
+    assert "which rarely mends itself" in page
+    assert "student/variance_ratio" in page
 
 
 def alike(method) -> None:
@@ -205,8 +210,13 @@ def alike(method) -> None:
 
 
 def test_a_student_whose_images_are_all_alike(tmp_path):
-    found = alarms(run_of("gdd", tmp_path, change=alike))
-    assert "they have become alike (mode collapse)" in found["variance"]
+    found = alarms(run_of("gdd", tmp_path, *SHORT, change=alike))
+    assert "they are alike (mode collapse)" in found["variance"]
+
+
+def test_a_fake_net_that_does_not_learn(tmp_path):
+    found = alarms(run_of("dmd", tmp_path, *SHORT, "train.optim.fake.lr=1e-6"))
+    assert "the student has nothing to go by; raise train.optim.fake.lr" in found["still"]
 
 
 def lines_of(**metrics) -> list[dict]:
@@ -229,7 +239,7 @@ def kinds(folder: Path, lines: list[dict], total: int = 1000) -> list[str]:
     [
         ("variance", {"student__variance_ratio": [0.9] * 4 + [0.2] * 3}),
         ("variance", {"student__variance": [0.01, 0.2, 0.4, 0.4, 0.4, 0.05, 0.05, 0.05]}),
-        ("variance", {"student__variance_ratio": [0.1] * 21}),
+        ("variance", {"student__variance_ratio": [0.05] * 21}),
         ("variance", {"student__variance_ratio": [1, 4, 4, 4]}),
         ("gradient", {"fake__grad_norm": [1, 1.2, 9, 1.1, 1, 1, 0.8, 40, 50, 60]}),
         ("discriminator", {"fake__accuracy": [0.6] * 10 + [0.995] * 12}),
@@ -245,7 +255,9 @@ def test_an_alarm_rises_once(wanted, metrics, tmp_path):
     "metrics",
     [
         {"student__variance_ratio": [0.01] * 15 + [0.3, 0.6, 0.9, 0.2, 0.9, 1.3, 4, 1]},  # a student that starts as a mean image
+        {"student__variance_ratio": [0.26, 0.25, 0.25, 0.2, 0.2, 0.2, 0.24]},
         {"student__variance": [0.001, 0.01, 0.1, 0.2, 0.2]},
+        {"student__variance": [0.0, 0.0, 0.0]},
         {"student__grad_norm": [0, 0.01, 0.1, 0.5, 1, 2, 3, 3, 50, 3, 3]},  # the fake net starts as the teacher
         {"fake__accuracy": [1] * 15 + [0.9, 0.8]},
         {"student__gap_at_1": [0.1, 0.3, 0.6, 0.9, 1, 1, 0.9, 0.8, 0.8], "student__gap_at_2": [1, 0.3, 0.2, 0.2, 0.2, 0.2, 0.1, 0.1, 0.1]},

@@ -8,6 +8,7 @@ with `alarm`; a resumed run reads that file and goes on as if it had not stopped
     gradient       a net's gradient norm is many times what it was
     discriminator  its logits are all but always right
     gap            fake net and teacher disagree ever more, at every noise level
+    still          fake net and teacher are still the same
     nonfinite      many samples have no finite loss
 """
 
@@ -25,11 +26,14 @@ ROW = 3  # lines in a row that a rule wants
 REPEAT = 20  # lines between two alarms of a kind
 MEMORY = 200  # lines that are looked at
 
-ALIKE, VARIED = 0.25, 3.0  # of the data's variance
+ALIKE, SUNK = 0.25, 0.5  # of the data's variance, and of what it was: a student may start as a mean image, and rises
+NEVER_RISEN = 0.1  # of the data's variance, past a fifth of the run
+VARIED = 3.0  # of the data's variance
 GROWTH = 10.0  # of a gradient norm, beside all but the highest tenth of those before
 EARLIER = 5  # lines that there must be of them
 ALWAYS_RIGHT = 0.99  # accuracy of a discriminator
 WIDENING, WIDE = 1.5, 0.5  # growth of a gap from three lines to the next three, and what it must have reached
+STILL = 3e-4  # a gap so small, past a twentieth of the run; recipes that work have 0.01 and more
 BAD_SHARE = 0.01  # of an interval's samples
 
 Lines = Sequence[dict[str, Any]]
@@ -91,20 +95,19 @@ def names(lines: Lines, *endings: str) -> list[str]:
 
 
 def variance(lines: Lines, total: int) -> str | None:
-    """Alike: below ALIKE for ROW lines, if it has been above, or a fifth of the run is over (students may start as a mean image)."""
+    """Alike: below ALIKE for ROW lines and sunk, or never risen. Without data all is measured by the most it has held so long."""
     for name in names(lines, "/variance_ratio", "/variance"):
         seen = values(lines, name)
         if len(seen) < ROW:
             continue
-        # without data: beside the most it has held for ROW lines
-        held = [min(seen[i : i + ROW]) for i in range(len(seen) - ROW + 1)]
+        held = max(min(seen[i : i + ROW]) for i in range(len(seen) - ROW + 1))
         known = name.endswith("_ratio")
-        of, whose = (1.0, "the data's") if known else (max(held), "what it was")
+        of, whose = (1.0, "the data's") if known else (held or 1.0, "what it was")
         least, most = max(seen[-ROW:]) / of, min(seen[-ROW:]) / of
-        if least < ALIKE and (max(held) / of >= ALIKE or lines[-1]["step"] > total / 5):
+        if (least < ALIKE and least < SUNK * held / of) or (least < NEVER_RISEN and lines[-1]["step"] > total / 5):
             return (
-                f"the variance of the student's images has sunk to {least:.2g} of {whose}: they have become alike (mode collapse), and it "
-                "rarely comes back; go on from an earlier checkpoint with a lower train.optim.student.lr, or with a better trained opponent"
+                f"the variance of the student's images is {least:.2g} of {whose}: they are alike (mode collapse), which rarely mends itself; "
+                "go on from an earlier checkpoint with a lower train.optim.student.lr, or with more turns or a higher rate for its opponent"
             )
         if known and most > VARIED:
             return (
@@ -159,6 +162,17 @@ def gap(lines: Lines, total: int) -> str | None:
     )
 
 
+def still(lines: Lines, total: int) -> str | None:
+    """Every part's gap below STILL for 2 ROW lines."""
+    found = [values(lines, name)[-2 * ROW :] for name in lines[-1] if "/gap@" in name]
+    if not found or lines[-1]["step"] <= total / 20 or any(len(seen) < 2 * ROW or max(seen) >= STILL for seen in found):
+        return None
+    return (
+        f"fake net and teacher differ by less than {STILL:g} at every noise level: the fake net does not learn the student's images, "
+        "so the student has nothing to go by; raise train.optim.fake.lr"
+    )
+
+
 def nonfinite(lines: Lines, total: int) -> str | None:
     """The share of the images since the line before."""
     images = 1000 * (lines[-1]["kimg"] - (lines[-2]["kimg"] if len(lines) > 1 else 0))
@@ -173,5 +187,5 @@ def nonfinite(lines: Lines, total: int) -> str | None:
 
 
 RULES: dict[str, Callable[[Lines, int], str | None]] = {
-    "variance": variance, "gradient": gradient, "discriminator": discriminator, "gap": gap, "nonfinite": nonfinite
+    "variance": variance, "gradient": gradient, "discriminator": discriminator, "gap": gap, "still": still, "nonfinite": nonfinite
 }  # fmt: skip
