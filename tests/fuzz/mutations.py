@@ -121,7 +121,11 @@ def text(tree: Any) -> str:
 
 
 def json_of(data: bytes) -> st.SearchStrategy[bytes]:
-    return trees(json.loads(data)).map(lambda tree: text(tree).encode())
+    """A checksum of ours is left out, as a forger would."""
+    tree = json.loads(data)
+    if isinstance(tree, dict):
+        tree.pop("checksum", None)
+    return trees(tree).map(lambda one: text(one).encode())
 
 
 def lines_of(data: bytes) -> st.SearchStrategy[bytes]:
