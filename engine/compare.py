@@ -11,19 +11,21 @@ method's own run folder. The same command again does what is missing; with other
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.reading import read_json
+from potstill.engine.common.signals import stoppable
 from potstill.engine.config.library import family_of, find
 from potstill.engine.config.tree import Config, load
 from potstill.engine.formats.pictures import save_png
 from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_teacher, method_measured, sheets, train_apart
 from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.lock import COMPARE, lock
 from potstill.engine.jobs.rehearsal import kimg_in
 from potstill.engine.measure.comparison import markdown, plain, plot_comparison
 from potstill.engine.measure.networks import features_by_names
@@ -37,7 +39,9 @@ def main(arguments: list[str]) -> None:
     recipes = siblings(recipe, flags.methods)
     folder = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *flags.overrides]).run_dir
     assert folder
-    compare(recipe, recipes, flags, Path(folder).expanduser())
+    place = Path(folder).expanduser()
+    with stoppable(load(recipe, flags.overrides).max_hours), lock(place / COMPARE):
+        compare(recipe, recipes, flags, place)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,7 +105,7 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, f
             train_apart(cfg, record, flags.apart, only_teacher=False)
     judge = judge_of(job, features, flags)
     path, asked = folder / "summary.json", what_was_asked(judge, features, flags, folder)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_json(path, dict, "remove it, and all is measured again") if path.exists() else {}
     summary = before if before | asked == before else asked | floor_and_teacher(job, teacher, judge, folder)
     for name, cfg in configs.items():
         if name not in summary["methods"]:
@@ -120,6 +124,7 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, f
 def train_teacher(cfg: Config, flags: argparse.Namespace, folder: Path) -> Job:
     """The job of the teacher, which is trained by now unless the recipe gives one."""
     job = SnapshotJob(cfg)
+    job.lock.close()  # it is the process that trains who takes the folder
     if cfg.teacher.checkpoint or (folder / "teacher.safetensors").exists():
         return job
     if flags.teacher_seconds:

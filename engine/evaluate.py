@@ -21,13 +21,14 @@ import torch
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score, tools
+from potstill.engine.measure.summary import read_summary
 from potstill.engine.models import presets
 from potstill.engine.models.generate import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
@@ -135,9 +136,13 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         if chosen_by := one.get("weights_chosen_by"):
             best = f"the best of {chosen_by['best_of']} by {chosen_by['metric']}"
             say(f"note: these weights are {best}: on the same seeds their distance is flattered")
-    if args.source and STUDENT in found and TEACHER not in found and (known := teacher_of_summary(args.source, found[STUDENT])):
-        found["teacher_of_summary"] = known
-        say(sentence("teacher (summary.json)", known))
+    if args.source and STUDENT in found and TEACHER not in found:
+        try:
+            if known := teacher_of_summary(args.source, found[STUDENT]):
+                found["teacher_of_summary"] = known
+                say(sentence("teacher (summary.json)", known))
+        except Damaged as error:  # what was measured here is worth more
+            say(f"note: the teacher's score is not beside the student's: {error}")
     if not models:
         found |= {"reference": {"data": against.data, "sha256": against.sha256, "images": against.images}, "tools": tools()}
     return found | {"floor": floor}
@@ -229,16 +234,10 @@ def sentence(role: str, one: dict[str, Any]) -> str:
 
 
 def teacher_of_summary(source: Path, student: dict[str, Any]) -> dict[str, Any] | None:
-    """The teacher's score that the run has kept, if it was measured as the student's is now."""
-    path = (source if source.is_dir() else source.parent) / "summary.json"
-    if not path.is_file():
-        return None
-    try:
-        known = json.loads(path.read_text(encoding="utf-8")).get("teacher")
-    except (ValueError, AttributeError):
-        return None
+    """The teacher's score that the run has kept, if it was measured as the student's is now. Damaged if nobody can read it."""
+    known = (read_summary(source if source.is_dir() else source.parent) or {}).get("teacher")
     alike = ("features", "features_sha256", "n", "seeds", "data", "labels", "reference_sha256")
-    return known if isinstance(known, dict) and "fd" in known and all(known.get(k) == student[k] for k in alike) else None
+    return known if known and {"fd", "nfe", "n", "features"} <= known.keys() and all(known.get(k) == student[k] for k in alike) else None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ potstill), onnx (noise, labels -> images).
 """
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student, copy_weights, write_hub
@@ -73,7 +73,7 @@ def found(source: Path) -> Subject:
     """The student at `source`. UserError if there is none, or its run is not finished."""
     run = source if source.is_dir() else source.parent
     # Of a single file's run: its numbers are about its last student only.
-    summary = _summary(run) if source.is_dir() or source.name == "student.safetensors" else None
+    summary = read_summary(run) if source.is_dir() or source.name == "student.safetensors" else None
     if source.is_dir() and summary is None:
         has = (run / "student.safetensors").is_file()
         raise UserError(
@@ -95,17 +95,6 @@ def found(source: Path) -> Subject:
         summary=summary or {},
     )
     return Subject(student, model.path, about)
-
-
-def _summary(run: Path) -> dict[str, Any] | None:
-    """summary.json of a run, which is there when it is finished."""
-    path = run / "summary.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error}): repeat the training command to renew it") from error
 
 
 def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:

@@ -6,19 +6,18 @@
     torchrun --nproc-per-node 8 -m potstill train ffhq64     the same run on several GPUs; train.parallel=ddp|fsdp
 
 The same command again goes on where the last one stopped, exactly. Everything is written to run_dir, which is
-runs/<name of the recipe> unless it is given. Ctrl-C and SIGTERM save first.
+runs/<name of the recipe> unless it is given. Ctrl-C, SIGTERM, SIGUSR1 and the end of max_hours save first; the exit code is then
+128 + the signal's number (142 for max_hours).
 
 In a checkout, python -m engine.train configs/ffhq64.yaml is the same, alone or under torchrun.
 """
 
-import sys
-
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.signals import stoppable
 from potstill.engine.config.tree import load
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.rehearsal import dry_run, rehearse
-from potstill.engine.training.loop import Interrupted
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 
 
@@ -42,13 +41,8 @@ def distil(recipe: str, overrides: list[str], on_paper: bool, ranks: Ranks) -> N
         return dry_run(cfg)
     if cfg.rehearse:
         return rehearse(cfg)
-    try:
+    with stoppable(cfg.max_hours):
         Job(cfg, ranks=ranks).run()
-    except Interrupted as stop:
-        if ranks.first:
-            print(stop, file=sys.stderr)
-        ranks.close()
-        sys.exit(128 + stop.signum)
 
 
 if __name__ == "__main__":

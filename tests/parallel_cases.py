@@ -1,6 +1,7 @@
 """What tests/test_parallel.py runs in several processes: every method on tiny U-Nets, a few iterations at a time."""
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -26,12 +27,13 @@ from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, SkippingConfig
 from potstill.engine.training import ranks as speech
 from potstill.engine.training import run as stage
-from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from potstill.engine.training.checkpoint import drop, load_newest, save_checkpoint
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.loop import Interrupted, LogConfig, train
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.sharded import ShardedWriter
 
 BATCH, STEPS = 8, 20
 CPU = torch.device("cpu")
@@ -160,7 +162,7 @@ def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dic
     curve = advance(run, steps)
     run.meter.add({"x/loss": torch.tensor(float(ranks.rank)), "x/nonfinite": torch.tensor(1)})
     if run.sharded:
-        writer = ShardedWriter(path, ranks, keep=2)
+        writer = ShardedWriter(path, ranks, functools.partial(drop, keep=2))
         writer.save(run.step, run.state_dict())
         writer.finish()
     else:

@@ -166,10 +166,20 @@ def test_truncated_and_foreign_weight_files(tmp_path):
 
 def test_another_configuration_in_the_same_folder(tmp_path):
     train.main([DIGITS, f"run_dir={tmp_path}", "--dry-run"])
-    (tmp_path / "config.yaml").write_text("seed: 1\n")
-    sentence = refused(DIGITS, f"run_dir={tmp_path}")
-    assert "other settings" in sentence
-    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+    other = to_yaml(load(Path(DIGITS), [f"run_dir={tmp_path}", "seed=1"]))
+    (tmp_path / "config.yaml").write_text(other)
+    assert "other settings: seed was 1, now 0" in refused(DIGITS, f"run_dir={tmp_path}")
+    assert (tmp_path / "config.yaml").read_text() == other
+
+
+@pytest.mark.parametrize(
+    "text", ["", "seed: 1\n", "- a\n", "seed: [1\n", "seed: ${oc.env:HOME\n", "\0", "a: &a [*a]\n", "seed: !!python/object:os.x {}\n"]
+)
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    assert "config.yaml is" in (sentence := refused(DIGITS, f"run_dir={tmp_path}"))
+    assert "restore it, or remove it alone" in sentence
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_from_before_a_setting_was_there_goes_on(tmp_path):

@@ -321,9 +321,14 @@ def test_one_image_has_one_label(tmp_path):
     files = {"a.png": encoded(pixels(1, 4, 4)[0])}
     twice = write_zip(tmp_path / "a.zip", files | {"dataset.json": '{"labels": [["a.png", 0], ["a.png", 1]]}'})
     assert "gives a.png two labels" in error_of(twice)
-    for labels in ('[["a.png", 1], ["a.png", 1]]', '{"a.png": 1}'):
-        write_zip(tmp_path / "b.zip", files | {"dataset.json": f'{{"labels": {labels}}}'})
-        assert open_images(tmp_path / "b.zip").labels.tolist() == [1]
+    for labels in ('[["a.png", 1], ["a.png", 1]]', '{"a.png": 1, "a.png": 1}'):
+        write_zip(tmp_path / "c.zip", files | {"dataset.json": f'{{"labels": {labels}}}'})
+        assert "a.png" in error_of(tmp_path / "c.zip")
+        assert open_images(tmp_path / "c.zip", labelled=False).labels is None
+    write_zip(tmp_path / "d.zip", files | {"dataset.json": '{"labels": [["a.png", 0]], "labels": [["a.png", 1]]}'})
+    assert "'labels' is there twice" in error_of(tmp_path / "d.zip")
+    write_zip(tmp_path / "b.zip", files | {"dataset.json": '{"labels": {"a.png": 1}}'})
+    assert open_images(tmp_path / "b.zip").labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import contextlib
 import fcntl
 import hashlib
+import io
+import re
 import socket
+import subprocess
 import threading
 import types
 import urllib.request
@@ -37,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
         if status != 200:
             self.send_response(status)
             if status == 302:
-                self.send_header("Location", "/file.pkl")
+                self.send_header("Location", does.location)
             return self.end_headers()
         start = 0
         if does.ranges and "Range" in self.headers:
@@ -63,9 +66,12 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch, tmp_path):
     """Its behaviour, with what it was asked; downloads go below tmp_path and nobody waits."""
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("POTSTILL_HTTP", "1")
     monkeypatch.setattr(download, "PAUSE", 0.0)
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.does = types.SimpleNamespace(data=DATA, etag='"1"', ranges=True, announces=0, stops=[], statuses=[], requests=[])
+    web.does = types.SimpleNamespace(
+        data=DATA, etag='"1"', ranges=True, announces=0, stops=[], statuses=[], requests=[], location="/file.pkl"
+    )
     web.does.url = f"http://127.0.0.1:{web.server_port}/nets/file.pkl"
     thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -79,6 +85,10 @@ def ranges(server):
     return [request.get("Range") for request in server.requests]
 
 
+def files_beside(path):
+    return sorted(p.name for p in path.parent.iterdir())
+
+
 def failure(url, **options):
     with pytest.raises(UserError) as caught:
         fetch(url, command=AGAIN, **options)
@@ -87,9 +97,10 @@ def failure(url, **options):
 
 def test_a_file_is_downloaded_once(server, tmp_path, capsys):
     path = fetch(server.url, command=AGAIN)
-    assert path == tmp_path / f"cache/{server.url.removeprefix('http://').replace(':', '_')}"
+    host, _, rest = server.url.removeprefix("http://").replace(":", "_").partition("/")
+    assert path == tmp_path / "cache" / f"{host}@http" / rest
     assert path.read_bytes() == DATA
-    assert [p.name for p in path.parent.iterdir()] == ["file.pkl"]
+    assert files_beside(path) == ["file.pkl", "file.pkl.sha256"]
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "file.pkl: 100%" in printed.err
@@ -161,7 +172,7 @@ def test_the_last_byte_may_have_been_the_last_thing_done(server):
     path.with_name("file.pkl.part.version").write_text(server.etag)
     assert fetch(server.url, command=AGAIN).read_bytes() == DATA
     assert ranges(server) == [f"bytes={len(DATA)}-"]
-    assert [p.name for p in path.parent.iterdir()] == ["file.pkl"]
+    assert files_beside(path) == ["file.pkl", "file.pkl.sha256"]
 
 
 def test_an_unfinished_file_of_an_unknown_version_is_not_continued(server):
@@ -203,9 +214,33 @@ def test_offline_says_where_to_put_the_file(server, tmp_path):
     assert fetch(url, command=AGAIN).read_bytes() == b"by hand"
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/a.pkl", "http://host/", "https:///a.pkl", "http://host/.."])
-def test_only_files_on_the_web_are_fetched(url):
-    assert f"wanted the http or https address of a file, got {url}" in failure(url)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd", "ftp://host/a.pkl", "http://host/", "https:///a.pkl", "http://host/..", "https://../a.pkl", "https://./a",
+        "https://h:x/a.pkl", "https://h:0/a.pkl", "https://h:99999/a.pkl", "https://[::1/a.pkl", "https://h/a b", "https://h/\u00e4", "https://h/a\0b",
+        "https://h/..\\..\\a.pkl", "https://h/\x1b[2J", "https://h/a.pkl.part", "https://h/a.pkl.sha256",
+    ],
+)  # fmt: skip
+def test_only_files_on_the_web_are_fetched(url, monkeypatch):
+    monkeypatch.setenv("POTSTILL_HTTP", "1")
+    assert f"wanted the https address of a file, got {url!r}" in failure(url)
+
+
+def test_http_is_asked_only_where_that_is_wished(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("POTSTILL_HTTP")
+    assert failure(server.url) == (
+        f"{server.url} is not https, and anybody on the way could send another file: wanted https://…; POTSTILL_HTTP=1 in the environment "
+        "allows http"
+    )
+    assert not server.requests and not (tmp_path / "cache").exists()
+
+
+def test_what_came_over_http_is_never_taken_for_what_came_over_https(server, tmp_path):
+    place = tmp_path / "cache" / server.url.removeprefix("http://").replace(":", "_")
+    assert cached_path(server.url.replace("http", "https")) == place  # as it always was
+    fetch(server.url, command=AGAIN)
+    assert not place.exists()
 
 
 def test_the_cache_is_not_left(server, tmp_path):
@@ -220,14 +255,105 @@ def test_redirections_stay_on_https(server):
     server.statuses = [302]
     assert fetch(server.url, command=AGAIN).read_bytes() == DATA
     handler, request = download._SafeRedirects(), urllib.request.Request("https://host/a.pkl")
-    with pytest.raises(UserError, match=r"redirects to http://host/a\.pkl, which is not https: refused"):
-        handler.redirect_request(request, None, 302, "Found", {}, "http://host/a.pkl")
-    assert handler.redirect_request(request, None, 302, "Found", {}, "https://other/a.pkl").full_url == "https://other/a.pkl"
+    for url in ("http://host/a.pkl", "ftp://host/a.pkl", "file:///etc/passwd"):
+        with pytest.raises(UserError, match=re.escape(f"redirects to {url}, which is not https: refused")):
+            handler.redirect_request(request, io.BytesIO(), 302, "Found", {}, url)
+    assert handler.redirect_request(request, io.BytesIO(), 302, "Found", {}, "https://other/a.pkl").full_url == "https://other/a.pkl"
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("ftp://127.0.0.1/a.pkl", "redirects to ftp://127.0.0.1/a.pkl, which is not http or https: refused"),
+        ("file:///etc/passwd", "Redirection to url 'file:///etc/passwd' is not allowed"),
+        ("http://[", "cannot download"),
+        ("/again.pkl", "is the 5th redirection in a row and redirects again: correct the address"),
+    ],
+)
+def test_redirections_that_lead_nowhere(server, location, words):
+    server.statuses, server.location = [302] * 99, location
+    sentence = failure(server.url)
+    assert words in sentence and "\n" not in sentence
+    assert len(server.requests) <= 1 + download.ATTEMPTS
 
 
 def test_a_known_hash_is_checked(server):
     fetch(server.url, command=AGAIN, sha256=hashlib.sha256(DATA).hexdigest())
     assert "has the sha256" in failure(server.url, sha256="0" * 64)
+
+
+def test_a_cached_file_that_is_another_than_at_its_download_is_noticed(server):
+    path = fetch(server.url, command=AGAIN)
+    pin = path.with_name("file.pkl.sha256")
+    assert subprocess.run(["sha256sum", "-c", pin.name], cwd=pin.parent, capture_output=True).returncode == 0
+    flipped = bytearray(DATA)
+    flipped[1000] ^= 1
+    path.write_bytes(flipped)
+    sentence = failure(server.url)
+    assert f"{path} has the sha256 {hashlib.sha256(flipped).hexdigest()}, and {pin} says '{hashlib.sha256(DATA).hexdigest()}'" in sentence
+    assert f"remove both and run this again: {AGAIN}; or only the latter, if you have put another file there yourself" in sentence
+    pin.unlink()
+    assert fetch(server.url, command=AGAIN).read_bytes() == flipped  # put there by hand, and known from now on
+    path.write_bytes(DATA)
+    assert "has the sha256" in failure(server.url)
+    path.unlink()
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA  # a new download is a first use
+    assert fetch(server.url, command=AGAIN) == path
+    pin.write_bytes(b"\xff" * 100)
+    assert "has the sha256" in failure(server.url)
+
+
+def test_a_file_without_end_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(download, "MOST_UNANNOUNCED", 10_000)
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    server.announces = None
+    assert f"{server.url} sent more than 10,000 bytes without saying how many there are: get it in another way" in failure(server.url)
+    assert cached_path(server.url).with_name("file.pkl.part").stat().st_size == 0
+    monkeypatch.setattr(download, "MOST_BYTES", 250_000)
+    server.announces = 0
+    assert f"{server.url} has 300,000 bytes, wanted at most 250,000: get it in another way" in failure(server.url)
+
+
+def test_more_than_was_announced_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    server.announces, server.ranges = -200_000, False
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA[:100_000]  # http.client reads no more than was announced
+
+
+@pytest.mark.parametrize("end", [".part", ".part.version"])
+def test_nothing_is_written_through_a_link(server, tmp_path, end):
+    path, elsewhere = cached_path(server.url), tmp_path / "precious"
+    elsewhere.write_text("kept")
+    path.parent.mkdir(parents=True)
+    link = path.with_name(path.name + end)
+    link.symlink_to(elsewhere)
+    assert f"{link} is a link, and downloads are not written through links: remove it, or put the file at {path} yourself" in failure(
+        server.url
+    )
+    link.unlink()
+    path.symlink_to(elsewhere)  # the file itself may be one: it is read, and replaced where it leads nowhere
+    assert fetch(server.url, command=AGAIN).read_text() == "kept"
+    path.unlink()
+    path.with_name("file.pkl.sha256").unlink()
+    path.with_name("file.pkl.sha256").symlink_to(elsewhere)
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
+    assert elsewhere.read_text() == "kept" and not path.with_name("file.pkl.sha256").is_symlink()
+
+
+def test_nothing_is_written_into_a_linked_folder_but_the_cache_may_be_one(server, tmp_path, monkeypatch):
+    path, elsewhere = cached_path(server.url), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path.parent.parent.mkdir(parents=True)
+    path.parent.symlink_to(elsewhere)
+    assert f"{path.parent} is a link" in failure(server.url)
+    assert not list(elsewhere.iterdir())
+    (elsewhere / "file.pkl").write_bytes(b"by hand")
+    assert fetch(server.url, command=AGAIN).read_bytes() == b"by hand"
+    assert files_beside(elsewhere / "file.pkl") == ["file.pkl"]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "linked"))
+    assert fetch(server.url, command=AGAIN).read_bytes() == DATA
 
 
 def test_one_download_at_a_time_and_room_for_it(server, monkeypatch):

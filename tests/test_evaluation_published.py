@@ -612,10 +612,11 @@ def test_a_model_card_says_of_all_but_fid_that_it_is_none(title):
 
 def test_offline_fid_says_the_line_that_gets_it(tmp_path, monkeypatch):
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    monkeypatch.setenv("POTSTILL_HTTP", "1")
     monkeypatch.setattr(download, "PAUSE", 0)
     url = "http://127.0.0.1:9/metrics/inception-2015-12-05.pt"
     monkeypatch.setattr(networks, "INCEPTION_URL", url)
-    place = tmp_path / "127.0.0.1_9" / "metrics" / "inception-2015-12-05.pt"
+    place = tmp_path / "127.0.0.1_9@http" / "metrics" / "inception-2015-12-05.pt"
     with pytest.raises(UserError, match=re.escape(f"curl -L --create-dirs -o {place} {url}")):
         features_by_name("inception", command="potstill evaluate X")
     fake_inception(place)

@@ -1,5 +1,6 @@
 """The loop: resume after kill -9, averages, schedules, and that nothing depends on how a batch is cut."""
 
+import errno
 import json
 import math
 import os
@@ -186,9 +187,9 @@ def test_file_is_whole_or_not_there(tmp_path):
     def fails():
         with whole(path) as part:
             part.write_text("half")
-            raise OSError
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device; make room"):
         fails()
     assert list(path.parent.iterdir()) == []
     for text in ("one", "two"):

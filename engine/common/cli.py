@@ -1,12 +1,17 @@
-"""How every command starts and exits: its parser; code 0 when done, 2 with one sentence for an error that the user can fix."""
+"""How every command starts and exits: its parser; code 0 when done, 2 with one sentence for an error that the user can fix.
+
+A signal that ends a command is one line, too, and the code is 128 + its number.
+"""
 
 import io
 import os
+import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.signals import Interrupted
 
 
 def parser_of(command: str, text: str | None, after: str | None = None) -> ArgumentParser:
@@ -24,6 +29,12 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print("SIGINT: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output (head, less) left; Python would try to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

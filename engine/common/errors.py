@@ -1,5 +1,6 @@
 """Errors that a user can fix: the commands print them as one sentence and exit with code 2."""
 
+import errno
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +16,32 @@ class Damaged(UserError):
     """A file is not what it was written as: cut off, a checksum differs, its parts contradict each other. What a run has made it makes again."""
 
 
+#: What to do about what a system says.
+ADVICE = {
+    errno.ENOSPC: "make room, or choose another place",
+    errno.EDQUOT: "make room within your quota, or choose another place",
+    errno.EFBIG: "the system or `ulimit -f` wants smaller files here: choose another place",
+    errno.EROFS: "choose another place",
+    errno.EACCES: "choose another place, or get permission",
+    errno.EPERM: "choose another place, or get permission",
+    errno.EIO: "the disk or the network file system fails: choose another place",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+
+
+def told(error: OSError) -> str:
+    """What the system says, and what to do about it where that is known."""
+    advice = ADVICE.get(error.errno or 0)
+    return f"{error.strerror or error}" + (f"; {advice}" if advice else "")
+
+
 @contextmanager
 def _doing(verb: str, path: object) -> Iterator[None]:
     """UserError for what the system has against it."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot {verb} {path}: {told(error)}") from error
 
 
 reading, writing = partial(_doing, "read"), partial(_doing, "write")  # with reading(path): … turns an OSError into a UserError
@@ -62,7 +82,7 @@ def _zipped(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):  # the last: a compression that zipfile does not know
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, IndexError):  # the last two: how it is packed, and an odd name
         return "a zip archive that is damaged or cut off: copy or download it again"
     ends = {name.rpartition("/")[2] for name in names}
     if "data.pkl" in ends:

@@ -1,30 +1,47 @@
 """Files that are written: whole or not at all, for whom the umask says, and only where a user may write."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, writing
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces it when the block ends. Missing folders are made.
+    """A temporary file beside `path`, which replaces it when the block ends and the disk has all of it. Missing folders are made.
 
-    If the block fails, `path` stays as it was.
+    If the block fails, `path` stays as it was. UserError where the system refuses (a full disk, no permission).
     """
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.unlink(missing_ok=True)  # what a killed process has left, with permissions of its own
     try:
-        yield part
-        os.replace(part, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.unlink(missing_ok=True)  # what a killed process has left, with permissions of its own
+            yield part
+            flush(part)
+            os.replace(part, path)
+            flush(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the block has failed already, and said why
+            part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has the file, or the names in the folder: a machine that loses power does not lose it."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and writes their names at once
+    fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -32,7 +49,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.unlink(missing_ok=True)
     path.touch()
     permissions = path.stat().st_mode & 0o777
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{error}") from error
     path.chmod(permissions)
 
 

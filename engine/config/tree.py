@@ -24,7 +24,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from potstill.engine.common.checks import BadSetting, Unused, at_least, finite, one_of, probability, seed, wants
+from potstill.engine.common.checks import BadSetting, Unused, above, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
@@ -152,6 +152,7 @@ class Config:
     cudnn_benchmark: bool | None = None  # cuDNN times its convolutions on every new shape; null: on GPUs, unless deterministic
     deterministic: bool = False  # only algorithms that give the same bits every time; slower on GPUs
     rehearse: bool = False  # random weights, synthetic images, a few iterations: speed and memory of this recipe here
+    max_hours: float | None = None  # of this call: then it saves and ends with code 142, and the same command goes on; null: no limit
     profile: bool = False  # write a trace and a table of some iterations of every stage into the run folder
     data: DataConfig = field(default_factory=DataConfig)
     net: NetConfig = field(default_factory=NetConfig)
@@ -165,7 +166,9 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
+        finite(self)
         seed(self, "seed")
+        above(self, 0, "max_hours")
         wants(self, "student", self.student is None or 0 <= self.student < self.students.count, f"0 … {self.students.count - 1}")
 
 

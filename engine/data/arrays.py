@@ -4,16 +4,19 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
 
 SYNTHETIC = re.compile(r"synthetic:(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 MAX_SYNTHETIC_BYTES = 2**32
+BOMB, BEST_PACKED = 2**30, 100  # an array of an .npz with more bytes than BOMB is packed to a hundredth at best
 
 
 class ArraySource:
@@ -37,6 +40,12 @@ class ArraySource:
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         chw = self.pixels[i]
         return Image.fromarray(chw[0] if len(chw) == 1 else np.ascontiguousarray(chw.transpose(1, 2, 0)))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of a `FileSource`; names and sizes of files there are none."""
+        labels = self.labels.of if self.labels else None
+        found = fingerprint([str(i) for i in range(len(self))], None, labels, lambda i: self.pixels[i].tobytes())
+        return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
 def digits() -> tuple[ArraySource, Reader]:
@@ -95,10 +104,29 @@ def _arrays(path: Path, choose: Callable[[list[str]], str | None]) -> tuple[list
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             keys = list(file)
+            if len(set(keys)) < len(keys):
+                raise UserError(f"{path} holds an array twice ({', '.join(keys)}), wanted every array once: write it anew")
             name = choose(keys)
-            return keys, None if name is None else file[name]
+            if name is not None:
+                _refuse_bomb(file.zip, name, path)
+            found = None if name is None else file[name]
+            if not isinstance(found, np.ndarray | None):
+                raise ValueError(f"{name!r} is no array")
+            return keys, found
+    except UserError:
+        raise
     except (*NO_IMAGE, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no complete .npz of plain arrays ({one_line(error)}): write it with numpy.savez") from error
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    """UserError for a large array of next to nothing: no pictures can be packed so well."""
+    for entry in archive.infolist():
+        if entry.filename in (name, f"{name}.npy") and entry.file_size > max(BOMB, BEST_PACKED * entry.compress_size):
+            raise UserError(
+                f"{path} unpacks {entry.compress_size:,} bytes of {name!r} to {entry.file_size:,}, which pictures never do: "
+                "write it with numpy.savez"
+            )
 
 
 def _channels_first(pixels: np.ndarray, path: Path) -> np.ndarray:

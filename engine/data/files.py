@@ -6,11 +6,13 @@ which shares no file position, and its directory is kept as a few numbers a file
 
 import os
 import re
+import stat
 import struct
 import threading
 import weakref
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,11 @@ TABLE = re.compile(
     r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I
 )
 MAX_FILE_BYTES = 2**29  # one file, unpacked; a "zip bomb" is far above it
+MAX_METADATA = 2**26, 256  # bytes of dataset.json, and for every image more
+
+
+NO_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, LookupError)  # the last two: odd names
+NO_ZIP += (NotImplementedError, RuntimeError, OverflowError, MemoryError)  # how it is packed, and what it says of itself
 
 
 class Beside(NamedTuple):
@@ -60,7 +67,12 @@ class Folder:
         self.path = path
         found = list(_walk(path))
         self.names = sorted(filter(is_image, found))
-        self.beside = Beside(_start(path / METADATA, MAX_FILE_BYTES) if METADATA in found else None, *_overlooked(found))
+        metadata = None
+        if METADATA in found:
+            with reading(path / METADATA):
+                _check_metadata(os.stat(path / METADATA).st_size, self.names, path)
+            metadata = _start(path / METADATA, MAX_FILE_BYTES)
+        self.beside = Beside(metadata, *_overlooked(found))
 
     def head(self, i: int, size: int) -> bytes:
         """The first `size` bytes of file i, or fewer where it is shorter."""
@@ -68,6 +80,11 @@ class Folder:
 
     def read(self, i: int) -> bytes:
         return _start(self.path / self.names[i], MAX_FILE_BYTES)
+
+    def sizes(self) -> np.ndarray:
+        """int64 [N, k], what changes when a file does and is known without reading it: here its length, in bytes."""
+        with reading(self.path):
+            return np.array([os.stat(self.path / name).st_size for name in self.names], np.int64)[:, None]
 
     def title(self, i: int) -> str:
         """What a user would call file i."""
@@ -81,11 +98,17 @@ class Zip:
         self.path = path
         try:
             with reading(path), zipfile.ZipFile(path) as archive:
-                entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-                if METADATA in entries and entries[METADATA].file_size > MAX_FILE_BYTES:
-                    raise UserError(f"{METADATA} in {path} unpacks to more than {MAX_FILE_BYTES:,} bytes")
+                found = [entry for entry in archive.infolist() if not entry.is_dir()]
+                entries = {entry.filename: entry for entry in found}
+                if len(entries) < len(found):
+                    name = Counter(entry.filename for entry in found).most_common(1)[0][0]
+                    raise UserError(f"{path} holds {name} twice, wanted every file once: write the zip anew, without the other")
+                if METADATA in entries:
+                    _check_metadata(entries[METADATA].file_size, entries, path)
                 self.beside = Beside(archive.read(METADATA) if METADATA in entries else None, *_overlooked(entries))
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # the last two: how it is packed
+        except UserError:
+            raise
+        except NO_ZIP as error:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
             ) from error
@@ -114,6 +137,10 @@ class Zip:
         if len(data) != size or zlib.crc32(data) != crc:
             raise UserError(f"{self.title(i)} is damaged (its checksum differs): copy or download the zip again")
         return data
+
+    def sizes(self) -> np.ndarray:
+        """Lengths unpacked, and checksums."""
+        return self._entries[:, 2:4]
 
     def title(self, i: int) -> str:
         return f"{self.path}: {self.names[i]}"
@@ -165,9 +192,26 @@ read_at = getattr(os, "pread", _seek_and_read)
 
 
 def _start(path: Path, size: int) -> bytes:
-    """The first `size` bytes of a file."""
-    with reading(path), open(path, "rb", buffering=0) as file:
+    """The first `size` bytes of a file; UserError for what is none, such as a pipe, from which nothing may ever come."""
+    with reading(path), open(path, "rb", buffering=0, opener=_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path} is no file but a pipe or a device: remove it")
         return file.read(size)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opened without waiting for whoever might write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_metadata(size: int, names: Iterable[str], path: Path) -> None:
+    """UserError for a dataset.json that is far longer than what it could say of these images."""
+    least, each = MAX_METADATA
+    most = min(least + each * sum(map(is_image, names)), MAX_FILE_BYTES)
+    if size > most:
+        raise UserError(
+            f"{METADATA} in {path} has {size:,} bytes, wanted at most {most:,} for so many images: leave it out, or write it anew"
+        )
 
 
 def _walk(root: Path) -> Iterator[str]:

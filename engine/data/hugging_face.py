@@ -85,5 +85,8 @@ class Encoded:
         with reading(cell.get("path")):
             return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
 
+    def sizes(self) -> None:
+        """Not known without reading all."""
+
     def title(self, i: int) -> str:
         return f"image {i} of {self.path}"

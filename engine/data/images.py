@@ -12,11 +12,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.arrays import ArraySource
+from potstill.engine.data.labels import refuse_holes
 from potstill.engine.data.pictures import Header
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
@@ -34,6 +36,8 @@ def open_images(path: str | Path, *, resolution: int | None = None, label_dim: i
     header = _common_header(source, resolution)
     if resolution not in (None, header.width):
         raise UserError(f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}")
+    if source.labels and not label_dim:
+        refuse_holes(source.labels, source.path)
     labels, dim, classes = source.labels or (None, 0, None)
     if label_dim:
         if not 0 < dim <= label_dim:
@@ -100,6 +104,10 @@ class Images:
         for i, image in enumerate(in_order(self.read, len(self), f"decoding {self.name}")):
             pixels[i] = image
         return pixels
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others at the same path, for JSON: that of all pictures of the source, and what a net sees of them."""
+        return self.source.fingerprint() | {"resolution": self.resolution, "channels": self.channels, "label_dim": self.label_dim}
 
     def subset(self, classes: Sequence[int]) -> "Images":
         """Only the images of these classes. Labels and the width of one-hot rows stay as they are."""

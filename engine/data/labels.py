@@ -5,6 +5,7 @@ Labels are used or refused, never silently ignored: `say` takes a note on files 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from potstill.engine.common.errors import UserError
 
 MAX_CLASSES = 100_000  # a one-hot row has this many numbers at most; a larger label is a mistake, not a class
+MANY, FEW = 1000, 100  # of more than MANY classes at least one in FEW has an image, or the numbers are no classes
 NAMES = (
     "label", "labels", "cls", "class", "class_label", "class_id", "class_idx", "class_index", "label_id", "label_idx",
     "label_index", "category_id", "target", "targets",
@@ -68,23 +70,44 @@ def from_keys(given: Mapping[Any, Any], keys: Sequence[Any], classes: list[str] 
 def from_json(text: bytes, names: Sequence[str], where: str, say: Say) -> Labels | None:
     """EDM's metadata: {"labels": [[name, class], …] or null}; a further key "classes" may name the classes."""
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text, object_pairs_hook=_once)
         pairs, classes = metadata["labels"], metadata.get("classes")
         if pairs is None:
             return None
         pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
         given = dict(pairs)
-        twice = [name for name, label in pairs if given[name] != label]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f'{where} is not readable as {{"labels": [[name, class], …]}} ({error!r}); {IGNORE}') from error
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise UserError(f'{where} has "classes" that are no list of names')
-    if twice:
-        raise UserError(f"{where} gives {twice[0]} two labels, wanted one")
+    if len(given) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise UserError(f"{where} gives {twice} two labels, wanted every image once: remove the other; {IGNORE}")
     labels = from_keys(given, names, classes, names, where)
     if len(given) > len(names):
         say(f"{where} labels {len(given):,} images, {len(names):,} are there")
     return labels
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a name that it gives twice, of which json would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is there twice")
+    return found
+
+
+def refuse_holes(labels: Labels, where: str) -> None:
+    """UserError for numbers that are hardly those of classes: one-hot rows as wide as the largest, and next to no class with an image.
+
+    A part of a data set may lack most of its classes; where their names are given, or a net knows as many, their number is meant.
+    """
+    found = len(np.unique(labels.of))
+    if labels.classes is None and labels.dim > MANY and found * FEW < labels.dim:
+        raise UserError(
+            f"{where} has labels up to {labels.dim - 1:,} and images of only {found:,} classes: number the classes from 0 on, or, if there are "
+            f'{labels.dim:,}, name them in dataset.json ("classes": [name, …]); {IGNORE}'
+        )
 
 
 def from_folders(names: Sequence[str], where: str, say: Say) -> Labels | None:

@@ -45,6 +45,26 @@ def png_header(head: bytes) -> Header | None:
     return Header(width, height, mode) if mode and width and height else None
 
 
+def png_is_animated(head: bytes) -> bool:
+    """As far as these first bytes of a PNG show: an APNG says before its pixels how many frames it has."""
+    at = len(PNG) if head.startswith(PNG) else len(head)
+    while at + 12 <= len(head):
+        length, kind, frames = struct.unpack_from(">I4sI", head, at)
+        if kind in (b"acTL", b"IDAT"):
+            return kind == b"acTL" and frames > 1
+        at += 12 + length
+    return False
+
+
+def refuse_animation(is_one: bool, title: str) -> None:
+    """UserError for a file with several pictures, of which nobody can know which one is meant."""
+    if is_one:
+        raise UserError(
+            f"{title} is an animation or has several pages, wanted one picture a file: save the one that is meant, or leave it out "
+            "(potstill convert images … --skip-corrupt)"
+        )
+
+
 def decode(data: bytes, title: str, *, upright: bool = False) -> Image.Image:
     """A picture from the bytes of its file."""
     if data[:8] == PNG:
@@ -71,6 +91,7 @@ def opened(data: bytes, title: str) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except NO_IMAGE as error:
         raise _damaged(title, error) from error
+    refuse_animation(getattr(picture, "is_animated", False), title)
     refuse_bomb(Header(*picture.size, picture.mode), title)
     return picture
 

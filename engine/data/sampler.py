@@ -6,7 +6,10 @@ s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image co
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,7 @@ from potstill.engine.data.images import IN_MEMORY_BYTES, Images
 from potstill.engine.data.progress import cores
 
 ENDLESS = 2**62
+SOON = 1000  # steps within which a second process that is killed ends the run: memory is too small, and will stay so
 
 
 class Order:
@@ -170,25 +174,55 @@ class _Ahead:
 
 
 class _Reader:
-    """Reads the images of coming steps in worker processes, one step a worker at a time."""
+    """Reads the images of coming steps in worker processes, one step a worker at a time.
+
+    Where one is killed, as the kernel does when memory is out, all are started anew at the step that is asked for: nothing is lost.
+    """
 
     def __init__(self, images: Images, order: Order, workers: int | None, device: torch.device):
         self.steps = _Steps(images, order)
         self.workers = max(1, min(8, cores() - 1)) if workers is None else workers
         self.pin = device.type == "cuda"
-        self.next, self.batches = -1, None
+        self.next = -1
+        self.batches: Any = None  # a DataLoader's iterator
+        self.killed: int | None = None  # the step at which a worker was last found dead
 
     def at(self, step: int) -> Tensor:
         """uint8 [n, C, H, W] of step `step`."""
         if self.batches is None or step != self.next:
-            self.close()
-            self.batches = iter(self._loader(step))
+            self._start(step)
         self.next = step + 1
-        batch = next(self.batches)
+        while (batch := self._batch()) is None:
+            if self.killed is not None and abs(step - self.killed) <= SOON:
+                self.close()
+                raise UserError(
+                    "a process that reads images was killed twice (out of memory?): lower data.workers; the same command goes on from the "
+                    "newest checkpoint"
+                )
+            self.killed = step
+            print(f"a process that reads images was killed (out of memory?): they are started anew at step {step:,}", file=sys.stderr)
+            self._start(step)
         if isinstance(batch, UserError):
             self.close()
             raise batch
         return batch
+
+    def _start(self, step: int) -> None:
+        self.close()
+        with _no_alarm():
+            self.batches = iter(self._loader(step))
+
+    def _batch(self) -> Tensor | UserError | None:
+        """What comes next; None where a worker has been killed."""
+        try:
+            return None if self._has_died() else next(self.batches)
+        except (RuntimeError, OSError, EOFError):  # the last two: what a dead process was about to hand over
+            if not self._has_died():
+                raise
+            return None
+
+    def _has_died(self) -> bool:
+        return any(not worker.is_alive() for worker in getattr(self.batches, "_workers", ()))
 
     def _loader(self, start: int) -> DataLoader:
         return DataLoader(
@@ -216,6 +250,19 @@ class _Steps(Dataset):
             return torch.from_numpy(np.stack([self.images.read(i) for i in self.order.at(step)[0].tolist()]))
         except UserError as error:
             return error
+
+
+@contextmanager
+def _no_alarm() -> Iterator[None]:
+    """Without the handler of PyTorch's that raises an error wherever the main thread happens to be when a worker is killed.
+
+    It may be halfway through an update of the weights; `_Reader` notices at the next step, where nothing is half done.
+    """
+    alarm = getattr(signal, "SIGCHLD", None)  # Windows has none, and no such handler
+    before = None if alarm is None else signal.getsignal(alarm)
+    yield
+    if alarm is not None and before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(alarm, before)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -3,16 +3,30 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
 from potstill.engine.data.files import METADATA, Folder, Zip, open_files
+from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
-from potstill.engine.data.pictures import FORMATS, NO_IMAGE, Header, decode, opened, png_header, refuse_bomb
+from potstill.engine.data.pictures import (
+    FORMATS,
+    NO_IMAGE,
+    Header,
+    decode,
+    opened,
+    png_header,
+    png_is_animated,
+    refuse_animation,
+    refuse_bomb,
+)
 from potstill.engine.data.progress import note
 from potstill.engine.data.tars import Tars, read_tars, shards_of
+
+HEAD = 1024  # bytes of a PNG: what stands before its pixels, as a rule
 
 
 class FileSource:
@@ -31,7 +45,9 @@ class FileSource:
 
     def header(self, i: int) -> Header:
         """Without decoding the picture."""
-        header = png_header(self.files.head(i, 32)) or self._pillow_header(i)
+        head = self.files.head(i, HEAD)
+        refuse_animation(png_is_animated(head), self.title(i))
+        header = png_header(head) or self._pillow_header(i)
         refuse_bomb(header, self.title(i))
         return header
 
@@ -40,11 +56,18 @@ class FileSource:
             picture = Image.open(io.BytesIO(self.files.head(i, 2**16)), formats=FORMATS)
         except NO_IMAGE:  # perhaps because the header is longer than that
             picture = opened(self.files.read(i), self.title(i))
+        refuse_animation(getattr(picture, "is_animated", False), self.title(i))
         return Header(*picture.size, picture.mode)
 
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         """Decoded; `upright` follows a camera's rotation mark. UserError, naming the file, where it is damaged."""
         return decode(self.files.read(i), self.title(i), upright=upright)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these pictures from others at the same path, for JSON; the path itself does not count. UserError for a damaged one."""
+        labels = self.labels.of if self.labels else None
+        found = fingerprint(self.files.names, self.files.sizes(), labels, self.files.read)
+        return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
 Source = FileSource | arrays.ArraySource

@@ -9,6 +9,7 @@ nothing has to be installed, and nothing is unpacked.
 """
 
 import glob
+import io
 import json
 import re
 import tarfile
@@ -20,12 +21,13 @@ import numpy as np
 from potstill.engine.common.errors import UserError, reading
 from potstill.engine.data.files import MAX_FILE_BYTES, SUFFIXES, OpenFile, is_hidden
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_keys, has_class_folders, usual
+from potstill.engine.data.pictures import NO_IMAGE
 
 RANGE = re.compile(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", re.DOTALL)
 SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's: key and column meet at the file name's first dot
 NUMBER = re.compile(r"[+-]?[0-9]+")
 MOST_SHARDS = 100_000
-LONGEST = 2**20  # bytes of a file beside an image
+LONGEST = 2**20  # bytes of a file beside an image, or of a header
 
 
 class Key(NamedTuple):
@@ -180,18 +182,38 @@ class Tars:
             raise UserError(f"{self.title(i)} is cut off: copy or download the shard again")
         return data
 
+    def sizes(self) -> np.ndarray:
+        return self._places[:, 2:]
+
     def title(self, i: int) -> str:
         return f"{self.shards[int(self._places[i, 0])].parent}/{self.names[i]}"
+
+
+class _Headers(io.BufferedReader):
+    """A tar's file, of which only headers are read: their length stands in the file, and memory is asked for as it says."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LONGEST:
+            raise tarfile.ReadError(f"it has a header of {size:,} bytes")
+        return super().read(size)
 
 
 def _members(shard: Path) -> list[tarfile.TarInfo]:
     """The plain files in a tar, in their order."""
     try:
-        with reading(shard), tarfile.open(shard, "r:") as tar, shard.open("rb") as file:
-            members = list(tar)
+        with reading(shard), _Headers(io.FileIO(shard)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            members: list[tarfile.TarInfo] = []
+            for member in tar:
+                if member.size < 0 or (members and member.offset_data <= members[-1].offset_data):  # it would never come to an end
+                    raise tarfile.ReadError(f"{member.name} does not lie behind the file before it")
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name} is stored with holes, wanted plain files")
+                members.append(member)
             file.seek(max((-(-(m.offset_data + m.size) // 512) * 512 for m in members if m.isreg()), default=0))
             if not members or file.read(512) != bytes(512):  # tarfile passes over an end that is missing
                 raise tarfile.ReadError("its end is missing" if members else "it is empty")
             return [member for member in members if member.isreg()]
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, RecursionError, *NO_IMAGE) as error:
         raise UserError(f"{shard} is no complete, uncompressed tar ({error}): copy or download it again") from error

@@ -5,6 +5,7 @@ Every function takes noise levels σ of shape [N] and returns four [N] tensors i
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,11 @@ def iddpm_levels(steps: int = 1000, c_1: float = 0.001, c_2: float = 0.008) -> T
 
     All of it in float32, as in EDM's code: the smallest level but 0 is then 0.006422, and not the exact 0.006432.
     """
+    return _iddpm_levels(steps, c_1, c_2).clone()
+
+
+@lru_cache(8)  # a loop of tiny steps, and a net that is read asks several times
+def _iddpm_levels(steps: int, c_1: float, c_2: float) -> Tensor:
     kind = {"dtype": torch.float32, "device": "cpu"}  # also where a net is built on the meta device
     alpha_bar = (0.5 * math.pi * torch.arange(steps + 1, **kind) / steps / (c_2 + 1)).sin() ** 2
     shrinks = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=c_1)

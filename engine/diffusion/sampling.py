@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import above, at_least, one_of, wants
+from potstill.engine.common.checks import one_of, wants
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.kinds import is_list, is_number, is_whole, shown
 from potstill.engine.diffusion.sigmas import karras, with_zero
 from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
 
@@ -72,12 +73,15 @@ class Sampler:
     def __post_init__(self):
         one_of(self, "solver", (ONE_STEP, ANCESTRAL, *SOLVERS))
         least = 2 if self.solver in SOLVERS else 1
-        falling = all(math.isfinite(s) and s >= 0 for s in self.sigmas) and sorted(self.sigmas, reverse=True) == list(self.sigmas)
-        fits = len(self.sigmas) == 1 if self.solver == ONE_STEP else len(self.sigmas) >= least
+        given = list(self.sigmas) if is_list(self.sigmas, lambda s: is_number(s, 0)) else []  # finite, and none of them a text
+        falling = given and given[0] > 0 and sorted(given, reverse=True) == given
+        fits = len(given) == 1 if self.solver == ONE_STEP else len(given) >= least
         levels = "one noise level" if self.solver == ONE_STEP else f"{least} or more noise levels"
-        wants(self, "sigmas", fits and falling and self.sigmas[0] > 0, f"{levels}, the first above 0 and none above the one before")
-        at_least(self, 2, "step_condition")
-        above(self, 0, "rho")
+        wants(self, "sigmas", bool(fits and falling), f"{levels}, the first above 0 and none above the one before")
+        for name in ("afs", "lower_order_final"):
+            wants(self, name, isinstance(getattr(self, name), bool), "true or false")
+        wants(self, "step_condition", self.step_condition is None or is_whole(self.step_condition, 2), "a whole number, at least 2")
+        wants(self, "rho", self.rho is None or (is_number(self.rho) and self.rho > 0), "a finite number, more than 0")
         if self.afs and self.solver not in SOLVERS:
             raise ValueError(f"afs wants an ODE solver ({', '.join(SOLVERS)}), got {self.solver!r}")
         if self.churn is not None:
@@ -86,8 +90,9 @@ class Sampler:
             if self.solver not in CHURNED:
                 raise ValueError(f"churn wants the solver {' or '.join(CHURNED)}, got {self.solver!r}")
             churn = self.churn  # a list where it comes from a file
-            if len(churn) != 4 or not churn[0] >= 0 or not 0 <= churn[1] <= churn[2] or not churn[3] > 0:
-                raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {list(churn)}")
+            good = is_list(churn, lambda c: is_number(c, 0, math.inf), 4, 4)
+            if not good or not churn[1] <= churn[2] or not churn[3] > 0 or math.inf in (churn[0], churn[1], churn[3]):
+                raise ValueError(f"churn wants S_churn >= 0, 0 <= S_min <= S_max and S_noise > 0, got {shown(churn)}")
             self.churn = float(churn[0]), float(churn[1]), float(churn[2]), float(churn[3])
 
     @property

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from potstill.engine.common.kinds import is_dict
 from potstill.engine.common.packages import versions_of
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
@@ -67,10 +68,10 @@ def _quality(about: About) -> str:
     student = summary.get("student") or {}
     if "fd" not in student:
         return "Not measured. `potstill evaluate` measures a weight file."
-    features, n = student.get("features", "FD"), student.get("n")
+    features, n = student.get("features", "FD"), f"{student['n']:,}" if "n" in student else "?"
     rows = [("real images against themselves (floor)", "", (summary.get("floor") or {}).get("fd"))]
     rows += [(who, (summary.get(who) or {}).get("nfe", ""), (summary.get(who) or {}).get("fd")) for who in ("teacher", "student")]
-    table = [f"| | evaluations per image | {features}, n = {n:,} |", "|---|---|---|"]
+    table = [f"| | evaluations per image | {features}, n = {n} |", "|---|---|---|"]
     table += [f"| {who} | {nfe} | {_number(fd)} |" for who, nfe, fd in rows if fd is not None]
     images = student.get("reference_images")
     against = f"{images:,} real images of " if images else ""
@@ -93,14 +94,14 @@ def _number(value: float) -> str:
 def _made(about: About) -> str:
     summary, metadata = about.summary, about.metadata
     versions = {"potstill": "unknown"} | versions_of("potstill") | (summary.get("versions") or {})  # unknown: a checkout, not installed
-    seconds, seen = summary.get("seconds") or {}, summary.get("images_seen") or {}
+    seconds, seen = summary.get("seconds") or {}, summary.get("images_seen")
     sampler = metadata.get("sampler") or {}
     facts = {
         "method": metadata.get("method"),
         "teacher": about.teacher,
         "data": metadata.get("data"),
         "sampling": _sampling(sampler),
-        "images seen": f"{seen['student']:,}" if "student" in seen else None,
+        "images seen": f"{seen['student']:,}" if is_dict(seen) and "student" in seen else None,
         "seconds of training": f"{seconds['student']:,.0f} on {summary.get('device', '?')}" if "student" in seconds else None,
         "precision": summary.get("precision"),
         "seed": summary.get("seed"),

@@ -14,9 +14,10 @@ COUNTS = {
 }  # fmt: skip
 LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 8192), "resample_filter": (1, 4096)}
 LONGEST_LIST = 16
-NUMBERS = (
-    "sigma_min", "sigma_max", "sigma_data", "beta_d", "beta_min", "epsilon_t", "C_1", "C_2", "dropout", "label_dropout"
-)  # fmt: skip
+NUMBERS = {
+    "sigma_min": (0, 1e6), "sigma_max": (1e-6, math.inf), "sigma_data": (1e-6, 1e6), "beta_d": (1e-6, 1e4), "beta_min": (0, 1e4),
+    "epsilon_t": (0, 1), "C_1": (0, 1), "C_2": (0, 1), "dropout": (0, 1), "label_dropout": (0, 1),
+}  # fmt: skip
 TEXTS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
 
 
@@ -28,15 +29,28 @@ def argument(name: Any, value: Any) -> Any:
     if name in COUNTS and is_whole(value, *COUNTS[name]):
         return int(value)
     short = name in LISTS and type(value) in (list, tuple) and len(value) <= LONGEST_LIST
-    if short and all(is_whole(v, *LISTS[name]) for v in value):
+    even = name != "resample_filter" or (short and len(value) % 2 == 0)  # an odd number of taps does not double an image
+    if short and even and all(is_whole(v, *LISTS[name]) for v in value):
         return [int(v) for v in value]
-    if name in NUMBERS and type(value) in (int, float) and not math.isnan(value):
+    if name in NUMBERS and is_number(value) and NUMBERS[name][0] <= value <= NUMBERS[name][1]:
         return float(value)
     if name in TEXTS and type(value) is str:
         return value
     if name == "use_fp16" and type(value) in (bool, int):
         return bool(value)
-    raise Unreadable(f"holds a net made with {name} = {shown(value)}")
+    raise Unreadable(f"holds a net made with {name} = {shown(value)}{_wanted(name)}")
+
+
+def _wanted(name: str) -> str:
+    """What the argument may be, as the end of a sentence."""
+    low, high = (COUNTS | LISTS | NUMBERS).get(name, (None, None))
+    if low is None:
+        return ""
+    bounds = f"from {low:g} to {high:,}" if isinstance(high, int) else f"from {low:g} to {high:g}"
+    if name in LISTS:
+        even = "an even number of " * (name == "resample_filter")
+        return f", wanted {even}whole numbers {bounds}, at most {LONGEST_LIST}"
+    return f", wanted a {'whole ' * (name in COUNTS)}number {bounds}"
 
 
 def is_number(value: Any) -> TypeGuard[float]:

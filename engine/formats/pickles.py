@@ -200,6 +200,8 @@ def shown(value: Any) -> str:
 
 def hashable(key: Any) -> Any:
     """A key of a dictionary or set. No tuples: hashing nested ones can take for ever or overflow the stack."""
+    if isinstance(key, Buildable):  # equal to itself alone
+        return key
     return checked(key, (str, int, float, bool, type(None)), "a key")
 
 

@@ -8,11 +8,12 @@ import math
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -164,7 +165,7 @@ def read_file(path: Path) -> Any:
         raise UserError(f"no file at {path}")
     data = open_mapped(path)
     try:
-        return _archive(data, path) if data[:4] == b"PK\x03\x04" else _pickle(data)
+        return read_archive(data, path) if data[:4] == b"PK\x03\x04" else _pickle(data)
     except Unreadable as error:
         what = what_it_is(path)
         expected = what in ("it is a pickle", "it is a file of torch.save") or what.startswith("it is of no known kind")
@@ -249,10 +250,13 @@ def _storage(storages: dict[str, Storage], identity: Any) -> Storage | Name:
     return found
 
 
-def _archive(data: memoryview, path: Path) -> Any:
-    """torch.save's newer format: an uncompressed zip archive with data.pkl and a file for every storage."""
+def read_archive(data: memoryview, file: Path | BinaryIO) -> Any:
+    """torch.save's newer format: an uncompressed zip archive with data.pkl and a file for every storage, each with its checksum.
+
+    data: all of the file. Raises Unreadable.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:  # of a zip that zipfile cannot read
         raise Unreadable(f"is a damaged zip archive ({error})") from error
@@ -275,7 +279,10 @@ def _archive(data: memoryview, path: Path) -> Any:
         start = at + 30 + length + extra
         if start + entry.file_size > len(data):
             raise Unreadable("is a zip archive that is cut off: copy or download it again")
-        return data[start : start + entry.file_size]
+        found = data[start : start + entry.file_size]
+        if entry.CRC and zlib.crc32(found) != entry.CRC:  # 0: torch.serialization.set_crc32_options(False)
+            raise Unreadable(f"is damaged: the checksum of {shown(name)} in it differs: copy or download it again")
+        return found
 
     if roots[0] + "byteorder" in entries and member("byteorder") != b"little":
         raise Unreadable("was written on a big-endian machine")

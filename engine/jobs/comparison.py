@@ -6,8 +6,10 @@ are measured alike, curve by curve, and shown side by side.
 
 import json
 import multiprocessing
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from PIL import Image
 
 from potstill.engine.common.cli import run
+from potstill.engine.common.reading import read_json
+from potstill.engine.common.signals import collected, stoppable
 from potstill.engine.config.tree import Config
 from potstill.engine.formats.pictures import sheet, stacked
 from potstill.engine.jobs import build
@@ -28,9 +32,9 @@ from potstill.engine.models.opening import STUDENT, open_models, own_sampler
 from potstill.engine.models.router import Router
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.training.loop import Interrupted, signals
 from potstill.engine.training.run import Run
 
+AGAIN = "remove it and repeat the command, which makes it again"
 SHOWN = 30  # pictures of each method in samples.png
 
 
@@ -71,11 +75,11 @@ def train_apart(cfg: Config, record: Path, apart: bool, *, only_teacher: bool) -
     if not apart:
         return train_here(cfg, record, only_teacher, alone=False)
     process = multiprocessing.get_context("spawn").Process(target=child, args=(cfg, record, only_teacher))
-    with signals() as caught:  # Ctrl-C reaches the child too, which saves before it ends
+    with collected() as caught:  # Ctrl-C reaches the child too, which saves before it ends
         process.start()
         while process.is_alive():
             process.join(0.2)
-            if signal.SIGTERM in caught:
+            if set(caught) - {signal.SIGINT}:
                 process.terminate()
     if process.exitcode:
         sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
@@ -84,12 +88,17 @@ def train_apart(cfg: Config, record: Path, apart: bool, *, only_teacher: bool) -
 
 
 def child(cfg: Config, record: Path, only_teacher: bool) -> None:
-    """What the other process does; its exit code says how it ended."""
-    try:
+    """What the other process does; its exit code says how it ended. Where the comparison is killed it saves and ends, too."""
+    threading.Thread(target=follow, daemon=True).start()
+    with stoppable():
         run(lambda _: train_here(cfg, record, only_teacher, alone=True))
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.signum)
+
+
+def follow() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train_here(cfg: Config, record: Path, only_teacher: bool, alone: bool) -> None:
@@ -97,11 +106,12 @@ def train_here(cfg: Config, record: Path, only_teacher: bool, alone: bool) -> No
     job = SnapshotJob(cfg)
     if job.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(job.device)
-    if only_teacher:
-        torch.manual_seed(cfg.seed)
-        job.teacher()
-    else:
-        job.run()
+    with job.lock:
+        if only_teacher:
+            torch.manual_seed(cfg.seed)
+            job.teacher()
+        else:
+            job.run()
     peak = peak_gib(job.device) if alone or job.device.type == "cuda" else None
     write_atomically(record, json.dumps({"peak_memory_gib": peak}))
 
@@ -136,7 +146,7 @@ def method_measured(job: Job, judge: Judge, teacher: Denoiser) -> dict[str, Any]
     points += curve(job, judge, *(file.parent for file in files))
     sampler, scores = own_sampler(read_metadata(files[0]), files[0]), points[-1]["scores"]
     assert sampler is not None
-    finished = json.loads((job.dir / "summary.json").read_text(encoding="utf-8"))
+    finished = read_json(job.dir / "summary.json", dict, AGAIN)
     return {
         "fd": first_score(scores), "nfe": sampler.nfe, "scores": scores,
         **effort(finished["images_seen"]["student"], finished["seconds"]["student"], job.dir / "trained.json"),
@@ -146,7 +156,7 @@ def method_measured(job: Job, judge: Judge, teacher: Denoiser) -> dict[str, Any]
 
 def effort(images: int, seconds: float, record: Path) -> dict[str, Any]:
     """What a run took. Peak memory is None where it was not measured: a teacher that was given, a shared CPU process."""
-    peak = json.loads(record.read_text(encoding="utf-8"))["peak_memory_gib"] if record.exists() else None
+    peak = read_json(record, dict, AGAIN).get("peak_memory_gib") if record.exists() else None
     speed = round(images / seconds, 1) if seconds else None
     return {"seconds": seconds, "images": images, "images_per_second": speed, "peak_memory_gib": peak}
 
@@ -165,7 +175,7 @@ def finish_run(job: Job, summary: dict[str, Any], name: str) -> None:
         who: {k: one[k] for k in ("fd", "nfe", "scores")} | about
         for who, one in (("teacher", summary["teacher"]), ("student", summary["methods"][name]))
     }
-    own = json.loads(path.read_text(encoding="utf-8")) | {"floor": summary["floor"], **found}
+    own = read_json(path, dict, AGAIN) | {"floor": summary["floor"], **found}
     write_json(path, own)
     write_report(job.dir)
 

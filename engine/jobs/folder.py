@@ -6,19 +6,34 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, flat, to_yaml
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
-FREE = ("run_dir", "log.", "eval.", "data.workers", "data.how", "teacher.how", "device", "student", "cudnn_benchmark", "deterministic")
-FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "micro_batch", "parallel")
+FREE = (
+    "run_dir",
+    "log.",
+    "eval.",
+    "data.workers",
+    "data.how",
+    "teacher.how",
+    "device",
+    "student",
+    "cudnn_benchmark",
+    "deterministic",
+    "max_hours",
+)
+FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "on_nonfinite", "micro_batch", "parallel")
+MOST_TEXT = 2**20  # characters of a config.yaml
 
 
-def check_folder(cfg: Config) -> None:
-    """UserError unless the run folder can be made, or holds a run with these settings; changes nothing."""
+def check_folder(cfg: Config) -> list[str]:
+    """What to say of a run folder with other settings that may change. UserError unless it can be made, or goes on with these; changes nothing."""
     folder = Path(cfg.run_dir or "").expanduser()
     nearest = folder
     try:
@@ -28,9 +43,8 @@ def check_folder(cfg: Config) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        before = stored.read_text(encoding="utf-8") if (stored := folder / "config.yaml").exists() else None
-        if before not in (None, text := to_yaml(cfg)):
-            check_settings(before, text, folder)
+        before = stored.read_text(encoding="utf-8", errors="replace") if (stored := folder / "config.yaml").exists() else None
+        return [] if before in (None, text := to_yaml(cfg)) else check_settings(before, text, folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -50,16 +64,35 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write to run folder {folder} ({error.strerror}): choose another with run_dir=")
 
 
-def check_settings(before: str, now: str, folder: Path) -> None:
-    """UserError where a setting differs between two files of settings that may not."""
+def check_settings(before: str, now: str, folder: Path) -> list[str]:
+    """What to say of settings that differ between two files of them. UserError for those that may not."""
     unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, OmegaConf.create(before)), OmegaConf.create(now)))
+    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, _tree(before, folder)), OmegaConf.create(now)))
     for key in old | new:
         if old.get(key) != new.get(key) and not _free(key):
             raise UserError(
                 f"{folder} holds a run with other settings: {key} was {old.get(key)!r}, now {new.get(key)!r}; "
                 f"give a new run_dir=, or remove {folder} to start over"
             )
+    lengths = [key for key in new if key.endswith(".kimg") and old.get(key) != new[key] and _spread(key, new)]
+    return [
+        f"note: {key} was {old.get(key)}, now {new[key]}: what is spread over the whole length (a learning rate's schedule, the last part "
+        "without skipping) follows the new one from here on, so this is not the run that began with it"
+        for key in lengths
+    ]
+
+
+def _tree(text: str, folder: Path) -> Any:
+    """The settings in config.yaml. Damaged where they are not all there."""
+    file, advice = folder / "config.yaml", "restore it, or remove it alone if the settings of this command are those the run began with"
+    try:
+        tree = OmegaConf.create(text) if len(text) <= MOST_TEXT else None
+        if isinstance(tree, DictConfig) and tree.keys() >= {"seed", "method", "train"}:
+            OmegaConf.to_container(tree, resolve=True)
+            return tree
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{file} is not readable as YAML ({str(error).splitlines()[0]}): {advice}") from error
+    raise Damaged(f"{file} is damaged, it does not hold the settings of a run: {advice}")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -69,6 +102,15 @@ def write_json(path: Path, content: Any) -> None:
 def write_atomically(path: Path, text: str) -> None:
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _spread(key: str, settings: dict[str, Any]) -> bool:
+    """Does anything stretch over this length?"""
+    stage = key.removesuffix(".kimg")
+    scheduled = any(k.startswith(f"{stage}.optim.") and k.endswith(".schedule") and v != "constant" for k, v in settings.items())
+    return scheduled or bool(
+        stage == "train" and settings["skipping.anneal"] and (settings["skipping.plan"] or settings["skipping.cache"] > 1)
+    )
 
 
 def _free(key: str) -> bool:

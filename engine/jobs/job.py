@@ -1,7 +1,8 @@
 """One run: the teacher is trained if need be, then the student or students, then it is measured, drawn and reported."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
+from potstill.engine.jobs.inputs import marks_of, note_inputs
+from potstill.engine.jobs.lock import COMMON, lock, lock_run
 from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.report import write_report
@@ -35,12 +38,14 @@ class Job(Workplace):
 
     def __init__(self, cfg: Config, *, on_paper: bool = False, ranks: Ranks = ALONE):
         """Check everything that can be checked before work begins. `on_paper`: of what is there, and leave the run folder alone."""
-        self.began = time.perf_counter()
+        self.began, self.lock = time.perf_counter(), ExitStack()
         preflight.check_settings(cfg, ranks.count)
         if not on_paper:
             preflight.check_complete(cfg)
-        check_folder(cfg)
+        notes = check_folder(cfg)
         super().__init__(cfg, ranks)
+        for note in notes:
+            self.say(note)
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.gallery = Gallery(self.images, self.device)
         self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device)
@@ -53,11 +58,17 @@ class Job(Workplace):
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
             ranks.on_first(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
-        ranks.on_first(lambda: prepare(cfg))
+        ranks.on_first(self.begin)
         if self.images is not None and (empty := self.on_paper.empty):
             self.say(f"note: {self.images.name} has no images of {listed(empty)}: left out of the grids and distances")
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.say(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({self.why_dtype})")
+
+    def begin(self) -> None:
+        """Take the run folder, and write down what the run begins with. UserError where another process works in it."""
+        self.lock = lock_run(self.cfg)
+        prepare(self.cfg)
+        note_inputs(self.dir, self.on_paper.marks)
 
     def say_unused(self, teacher: Denoiser) -> None:
         if note := unused.sentence(self.cfg, teacher, self.ranks.count):
@@ -65,9 +76,15 @@ class Job(Workplace):
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
+        with self.lock:
+            return self.all_stages()
+
+    def all_stages(self) -> dict[str, Any] | None:
         torch.manual_seed(self.cfg.seed)
-        teacher = self.teacher()
-        start = self.matched_start(teacher)
+        with self.shared_work():
+            teacher = self.teacher()
+            start = self.matched_start(teacher)
+        self.ranks.on_first(lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher)))
         count = self.cfg.students.count
         for k in range(count) if self.cfg.student is None else (self.cfg.student,):
             student, sampler = self.distil(teacher, start, k)
@@ -82,12 +99,20 @@ class Job(Workplace):
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.on_first(lambda: self.finish(nets))
 
+    @contextmanager
+    def shared_work(self) -> Iterator[None]:
+        """While this job makes what all students share. UserError where the job of another student is at it."""
+        with ExitStack() as stack:
+            if self.cfg.student is not None:
+                self.ranks.on_first(lambda: stack.enter_context(lock(self.dir / COMMON)))
+            yield
+
     # stages
 
     def teacher(self) -> Denoiser:
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
-        if not given and not self.exists(here):
+        if not given and not self.made(here):
             self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
         return self.prepared(build.load_teacher(given or here, self.images))
 
@@ -103,7 +128,7 @@ class Job(Workplace):
         if students.net is None:
             return teacher
         here = self.dir / "tsm.safetensors"
-        if not self.exists(here):
+        if not self.made(here):
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
             method = TSM(teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
@@ -116,7 +141,8 @@ class Job(Workplace):
             for name, weights in earlier_weights(method, earlier).items():
                 method.nets[name].load_state_dict(weights, strict=False)  # parts that it may lack stay new, and optimisers are new
         if wanted := self.cfg.method.needs().pairs:
-            method.pairs = self.pairs(teacher, wanted)
+            with self.shared_work():
+                method.pairs = self.pairs(teacher, wanted)
         for note in method.notes:
             self.say(note)
         sampler = method.sampler

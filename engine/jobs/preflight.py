@@ -19,11 +19,13 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
+from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.router import Partition
+from potstill.engine.models.weights import is_whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.compile import check_compile
@@ -133,12 +135,16 @@ class OnPaper(NamedTuple):
     method: Method
     partition: Partition | None
     empty: list[int]  # classes that no image shows
+    marks: Marks  # of the inputs that are there
 
 
 def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> OnPaper:
     """The run of these settings on these images, None where there are none or not yet. UserError for what cannot be."""
     check_images(cfg, images, ranks.count)
     teacher = teacher_on_paper(cfg, images, folder, ranks)
+    trained = all(not p.is_meta for p in teacher.parameters())
+    marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None))) or {}
+    check_inputs(folder, marks)
     with torch.device("meta"):
         teacher = teacher.to("meta")
         students = cfg.students.net
@@ -154,7 +160,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     partition = partition_of(cfg, teacher.label_dim, images) if known else None
     if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints"):
         earlier_weights(method, earlier)
-    return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim))
+    return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)
 
 
 def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
@@ -171,7 +177,7 @@ def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ra
     """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images."""
     given = cfg.teacher.checkpoint
     file = Path(given).expanduser() if given else folder / "teacher.safetensors"
-    if ranks.agree(file.is_file()):
+    if ranks.agree(ranks.on_first(lambda: file.is_file() and (bool(given) or is_whole(file)))):
         teacher = build.load_teacher(file, images)
         build.own_plan(cfg.skipping, teacher)
         build.taught_sampler(file)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
 from potstill.engine.jobs import build, preflight
@@ -105,9 +106,11 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
 def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> float:
     """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`."""
     if stored.exists():
-        before = json.loads(stored.read_text(encoding="utf-8"))
-        if before["seconds"] != seconds:
-            raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
+        before = read_json(stored, dict, "remove it: the time of an iteration is measured again")
+        if before.get("seconds") != seconds:
+            raise UserError(f"{stored.parent} holds a run of {before.get('seconds')} seconds, got {seconds:g}: give another run_dir=")
+        if not isinstance(before.get("kimg"), float):
+            raise UserError(f"{stored} does not say how many images fit into that time: remove it, and it is measured again")
         return before["kimg"]
     job, stage = Job(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
     stream = job.stream(stage, None)

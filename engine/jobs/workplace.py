@@ -15,7 +15,7 @@ from potstill.engine.jobs import build, machine
 from potstill.engine.methods.base import Pairs, PairsNeeded
 from potstill.engine.models.generate import one_hot, write_pairs
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.weights import read_metadata, read_tensors, save_net
+from potstill.engine.models.weights import is_whole, read_metadata, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import set_checkpointing
 from potstill.engine.training.ranks import Ranks
@@ -41,6 +41,10 @@ class Workplace:
         """Did this file exist when rank 0 looked?"""
         return self.ranks.agree(path.exists())
 
+    def made(self, path: Path) -> bool:
+        """Is this file of the run's own there, and whole? If it is damaged rank 0 says so, and it is made again."""
+        return bool(self.ranks.agree(self.ranks.on_first(lambda: path.exists() and is_whole(path, self.say))))
+
     def prepared(self, net: Any, stage: TrainConfig | None = None) -> Any:
         """A net on the device, computing in the precision of this run and keeping what its stage says; null: distillation."""
         set_checkpointing(net, (stage or self.cfg.train).activation_checkpointing)
@@ -61,7 +65,7 @@ class Workplace:
     def pairs(self, teacher: Denoiser, wanted: PairsNeeded) -> Pairs:
         """Pairs of noise and the teacher's sample from it, made once: the same for all students of the run, classes in turn."""
         path = self.dir / "pairs.safetensors"
-        if not self.exists(path):
+        if not self.made(path):
             self.say(f"making {wanted.number} pairs with {wanted.steps} steps of the teacher")
             in_turn = np.arange(wanted.number) % teacher.label_dim if teacher.label_dim else None
             sampler, batch = heun(teacher, wanted.steps), self.cfg.eval.batch

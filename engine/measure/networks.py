@@ -32,7 +32,7 @@ from potstill.engine.measure.features import KINDS, Features, Pixels, Scripted, 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # of 95,607,719 bytes
 STATE_DICT_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-STATE_DICT_SHA256 = "6726825d"  # its beginning, as the file's name says
+STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIDE = 224  # pixels that the vision transformers take
 
 
@@ -89,7 +89,7 @@ def load_inception(where: str, command: str) -> Features:
 def is_inception(path: Path) -> bool:
     """Is it, whatever its name, one of the two files by whose sha256 FID is known?"""
     found = digest(path)
-    return found == INCEPTION_SHA256 or (path.suffix == ".pth" and found.startswith(STATE_DICT_SHA256))
+    return found == INCEPTION_SHA256 or (path.suffix == ".pth" and found == STATE_DICT_SHA256)
 
 
 def _inception_title(path: Path) -> str:

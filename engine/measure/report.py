@@ -11,18 +11,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 from jinja2 import Environment, StrictUndefined
 
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.kinds import is_number
 from potstill.engine.common.packages import versions_of
 from potstill.engine.common.writing import whole
+from potstill.engine.measure.summary import read_summary
 
 MOST_GRIDS = 8  # of the sample grids over time
 PACKAGES = ("potstill", "torch", "triton", "numpy", "torchmetrics", "safetensors")
-GROUPS = ("student", "teacher", "floor", "seconds", "versions")  # of a summary: dictionaries
 BOOKKEEPING = ("/nonfinite", "/grad_norm", "images_per_second")  # curves that are shown last
 
 Curve = list[tuple[float, float]]
@@ -49,7 +51,7 @@ class Chart:
 def write_report(run_dir: Path) -> Path:
     """Write report.html from what a run folder holds by now, and return its path. Parts that are missing say so."""
     run_dir = Path(run_dir)
-    summary, teacher, path = _summary(run_dir / "summary.json"), run_dir / "teacher", run_dir / "report.html"
+    summary, teacher, path = _summary(run_dir), run_dir / "teacher", run_dir / "report.html"
     levels = {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
@@ -124,13 +126,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | versions_of(*PACKAGES) | {"device": device}
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    """summary.json as far as it can be read."""
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json; {} where it cannot be read, so that the page, which shows its text, still comes into being."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError:
+        found = read_summary(run_dir) or {}
+    except UserError:
         return {}
-    return {k: v for k, v in found.items() if k not in GROUPS or isinstance(v, dict)} if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _duration(seconds: float) -> str:
@@ -151,7 +153,7 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         x = entry.get("kimg", entry.get("step")) if isinstance(entry, dict) else None
         if not is_number(x):
@@ -195,11 +197,6 @@ def short(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Is it a finite number?"""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _thinned(points: Curve) -> Curve:

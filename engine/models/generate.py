@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
+from potstill.engine.models.tensors import write_tensors
 
 DATA, BALANCED, RANDOM, NONE = "data", "balanced", "random", "none"  # where classes come from
 
@@ -103,8 +103,7 @@ def write_pairs(
     z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
     y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
-    with whole(path) as part:
-        save_tensors(tensors, part)
+    write_tensors(path, tensors, {})
 
 
 def labels_for(

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import DICT, FLAG, TEXT, check, count, optional
 from potstill.engine.diffusion.sampling import CHURNED, Sampler, ode
 from potstill.engine.diffusion.solvers import SOLVERS
 from potstill.engine.models.router import MANIFEST, Router, load_router
@@ -19,6 +20,14 @@ from potstill.kernels import cuda
 
 STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
+MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
+ADVICE = "copy the file again, or mend it"
+SECTIONS = {name: optional(DICT) for name in ("teacher", "data", "eval")}  # of config.yaml, as far as others than a run read it
+SETTINGS = {
+    "teacher": {"checkpoint": optional(TEXT)},
+    "data": {"path": optional(TEXT), "resolution": optional(count(1)), "unlabelled": optional(FLAG)},
+    "eval": {"features": optional(TEXT), "n": optional(count(0)), "seed": optional(count(0)), "batch": optional(count(0))},
+}
 EDM_SIGMAS = (0.002, 80.0)  # 2206.00364, Table 1
 
 
@@ -63,10 +72,13 @@ def settings(where: Path) -> dict[str, Any]:
         return {}
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise Damaged(f"{path} is not readable as YAML: {' '.join(str(error).split()):.200}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} wants to be a mapping of settings, got {type(tree).__name__}")
+    check(path, tree, SECTIONS, ADVICE)
+    for name, kinds in SETTINGS.items():
+        check(path, tree.get(name) or {}, kinds, ADVICE, inside=f"{name}.")
     return {str(key): value for key, value in tree.items()}
 
 
@@ -92,6 +104,8 @@ def open_models(
         if which and role not in (which, ""):
             continue
         net, metadata = load_router(path) if path.suffix == ".json" else load_net(path)
+        if isinstance(net, Router) and net.label_dim != len(net.partition.student_of):
+            raise UserError(f"{path} shares out {len(net.partition.student_of)} classes, its students know {net.label_dim}: make it again")
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)
         if which and role != which:
             raise UserError(f"{path} is a {role}'s weight file, wanted a {which}'s")
@@ -161,9 +175,12 @@ def own_sampler(metadata: dict[str, Any], source: Path) -> Sampler | None:
     if found is None:
         return None
     try:
-        return Sampler(**found)
+        sampler = Sampler(**found)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{source} names a way of sampling that this version does not know: {error}") from error
+        raise UserError(f"{source} names a way of sampling that this version does not know: {error!s:.300}") from error
+    if len(sampler.sigmas) > MOST_LEVELS:
+        raise Damaged(f"{source} is sampled at {len(sampler.sigmas):,} noise levels, wanted at most {MOST_LEVELS:,}: copy it again")
+    return sampler
 
 
 def device_named(name: str) -> torch.device:

@@ -9,18 +9,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.download import digest
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import TEXT, Kind, check, is_dict, is_list, is_text, is_whole, shown
+from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
-from potstill.engine.models.weights import file_hash, load_net
+from potstill.engine.models.weights import file_hash, load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 
 MANIFEST = "manifest.json"
+MOST_CLASSES, MOST_STUDENTS = 1_000_000, 4096  # a manifest that names more is none of ours
+ADVICE = f"so it is no manifest of students of ours: wanted the {MANIFEST} of a run or an export"
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,63 @@ def student_folder(run: Path, k: int) -> Path:
     return run / f"student-{k}"
 
 
+def student_name(k: int) -> str:
+    """A student's weight file as a manifest names it, in the folder that the manifest is in."""
+    return f"{student_folder(Path(), k)}/student.safetensors"
+
+
 def write_manifest(run: Path, partition: Partition) -> None:
     """The one file that names all students of a run. Every student's weight file must carry the partition's hash."""
-    files = [student_folder(run, k) / "student.safetensors" for k in range(partition.count)]
+    names = [student_name(k) for k in range(partition.count)]
     text = {
         "partition": {"kind": partition.kind, "student_of": partition.student_of, "hash": partition.hash},
-        "students": [{"file": str(f.relative_to(run)), "sha256": file_hash(f)} for f in files],
+        "students": [{"file": name, "sha256": file_hash(run / name)} for name in names],
     }
     with whole(run / MANIFEST) as part:
         part.write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+
+
+class Manifest(NamedTuple):
+    """What a manifest says: which student has which classes; the weight files and their hashes, one a student."""
+
+    partition: Partition
+    files: list[Path]
+    hashes: list[str]
+
+
+def read_manifest(manifest: Path) -> Manifest:
+    """A manifest, nothing of whose files is read yet. Damaged if it is none; it may name no file but a run's own students beside it."""
+    text = read_json(manifest, dict, ADVICE)
+    said, students = text.get("partition"), text.get("students")
+    if not (is_dict(said) and said.keys() >= PARTITION.keys() and is_list(students, _names_a_file, 1, MOST_STUDENTS)):
+        raise Damaged(f"{manifest} lacks its partition, or the file and sha256 of each student, {ADVICE}")
+    check(manifest, said, PARTITION, ADVICE, inside="partition.")
+    partition = Partition(said["kind"], tuple(said["student_of"]))
+    if partition.hash != said["hash"] or len(students) != partition.count:
+        raise Damaged(
+            f"{manifest} contradicts itself: its classes have hash {partition.hash}, it promises {shown(said['hash'])}; "
+            f"it names {len(students)} files for {partition.count} students"
+        )
+    homes = manifest.parent.resolve(), manifest.resolve().parent  # the second: where the hub's cache keeps what its links lead to
+    for k, one in enumerate(students):
+        if one["file"] != student_name(k):
+            raise Damaged(
+                f"{manifest} names {shown(one['file'])} for student {k}, wanted {student_name(k)}: no other file is read or written"
+            )
+        if not any((manifest.parent / one["file"]).resolve().is_relative_to(home) for home in homes):
+            raise UserError(f"{manifest.parent / one['file']} is a link out of the folder of its manifest: copy the file itself there")
+    return Manifest(partition, [manifest.parent / one["file"] for one in students], [one["sha256"] for one in students])
+
+
+def _each_has_classes(value: Any) -> bool:
+    return is_list(value, lambda student: is_whole(student, 0, MOST_STUDENTS - 1), 1, MOST_CLASSES) and len(set(value)) == max(value) + 1
+
+
+def _names_a_file(value: Any) -> bool:
+    return is_dict(value) and is_text(value.get("file")) and is_text(value.get("sha256"))
+
+
+PARTITION = {"kind": TEXT, "hash": TEXT, "student_of": Kind(_each_has_classes, "each class's student, 0, 1 … without a gap")}
 
 
 def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
@@ -93,25 +145,23 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
 
     UserError if a file is missing, is not the one the manifest was written for, or belongs to another partition.
     """
-    try:
-        text = json.loads(manifest.read_text(encoding="utf-8"))
-        partition = Partition(text["partition"]["kind"], tuple(text["partition"]["student_of"]))
-        listed, promised = [(one["file"], one["sha256"]) for one in text["students"]], text["partition"]["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is no manifest of students ({error!r}): wanted the {MANIFEST} of a run or an export") from error
-    if partition.hash != promised or len(listed) != partition.count:
-        raise UserError(f"{manifest} contradicts itself: its classes have hash {partition.hash}, it promises {promised}")
-    students, metas = [], []
-    for k, (name, sha256) in enumerate(listed):
-        file = manifest.parent / name
-        net, meta = load_net(file)
+    partition, files, hashes = read_manifest(manifest)
+    students, metas, sizes = [], [], []
+    for k, (file, sha256) in enumerate(zip(files, hashes, strict=True)):
+        meta = read_metadata(file)
         if meta.get("partition") != partition.hash or meta.get("student") != k:
             raise UserError(
-                f"{file} is student {meta.get('student')} of partition {meta.get('partition')}, "
+                f"{file} is student {meta.get('student')} of partition {shown(meta.get('partition'))}, "
                 f"{manifest} wants student {k} of {partition.hash}: students of different partitions do not mix"
             )
-        if sha256 not in (file_hash(file), digest(file)):  # an earlier potstill took all of the file for the tensors in it
+        if sha256 != file_hash(file) and sha256 != digest(file):  # an earlier potstill took all of the file for the tensors in it
             raise UserError(f"{file} has changed since {manifest} was written: repeat the training command to renew it")
+        net, meta = load_net(file)
+        sizes.append((net.precond, net.img_channels, net.img_resolution, net.label_dim))
+        if sizes[k] != sizes[0]:
+            raise Damaged(
+                f"{file} is a net of {sizes[k]}, student 0 is one of {sizes[0]} (class, channels, resolution, classes): they do not mix"
+            )
         students.append(net)
         metas.append(meta)
     return Router(students, partition).eval(), metas[0]

@@ -24,7 +24,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
 from potstill.engine.models.generate import generate
 from potstill.engine.models.opening import STUDENT, open_models
-from potstill.engine.models.router import MANIFEST, Router
+from potstill.engine.models.router import MANIFEST, Router, read_manifest, student_name
 from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.denoiser import Denoiser
 
@@ -182,11 +182,11 @@ def copy_weights(weights: Path, folder: Path, name: str) -> Path:
     """Copy a weight file to `name` in a folder; a manifest and all that it names, as they are called. Returns the first weight file."""
     if weights.name != MANIFEST:
         return Path(shutil.copyfile(weights, folder / name))
-    files = [entry["file"] for entry in json.loads(weights.read_text(encoding="utf-8"))["students"]]
-    for file in [MANIFEST, *files]:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights.parent / file, folder / file)
-    return folder / files[0]
+    names = [student_name(k) for k in range(len(read_manifest(weights).files))]
+    for name in [MANIFEST, *names]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights.parent / name, folder / name)
+    return folder / names[0]
 
 
 def write_config(folder: Path, weights: Path) -> None:

@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.common.writing import save_tensors, whole
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import shown
+from potstill.engine.formats.edm_arguments import argument
+from potstill.engine.formats.pickles import Unreadable
+from potstill.engine.models.tensors import FLOATS, Lazily, Stored, hash_of, kinds_of, metadata_of, opened, tensors_of, write_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.steps import FREQUENCIES
@@ -24,53 +25,80 @@ def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
     """Write the net's weights (float32) and, as JSON in the file's metadata, precond, kwargs and `metadata`; atomic."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     meta = {"format": FORMAT, "precond": net.precond, "kwargs": net.kwargs} | metadata
-    with whole(path) as part:
-        save_tensors(tensors, part, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+    write_tensors(path, tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
 
 
 def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
-    """The net in a weight file, in eval mode, and the file's metadata decoded. UserError if it is not such a file."""
-    tensors, meta = read_tensors(path)
+    """The net in a weight file, in eval mode, and the file's metadata decoded. UserError if it is not such a file.
+
+    What the file says about its net is compared with the names and sizes of its tensors before a number of either is in memory.
+    """
+    with opened(path) as file:
+        meta = metadata_of(path, file)
+        check_fits(_planned(path, meta, file.keys()), kinds_of(file), str(path))
+        tensors = tensors_of(path, file)
+    net = from_kwargs(meta["precond"], **meta["kwargs"])
+    load_strictly(net, tensors, str(path))
+    return net.eval(), meta
+
+
+def _planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denoiser:
+    """The net that a file describes, without memory for its numbers. UserError for none, and one that cannot be."""
     if "precond" not in meta or "kwargs" not in meta:
         raise UserError(
             f"{path} holds tensors but does not say which net they belong to (no 'precond' and 'kwargs' in its metadata): "
             "wanted a file written by potstill train or convert"
         )
     try:
-        net = from_kwargs(meta["precond"], **meta["kwargs"])
-    except ValueError as error:
-        raise UserError(f"{path} describes a net that cannot be built: {error}") from error
-    if net.knows_steps and FREQUENCIES not in tensors:
+        for name, value in meta["kwargs"].items():
+            if name != "step_condition" or not isinstance(value, bool):
+                argument(name, value)
+        with torch.device("meta"):
+            net = from_kwargs(meta["precond"], **meta["kwargs"])
+    except Unreadable as error:
+        raise Damaged(f"{path} {error}: copy or download it again") from error
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise Damaged(f"{path} describes a net that cannot be built: {' '.join(str(error).split()):.300}") from error
+    if net.knows_steps and FREQUENCIES not in names:
         raise UserError(
             f"{path} is an SFD-v student of an earlier potstill, which embedded the number of steps otherwise than the released "
             "code and this version do, so it would make other images here: sample it with that version, or train it again"
         )
-    load_strictly(net, tensors, str(path))
-    return net.eval(), meta
+    return net
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors of a safetensors file and its metadata, JSON values decoded."""
-    with _opened(path) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-        return tensors, {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+    with opened(path) as file:
+        return tensors_of(path, file), metadata_of(path, file)
+
+
+def is_whole(path: Path, say: Callable[[str], None] | None = None) -> bool:
+    """Can all of a weight file be read? Else `say` takes a line on what is wrong with it."""
+    try:
+        read_tensors(path)
+    except Damaged as error:
+        if say:
+            say(f"{error}; it is made again")
+        return False
+    return True
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a weight file says about itself, without reading its tensors."""
-    with _opened(path) as file:
-        return {k: _decoded(v) for k, v in (file.metadata() or {}).items()}
+    with opened(path) as file:
+        return metadata_of(path, file)
 
 
 def weights_hash(net: nn.Module) -> str:
     """SHA-256 of a net's weights and buffers: that of a weight file with the same ones."""
-    return _hash(sorted(net.state_dict().items()))
+    return hash_of(net.state_dict())
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the tensors in a weight file, whatever its metadata and their order."""
-    with _opened(path) as file:
-        return _hash((name, file.get_tensor(name)) for name in sorted(file.keys()))
+    with opened(path) as file:
+        return hash_of(Lazily(file))
 
 
 def same_weights(promised: str, net: nn.Module) -> bool:
@@ -84,49 +112,31 @@ def same_weights(promised: str, net: nn.Module) -> bool:
     return promised == digest.hexdigest()
 
 
-def _hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise UserError(f"no weight file at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        what = what_it_is(path)
-        again = "copy or download it again"
-        wanted = f"wanted a file written by potstill train or convert; {what}"
-        raise UserError(
-            f"{path} is not a complete safetensors file ({error}): {again if what == 'it is a safetensors file' else wanted}"
-        ) from error
-
-
 def load_strictly(net: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Load weights whose names and shapes must all agree; otherwise UserError with the first differences."""
+    """Load weights whose names and shapes must all agree and which must be finite; otherwise UserError with the first differences."""
+    check_fits(net, {name: Stored(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()}, source)
+    net.load_state_dict(tensors)
+    for name, tensor in net.state_dict().items():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN is both
+            raise Damaged(f"{source} holds numbers that are not finite in {name}: its training went wrong, or the file is damaged")
+
+
+def check_fits(net: nn.Module, found: dict[str, Stored], source: str) -> None:
+    """UserError unless a file stores floats of just these names and shapes."""
     wanted = net.state_dict()
-    missing, extra = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    missing, extra = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
     shapes = [
-        f"{k} is {list(tensors[k].shape)}, wanted {list(wanted[k].shape)}"
+        f"{k} is {list(found[k].shape)}, wanted {list(wanted[k].shape)}"
         for k in wanted
-        if k in tensors and tensors[k].shape != wanted[k].shape
+        if k in found and found[k].shape != tuple(wanted[k].shape)
     ]
     if missing or extra or shapes:
         parts = [f"misses {missing[0]} and {len(missing) - 1} more"] if missing else []
-        parts += [f"has {extra[0]} and {len(extra) - 1} more that the net lacks"] if extra else []
+        parts += (
+            [f"has {extra[0] if extra[0].isprintable() else shown(extra[0])} and {len(extra) - 1} more that the net lacks"] if extra else []
+        )
         parts += [f"{shapes[0]} ({len(shapes)} shapes differ)"] if shapes else []
         raise UserError(f"{source} is of another architecture: it {'; it '.join(parts)}")
-    net.load_state_dict(tensors)
-
-
-def _decoded(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    for name, (dtype, _) in found.items():
+        if dtype not in FLOATS:
+            raise Damaged(f"{source} holds {name} as {dtype}, wanted one of {', '.join(FLOATS)}")

@@ -25,13 +25,13 @@ class Init:
     weight: float = 1.0
     bias: float = 0.0
 
-    def draw(self, shape: tuple[int, ...], fan_in: int, fan_out: int) -> Tensor:
-        if (planned := torch.empty(shape)).is_meta:  # drawing nothing takes torch longer there than drawing numbers elsewhere
+    def draw(self, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Tensor:
+        if (planned := torch.empty(shape)).is_meta:  # arithmetic with nothing takes torch longer there than with numbers elsewhere
             return planned
         uniform, normal = torch.rand(shape) * 2 - 1, torch.randn(shape)
         if self.law == "kaiming_normal":
-            return math.sqrt(1 / fan_in) * normal
-        return math.sqrt(6 / (fan_in + fan_out) if self.law == "xavier_uniform" else 3 / fan_in) * uniform
+            return math.sqrt(1 / fan_in) * normal * scale
+        return math.sqrt(6 / (fan_in + fan_out) if self.law == "xavier_uniform" else 3 / fan_in) * uniform * scale
 
 
 class Linear(nn.Module):
@@ -40,9 +40,9 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, init: Init = Init()):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        draw = lambda *shape: init.draw(shape, in_features, out_features)  # noqa: E731
-        self.weight = nn.Parameter(draw(out_features, in_features) * init.weight)
-        self.bias = nn.Parameter(draw(out_features) * init.bias) if bias else None
+        draw = lambda scale, *shape: init.draw(shape, in_features, out_features, scale)  # noqa: E731
+        self.weight = nn.Parameter(draw(init.weight, out_features, in_features))
+        self.bias = nn.Parameter(draw(init.bias, out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, in_dtype(self.weight, x.dtype), in_dtype(self.bias, x.dtype) if self.bias is not None else None)
@@ -80,10 +80,11 @@ class Conv2d(nn.Module):
         self.weight = self.bias = None
         if kernel:
             shape = (out_channels, in_channels, kernel, kernel)
-            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out) * init.weight)
-            self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out) * init.bias)
-        f = torch.tensor(resample_filter, dtype=torch.float32)
-        self.register_buffer("resample_filter", f.outer(f)[None, None] / f.sum() ** 2 if up or down else None)
+            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out, init.weight))
+            self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out, init.bias))
+        f = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")  # arithmetic on "meta" would import a compiler
+        taps = (f.outer(f)[None, None] / f.sum() ** 2).to(torch.get_default_device()) if up or down else None
+        self.register_buffer("resample_filter", taps)
 
     def forward(self, x: Tensor) -> Tensor:
         taps = self.resample_filter
@@ -146,12 +147,18 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, *, endpoint: bool = False, stored: bool = False):
         super().__init__()
+        check_even(channels)
         self.channels, self.endpoint = channels, endpoint
         self.register_buffer("freqs", frequencies(channels, endpoint) if stored else None)
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.outer(frequencies(self.channels, self.endpoint, x.device) if self.freqs is None else self.freqs)
         return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def check_even(channels: int) -> None:
+    if channels % 2:
+        raise ValueError(f"an embedding of cosines and sines wants an even number of channels (model_channels), got {channels}")
 
 
 def frequencies(channels: int, endpoint: bool, device: torch.device | None = None) -> Tensor:
@@ -168,6 +175,7 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int, *, scale: float = 16.0):
         super().__init__()
+        check_even(channels)
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,6 +220,8 @@ class UNetBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.dropout, self.skip_scale, self.adaptive_scale = style.dropout, style.skip_scale, style.adaptive_scale
         self.heads = 0 if not attention else style.heads or out_channels // 64
+        if self.heads and out_channels % self.heads:
+            raise ValueError(f"attention wants channels that divide into heads of 64, got {out_channels}")
         self.checkpoint = False  # keep only x and emb for backward, and compute the block again (same numbers, same dropout)
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=style.eps)

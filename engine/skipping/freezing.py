@@ -21,6 +21,7 @@ import numpy as np
 from torch import nn
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.kinds import is_dict, is_list, is_text
 from potstill.engine.skipping.plan import Plan
 from potstill.engine.skipping.probe import ProbeResult
 
@@ -54,10 +55,12 @@ def freeze_named(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:
 
 def proposed(plan: Plan, level: int) -> list[str]:
     """What a plan proposes to freeze instead of a published level."""
-    levels = plan.report.get("freeze", {}).get("levels", {})
-    if str(level) not in levels:
+    found: Any = plan.report
+    for name in ("freeze", "levels", str(level), "frozen"):
+        found = found.get(name) if is_dict(found) else None
+    if not is_list(found, is_text):
         raise UserError(f"method.freeze_plan wants method.freeze from 1 to {MOST} and a plan that potstill probe wrote, got level {level}")
-    return levels[str(level)]["frozen"]
+    return found
 
 
 def need(result: ProbeResult) -> dict[str, float]:

@@ -5,23 +5,35 @@ excess denoising loss E|D_skip - D|² / E|D - y|² stays within its budget. Nest
 buy static shapes: sort a batch by how much it leaves out, and every block runs on the first so many samples of it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from operator import lt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from potstill.engine.common.checks import Unused, above, at_least, finite, wants
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import DICT, NUMBER, TEXT, Kind, check, count, is_dict, is_list, is_number, is_text, is_whole, shown
+from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import same_weights, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.blocks import blocks_of
 
 FORMAT = "potstill-plan-1"
+AGAIN = "make it again with potstill probe"
+OPTIONAL = {"affine", "report"}  # of a plan file
+KINDS = {
+    "teacher": TEXT, "resolution": count(1, 8192), "order": Kind(lambda value: is_list(value, is_text, 0, 10_000), "a list of blocks"),
+    "edges": Kind(lambda value: is_list(value, lambda v: is_number(v, 0), 2) and all(map(lt, value, value[1:])), "ascending, finite noise levels"),
+    "prefix": Kind(lambda value: is_list(value, lambda v: is_whole(v, 0), 1), "a list of whole numbers from 0"),
+    "budget": NUMBER, "affine": DICT, "report": DICT,
+}  # fmt: skip
 BUDGET, HARDEST = 0.005, 0.02  # of a bin's denoising loss: the default, and the most that a plan may cost
 
 
@@ -98,31 +110,53 @@ class Plan:
 
 
 def save_plan(path: Path, plan: Plan) -> None:
-    """As JSON, atomically."""
+    """As JSON with its checksum, atomically."""
+    content = {"format": FORMAT} | asdict(plan)
     with whole(path) as part:
-        part.write_text(json.dumps({"format": FORMAT} | asdict(plan)) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content | {"checksum": checksum(content)}) + "\n", encoding="utf-8")
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of what a plan file says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_plan(path: Path) -> Plan:
-    """A plan file. UserError if it is not one."""
+    """A plan file. UserError if there is none, Damaged if it is not what potstill probe wrote. One of an earlier version has no checksum."""
     if not path.is_file():
         raise UserError(f"no plan at {path}: potstill probe TEACHER.safetensors --data DATA --out {path} makes one")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
-            raise ValueError("another format")
-        plan = Plan(**found)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a plan of potstill probe ({error}): make it again") from error
-    consistent = (
-        len(plan.edges) == plan.bins + 1 > 1
-        and all(a < b for a, b in zip(plan.edges, plan.edges[1:], strict=False))
-        and all(isinstance(p, int) and 0 <= p <= len(plan.order) for p in plan.prefix)
-    )
-    if not consistent:
-        raise UserError(f"{path} contradicts itself (bins, edges, prefixes): make it again with potstill probe")
-    check_budget(plan.budget)
-    return plan
+    found = read_json(path, dict, AGAIN)
+    promised = found.pop("checksum", None)
+    wanted = {"format", *(field.name for field in fields(Plan))}
+    odd = sorted(wanted - OPTIONAL - found.keys()) + sorted(found.keys() - wanted)
+    if odd or found["format"] != FORMAT:
+        what = f"{shown(odd[0])} is {'missing' if odd[0] in wanted else 'not known'}" if odd else f"its format is {shown(found['format'])}"
+        raise Damaged(f"{path} is not a plan of potstill probe ({what}): {AGAIN}")
+    check(path, found, KINDS, AGAIN)
+    prefix, edges, order, affine = found["prefix"], found["edges"], found["order"], found.get("affine", {})
+    if len(edges) != len(prefix) + 1 or len(set(order)) < len(order) or max(prefix) > len(order) or not affine.keys() <= set(order):
+        raise Damaged(f"{path} contradicts itself (bins, edges, prefixes, blocks): {AGAIN}")
+    for name, one in affine.items():
+        if not _calibrates(one, len(prefix)):
+            raise Damaged(
+                f"{path} has an affine of {shown(name)} that is not finite numbers a and b, [{len(prefix)}, channels] each: {AGAIN}"
+            )
+    check_budget(found["budget"])
+    if promised is not None and promised != checksum(found):
+        raise Damaged(f"{path} is damaged (its checksum differs): copy it again, or {AGAIN}")
+    del found["format"]
+    return Plan(**found)
+
+
+def _calibrates(one: Any, bins: int) -> bool:
+    """Are these the scales a and shifts b [K, C] of one block?"""
+    if (
+        not is_dict(one)
+        or one.keys() != {"a", "b"}
+        or not all(is_list(rows, lambda row: is_list(row, is_number, 1), bins, bins) for rows in one.values())
+    ):
+        return False
+    return len({len(row) for rows in one.values() for row in rows}) == 1
 
 
 def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
@@ -135,8 +169,14 @@ def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
         raise UserError(
             f"{source} is for another teacher (weights {plan.teacher[:12]}, these are {weights_hash(net)[:12]}): probe this one with potstill probe"
         )
-    if unknown := set(plan.order) - blocks_of(net.model).keys():
+    blocks = blocks_of(net.model)
+    if unknown := set(plan.order) - blocks.keys():
         raise UserError(f"{source} names blocks that the teacher lacks, such as {min(unknown)}: probe this teacher")
+    for name, one in plan.affine.items():
+        if (wide := len(one["a"][0])) != blocks[name].out_channels:
+            raise UserError(
+                f"{source} calibrates {name} with {wide} channels, the teacher's has {blocks[name].out_channels}: probe this teacher"
+            )
 
 
 def check_budget(budget: float) -> None:

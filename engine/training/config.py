@@ -10,6 +10,8 @@ from potstill.engine.training.optim import IMPLEMENTATIONS, OptimConfig
 from potstill.engine.training.parallel import MODES as PARALLEL
 from potstill.engine.training.parallel import FSDPConfig
 
+ON_NONFINITE = ("stop", "rollback")
+
 
 @dataclass
 class TrainConfig:
@@ -32,6 +34,7 @@ class TrainConfig:
     eval_kimg: float | None = None  # thousands of images between two measurements (`eval`) in the run; null: never
     checkpoint_kimg: float | None = None  # thousands of images between two checkpoints; null: ten over the run
     keep: int = 2  # newest checkpoints kept
+    on_nonfinite: str = "stop"  # when a number is not finite: stop | rollback (to the last checkpoint, and on without that batch)
     graphs: str = "auto"  # replay every turn as one CUDA graph: auto (where there is CUDA) | on (or stop) | off
 
     def __post_init__(self):
@@ -51,6 +54,7 @@ class TrainConfig:
         one_of(self, "compile", COMPILED)
         one_of(self, "activation_checkpointing", CHECKPOINTING)
         one_of(self, "graphs", GRAPHS)
+        one_of(self, "on_nonfinite", ON_NONFINITE)
 
     def optim_of(self, net: str) -> OptimConfig:
         """The optimiser settings of one net."""

@@ -4,6 +4,7 @@
 # pyright: reportMissingImports=false
 
 import json
+import math
 import secrets
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, reading, writing
 from potstill.engine.common.writing import whole
 from potstill.engine.methods.base import Logs
 from potstill.engine.training.ranks import ALONE, Ranks
@@ -51,6 +52,10 @@ class Meter:
         self.sums, self.counts = {}, {}
         return means
 
+    def finite(self, ranks: Ranks = ALONE) -> bool:
+        """Are all means finite so far? It waits for the device."""
+        return bool(self._over(ranks).isfinite().all())
+
     def state_dict(self, ranks: Ranks = ALONE) -> dict[str, Any]:
         """The same on all ranks, and for any number of them."""
         return {"sums": dict(zip(self.sums, self._over(ranks), strict=True)), "counts": dict(self.counts)}
@@ -73,18 +78,29 @@ def is_count(name: str) -> bool:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. A resumed run drops the lines its checkpoint had not seen."""
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines its checkpoint had not seen, and what is no such line."""
 
     def __init__(self, path: Path, first_step: int):
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        complete = text[: text.rfind("\n") + 1].splitlines(keepends=True)  # a crash may have cut the last line short
-        with whole(path) as part:
-            part.write_text("".join(line for line in complete if json.loads(line)["step"] <= first_step), encoding="utf-8")
+        with reading(path):
+            before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in before if line.endswith(b"\n") and _step_of(line) <= first_step]
+        if kept != before or not path.exists():
+            with whole(path) as part:
+                part.write_bytes(b"".join(kept))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+
+
+def _step_of(line: bytes) -> float:
+    """The iteration of a line of metrics.jsonl; infinite for what is no line of it, such as one that a crash cut short."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class TensorBoard:
@@ -93,13 +109,20 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, so only when it is wanted
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self.folder = folder / "tensorboard"
+        with writing(self.folder):  # what was written of the stretch that comes now does not count
+            self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1 if self.folder.exists() else None)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        for name, value in metrics.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, metrics["step"])
-        self.writer.flush()
+        with writing(self.folder):
+            for name, value in metrics.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, metrics["step"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        with writing(self.folder):
+            self.writer.close()
 
 
 class WandB:
@@ -145,7 +168,7 @@ def open_writers(config: LogConfig, folder: Path, first_step: int, *, group: str
         opened: list[Any] = []
         if config.tensorboard:
             opened.append(board := TensorBoard(folder, first_step))
-            stack.callback(board.writer.close)
+            stack.callback(board.close)
         if config.wandb:
             opened.append(wandb := WandB(folder, config.wandb, group=group, stage=stage))
             stack.push(wandb.close)
@@ -165,6 +188,11 @@ class Progress:
 
     def advance(self) -> None:
         self.bar.update()
+
+    def back_to(self, step: int) -> None:
+        """The iterations that are done, where they are not those that were shown."""
+        self.bar.initial = self.bar.n = step
+        self.bar.refresh()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """The newest numbers; off a terminal at most every few seconds, and always the last."""

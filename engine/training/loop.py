@@ -1,7 +1,6 @@
 """The training loop: a batch, an iteration (`Run.take`), and now and then a log line, a hook or a checkpoint."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from potstill.engine.common.errors import UserError
-from potstill.engine.training.checkpoint import ShardedWriter, load_newest, save_checkpoint
+from potstill.engine.common.signals import Interrupted, collected
 from potstill.engine.training.compile import cache_in
 from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
 from potstill.engine.training.profile import STEP, WAITING, Profile
+from potstill.engine.training.rollback import NotFinite, Rollback
 from potstill.engine.training.run import Run
+from potstill.engine.training.saver import Saver
 
 BatchAt = Callable[[int], tuple[torch.Tensor, torch.Tensor | None]]  # iteration -> this rank's images [n, C, H, W] and labels or None
 
@@ -29,14 +29,6 @@ class Hook:
 
     kimg: float
     call: Callable[["Run"], dict[str, float]]
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; a checkpoint was written."""
-
-    def __init__(self, signum: int, checkpoint: Path):
-        super().__init__(f"{signal.Signals(signum).name}: saved {checkpoint}; the same command goes on from there")
-        self.signum = signum
 
 
 def train(
@@ -50,34 +42,41 @@ def train(
     profile: Profile | None = None,
     group: str | None = None,
 ) -> None:
-    """Run to the end, from the newest checkpoint in folder/checkpoints if there is one.
+    """Run to the end, from the newest whole checkpoint in folder/checkpoints if there is one.
 
     `title` is what this stage is called, `group` what all stages of a run are, by default the folder's name.
-    Raises Interrupted after saving on SIGINT or SIGTERM; UserError when a loss is no longer finite.
+    Raises Interrupted after saving on SIGINT, SIGTERM, SIGUSR1 or SIGALRM; UserError when a number is no longer finite, unless
+    `train.on_nonfinite=rollback` finds a way round.
     """
-    ranks, checkpoints = run.ranks, folder / "checkpoints"
-    if state := load_newest(checkpoints, run.device, run.like if run.sharded else None):
-        run.load_state_dict(state)
-    ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
+    ranks = run.ranks
+    saver = Saver(run, folder)
     with closing(Progress(title, run.total, run.step, quiet=not ranks.first)) as progress:
-        if state:
-            progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({checkpoints})")
+        if saver.load(progress.say):
+            progress.back_to(run.step)
+            progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({saver.checkpoints})")
         if run.step < run.total:
+            prepare(run, batch_at, folder, profile, progress)
+        rollback = Rollback(run, saver, progress.say)
+        while run.step < run.total:
             opened = open_writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([])
-            with opened as writers, signals() as caught:
-                iterate(run, batch_at, folder, hooks, profile, progress, [*writers, progress], caught)
-            if run.graphs:
-                progress.say(f"{title}: {run.graphs}")
+            with opened as writers, collected() as caught:
+                try:
+                    iterate(run, batch_at, saver, hooks, profile, progress, [*writers, progress], caught, rollback)
+                    saver.finish()
+                except NotFinite as found:
+                    rollback.after(found)
+                    progress.back_to(run.step)
+                stop = ranks.stop(caught[0] if caught else 0, last=True)
+            if stop:  # in the last iteration, or meanwhile
+                raise Interrupted(stop, f"saved {saver.checkpoints}; the same command goes on from there")
+        if run.graphs:
+            progress.say(f"{title}: {run.graphs}")
 
 
-def iterate(
-    run: Run, batch_at: BatchAt, folder: Path, hooks: Sequence[Hook], profile: Profile | None, progress: Progress,
-    writers: Sequence[Any], caught: list[int],
-) -> None:  # fmt: skip
-    """The iterations that are left, with their log lines, hooks and checkpoints. caught: the signals that have come."""
-    cfg, ranks, checkpoints = run.cfg, run.ranks, folder / "checkpoints"
-    if cfg.micro_batch == "auto":
-        run.batches.size = fitting_micro_batch(run, batch_at(run.step), progress.say)
+def prepare(run: Run, batch_at: BatchAt, folder: Path, profile: Profile | None, progress: Progress) -> None:
+    """What comes once, before the first iteration of this call."""
+    if run.cfg.micro_batch == "auto":
+        run.batches.size = fitting_micro_batch(run, batch_at(run.batch_number(run.step)), progress.say)
     if run.compiled:
         cache_in(folder)
         progress.compiling(run.compiled)
@@ -85,19 +84,28 @@ def iterate(
         run.graphs.say = progress.say
     if profile:
         profile.start(run.device, run.total - run.step)
-    sharded = ShardedWriter(checkpoints, ranks, cfg.keep)
+
+
+def iterate(
+    run: Run, batch_at: BatchAt, saver: Saver, hooks: Sequence[Hook], profile: Profile | None, progress: Progress,
+    writers: Sequence[Any], caught: list[int], rollback: Rollback,
+) -> None:  # fmt: skip
+    """The iterations that are left, with their log lines, hooks and checkpoints. caught: the signals that have come."""
+    cfg, ranks = run.cfg, run.ranks
     clock = Clock(run)
     while run.step < run.total:
         with record_function(WAITING):
-            batch = batch_at(run.step)
+            batch = batch_at(run.batch_number(run.step))
         with record_function(STEP):
             run.take(*batch)
         progress.advance()
         if profile:
             profile.step(progress.say)
+        if rollback.watching:
+            rollback.look()
         if run.step % cfg.log_iterations == 0 or run.step == run.total:
             metrics = run.meter.read(ranks)  # the only wait for the device
-            check_finite(metrics, run.step, checkpoints)
+            check_finite(metrics, run.step)
             write(run, metrics, writers, clock.lap())
         for hook in hooks:
             if run.due(hook.kimg):
@@ -107,16 +115,11 @@ def iterate(
         stop = ranks.stop(caught[0] if caught else 0)
         if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
             clock.tick()
-            path, state = checkpoints, run.state_dict()
-            if run.sharded:
-                path = sharded.save(run.step, state)
-            elif ranks.first:
-                path = save_checkpoint(checkpoints, run.step, state, cfg.keep)
+            path = saver.save()
             if stop:
-                sharded.finish()
+                saver.finish()
                 ranks.wait()
-                raise Interrupted(stop, path)
-    sharded.finish()
+                raise Interrupted(stop, f"saved {path}; the same command goes on from there")
 
 
 class Clock:
@@ -153,29 +156,7 @@ def write(run: Run, metrics: dict[str, float], writers: Sequence[Any], seconds_p
         writer.write(line | metrics)
 
 
-def check_finite(metrics: dict[str, float], step: int, checkpoints: Path) -> None:
-    """Stop at the first log line with a loss that is not a number, naming it."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"{bad[0]} is not finite at iteration {step}: lower train.optim.<net>.lr or set a clip; checkpoints from before are in {checkpoints}"
-        )
-
-
-@contextmanager
-def signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying; a second one of the same kind kills as usual."""
-    caught: list[int] = []
-    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(signum: int, frame: Any) -> None:
-        caught.append(signum)
-        signal.signal(signum, previous[signal.Signals(signum)])
-
-    for signum in previous:
-        signal.signal(signum, handle)
-    try:
-        yield caught
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def check_finite(metrics: dict[str, float], step: int) -> None:
+    """NotFinite, naming it, where a metric is not a number."""
+    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        raise NotFinite(bad[0], step)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.signals import Interrupted
 from potstill.engine.methods.base import OneRank
 
 T = TypeVar("T")
@@ -131,13 +132,16 @@ class Ranks(OneRank):
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.patient)
         return int(least)
 
-    def stop(self, signum: int) -> int:
+    def stop(self, signum: int, *, last: bool = False) -> int:
         """The signal that any rank had got at the last call (0: none). All ranks get the same answer at the same iteration.
 
-        The answer is one iteration old, so no rank waits for the slowest one; it travels between CPUs.
+        The answer is one iteration old, so no rank waits for the slowest one; it travels between CPUs. last: the answer of now, for
+        which all wait.
         """
         if not self.several:
             return signum
+        if last:
+            return self.stop(signum) or self.stop(signum)
         answer = 0
         if self._question is not None:
             work, tensor = self._question
@@ -203,7 +207,8 @@ def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def one_voice(ranks: Ranks) -> Iterator[None]:
-    """An error ends the run on all ranks and is printed once: a UserError with exit code 2, a lost rank with 1.
+    """What ends the run ends it on all ranks and is printed once: a UserError with exit code 2, a signal with 128 + its number,
+    a lost rank with 1.
 
     In a world of one every exception passes.
     """
@@ -214,12 +219,13 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
         yield
     except UserError as error:
         finish(ranks, 2, f"error: {error}")
+    except Interrupted as stop:
+        finish(ranks, 128 + stop.signum, str(stop))
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        reason = str(error).strip().splitlines()[0]
-        finish(ranks, 1, f"error: rank {ranks.rank} lost touch with another rank, which died or hangs ({reason}); the same command "
-               "goes on from the newest checkpoint")  # fmt: skip
+        finish(ranks, 1, f"error: rank {ranks.rank} lost touch with another rank, which died or hangs; the same command goes on from "
+               "the newest checkpoint")  # fmt: skip
 
 
 def is_lost(error: RuntimeError) -> bool:
@@ -231,19 +237,19 @@ def is_lost(error: RuntimeError) -> bool:
 def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
     """Exit with `code` when all ranks are here or LAST_WORDS seconds have passed. The first rank to come prints the sentence.
 
-    A UserError of one rank makes the others lose touch with it: they print nothing, and take over its code.
+    A UserError or a signal of one rank makes the others lose touch with it: they print nothing, and take over its code.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
     assert ranks.store is not None
     try:
         store, deadline = ranks.store, time.monotonic() + LAST_WORDS
-        if code == 2:
-            store.set("code", "2")
+        if code != 1:
+            store.set("code", str(code))
         if store.add("said", 1) == 1:
             print(sentence, file=sys.stderr, flush=True)
         while store.add("said", 0) < ranks.count and time.monotonic() < deadline:
             time.sleep(0.05)
-        code = 2 if store.check(["code"]) else code
+        code = int(store.get("code")) if store.check(["code"]) else code
         if not ranks.first:
             store.add("gone", 1)
         while ranks.first and store.add("gone", 0) < ranks.count - 1 and time.monotonic() < deadline:

@@ -56,7 +56,7 @@ class Run(State):
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with graphs.backend.stream() if graphs else nullcontext():
             self._prepare(images, labels, decay)
-            shared: list[Any] = self.batches.cut(images, labels, self.step)
+            shared: list[Any] = self.batches.cut(images, labels, self.batch_number(self.step))
             if type(method).begin is not Method.begin:
 
                 def begin(batches: list[Any]) -> tuple[list[Any], Logs]:
@@ -105,7 +105,7 @@ class Run(State):
             self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
             if self.graphs and self.guard.state != before:
                 self.graphs.forget()  # those of a teacher that left out something else
-        self.batches.seed_dropout(self.step)
+        self.batches.seed_dropout(self.batch_number(self.step))
         for one in self.trained.values():
             set_learning_rate(one.optimizer, learning_rate(one.cfg, self.step, self.total))
         if self.averaging_optimizer is not None:
@@ -113,8 +113,9 @@ class Run(State):
 
     def product_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """The gradient for the product's parameters at this iteration, as one vector; changes nothing."""
-        self.batches.seed_dropout(self.step)
-        name, batches = self.method.product, self.batches.cut(images, labels, self.step)
+        number = self.batch_number(self.step)
+        self.batches.seed_dropout(number)
+        name, batches = self.method.product, self.batches.cut(images, labels, number)
         parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
         for shared in map(self.method.begin, batches):
@@ -168,7 +169,7 @@ class Batches:
         return slice(start * ranks + rank, stop * ranks, ranks) if self.together else slice(rank * share + start, rank * share + stop)
 
     def cut(self, images: Tensor, labels: Tensor | None, step: int) -> list[Batch]:
-        """The micro-batches of iteration `step`, from this rank's images [n, C, H, W] and labels [n, label_dim]."""
+        """The micro-batches of batch number `step`, from this rank's images [n, C, H, W] and labels [n, label_dim]."""
         size = self.size or len(images)
         return [self.part(images, labels, step, start, size) for start in range(0, len(images), size)]
 

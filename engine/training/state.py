@@ -25,12 +25,14 @@ class State:
 
     trained: the method's nets with their optimisers. ema: the average of the product's weights. step: iterations done.
     seconds: training time so far. best: the least distance measured so far. guard: of a teacher that leaves out layers.
+    left_out: numbers of batches that gave something that is not finite (`engine.training.rollback`), ascending.
     """
 
     def __init__(self, method: Method, cfg: TrainConfig, device: torch.device, ranks: Ranks, *, together: bool):
         self.method, self.cfg, self.device, self.ranks = method, cfg, device, ranks
         self.total = max(1, round(cfg.kimg * 1000 / cfg.batch))
         self.step, self.seconds, self.best = 0, 0.0, float("inf")
+        self.left_out: list[int] = []
         self.meter = Meter()
         self.guard: Guard | None = None
         for net in method.nets.values():
@@ -64,6 +66,12 @@ class State:
     @property
     def kimg(self) -> float:
         return self.images_seen / 1000
+
+    def batch_number(self, step: int) -> int:
+        """Which batch of images and draws iteration `step` takes: its own number, but for those that are left out."""
+        for number in self.left_out:
+            step += number <= step
+        return step
 
     def due(self, every_kimg: float) -> bool:
         """Has the step just done crossed a multiple of `every_kimg`, or was it the last?"""
@@ -99,6 +107,7 @@ class State:
             "guard": {} if self.guard is None else self.guard.state_dict(),
             "seconds": self.seconds,
             "best": self.best,
+            "left_out": list(self.left_out),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +125,7 @@ class State:
         if self.guard is not None and state.get("guard"):
             self.guard.load_state_dict(state["guard"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.left_out = list(state.get("left_out", []))
 
     def like(self, key: tuple[Any, ...], size: torch.Size) -> Tensor | None:
         """The DTensor that a checkpoint's tensor is to be cut like, None for what every rank has whole."""

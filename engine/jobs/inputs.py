@@ -1,0 +1,58 @@
+"""What a run was begun with, by content: its data, its teacher, its plan. A path alone does not say that they are still the same.
+
+inputs.json in the run folder holds their marks; a later call with other contents at the same path is refused, since it would be
+another run that calls itself the old one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from potstill.engine.common.download import digest
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.reading import read_json
+from potstill.engine.config.tree import Config
+from potstill.engine.data.images import Images
+from potstill.engine.jobs.folder import write_json
+from potstill.engine.models.weights import weights_hash
+from potstill.engine.nets.denoiser import Denoiser
+
+FILE = "inputs.json"
+Marks = dict[str, dict[str, Any]]
+
+
+def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None) -> Marks:
+    """What identifies each input. teacher: None where it is still to be trained."""
+    marks: Marks = {}
+    if images is not None:
+        marks["data"] = images.fingerprint()
+    if teacher is not None:
+        marks["teacher"] = {"sha256": weights_hash(teacher)}
+    if cfg.skipping.plan:
+        marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
+    return marks
+
+
+def check_inputs(folder: Path, marks: Marks) -> None:
+    """UserError where an input is another one than when the run began; changes nothing."""
+    for name, before in _stored(folder).items():
+        now = marks.get(name)
+        if now is None or not isinstance(before, dict):
+            continue
+        changed = [f"{key} was {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]]
+        if changed:
+            raise UserError(
+                f"{folder} was begun with another {name}: {'; '.join(changed)[:200]}. Put the old one back or give a new run_dir=; to go on "
+                f"with the new one all the same, remove {folder / FILE}"
+            )
+
+
+def note_inputs(folder: Path, marks: Marks) -> None:
+    """Remember them, beside those that are remembered already."""
+    before = _stored(folder)
+    if before | marks != before:
+        write_json(folder / FILE, before | marks)
+
+
+def _stored(folder: Path) -> Marks:
+    path = folder / FILE
+    return read_json(path, dict, f"remove it, and {folder} goes on with the data and teacher that are there now") if path.exists() else {}

@@ -1,0 +1,35 @@
+"""summary.json, what a finished run has measured: the numbers and texts in it that others read."""
+
+from pathlib import Path
+from typing import Any
+
+from potstill.engine.common.kinds import DICT, NUMBER, TEXT, Kind, check, count, is_dict, number, optional
+from potstill.engine.common.reading import read_json
+
+FILE = "summary.json"
+ADVICE = "repeat the training command to renew it"
+SHARE = number(0, 1)
+SCORE: dict[str, Kind] = {
+    "fd": NUMBER, "kid": NUMBER, "precision": SHARE, "recall": SHARE, "nfe": count(0), "n": count(0), "best_of": count(1),
+    "features": TEXT, "seeds": TEXT, "data": TEXT, "warning": TEXT, "features_sha256": optional(TEXT), "reference_sha256": optional(TEXT),
+    "reference_images": optional(count(0)),
+}  # fmt: skip
+PARTS: dict[str, dict[str, Kind]] = {"student": SCORE, "teacher": SCORE, "floor": {"fd": optional(NUMBER)}}
+EACH = {"seconds": number(0), "images_seen": count(0), "versions": TEXT}  # of all that stands in these
+TOP = {name: optional(DICT) for name in (*PARTS, *EACH)} | {"device": TEXT, "precision": TEXT, "seed": count(0)}
+TOP["images_seen"] = Kind(lambda value: TOP["seconds"].fits(value) or count(0).fits(value), "names and values, or one whole number")
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """summary.json of a run folder; None where there is none: the run is not finished. Damaged where it is not what a run writes."""
+    path = run / FILE
+    if not path.is_file():
+        return None
+    found = read_json(path, dict, ADVICE)
+    check(path, found, TOP, ADVICE)
+    for name, kinds in PARTS.items():
+        check(path, found.get(name) or {}, kinds, ADVICE, inside=f"{name}.")
+    for name, kind in EACH.items():
+        part = part if is_dict(part := found.get(name)) else {}
+        check(path, part, dict.fromkeys(part, kind), ADVICE, inside=f"{name}.")
+    return found

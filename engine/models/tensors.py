@@ -1,0 +1,125 @@
+"""Safetensors files: what is checked before a file is believed, the hash of its tensors, and the checksum of all that is in it.
+
+A file that we write holds in its metadata `checksum`: the sha256 over the other metadata and the tensors. Files of earlier
+versions and of other programs have none.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from potstill.engine.common.errors import Damaged, UserError, reading, what_it_is
+from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_text, number
+from potstill.engine.common.writing import save_tensors, whole
+
+CHECKSUM = "checksum"
+MOST_HEADER = 2**24  # bytes; the largest of ours, a net's of a thousand layers, has a tenth of one MiB
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and torch's
+FLOATS = tuple(DTYPES.values())
+TEXTS = ("format", "precond", "method", "data", "license", "source", "sha256", "partition")  # also where they look like numbers
+METADATA: dict[str, Kind] = {
+    "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
+    "kwargs": DICT, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
+    "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
+}  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """A tensor as a file's header describes it."""
+
+    dtype: str  # torch's name of a float, else the file's own
+    shape: tuple[int, ...]
+
+
+class Lazily(Mapping[str, torch.Tensor]):
+    """The tensors of an open file by name, each read when it is asked for."""
+
+    def __init__(self, file: Any):
+        self.file, self.names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file, whose header is complete and without contradictions. UserError, Damaged for what is none."""
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}")
+    try:
+        with reading(path):
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+            if MOST_HEADER < header < path.stat().st_size:
+                raise SafetensorError(f"its header has {header:,} bytes, at most {MOST_HEADER:,} are read")
+            with safe_open(path, "pt") as file:
+                yield file
+    except SafetensorError as error:
+        what = what_it_is(path)
+        again = "copy or download it again"
+        wanted = f"wanted a file written by potstill train or convert; {what}"
+        raise Damaged(
+            f"{path} is not a complete safetensors file ({error}): {again if what == 'it is a safetensors file' else wanted}"
+        ) from error
+
+
+def kinds_of(file: Any) -> dict[str, Stored]:
+    """Dtypes and shapes of all tensors by name, from the header alone."""
+    slices = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 (safe_open is no dict)
+    return {name: Stored(DTYPES.get(dtype := str(one.get_dtype()), dtype), tuple(one.get_shape())) for name, one in slices}
+
+
+def metadata_of(path: Path, file: Any) -> dict[str, Any]:
+    """The metadata of an open file, JSON values decoded, without the checksum. Damaged where one is of another kind than ours are."""
+    found = {k: v if k in TEXTS else _decoded(v) for k, v in (file.metadata() or {}).items() if k != CHECKSUM}
+    check(path, found, METADATA, "copy or download it again")
+    return found
+
+
+def tensors_of(path: Path, file: Any) -> dict[str, torch.Tensor]:
+    """All tensors of an open file. Damaged unless they and its metadata have the checksum that it names, if it names one."""
+    tensors, metadata = dict(Lazily(file)), file.metadata() or {}
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
+        raise Damaged(f"{path} is damaged (its checksum differs): copy it again; a run makes its own again")
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file with its checksum; whole or absent."""
+    with whole(path) as part:
+        save_tensors(tensors, part, metadata | {CHECKSUM: checksum(tensors, metadata)})
+
+
+def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata, the checksum itself apart, and the tensors."""
+    said = json.dumps({k: v for k, v in metadata.items() if k != CHECKSUM}, sort_keys=True)
+    return hashlib.sha256(f"{said}\n{hash_of(tensors)}".encode()).hexdigest()
+
+
+def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # a text that is no JSON, or that only a trap would hold
+        return text
