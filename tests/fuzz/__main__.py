@@ -34,12 +34,11 @@ def main(argv: list[str]) -> int:
         began = clock()
         tallies.append(fuzz(reader, share(reader, args.n), seed))
         spent = clock() - began
-        print(f"{reader.name}: {spent:.1f} s, {1e3 * spent / tallies[-1].counts.total():.1f} ms an input", file=sys.stderr, flush=True)
+        print(f"{reader.name}: {spent:.1f} s, {1e3 * spent / tallies[-1].counts.total():.1f} ms an input", flush=True)
+        for place, one in sorted(tallies[-1].faults.items(), key=lambda item: -item[1]["n"]):
+            print(f"  {one['n']} x {place} ({one['kind']} in {one['file']}, {one['size']} bytes): {one['said']!r:.120}", flush=True)
         keep(tallies[-1], args.keep)
     print(table(tallies))
-    for tally in tallies:
-        for place, one in sorted(tally.faults.items(), key=lambda item: -item[1]["n"]):
-            print(f"{tally.reader}: {one['n']} x {place} ({one['kind']} in {one['file']}, {one['size']} bytes): {one['said']!r:.120}")
     write(args.out, tallies, seed, clock() - start)
     return int(any(tally.counts[WRONG] + tally.counts[FAILED] for tally in tallies))
 

@@ -326,16 +326,16 @@ def _false_run(found: list[str], right: list[str], damaged: bool) -> str | None:
 NET, TABLE = {"net.safetensors": safetensors_of}, {"manifest.json": manifest_of}
 SUMMED = {"summary.json": json_of, "config.yaml": yaml_of}
 READERS = [
-    Reader("weight file", _weights, _load, NET, false_net, 1000),
-    Reader("weight file, sampled", _weights, _open, NET, false_net, 200, both=0.0),
-    Reader("run folder", _run, _run_read, {"config.yaml": yaml_of}, _false_run, 150),
+    Reader("weight file", _weights, _load, NET, false_net, 700),
+    Reader("weight file, sampled", _weights, _open, NET, false_net, 100, both=0.0),
+    Reader("run folder", _run, _run_read, {"config.yaml": yaml_of}, _false_run, 70),
     Reader("manifest", _students, _manifest_read, TABLE, _false_manifest, 200),
     Reader("export to hub", _students, _exported("hub"), TABLE, _false_export, 100),
-    Reader("export of a run", _run, _exported("safetensors"), SUMMED, _false_export, 150),
-    Reader("folder of the hub", _hub_folder, _pretrained, {"model.safetensors": safetensors_of, "config.json": json_of}, false_net, 150),
+    Reader("export of a run", _run, _exported("safetensors"), SUMMED, _false_export, 70),
+    Reader("folder of the hub", _hub_folder, _pretrained, {"model.safetensors": safetensors_of, "config.json": json_of}, false_net, 80),
     Reader("plan", _plan, _follow, {"plan.json": json_of}, _false_plan, 500),
-    Reader("EDM's pickle", _edm_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 600),
-    Reader("SFD's pickle", _sfd_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 300),
+    Reader("EDM's pickle", _edm_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 400),
+    Reader("SFD's pickle", _sfd_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 200),
     Reader("torch.save, zip", _state_dict(True), _converted, {"net.pkl": None}, _false_conversion, 300),
     Reader("torch.save, older", _state_dict(False), _converted, {"net.pkl": pickle_of}, _false_conversion, 300),
 ]

@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from potstill.engine.common.download import digest
 from potstill.engine.config.tree import flat, load, to_yaml
 from potstill.engine.evaluate import teacher_of_summary
 from potstill.engine.jobs.folder import check_settings
 from potstill.engine.measure.networks import read_state_dict
 from potstill.engine.measure.references import read_reference
 from potstill.engine.measure.report import write_report
-from potstill.engine.training.checkpoint import load_newest, save_checkpoint, without_tensors
+from potstill.engine.training.checkpoint import load_newest, save_checkpoint
 from potstill.engine.training.log import MetricsFile
+from potstill.engine.training.sharded import SUM
+from potstill.engine.training.states import without_tensors, write_state
 
 from .forms import npy_of, pickle_of, zip_of
 from .jail import Reader
@@ -34,8 +37,8 @@ from .pictures import _encoded
 CURVES = [{"step": k, "kimg": k / 2, "seconds": 1.0 * k, "student/loss": 1 / k, "fd@pixels": 3.0} for k in range(1, 6)]
 MINE = "defaults:\n  - digits\n  - _self_\nseed: 3\ntrain:\n  batch: 64\n  kimg: 20\nmethod:\n  sigma: 2.5\nlog:\n  wandb: null\n"
 STATE = {
-    "nets": {"student": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(4)}}, "optim": {"lr": 1e-3, "m": torch.zeros(3, 4)},
-    "meter": {"counts": {"a": 3}, "sums": {"a": torch.tensor(1.5)}}, "rng": torch.arange(8, dtype=torch.uint8), "kimg": 1.5,
+    "nets": {"student": {"w": torch.arange(12.0).reshape(3, 4), "b": torch.ones(4)}}, "optimizers": {"lr": 1e-3, "m": torch.zeros(3, 4)},
+    "ema": {}, "method": {}, "meter": {"counts": {"a": 3}, "sums": {"a": torch.tensor(1.5)}}, "seconds": 1.5, "best": 2.0,
 }  # fmt: skip
 
 
@@ -116,10 +119,11 @@ def _sharded(folder: Path) -> None:
     path = folder / "00000007.dcp"
     path.mkdir()
     tensors, rest = without_tensors({"step": 7} | STATE)
-    torch.save(rest, path / "rest.pt")
+    write_state(path / "rest.pt", rest)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a single process
         save(tensors, storage_writer=FileSystemWriter(str(path)), no_dist=True)
+    (path / SUM).write_text(digest(path / ".metadata") + "\n")
 
 
 def _newest(folder: Path) -> dict[str, Any] | None:
@@ -219,15 +223,15 @@ def _anything(found: Any, right: Any, damaged: bool) -> None:
     return None
 
 
-SHARDS = {"00000007.dcp/.metadata": pickle_of, "00000007.dcp/rest.pt": None, "00000007.dcp/__0_0.distcp": None}
+SHARDS = {f"00000007.dcp/{file}": None for file in ("rest.pt", "__0_0.distcp", SUM)} | {"00000007.dcp/.metadata": pickle_of}
 METRICS = {"metrics.jsonl": lines_of}
 READERS = [
-    Reader("recipe", _recipe, _settings, {"mine.yaml": yaml_of}, _false_settings, 30, both=0.3),
-    Reader("overrides", _overrides, _overridden, {"words.txt": words_of}, _false_settings, 20, both=0.1),
-    Reader("config.yaml, going on", _config, _goes_on, {"config.yaml": yaml_of}, _anything, 20),
-    Reader("checkpoint", _checkpoint, _newest, {"00000007.pt": None}, _false_state, 800),
-    Reader("checkpoint, sharded", _sharded, _newest, SHARDS, _false_state, 500),
-    Reader("report", _left, _report, {"summary.json": json_of, **METRICS, "samples.png": None, "config.yaml": None}, _false_page, 400),
+    Reader("recipe", _recipe, _settings, {"mine.yaml": yaml_of}, _false_settings, 20, both=0.3),
+    Reader("overrides", _overrides, _overridden, {"words.txt": words_of}, _false_settings, 12, both=0.1),
+    Reader("config.yaml, going on", _config, _goes_on, {"config.yaml": yaml_of}, _anything, 10),
+    Reader("checkpoint", _checkpoint, _newest, {"00000007.pt": None}, _false_state, 900),
+    Reader("checkpoint, sharded", _sharded, _newest, SHARDS, _false_state, 600),
+    Reader("report", _left, _report, {"summary.json": json_of, **METRICS, "samples.png": None, "config.yaml": None}, _false_page, 150),
     Reader("metrics, going on", _left, _resumed, METRICS, _false_metrics, 400),
     Reader("summary, evaluated", _left, _known, {"summary.json": json_of}, _anything, 300),
     Reader("reference", _gaussian, _reference("ref.npz"), {"ref.npz": zip_of(npy_of)}, _false_gaussian, 600),
