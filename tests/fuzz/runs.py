@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from potstill.engine.common.download import digest
+from potstill.engine.common.download import digest, fetch
 from potstill.engine.config.tree import flat, load, to_yaml
 from potstill.engine.evaluate import teacher_of_summary
 from potstill.engine.jobs.folder import check_settings
@@ -223,6 +225,26 @@ def _anything(found: Any, right: Any, damaged: bool) -> None:
     return None
 
 
+# Downloads: what lies in the cache, and the note of its sha256 that its first use has left
+
+
+def _cached(folder: Path) -> None:
+    place = folder / "x.example/net.pkl"
+    place.parent.mkdir()
+    place.write_bytes(bytes(range(256)))
+    _fetched(folder)
+
+
+def _fetched(folder: Path) -> bytes:
+    with patch.dict(os.environ, {"POTSTILL_CACHE": str(folder)}):
+        return fetch("https://x.example/net.pkl", command="again").read_bytes()
+
+
+def _false_download(found: bytes, right: bytes, damaged: bool) -> str | None:
+    return None if found == right else "a damaged download"
+
+
+CACHED = {"x.example/net.pkl": None, "x.example/net.pkl.sha256": None}
 SHARDS = {f"00000007.dcp/{file}": None for file in ("rest.pt", "__0_0.distcp", SUM)} | {"00000007.dcp/.metadata": pickle_of}
 METRICS = {"metrics.jsonl": lines_of}
 READERS = [
@@ -236,5 +258,6 @@ READERS = [
     Reader("summary, evaluated", _left, _known, {"summary.json": json_of}, _anything, 300),
     Reader("reference", _gaussian, _reference("ref.npz"), {"ref.npz": zip_of(npy_of)}, _false_gaussian, 600),
     Reader("reference, EDM2's", _edm2, _reference("ref.pkl"), {"ref.pkl": pickle_of}, _unlike_any, 600),
+    Reader("download", _cached, _fetched, CACHED, _false_download, 200),
     Reader("features", _weights, _state, {"net.pth": None}, _anything, 300),
 ]  # fmt: skip
