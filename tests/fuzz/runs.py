@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from potstill.engine.common.download import digest, fetch
-from potstill.engine.config.tree import flat, load, to_yaml
+from potstill.engine.config.tree import Config, flat, load, to_yaml
 from potstill.engine.evaluate import teacher_of_summary
-from potstill.engine.jobs.folder import check_settings
+from potstill.engine.jobs.folder import check_folder
 from potstill.engine.measure.networks import read_state_dict
 from potstill.engine.measure.references import read_reference
 from potstill.engine.measure.report import write_report
@@ -96,18 +96,17 @@ def words_of(data: bytes) -> st.SearchStrategy[bytes]:
 
 
 @cache
-def _now() -> str:
-    """The settings of a run."""
-    return to_yaml(load("digits", []))
+def _now() -> Config:
+    return load("digits", [])
 
 
 def _config(folder: Path) -> None:
-    (folder / "config.yaml").write_text(_now())
+    """The settings that a run began with."""
+    (folder / "config.yaml").write_text(to_yaml(_now()))
 
 
-def _goes_on(folder: Path) -> None:
-    before = (folder / "config.yaml").read_text(encoding="utf-8")
-    check_settings(before, _now(), folder)
+def _goes_on(folder: Path) -> Any:
+    return check_folder(dataclasses.replace(_now(), run_dir=str(folder)))
 
 
 # Checkpoints
