@@ -134,6 +134,11 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert process.returncode == 1
 
 
+def test_what_a_sentence_quotes_of_a_file_does_not_command_the_terminal(tmp_path, capsys):
+    plan = tmp_path / "\x1b[2J\r\u202e.safetensors"
+    assert refused(capsys, "sample", str(plan), "--seeds", "0", "--out", "x.png").endswith(r"/\x1b[2J\r\u202e.safetensors")
+
+
 def test_the_module_and_the_command_are_one(tmp_path):
     """`python -m potstill`, as torchrun and `multiprocessing` start it, from another folder."""
     command = [sys.executable, "-m", "potstill", "recipes", "digits_si"]

@@ -323,9 +323,10 @@ def test_a_signal_while_it_measures_is_one_line_and_the_command_goes_on(argument
 
 
 def test_max_hours_saves_and_ends(tmp_path):
-    with pytest.raises(Interrupted, match="max_hours are over: saved .*; the same command goes on"), signals.stoppable(3 / 3600):
-        line(tmp_path, kimg=1e6)
-    assert len(checkpoints(tmp_path / "checkpoints")) == 1
+    line(tmp_path / "first")  # what is imported late is there now
+    with pytest.raises(Interrupted, match=r"max_hours are over: saved .*; the same command goes on"), signals.stoppable(3 / 3600):
+        line(tmp_path / "run", kimg=1e6, checkpoint_kimg=1e6)
+    assert len(checkpoints(tmp_path / "run/checkpoints")) == 1
 
 
 def test_max_hours_of_a_command(arguments):

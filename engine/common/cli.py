@@ -27,7 +27,7 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -38,3 +38,8 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     except BrokenPipeError:  # the reader of our output (head, less) left; Python would try to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _escaped(text: str) -> str:
+    r"""The text with \x1b for an escape and the like: what a sentence quotes of a file shall not command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
