@@ -355,3 +355,15 @@ def test_columns_that_are_no_labels_are_refused_and_can_be_ignored(hub, kind, va
 def test_a_name_of_a_data_set_is_never_looked_up_without_the_library(monkeypatch):
     monkeypatch.setattr(hugging_face, "find_spec", lambda name: None)
     assert "pip install 'potstill[datasets]'" in refused("hf:some/name@train")
+
+
+def test_a_damaged_table_is_one_sentence(hub):
+    class Damaged(dict):
+        def __getitem__(self, name):
+            raise OSError("Expected to be able to read 4816 bytes for message body,\ngot 512")
+
+    column = hugging_face.Encoded("hf:SET", [Damaged()], "image")
+    with pytest.raises(
+        UserError, match=r"^image 0 of hf:SET cannot be read \(Expected to be able to read 4816 bytes for message body, got 512\): "
+    ):
+        column.read(0)

@@ -19,7 +19,7 @@ from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.edm import from_kwargs
 
 ROOT = Path(__file__).parent.parent
-PAPERS = {path.stem for path in (ROOT / "engine/methods").glob("*.py")} - {"__init__", "base", "parts", "table", "teacher", "msd"}
+PAPERS = {path.stem for path in (ROOT / "engine/methods").glob("*.py")} - {"__init__", "base", "parts", "table", "teacher", "msd", "vitals"}
 TINY = {"img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_type": "SongUNet", "model_channels": 8}
 TINY |= {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 

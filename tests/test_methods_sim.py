@@ -102,7 +102,7 @@ def implicit_gradient(settings: dict, sigma: float, weight: float, detach: str |
         real, fake = (net.estimate(x + sigma * n, levels) for net in (method.teacher, method.frozen_fake))
         value = score_implicit(x, real, fake, c=method.c, weight=w, detach=detach).value
     else:
-        value = method.implicit_distance(x, levels, n, None, w).value
+        value = method.implicit_distance(x, levels, n, None, w)[0].value
     return torch.stack(torch.autograd.grad((weights.outer(weights).flatten() * value).sum(), [m, a]))
 
 
@@ -242,7 +242,7 @@ def test_no_real_image_is_looked_at():
 
 def test_noise_levels_are_sids():
     levels, method = [], sim(Mixture())
-    method.implicit_distance = lambda x, sigma, *rest: levels.append(sigma) or (x.sum((1, 2, 3)), sigma)
+    method.implicit_distance = lambda x, sigma, *rest: levels.append(sigma) or ((x.sum((1, 2, 3)), sigma), {})
     batch = batch_of(Mixture(), n=3)
     batch.draws.uniform = lambda: torch.tensor([0, 0.5 / 0.8, 1])
     method.student_loss(batch)

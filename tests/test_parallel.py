@@ -170,7 +170,9 @@ def test_parallel_checkpoint_index_cannot_run_code(tmp_path):
     folder.mkdir(parents=True)
     torch.save({"step": 1}, folder / "rest.pt")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match=r"asks for posix\.mkdir, which no tensor needs: it is no index of tensors, and nothing in it was executed"):
+    with pytest.raises(
+        UserError, match=r"asks for posix\.mkdir, which no tensor needs: it is no index of tensors, and nothing in it was executed"
+    ):
         load_newest(tmp_path / "checkpoints", "cpu")
     assert not (tmp_path / "owned").exists()
 

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import yaml
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import UserError, reading
 
 RECIPES = Path(__file__).parents[2] / "configs"
+MOST_LETTERS = 2**16  # of a file of recipes; our largest has 5,000
 FIELD = re.compile(r"# ([A-Z][a-z ]+): (.*)")
 
 
@@ -25,7 +26,14 @@ def names() -> list[str]:
 
 def recipes_in(file: Path) -> dict[str, str]:
     """The texts of a file's recipes by name, its own first."""
-    first, *others = re.split(rf"^--- # ({re.escape(file.stem)}_\S+)\n", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    with reading(file), file.open(encoding="utf-8") as opened:
+        try:
+            whole = opened.read(MOST_LETTERS + 1)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not readable as text ({error}): wanted a recipe, in UTF-8") from error
+    if len(whole) > MOST_LETTERS:
+        raise UserError(f"{file} has more than {MOST_LETTERS:,} letters, wanted a recipe")
+    first, *others = re.split(rf"^--- # ({re.escape(file.stem)}_\S+)\n", whole, flags=re.MULTILINE)
     texts = {file.stem: first} | dict(zip(others[::2], others[1::2], strict=True))
     return {name: text.strip() + "\n" for name, text in texts.items()}
 

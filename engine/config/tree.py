@@ -26,6 +26,7 @@ from yaml import YAMLError
 
 from potstill.engine.common.checks import BadSetting, Unused, above, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
+from potstill.engine.config.harmless import check_references
 from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.methods.msd import KINDS as PARTITIONS
@@ -203,6 +204,7 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
             tree = _composed(recipe, [one for one in written if not ABSENT.match(one)])
             OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
             tree.merge_with(*[_nested(one) for one in written if ABSENT.match(one)])
+            check_references(OmegaConf.to_container(tree, resolve=False), recipe.name)
             if unknown := list(_unknown(tree)):
                 raise UserError(_no_such_setting(unknown[0], recipe))
             config = OmegaConf.to_object(tree)
@@ -226,6 +228,8 @@ def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
     """What Hydra makes of recipe and overrides. It stumbles over some input in ways of its own, which are the user's to mend too."""
     try:
         return compose(recipe.stem, overrides=overrides)
+    except UserError:
+        raise
     except MissingConfigException as error:  # an OSError too
         raise UserError(_sentence(error, recipe)) from error
     except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:

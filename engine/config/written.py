@@ -18,6 +18,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
+from potstill.engine.config.harmless import check_loaded, check_text
 from potstill.engine.config.library import file_of, text_of
 
 OVERRIDE = re.compile(r"(\+{0,2})([^=~@]+)=(.*)", re.DOTALL)
@@ -45,9 +46,13 @@ class Recipes(FileConfigSource):
         return file_of(self._recipe(config_path)) is not None
 
     def load_config(self, config_path: str) -> ConfigResult:
-        text = text_of(self._recipe(config_path))
+        recipe = self._recipe(config_path)
+        text = text_of(recipe)
+        check_text(text, _Words, recipe.name)
         OmegaConf.load(io.StringIO(text))  # which refuses what is said twice
-        config = OmegaConf.create(yaml.load(text, Loader=_Words) or {})
+        words = yaml.load(text, Loader=_Words) or {}
+        check_loaded(words, recipe.name)
+        config = OmegaConf.create(words)
         return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, self._get_header_dict(text))
 
     def _recipe(self, config_path: str) -> Path:

@@ -7,12 +7,15 @@ images is taken, and for labels the first of class labels, else one that is call
 # datasets is optional.
 # pyright: reportMissingImports=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from potstill.engine.common.errors import UserError, reading
 from potstill.engine.data.labels import Labels, Reader, Say, from_values, usual
+from potstill.engine.data.pictures import NO_IMAGE, one_line
 
 PREFIX = "hf:"
 
@@ -48,7 +51,8 @@ def _labels(rows: Any, columns: dict[str, Any], text: str, say: Say) -> Labels |
     if more:
         say(f"{text}: labels are those of column {name!r}; passed over: {', '.join(more)}")
     classes = list(columns[name].names) if typed else None
-    values = list(rows[name][:])
+    with _whole(f"column {name!r} of {text}"):
+        values = list(rows[name][:])
     return from_values(values, classes, [f"image {i}" for i in range(len(values))], f"column {name!r} of {text}")
 
 
@@ -68,6 +72,17 @@ def _rows(text: str) -> Any:
         raise UserError(f"{text} cannot be read ({reason}): wanted {PREFIX}NAME[:CONFIG][@SPLIT]") from error
 
 
+@contextmanager
+def _whole(title: str) -> Iterator[None]:
+    """UserError for whatever the library stumbles over in a damaged table."""
+    try:
+        yield
+    except (RuntimeError, *NO_IMAGE) as error:
+        raise UserError(
+            f"{title} cannot be read ({one_line(error)[:200]}): remove the library's copy of the data set, and get it again"
+        ) from error
+
+
 class Encoded:
     """One column, read as a `Folder` of engine.data.files is: PNG or JPEG files as they were stored."""
 
@@ -79,7 +94,8 @@ class Encoded:
         return self.read(i)[:size]
 
     def read(self, i: int) -> bytes:
-        cell = self.column[i][self.name]
+        with _whole(self.title(i)):
+            cell = self.column[i][self.name]
         if cell is None or (cell.get("bytes") is None and not cell.get("path")):
             raise UserError(f"{self.title(i)} is empty")
         with reading(cell.get("path")):

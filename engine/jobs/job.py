@@ -27,6 +27,7 @@ from potstill.engine.models.router import MANIFEST, load_router, student_folder,
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.apply import Guard
+from potstill.engine.training.health import data_variance
 from potstill.engine.training.loop import Hook, train
 from potstill.engine.training.profile import Profile
 from potstill.engine.training.ranks import ALONE, Ranks
@@ -170,6 +171,7 @@ class Job(Workplace):
         classes = self.partition.classes(student) if self.partition and student is not None else None
         for net in method.nets.values():
             net.to(self.device)
+        method.data_variance = data_variance(self.images, classes)
         run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes, self.ranks)
         run.guard = guard
         if run.sharded and cfg.fsdp.teacher == "shard":

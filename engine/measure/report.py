@@ -25,12 +25,14 @@ from potstill.engine.measure.summary import read_summary
 
 MOST_GRIDS = 8  # of the sample grids over time
 PACKAGES = ("potstill", "torch", "triton", "numpy", "torchmetrics", "safetensors")
-BOOKKEEPING = ("/nonfinite", "/grad_norm", "images_per_second")  # curves that are shown last
+BOOKKEEPING = ("/nonfinite", "images_per_second")  # curves that are shown last
+HEALTH = ("/grad_norm", "/variance_ratio", "/variance", "/accuracy", "/logit_fake", "/logit_real")  # what alarms look at, with /gap@σ
 
 Curve = list[tuple[float, float]]
 Place = tuple[float, str]  # a pixel, and the text that stands there
 
 WIDTH, HEIGHT = 360, 200
+DATA = {"data": 1.0}  # the level in charts of ratios to the data
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 POINTS = 240  # drawn per curve; longer ones are averaged in equal pieces
 LOG_RANGE = 30.0  # a positive curve that spans more than this factor is drawn on a logarithmic scale
@@ -53,13 +55,17 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     summary, teacher, path = _summary(run_dir), run_dir / "teacher", run_dir / "report.html"
     levels = {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}
+    curves = read_curves(run_dir / "metrics.jsonl")
+    health = {name: curve for name, curve in curves.items() if name.endswith(HEALTH) or "/gap@" in name}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         title=run_dir.resolve().name,
         lead=_lead(summary),
         tiles=list(_tiles(summary)),
         samples=_pictures([run_dir / "samples.png"]),
-        student_charts=_charts(read_curves(run_dir / "metrics.jsonl"), levels),
+        alarms=[alarm for stage in (run_dir, teacher, *sorted(run_dir.glob("student-*"))) for alarm in read_alarms(stage)],
+        health_charts=_charts(health, {}),
+        student_charts=_charts({name: curve for name, curve in curves.items() if name not in health}, levels),
         student_grids=_grids(run_dir / "samples"),
         teacher_charts=_charts(read_curves(teacher / "metrics.jsonl"), {}),
         teacher_grids=_grids(teacher / "samples"),
@@ -98,9 +104,9 @@ def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _charts(found: dict[str, Curve], levels: dict[str, float]) -> list[tuple[str, Chart]]:
-    """A chart per metric: distances first, book-keeping last; `levels` belong to the distances."""
+    """A chart per metric: distances first, book-keeping last; `levels` belong to the distances, the data's to a ratio to it."""
     order = sorted(found, key=lambda name: (name.endswith(BOOKKEEPING), not name.startswith("fd@")))
-    return [(name, chart(found[name], levels if name.startswith("fd@") else None)) for name in order]
+    return [(name, chart(found[name], levels if name.startswith("fd@") else DATA if name.endswith("_ratio") else None)) for name in order]
 
 
 def _grids(folder: Path) -> list[tuple[str, str]]:
@@ -150,18 +156,29 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     A last line cut short by a crash, lines of something else and values that are not finite are left out.
     """
     curves: dict[str, Curve] = {}
+    for x, entry in _entries(metrics):
+        for name, y in entry.items():
+            if name not in BESIDES and is_number(y):
+                curves.setdefault(name, []).append((x, y))
+    return curves
+
+
+def read_alarms(stage: Path) -> list[tuple[str, str]]:
+    """When alarms rose in a stage's folder, and their sentences (training/health.py)."""
+    found = _entries(stage / "metrics.jsonl")
+    return [(f"{stage.name}, {short(x)} kimg", entry["alarm"]) for x, entry in found if isinstance(entry.get("alarm"), str)]
+
+
+def _entries(metrics: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+    """What can be read of a metrics.jsonl: thousands of images, and the line."""
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
         x = entry.get("kimg", entry.get("step")) if isinstance(entry, dict) else None
-        if not is_number(x):
-            continue
-        for name, y in entry.items():
-            if name not in BESIDES and is_number(y):
-                curves.setdefault(name, []).append((x, y))
-    return curves
+        if is_number(x):
+            yield x, entry
 
 
 def chart(curve: Curve, levels: Mapping[str, float] | None = None) -> Chart:

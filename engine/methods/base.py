@@ -91,6 +91,7 @@ class Turn:
     loss: Callable[[Any], tuple[Tensor, Logs] | None]
     every: int = 1
     after: int = 0  # the first iteration that takes this turn
+    name: str = ""  # among several turns of one net: its gradient's norm is logged under this name, too
 
 
 @dataclass(eq=False)
@@ -192,6 +193,8 @@ class Method:
     state: nn.Module = nn.Module()
     #: Given before training to a method that needs them.
     pairs: Pairs | None = None
+    #: Given before training where there are images: the mean over pixels of their variance, in [-1, 1] (`methods.vitals`).
+    data_variance: float | None = None
     #: Beginnings of the names of weights that an earlier stage need not have (`students.start`): they then stay new.
     may_be_new: ClassVar[tuple[str, ...]] = ()
     #: For a method with batch statistics of its own: the ranks, and whether these statistics are over all ranks' samples, and not

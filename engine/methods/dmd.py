@@ -26,6 +26,7 @@ from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, PairsNeeded, Turn, copied, frozen, integer_at
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
+from potstill.engine.methods.vitals import Gaps, accuracy, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.features import LPIPS, lpips_extra
@@ -105,7 +106,7 @@ class DMD(Method):
             Turn("student", self.student_loss, every=cfg.fake_per_student),
             Turn("fake", self.fake_loss),
         )
-        self.sampler = one_step(cfg.sigma)
+        self.sampler, self.gaps = one_step(cfg.sigma), Gaps(self.teacher_level)
         self.perceptual = LPIPS() if cfg.regression and cfg.regression_metric == "lpips" else None
 
     def teacher_level(self, u: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class DMD(Method):
             fake = self.frozen_fake.estimate(x_t, sigma, it.labels)
         loss, nonfinite = score_match(x, real, fake)
         loss = loss.mean()
-        logs = {"match": loss, "nonfinite": nonfinite}
+        logs = {"match": loss, "nonfinite": nonfinite} | self.gaps(real, fake, sigma) | variance(it.images, self.data_variance)
         if self.cfg.gan:
             adversarial = generator_adversarial([self.logits(self.frozen_fake, x, it.labels, it)]).value.mean()
             loss, logs = loss + self.cfg.gan_student * adversarial, logs | {"gan": adversarial}
@@ -158,7 +159,9 @@ class DMD(Method):
             y, real_labels, _ = it.batch
             logits = self.logits(self.fake, x, it.labels, it), self.logits(self.fake, y, real_labels, it)
             adversarial = discriminator_adversarial([logits[0]], [logits[1]]).value.mean()
-            loss, logs = loss + self.cfg.gan_fake * adversarial, logs | {"gan": adversarial}
+            mean_logits = {"logit_fake": logits[0].mean(), "logit_real": logits[1].mean()}
+            loss = loss + self.cfg.gan_fake * adversarial
+            logs |= {"gan": adversarial, "accuracy": accuracy(logits[:1], logits[1:])} | mean_logits
         return loss, logs
 
     def logits(self, critic: Critic, x: Tensor, labels: Tensor | None, it: Shared) -> Tensor:

@@ -33,6 +33,7 @@ from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import generate, noise_like, set_dropout
+from potstill.engine.methods.vitals import accuracy, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import ProjectedDiscriminator
 from potstill.engine.nets.edm import without_augmentation
@@ -104,10 +105,10 @@ class GDD(Method):
         self.frozen_discriminator = frozen(self.discriminator)
         self.nets = {"student": student, "discriminator": self.discriminator}
         self.state = torch.nn.ModuleList([net.drawn for net in features])
-        r1 = Turn("discriminator", self.r1_loss, every=cfg.r1_every, after=cfg.r1_every)
+        r1 = Turn("discriminator", self.r1_loss, every=cfg.r1_every, after=cfg.r1_every, name="r1")
         self.turns = (
             Turn("student", self.student_loss),
-            Turn("discriminator", self.discriminator_loss),
+            Turn("discriminator", self.discriminator_loss, name="gan"),
             *([r1] if cfg.r1_gamma else []),
         )
         self.sampler = one_step(cfg.sigma)
@@ -117,7 +118,7 @@ class GDD(Method):
         x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
         loss, nonfinite = generator_adversarial(self.logits(self.frozen_discriminator, x, it), kind=self.cfg.loss)
         loss = loss.mean()
-        return self.cfg.sum_over * loss, {"gan": loss, "nonfinite": nonfinite}
+        return self.cfg.sum_over * loss, {"gan": loss, "nonfinite": nonfinite} | variance(x, self.data_variance)
 
     def discriminator_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """D tells generated images from real ones; they go in apart, since batch statistics differ."""
@@ -126,7 +127,7 @@ class GDD(Method):
         fake, real = self.logits(self.discriminator, x, it), self.logits(self.discriminator, it.images, it)
         loss, nonfinite = discriminator_adversarial(fake, real, kind=self.cfg.loss)
         loss = loss.mean()
-        logs = {"gan": loss, "fake": mean_logit(fake), "real": mean_logit(real), "nonfinite": nonfinite}
+        logs = {"gan": loss, "fake": mean_logit(fake), "real": mean_logit(real), "accuracy": accuracy(fake, real), "nonfinite": nonfinite}
         return self.cfg.sum_over * loss, logs
 
     def r1_loss(self, it: Batch) -> tuple[Tensor, Logs]:

@@ -34,6 +34,7 @@ from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.diffusion.solvers import posterior
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import check_guidance, noise_like, set_dropout
+from potstill.engine.methods.vitals import Gaps, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.weight_space import MODES, SecondMoment, WeightSpace
 from potstill.kernels import add_noise, denoise, moments
@@ -150,6 +151,7 @@ class Alternating(MomentMatching):
         self.fake, self.frozen_fake, self.teacher = fake, frozen(fake), frozen(teacher)
         self.nets = {"student": student, "fake": fake}
         self.turns = (Turn("fake", self.fake_loss, every=2), Turn("student", self.student_loss, every=2, after=1))
+        self.gaps = Gaps(self.teacher_level)
 
     def fake_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
         """L_φ: denoise the student's guesses, but stay near the teacher."""
@@ -172,7 +174,8 @@ class Alternating(MomentMatching):
             fake = self.frozen_fake.estimate(z_s, jump.S_s, jump.labels)
         loss, nonfinite = moments(x, real, fake, self.weight(jump.S_s), reduction="sum")
         loss = loss.mean()
-        return loss, {"inner": loss, "nonfinite": nonfinite}
+        logs = {"inner": loss, "nonfinite": nonfinite} | self.gaps(real, fake, jump.S_s) | variance(x, self.data_variance)
+        return loss, logs
 
 
 class Instant(MomentMatching):
@@ -222,7 +225,7 @@ class Instant(MomentMatching):
         direction = self.teacher.derivative(nu, self.state_at_s(second, x), second.S_s, second.labels, self.cfg.jvp)
         loss, nonfinite = moments(x, torch.zeros_like(x), direction, self.weight(second.S_s), reduction="sum")
         moment = -0.5 * torch.stack([(m * n).sum() for m, n in zip(mu, nu, strict=True)]).sum()
-        return loss.mean(), {"moment": moment, "nonfinite": nonfinite}
+        return loss.mean(), {"moment": moment, "nonfinite": nonfinite} | variance(x, self.data_variance)
 
     def moment(self, jump: Jump) -> list[Tensor]:
         """μ: the teacher's gradient on the student's guesses, one tensor per parameter."""

@@ -28,6 +28,7 @@ from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
+from potstill.engine.methods.vitals import variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
@@ -101,7 +102,7 @@ class SFD(Method):
         self.nets = {"student": student}
         self.lpips = LPIPS().to(next(student.parameters()).device) if cfg.lpips else None
         steps = range(int(cfg.afs), max(cfg.num_steps) - 1)
-        self.turns = tuple(Turn("student", partial(self.step_loss, i)) for i in steps)
+        self.turns = tuple(Turn("student", partial(self.step_loss, i), name=f"step{i}" * (len(steps) > 1)) for i in steps)
         self.sampler = self.student_sampler(cfg.sample_num_steps or cfg.num_steps[-1])
         self.walks = {n: (self.student_sampler(n), self.teacher_sampler(n)) for n in cfg.num_steps}
         self.levels = {n: mine.levels(self.teacher).tolist() for n, (mine, _) in self.walks.items()}
@@ -159,4 +160,6 @@ class SFD(Method):
             logs["lpips"] = self.lpips(image, it.targets[-1]).mean()
             loss = loss + self.cfg.lpips * numel * logs["lpips"]
         it.x = x_next
+        if i + 2 == len(it.t):
+            logs |= variance(x_next, self.data_variance)
         return loss, logs

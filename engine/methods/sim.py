@@ -28,6 +28,7 @@ from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
+from potstill.engine.methods.vitals import Gaps, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
@@ -79,7 +80,7 @@ class SIM(Method):
         self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
         self.nets = {"fake": fake, "student": student}
         self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss))
-        self.sampler = one_step(cfg.sigma)
+        self.sampler, self.gaps = one_step(cfg.sigma), Gaps(self.teacher_level)
         pixels = student.img_channels * student.img_resolution**2
         self.c = 0.00054 * pixels**0.5 if cfg.c is None else cfg.c
 
@@ -99,19 +100,22 @@ class SIM(Method):
         labels = batch.draws.labels(self.student.label_dim)
         x = generate(self.student, batch.draws, self.cfg.sigma, labels)
         sigma = self.teacher_level(batch.draws.level())
-        loss, nonfinite = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
+        (loss, nonfinite), gaps = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
         loss = loss.mean()
-        return self.cfg.scale * loss, {"implicit": loss, "nonfinite": nonfinite}
+        return self.cfg.scale * loss, {"implicit": loss, "nonfinite": nonfinite} | gaps | variance(x, self.data_variance)
 
     def teacher_level(self, u: Tensor) -> Tensor:
         return karras_at(self.cfg.t_max * u)
 
-    def implicit_distance(self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None) -> Losses:
-        """Per sample, what has the gradient of w·d(score of x's law - score of the data) at x_t, averaged.
+    def implicit_distance(
+        self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None
+    ) -> tuple[Losses, Logs]:
+        """Per sample, what has the gradient of w·d(score of x's law - score of the data) at x_t, averaged; and the gaps there.
 
         weight [N]: w; None is 1 for huber, and for l2 SiD's 1 / mean|x - D_q|.
         """
         x_t = add_noise(x, sigma, noise)
         real = self.teacher.estimate(x_t, sigma, labels, guidance=self.cfg.guidance)
         fake = self.frozen_fake.estimate(x_t, sigma, labels)
-        return score_implicit(x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight)
+        losses = score_implicit(x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight)
+        return losses, self.gaps(real, fake, sigma)

@@ -149,7 +149,8 @@ class PositionalEmbedding(nn.Module):
         super().__init__()
         check_even(channels)
         self.channels, self.endpoint = channels, endpoint
-        self.register_buffer("freqs", frequencies(channels, endpoint) if stored else None)
+        known = frequencies(channels, endpoint, torch.device("cpu")).to(torch.get_default_device()) if stored else None
+        self.register_buffer("freqs", known)
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.outer(frequencies(self.channels, self.endpoint, x.device) if self.freqs is None else self.freqs)
@@ -176,7 +177,8 @@ class FourierEmbedding(nn.Module):
     def __init__(self, channels: int, *, scale: float = 16.0):
         super().__init__()
         check_even(channels)
-        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        planned = torch.empty(channels // 2)
+        self.register_buffer("freqs", planned if planned.is_meta else torch.randn(channels // 2) * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         angles = x.outer(2 * math.pi * self.freqs)

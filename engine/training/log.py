@@ -196,7 +196,7 @@ class Progress:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """The newest numbers; off a terminal at most every few seconds, and always the last."""
-        losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and not k.endswith(("grad_norm", "nonfinite"))}
+        losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and "@" not in k and not k.endswith(("grad_norm", "nonfinite"))}
         losses |= {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("fd@")}
         step, speed = metrics["step"], metrics.get("images_per_second", 0.0)
         if not self.bar.disable:

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from potstill.engine.common.signals import Interrupted, collected
 from potstill.engine.training.compile import cache_in
+from potstill.engine.training.health import Health
 from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
 from potstill.engine.training.profile import STEP, WAITING, Profile
@@ -60,8 +61,9 @@ def train(
         while run.step < run.total:
             opened = open_writers(log, folder, run.step, group=group or folder.name, stage=title) if ranks.first else nullcontext([])
             with opened as writers, collected() as caught:
+                health = [Health(folder, run.total, progress.say)] if ranks.first else []
                 try:
-                    iterate(run, batch_at, saver, hooks, profile, progress, [*writers, progress], caught, rollback)
+                    iterate(run, batch_at, saver, hooks, profile, progress, [*writers, progress, *health], caught, rollback)
                     saver.finish()
                 except NotFinite as found:
                     rollback.after(found)

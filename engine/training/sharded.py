@@ -148,7 +148,7 @@ def _reader(path: Path) -> Any:
                     raise Damaged(f"{path}: {item.storage_index.fqn} is {list(part.shape)} in its file, wanted {list(target.shape)}")
                 target.copy_(part)
                 planner.commit_tensor(item, target)
-            done: Any = torch.futures.Future()
+            done = torch.futures.Future()
             done.set_result(None)
             return done
 
