@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import SafeLoader, YAMLError
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
+from potstill.engine.config.harmless import check_text
 from potstill.engine.config.tree import Config, flat, to_yaml
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
@@ -29,7 +30,6 @@ FREE = (
     "max_hours",
 )
 FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "on_nonfinite", "micro_batch", "parallel")
-MOST_TEXT = 2**20  # characters of a config.yaml
 
 
 def check_folder(cfg: Config) -> list[str]:
@@ -86,7 +86,8 @@ def _tree(text: str, folder: Path) -> Any:
     """The settings in config.yaml. Damaged where they are not all there."""
     file, advice = folder / "config.yaml", "restore it, or remove it alone if the settings of this command are those the run began with"
     try:
-        tree = OmegaConf.create(text) if len(text) <= MOST_TEXT else None
+        check_text(text, SafeLoader, str(file))
+        tree = OmegaConf.create(text)
         if isinstance(tree, DictConfig) and tree.keys() >= {"seed", "method", "train"}:
             OmegaConf.to_container(tree, resolve=True)
             return tree

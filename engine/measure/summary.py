@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from potstill.engine.common.kinds import DICT, NUMBER, TEXT, Kind, check, count, is_dict, number, optional
+from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_dict, is_text, number, optional
 from potstill.engine.common.reading import read_json
 
 FILE = "summary.json"
 ADVICE = "repeat the training command to renew it"
 SHARE = number(0, 1)
+TEXT = Kind(lambda value: is_text(value) and value.isprintable() and len(value) <= 1000, "a line of text")
 SCORE: dict[str, Kind] = {
     "fd": NUMBER, "kid": NUMBER, "precision": SHARE, "recall": SHARE, "nfe": count(0), "n": count(0), "best_of": count(1),
     "features": TEXT, "seeds": TEXT, "data": TEXT, "warning": TEXT, "features_sha256": optional(TEXT), "reference_sha256": optional(TEXT),

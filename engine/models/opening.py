@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import SafeLoader, YAMLError
 
-from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.errors import Damaged, UserError, reading
 from potstill.engine.common.kinds import DICT, FLAG, TEXT, check, count, optional
+from potstill.engine.config.harmless import check_text
 from potstill.engine.diffusion.sampling import CHURNED, Sampler, ode
 from potstill.engine.diffusion.solvers import SOLVERS
 from potstill.engine.models.router import MANIFEST, Router, load_router
@@ -71,7 +72,10 @@ def settings(where: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        check_text(text, SafeLoader, str(path))
+        tree = OmegaConf.to_container(OmegaConf.create(text))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise Damaged(f"{path} is not readable as YAML: {' '.join(str(error).split()):.200}") from error
     if not isinstance(tree, dict):
