@@ -67,9 +67,7 @@ def write(out: Path, tallies: list[Tally], seed: int, seconds: float) -> None:
         for t in tallies
     ]  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({"seed": seed, "seconds": round(seconds), "readers": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    out.write_text(json.dumps({"seed": seed, "seconds": round(seconds), "readers": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
