@@ -9,6 +9,7 @@ import re
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,12 +52,17 @@ def keep(tally: Tally, folder: Path | None) -> None:
             (folder / f"{name}.{found['file'].replace('/', '_')}").write_bytes(found["data"])
 
 
+def told(one: dict[str, Any]) -> dict[str, Any]:
+    """An example without its bytes, and without this machine's paths in what was said."""
+    return {key: value for key, value in one.items() if key != "data"} | {"said": re.sub(r"(/[\w.-]+)+/", "…/", one["said"])}
+
+
 def write(out: Path, tallies: list[Tally], seed: int, seconds: float) -> None:
     """Counts a reader, and faults with the smallest input that shows each."""
     rows = [
         {
             "reader": t.reader, "inputs": t.counts.total(), **dict(sorted(t.counts.items())),
-            "faults": [{"what": place, **{k: v for k, v in one.items() if k != "data"}} for place, one in sorted(t.faults.items())],
+            "faults": [{"what": place} | told(one) for place, one in sorted(t.faults.items())],
         }
         for t in tallies
     ]  # fmt: skip
