@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test bench kernels-aot csrc-torches gpu lint lock clean .venv
+.PHONY: demo test bench soak kernels-aot csrc-torches gpu lint lock clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -15,6 +15,9 @@ test: $(STAMP)  ## every test that needs no GPU
 
 bench: $(STAMP)  ## the benches this machine can run
 	$(RUN) -m pytest benches --benchmark -q
+
+soak: $(STAMP)  ## disturb tiny runs of every method in every way, MINUTES=20 at most; the same command goes on
+	$(RUN) -m benches.scripts.soak
 
 kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU needed
 	$(RUN) -m kernels.aot
