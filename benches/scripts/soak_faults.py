@@ -240,7 +240,7 @@ NUMBERS = [
         of("sid"),
         iteration(7),
         together(not_a_number, dies(TERM)),
-        "stopped",
+        "stopped_or_refused",
         repair=without_newest,
         wants=EITHER,
     ),

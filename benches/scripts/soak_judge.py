@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benches.scripts.soak_damage import Damage
-from benches.scripts.soak_moments import Action, Moment, dies, iteration, mount
+from benches.scripts.soak_moments import Action, Moment, dies, iteration, mount, unmount
 from benches.scripts.soak_runs import Case, Command, Ended, copy_inputs, difference, lines_lost, reference, results
 
 SAME, REFUSED, LINES, LEFT_OUT = "identical", "refused, then identical", "identical but for lost lines", "left out"
@@ -65,6 +65,10 @@ def refused(ended: Ended) -> bool:
     return all(code == 2 for code in ended.codes) and len(ended.errors) == 1
 
 
+def stopped_or_refused(ended: Ended) -> bool:
+    return stopped(ended) or refused(ended)
+
+
 def lost(ended: Ended) -> bool:
     """A rank has died, and the others say so once."""
     return all(code not in (0, None) for code in ended.codes) and len(ended.errors) == 1
@@ -78,7 +82,7 @@ def refused_or_done(ended: Ended) -> bool:
     return refused(ended) or done(ended)
 
 
-ENDS = {one.__name__: one for one in (killed, saved, stopped, refused, lost, done, refused_or_done)}
+ENDS = {one.__name__: one for one in (killed, saved, stopped, refused, stopped_or_refused, lost, done, refused_or_done)}
 
 
 def check(ended: Ended, wanted: str) -> Ended:
@@ -112,20 +116,14 @@ def judged(fault: Fault, work: Path, number: int, mounts: bool) -> dict[str, Any
     if verdict != "FAIL" and verdict not in fault.wants and not (verdict == REFUSED and fault.first == "refused"):
         verdict, detail = "FAIL", f"{verdict}, wanted {' or '.join(fault.wants)}: {detail}"
     if fault.disk:
-        mount_off(place)
+        unmount(place)
     if verdict != "FAIL":
         shutil.rmtree(place)
-    return row_of(fault, verdict, detail, time.monotonic() - began)
+    return row_of(fault, verdict, detail.replace(f"{place}/", ""), time.monotonic() - began)
 
 
 def row_of(fault: Fault, verdict: str, detail: str, seconds: float) -> dict[str, Any]:
     return {"fault": str(fault), "kind": fault.kind, "verdict": verdict, "detail": detail, "seconds": round(seconds, 1)}
-
-
-def mount_off(place: Path) -> None:
-    import subprocess
-
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def verdict_of(fault: Fault, work: Path, folder: Path, was_refused: bool) -> str:

@@ -206,6 +206,11 @@ def mount(options: str, place: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True)
 
 
+def unmount(place: Path) -> None:
+    """Also where a process still has a file open there."""
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 def removes(folder: Path) -> None:
     shutil.rmtree(folder)
 

@@ -42,6 +42,7 @@ CASES = {
     "dmd": ["digits"],
     "dmd2": ["digits", "method=dmd2"],
     "sim": ["digits_sim"],
+    "sim_l2": ["digits_sim", "method=sim_l2"],
     "sid": ["digits_sim", "method=sid"],
     "gdd": ["digits_gdd"],
     "gdd_i": ["digits_gdd", "method=gdd_i"],
