@@ -93,7 +93,8 @@ class Ended(NamedTuple):
 
     @property
     def last_line(self) -> str:
-        return next(reversed(self.said.strip().splitlines()), "")
+        """But for those that only belong to another."""
+        return next((line for line in reversed(self.said.splitlines()) if line[:1].strip()), "")
 
     @property
     def errors(self) -> list[str]:
