@@ -52,16 +52,14 @@ def zeros_at_end(path: Path) -> None:
     path.write_bytes(data[: len(data) * 3 // 4] + bytes(len(data) - len(data) * 3 // 4))
 
 
-def flip(share: float) -> Callable[[Path], None]:
-    """One bit, of the byte at this share of the file."""
+def flip(*shares: float) -> Callable[[Path], None]:
+    """One bit, of the byte at each of these shares of the file."""
 
     def change(path: Path) -> None:
-        at = int(share * (path.stat().st_size - 1))
-        with path.open("r+b") as file:
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 16]))
+        data = bytearray(path.read_bytes())
+        for share in shares:
+            data[int(share * (len(data) - 1))] ^= 16
+        path.write_bytes(data)
 
     return change
 

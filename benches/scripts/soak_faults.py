@@ -64,6 +64,7 @@ EITHER = (SAME, REFUSED)
 END = iteration(-1)  # all is trained and nothing is measured yet
 FINISHED = {"moment": at_once, "action": lambda _: None, "first": "done"}  # of a run that is at its end: nothing disturbs it
 GIVEN, DATA = "../inputs/sfd_v.safetensors", "../inputs/digits.zip"  # seen from the run folder
+EVERYWHERE = [number / 20 for number in range(4, 19)]  # of a file's bytes, between header and index
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
@@ -95,7 +96,7 @@ KILLS = [
     *(Fault("kill -9", "iteration 10", case) for case in METHODS),
     Fault("kill -9", "iteration 5 of the teacher", of("sid"), iteration(5, "teacher")),
     Fault("kill -9", "a checkpoint is half on disk", of("sfd"), half_a_checkpoint(4)),
-    Fault("kill -9", "just before a checkpoint has its name", of("sim"), named("00000008.pt", after=False)),
+    Fault("kill -9", "just before a checkpoint has its name", of("sim"), named("00000012.pt", after=False)),
     Fault("kill -9", "just after a checkpoint has its name", of("gdd"), named("00000012.pt", after=True)),
     Fault("kill -9", "half a line of metrics is written", of("sid"), half_a_line(9)),
     Fault("kill -9", "just before config.yaml has its name", of("dmd2"), named("config.yaml", after=False)),
@@ -126,7 +127,8 @@ SIGNALS = [
     Fault("SIGTERM", "iteration 1 of the teacher", of("gdd"), iteration(1, "teacher"), dies(TERM), "saved"),
     Fault("SIGTERM", "last iteration of the teacher", of("dmd"), iteration(-1, "teacher"), dies(TERM), "saved"),
     Fault("SIGTERM", "last iteration of the student", of("sim"), END, dies(TERM), "saved"),
-    Fault("SIGTERM", "before a checkpoint has its name", of("sfd"), named("00000008.pt", after=False), dies(TERM), "saved"),
+    Fault("SIGTERM", "before the teacher's last checkpoint has its name", of("dmd"), named("00000008.pt", after=False), dies(TERM), "saved"),
+    Fault("SIGTERM", "before a checkpoint has its name", of("sfd"), named("00000012.pt", after=False), dies(TERM), "saved"),
     Fault("SIGTERM", "while it is measured", of("gdd"), MEASURING, dies(TERM), "stopped"),
     Fault("SIGTERM", "while the data are looked at", ZIP, SCANNING, dies(TERM), "stopped"),
     Fault("SIGTERM", "with a worker that reads images", ZIP, iteration(7), dies(TERM), "saved"),
@@ -169,7 +171,7 @@ DISKS = [
     ),
     Fault("disk", "a quota that a checkpoint exceeds", of("dmd"), iteration(6), no_large_files(100_000), "refused"),
     Fault("disk", "a quota that a weight file exceeds", of("moment_matching"), SAVING, no_large_files(10_000), "refused"),
-    Fault("disk", "an error when a checkpoint gets its name", of("gdd"), named("00000008.pt", after=False), input_output_error, "refused"),
+    Fault("disk", "an error when a checkpoint gets its name", of("gdd"), named("00000012.pt", after=False), input_output_error, "refused"),
     Fault("disk", "no more open files at iteration 7", of("dmd2"), iteration(7), no_handles, "refused"),
     Fault("folder", "removed at iteration 6", of("dmd"), iteration(6), removes, "refused"),
     Fault("folder", "removed while it is measured", of("sim"), MEASURING, removes, "refused"),
@@ -189,6 +191,7 @@ CHECKPOINTS = [
         ("in the header", 0.0, "dmd"), ("in the tree", 0.05, "sfd"), ("in the tree, 2", 0.12, "gdd"), ("in a tensor", 0.5, "dmd"),
         ("in a tensor, 2", 0.65, "sim"), ("in a tensor, 3", 0.8, "moment_matching"), ("in the index", 0.95, "sid"), ("at the end", 1.0, "instant"),
     )),
+    Fault("checkpoint", "bits flipped all over", of("sim"), damage=to_newest(flip(*EVERYWHERE))),
     Fault("checkpoint", "all cut", of("dmd"), damage=to_all(cut), repair=without_stage, wants=EITHER),
     Fault("checkpoint", "the teacher's newest cut", of("gdd"), iteration(6, "teacher"), damage=to_newest(cut)),
 ]  # fmt: skip
@@ -253,7 +256,7 @@ RANKS = [
     Fault("ranks", "rank 0 is killed", DDP["sim"], first="lost", rank=0),
     Fault("ranks", "both are killed", DDP["gdd"]),
     Fault(
-        "ranks", "rank 0 is killed before a checkpoint has its name", DDP["sfd"], named("00000008.pt", after=False), first="lost", rank=0
+        "ranks", "rank 0 is killed before a checkpoint has its name", DDP["sfd"], named("00000012.pt", after=False), first="lost", rank=0
     ),
     Fault("ranks", "SIGTERM to rank 1", DDP["dmd"], iteration(7), dies(TERM), "saved", rank=1),
     Fault("ranks", "SIGTERM to rank 0", DDP["moment_matching"], iteration(7), dies(TERM), "saved", rank=0),
@@ -267,7 +270,7 @@ RANKS = [
     Fault("shards", "killed before a checkpoint has its name", FSDP, named("00000008.dcp", after=False), first="lost", rank=0),
     Fault("shards", "SIGTERM to rank 1", FSDP, iteration(7), dies(TERM), "saved", rank=1),
     Fault("shards", "a shard cut", FSDP, damage=to_newest(cut, "*.distcp")),
-    Fault("shards", "a bit flipped in a shard", FSDP, damage=to_newest(flip(0.6), "*.distcp")),
+    Fault("shards", "bits flipped in a shard", FSDP, damage=to_newest(flip(*EVERYWHERE), "*.distcp")),
     Fault("shards", "a bit flipped in the index", FSDP, damage=to_newest(flip(0.5), ".metadata")),
     Fault("shards", "the index is gone", FSDP, damage=to_newest(gone, ".metadata")),
     Fault("shards", "what is no tensor cut", FSDP, damage=to_newest(cut, "rest.pt")),
