@@ -20,7 +20,7 @@ from benches.scripts.soak_runs import Case, Command, copy_inputs, preload, write
 
 EVERY = 500
 #: Iterations of each stage: a teacher's are the cheapest, a student's have all that distillation does.
-STAGES = {"teacher": 17_000, "student": 3_000}
+STAGES = {"teacher": 18_000, "student": 2_000}
 #: Then it is asked to stop, and judged by what there is.
 MINUTES = float(os.environ.get("MINUTES") or 6)
 #: Bytes an iteration. At a million iterations, which FFHQ's recipe has, a run would have 1 GiB more.
