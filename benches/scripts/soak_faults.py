@@ -95,6 +95,7 @@ def data_back(folder: Path) -> None:
 KILLS = [
     *(Fault("kill -9", "iteration 10", case) for case in METHODS),
     Fault("kill -9", "iteration 5 of the teacher", of("sid"), iteration(5, "teacher")),
+    *(Fault("kill -9", "before the student's first checkpoint", of(name), iteration(2)) for name in ("dmd2", "gdd", "msd")),
     Fault("kill -9", "a checkpoint is half on disk", of("sfd"), half_a_checkpoint(4)),
     Fault("kill -9", "just before a checkpoint has its name", of("sim"), named("00000012.pt", after=False)),
     Fault("kill -9", "just after a checkpoint has its name", of("gdd"), named("00000012.pt", after=True)),
