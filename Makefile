@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test fuzz bench kernels-aot csrc-torches gpu lint lock clean .venv
+.PHONY: demo test fuzz soak bench kernels-aot csrc-torches gpu lint lock clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -18,6 +18,9 @@ fuzz: $(STAMP)  ## damaged and hostile files for every reader, N=10000 new ones;
 
 bench: $(STAMP)  ## the benches this machine can run
 	$(RUN) -m pytest benches --benchmark -q
+
+soak: $(STAMP)  ## disturb tiny runs of every method in every way, MINUTES=20 at most; the same command goes on
+	$(RUN) -m benches.scripts.soak
 
 kernels-aot: $(STAMP)  ## compile every kernel for sm_80 and sm_90; no GPU needed
 	$(RUN) -m kernels.aot

@@ -22,6 +22,7 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.jobs.lock import LOCK, lock
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
@@ -48,17 +49,27 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{out} exists: choose a folder that does not, or remove it")
     subject = found(args.source.expanduser())
     part = out.with_name(out.name + ".part")
-    try:
-        with writing(out):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+    with lock(part / LOCK), writing(out):
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            emptied(part)
             written = FORMATS[args.to](subject, part)
             (part / "README.md").write_text(card(subject.about, written.library, written.use), encoding="utf-8")
+            (part / LOCK).unlink(missing_ok=True)
             part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {written.told}, {size / 2**20:.1f} MiB; read {out}/README.md before you publish it", file=sys.stderr)
+
+
+def emptied(part: Path) -> None:
+    """Nothing but our lock is left of an export that was killed."""
+    for old in part.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != LOCK:
+            old.unlink()
 
 
 def parser() -> argparse.ArgumentParser:

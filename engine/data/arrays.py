@@ -13,6 +13,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
+from potstill.engine.formats.npz import check_member
 
 SYNTHETIC = re.compile(r"synthetic:(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 MAX_SYNTHETIC_BYTES = 2**32
@@ -109,6 +110,7 @@ def _arrays(path: Path, choose: Callable[[list[str]], str | None]) -> tuple[list
             name = choose(keys)
             if name is not None:
                 _refuse_bomb(file.zip, name, path)
+                check_member(file.zip, name)
             found = None if name is None else file[name]
             if not isinstance(found, np.ndarray | None):
                 raise ValueError(f"{name!r} is no array")

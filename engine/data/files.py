@@ -150,7 +150,7 @@ class Zip:
         offset, _, _, _, method, flags = self._entries[i].tolist()
         if flags & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"{self.title(i)} is encrypted or oddly packed, wanted a stored or deflated file")
-        local = self._bytes.read(30, offset)
+        local = self._bytes.read(30, offset) if offset >= 0 else b""
         if len(local) < 30 or local[:4] != b"PK\x03\x04":
             raise UserError(f"{self.title(i)} is not where the zip's directory says: copy or download the zip again")
         name, extra = struct.unpack("<HH", local[26:])

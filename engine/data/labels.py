@@ -77,7 +77,9 @@ def from_json(text: bytes, names: Sequence[str], where: str, say: Say) -> Labels
         pairs = list(pairs.items()) if isinstance(pairs, dict) else pairs
         given = dict(pairs)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f'{where} is not readable as {{"labels": [[name, class], …]}} ({error!r}); {IGNORE}') from error
+        raise UserError(
+            f'{where} is not readable as {{"labels": [[name, class], …]}} ({" ".join(str(error).split()):.100}); {IGNORE}'
+        ) from error
     if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
         raise UserError(f'{where} has "classes" that are no list of names')
     if len(given) < len(pairs):

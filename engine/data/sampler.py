@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.signals import SIGNALS
 from potstill.engine.data.images import IN_MEMORY_BYTES, Images
 from potstill.engine.data.progress import cores
 
@@ -266,9 +267,10 @@ def _no_alarm() -> Iterator[None]:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group, while the main process wants to finish its step and save.
+    """Ctrl-C, SIGTERM and SIGUSR1 reach the whole process group, while the main process wants to finish its step and save.
 
     SIGTERM is also how a worker is ended, so it must go; but without a status that would raise in the main process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

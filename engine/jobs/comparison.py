@@ -108,7 +108,6 @@ def train_here(cfg: Config, record: Path, only_teacher: bool, alone: bool) -> No
         torch.cuda.reset_peak_memory_stats(job.device)
     with job.lock:
         if only_teacher:
-            torch.manual_seed(cfg.seed)
             job.teacher()
         else:
             job.run()

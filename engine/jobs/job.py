@@ -81,7 +81,6 @@ class Job(Workplace):
             return self.all_stages()
 
     def all_stages(self) -> dict[str, Any] | None:
-        torch.manual_seed(self.cfg.seed)
         with self.shared_work():
             teacher = self.teacher()
             start = self.matched_start(teacher)
@@ -110,6 +109,13 @@ class Job(Workplace):
 
     # stages
 
+    def fresh(self, student: int = 0) -> None:
+        """New weights of a stage depend on the seed and the student alone, and not on what this call has done before."""
+        torch.manual_seed(self.seed_of(student))
+
+    def seed_of(self, student: int) -> int:
+        return self.cfg.seed + 1_000_003 * student
+
     def teacher(self) -> Denoiser:
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
@@ -120,6 +126,7 @@ class Job(Workplace):
     def new_teacher(self) -> Teacher:
         """The training of a teacher that knows nothing yet."""
         assert self.images is not None
+        self.fresh()
         net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
         return Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
 
@@ -130,6 +137,7 @@ class Job(Workplace):
             return teacher
         here = self.dir / "tsm.safetensors"
         if not self.made(here):
+            self.fresh()
             net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
             method = TSM(teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
@@ -137,6 +145,7 @@ class Job(Workplace):
 
     def distil(self, teacher: Denoiser, start: Denoiser, k: int) -> tuple[Denoiser, Sampler]:
         """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
+        self.fresh(k)
         method = self.cfg.method.build(teacher, start)
         if earlier := earlier_folder(self.cfg, k):
             for name, weights in earlier_weights(method, earlier).items():
@@ -172,7 +181,7 @@ class Job(Workplace):
         for net in method.nets.values():
             net.to(self.device)
         method.data_variance = data_variance(self.images, classes)
-        run = Run(method, cfg, self.cfg.seed + 1_000_003 * (student or 0), self.device, classes, self.ranks)
+        run = Run(method, cfg, self.seed_of(student or 0), self.device, classes, self.ranks)
         run.guard = guard
         if run.sharded and cfg.fsdp.teacher == "shard":
             for net in spare:

@@ -17,6 +17,7 @@ import torch
 
 from potstill.engine.common.errors import UserError, reading, what_it_is, writing
 from potstill.engine.common.writing import whole
+from potstill.engine.formats.npz import check_member
 from potstill.engine.formats.numpy_pickles import read_arrays
 from potstill.engine.formats.pickles import shown
 from potstill.engine.measure.distances import Gaussian
@@ -67,7 +68,10 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             if max((member.file_size for member in file.zip.infolist()), default=0) > 8 * MOST_FEATURES**2 + 1024:
                 raise MemoryError
-            return {name: file[name] for name in ("mu", "sigma") if name in file.files}
+            names = [name for name in ("mu", "sigma") if name in file.files]
+            for name in names:
+                check_member(file.zip, name)
+            return {name: file[name] for name in names}
     except (*BROKEN, AttributeError) as error:  # AttributeError: one plain .npy, which has no names
         raise UserError(
             f"{path} is no complete .npz of plain arrays ({type(error).__name__}): wanted EDM's reference, mu and sigma; {what_it_is(path)}"
