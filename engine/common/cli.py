@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import ADVICE, UserError, told
 from potstill.engine.common.signals import Interrupted
 
 
@@ -38,6 +38,11 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
     except BrokenPipeError:  # the reader of our output (head, less) left; Python would try to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        print(f"error: cannot go on{f' with {error.filename}' * bool(error.filename)}: {told(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _escaped(text: str) -> str:

@@ -76,8 +76,9 @@ def _taken(file: Path, shared: bool) -> int:
             print(f"note: {file.parent} knows no locks ({error.strerror}): see that no other process works in it", file=sys.stderr)
             return fd
         if file.exists() and os.path.samestat(os.fstat(fd), file.stat()):
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without its owner's name
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             return fd
         os.close(fd)  # who had it has just removed it
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import ADVICE, UserError, told
 from potstill.engine.common.signals import Interrupted
 from potstill.engine.methods.base import OneRank
 
@@ -219,6 +219,10 @@ def one_voice(ranks: Ranks) -> Iterator[None]:
         yield
     except UserError as error:
         finish(ranks, 2, f"error: {error}")
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        finish(ranks, 2, f"error: cannot go on: {told(error)}")
     except Interrupted as stop:
         finish(ranks, 128 + stop.signum, str(stop))
     except RuntimeError as error:
