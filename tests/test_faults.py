@@ -138,8 +138,9 @@ def test_where_no_checkpoint_is_whole_the_run_is_refused(tmp_path):
     line(tmp_path, kimg=0.1)
     for path in checkpoints(tmp_path / "checkpoints"):
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"and there is none before it: remove .* to start over"):
+    with pytest.raises(UserError, match=r"there is none that is whole: restore one, or remove .*checkpoints to start this stage over"):
         line(tmp_path)
+    assert len(checkpoints(tmp_path / "checkpoints")) == 3  # where they were, also for the next call
 
 
 @pytest.mark.filterwarnings("ignore:.*assuming the intent is to save in a single process", "ignore:TypedStorage is deprecated")

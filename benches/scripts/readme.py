@@ -5,7 +5,7 @@
 
 A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
 (compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
-(ladder_quality.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
+(ladder_quality.json), soak (faults.json, before.json), endurance (endurance.json), fuzz (readers.json, before.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
 if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.
 """
 
@@ -70,9 +70,9 @@ def section(name: str, results: Path) -> tuple[str, list[Any]]:
         return gpu_section.section(results)
     if kind not in sections.KINDS:
         raise ValueError(f"wanted one of gpu, {', '.join(sections.KINDS)}, got {kind!r}")
-    file, write = sections.KINDS[kind]
-    source = json.loads((results / folder / file).read_text())
-    return write(source), [source]
+    *files, write = sections.KINDS[kind]
+    sources = [json.loads((results / folder / file).read_text()) for file in files]
+    return write(*sources), sources
 
 
 def unsourced(text: str, sources: list[Any]) -> list[str]:

@@ -127,10 +127,40 @@ def quality(run: dict[str, Any]) -> str:
     return f"The digits' student in both styles, {run['kimg']:g} thousand images each ({cpu_of(run)}):\n\n{table(rows)}"
 
 
+def soak(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """A row for every kind of fault."""
+    verdicts = ["identical", "refused, then identical", "identical but for lost lines", "FAIL"]
+    rows = [["fault", *verdicts[:-1], "wrong", "wrong before"]]
+    for kind, counts in now["counts"].items():
+        failed = str(before["counts"][kind].get("FAIL", 0)) if kind in before["counts"] else ""
+        rows.append([kind, *(str(counts.get(verdict, "")) for verdict in verdicts[:-1]), str(counts.get("FAIL", 0)), failed])
+    rows.append(["**all**", *(f"**{now['all'].get(verdict, 0)}**" for verdict in verdicts), f"**{before['all']['FAIL']}**"])
+    return f"{now['faults']} faults (torch {now['versions']['torch']}); before they were mended {before['faults']} of them were tried:\n\n{table(rows)}"
+
+
+def endurance(run: dict[str, Any]) -> str:
+    """The slope of everything that could grow."""
+    return run["sentence"] + "\n"
+
+
+def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """A row for every reader."""
+    earlier = {row["reader"]: row for row in before["readers"]}
+    rows = [["reader", "inputs", "read", "refused", "wrong", "failed", "wrong before", "failed before"]]
+    for row in [*now["readers"], {"reader": "**all**"} | now["all"]]:
+        old = before["all"] if row["reader"] == "**all**" else earlier.get(row["reader"])
+        rows.append([
+            row["reader"], *(f"{row.get(key, 0):,}" for key in ("inputs", "read", "refused", "wrong", "failed")),
+            *(("" if old is None else f"{old.get(key, 0):,}") for key in ("wrong", "failed")),
+        ])  # fmt: skip
+    return table(rows)
+
+
 KINDS = {
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
     "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
+    "soak": ("faults.json", "before.json", soak), "endurance": ("endurance.json", endurance), "fuzz": ("readers.json", "before.json", fuzz),
 }  # fmt: skip
 
 

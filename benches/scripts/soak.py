@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
@@ -154,8 +155,14 @@ def write(out: Path, source: str, rows: list[dict[str, Any]]) -> None:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     header = {"source": source, "versions": {"torch": torch.__version__, "python": sys.version.split()[0]}}
-    out.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps(header | counted(rows) | {"rows": rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(table(rows))
+
+
+def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many faults had which verdict: of each kind, and of all."""
+    counts = {kind: Counter(row["verdict"] for row in rows if row["kind"] == kind) for kind in dict.fromkeys(row["kind"] for row in rows)}
+    return {"counts": counts, "all": Counter(row["verdict"] for row in rows), "faults": len(rows)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -56,6 +56,7 @@ def endurance(work: Path, out: Path) -> int:
     whole = ended.codes == [0]
     flat = any(one["flat"] for one in found.values()) and all(one["flat"] for one in found.values() if one["samples"] >= FEWEST)
     result = {
+        "sentence": told(found, len(rows) * EVERY),
         "flat": flat, "whole": whole, "iterations": len(rows) * EVERY, "seconds": round(time.monotonic() - began, 1), "stages": found,
         "bounds": {"bytes_per_iteration": round(MOST_BYTES, 1), "handles": IN_FLIGHT, "threads": 0, "processes": 0}, "samples": rows,
     }  # fmt: skip
@@ -65,6 +66,18 @@ def endurance(work: Path, out: Path) -> int:
     if not whole:
         print(f"not all of it in {MINUTES:g} minutes: {ended.codes} {ended.last_line}")
     return int(not flat)
+
+
+def told(found: dict[str, dict[str, Any]], iterations: int) -> str:
+    """The result in a sentence for the README."""
+    stages = [
+        f"{name}: {one['rss_bytes_per_iteration']:,.1f} ± {one['rss_error']:,.1f} bytes an iteration, workers "
+        f"{one['workers_bytes_per_iteration']:,.1f} ± {one['workers_error']:,.1f}; {one['more_handles']} handles, {one['more_threads']} threads, "
+        f"{one['more_processes']} processes more in the second half"
+        for name, one in found.items()
+        if one["samples"] >= FEWEST
+    ]
+    return f"{iterations:,} iterations with two workers: {'. '.join(stages)}."
 
 
 def watch(samples: Path) -> None:

@@ -58,14 +58,14 @@ from benches.scripts.soak_moments import (
 )  # fmt: skip
 from benches.scripts.soak_runs import CASES, Case, write_digits
 
-METHODS = [Case(name) for name in CASES if name not in ("zip", "rare log")]
+METHODS = [Case(name) for name in CASES if name not in ("zip", "rare log", "rollback")]
 ZIP, RARE, SECOND = Case("zip"), Case("rare log"), Case("sfd_second")
 EITHER = (SAME, REFUSED)
 END = iteration(-1)  # all is trained and nothing is measured yet
 FINISHED = {"moment": at_once, "action": lambda _: None, "first": "done"}  # of a run that is at its end: nothing disturbs it
 GIVEN, DATA = "../inputs/sfd_v.safetensors", "../inputs/digits.zip"  # seen from the run folder
 EVERYWHERE = [number / 20 for number in range(4, 19)]  # of a file's bytes, between header and index
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, USR1, TIME_OVER = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGALRM  # the last is that of max_hours
 
 
 def of(name: str) -> Case:
@@ -148,6 +148,9 @@ SIGNALS = [
     Fault("SIGUSR1", "last iteration of the teacher", of("sfd_v"), iteration(-1, "teacher"), dies(USR1), "saved"),
     Fault("SIGUSR1", "last iteration of the student", of("gdd"), END, dies(USR1), "saved"),
     Fault("SIGUSR1", "while it is measured", of("sim"), MEASURING, dies(USR1), "stopped"),
+    Fault("max_hours", "are over in iteration 7", of("gdd_i"), iteration(7), dies(TIME_OVER), "saved"),
+    Fault("max_hours", "are over in the last iteration of the teacher", of("sid"), iteration(-1, "teacher"), dies(TIME_OVER), "saved"),
+    Fault("max_hours", "are over while it is measured", of("instant"), MEASURING, dies(TIME_OVER), "stopped"),
     *(Fault(signum.name, f"at random, {n}", of(name), play=at_random((signum,))) for n, (signum, name) in enumerate(
         ((TERM, "dmd2"), (TERM, "sfd"), (INT, "sim"), (INT, "gdd"), (INT, "zip"), (USR1, "moment_matching")), 1
     )),
@@ -236,6 +239,8 @@ NUMBERS = [
         "clock", "the machine slept for three hours", of("gdd"), iteration(6), jumps(10_800, "time", "perf_counter", "monotonic"), "done"
     ),
     Fault("NaN", "iteration 6", of("dmd"), iteration(6), not_a_number, "refused"),
+    Fault("NaN", "iteration 6, with on_nonfinite=rollback", Case("rollback"), iteration(6), not_a_number, "done"),
+    Fault("NaN", "iteration 2, before any checkpoint but the first", Case("rollback"), iteration(2), not_a_number, "done"),
     Fault("NaN", "iteration 5 of the teacher", of("sim"), iteration(5, "teacher"), not_a_number, "refused"),
     Fault("NaN", "iteration 6, and a checkpoint before a log line", RARE, iteration(6), not_a_number, "refused", repair=without_newest),
     Fault(
@@ -270,11 +275,11 @@ RANKS = [
     Fault("shards", "both are killed", FSDP),
     Fault("shards", "killed before a checkpoint has its name", FSDP, named("00000008.dcp", after=False), first="lost", rank=0),
     Fault("shards", "SIGTERM to rank 1", FSDP, iteration(7), dies(TERM), "saved", rank=1),
-    Fault("shards", "a shard cut", FSDP, damage=to_newest(cut, "*.distcp")),
-    Fault("shards", "bits flipped in a shard", FSDP, damage=to_newest(flip(*EVERYWHERE), "*.distcp")),
-    Fault("shards", "a bit flipped in the index", FSDP, damage=to_newest(flip(0.5), ".metadata")),
-    Fault("shards", "the index is gone", FSDP, damage=to_newest(gone, ".metadata")),
-    Fault("shards", "what is no tensor cut", FSDP, damage=to_newest(cut, "rest.pt")),
+    Fault("shards", "a shard cut", FSDP, iteration(15), damage=to_newest(cut, "*.distcp")),
+    Fault("shards", "bits flipped in a shard", FSDP, iteration(15), damage=to_newest(flip(*EVERYWHERE), "*.distcp")),
+    Fault("shards", "a bit flipped in the index", FSDP, iteration(15), damage=to_newest(flip(0.5), ".metadata")),
+    Fault("shards", "the index is gone", FSDP, iteration(15), damage=to_newest(gone, ".metadata")),
+    Fault("shards", "what is no tensor cut", FSDP, iteration(15), damage=to_newest(cut, "rest.pt")),
 ]
 
 NONE = [Fault("nothing", "the same twice", case, **FINISHED) for case in (Case("dmd"), DDP["dmd"], FSDP)]

@@ -56,10 +56,10 @@ def load_newest(
 ) -> dict[str, Any] | None:
     """The state of the newest checkpoint that is whole and finite, or None where there is none at all. All ranks must ask for it.
 
-    like: what of it is wanted as this rank's shard (a DTensor). say: takes a line for each damaged one, which is then put aside; None:
-    the folder is somebody else's, and a damaged newest one is an error. UserError where none is whole.
+    like: what of it is wanted as this rank's shard (a DTensor). say: takes a line for each damaged one before it, which is then put
+    aside; None: the folder is somebody else's, and a damaged newest one is an error. UserError where none is whole.
     """
-    problem = ""
+    damaged: dict[Path, str] = {}
     for path in ranks.agree(checkpoints(folder)[::-1]):
         state, problem = None, ""
         try:
@@ -68,14 +68,17 @@ def load_newest(
         except Damaged as error:
             problem = str(error)
         if ranks.least(not problem):
+            for other, what in damaged.items():
+                assert say
+                say(f"checkpoint {what}; going on from the one before")
+                ranks.on_first(lambda other=other: os.replace(other, other.with_name(other.name + ASIDE)))
             return state
-        problem = problem or f"{path} is damaged where another rank reads it"
+        damaged[path] = problem or f"{path} is damaged where another rank reads it"
         if say is None:
             break
-        say(f"checkpoint {problem}; going on from the one before")
-        ranks.on_first(lambda path=path: os.replace(path, path.with_name(path.name + ASIDE)))
-    if problem:
-        raise UserError(f"checkpoint {problem}, and there is none before it: remove {folder.parent} to start over")
+    if damaged:
+        what = "; checkpoint ".join(damaged.values())
+        raise UserError(f"checkpoint {what}; there is none that is whole: restore one, or remove {folder} to start this stage over")
     return None
 
 

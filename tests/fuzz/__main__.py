@@ -67,7 +67,8 @@ def write(out: Path, tallies: list[Tally], seed: int, seconds: float) -> None:
         for t in tallies
     ]  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"seed": seed, "seconds": round(seconds), "readers": rows}, indent=1) + "\n", encoding="utf-8")
+    all_of = {key: sum(row.get(key, 0) for row in rows) for key in ("inputs", "read", "refused", "wrong", "failed")}
+    out.write_text(json.dumps({"seed": seed, "seconds": round(seconds), "all": all_of, "readers": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
