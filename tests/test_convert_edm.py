@@ -33,10 +33,10 @@ from torch import nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
 from potstill.engine.diffusion.sampling import one_step
-from potstill.engine.formats import pickles
 from potstill.engine.formats.edm_pickle import read_net
 from potstill.engine.models.weights import load_net, save_net
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.readers import pickles
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
 TINY = {

@@ -23,11 +23,11 @@ from potstill.engine import train as command
 from potstill.engine.common import signals
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.config.tree import load
-from potstill.engine.formats.dcp_index import read_index
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.lock import lock
 from potstill.engine.methods.base import Method, Turn
 from potstill.engine.models.weights import load_net, save_net
+from potstill.engine.readers.dcp_index import read_index
 from potstill.engine.training.checkpoint import checkpoints, load_newest, save_checkpoint
 from potstill.engine.training.loop import Interrupted, LogConfig, train
 from potstill.engine.training.run import Run, TrainConfig

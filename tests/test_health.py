@@ -14,7 +14,7 @@ import torch
 
 from potstill.engine.config.library import find
 from potstill.engine.config.tree import load
-from potstill.engine.data.images import open_images
+from potstill.engine.data.images import data_variance, open_images
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sigmas import grid_level
 from potstill.engine.measure.report import write_report
@@ -23,7 +23,7 @@ from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.sim import SIMConfig
 from potstill.engine.methods.vitals import Gaps, accuracy, variance
 from potstill.engine.models.weights import load_net
-from potstill.engine.training.health import REPEAT, Health, data_variance
+from potstill.engine.training.health import REPEAT, Health
 from potstill.engine.training.log import LogConfig
 from potstill.engine.training.loop import train
 from potstill.engine.training.run import Run

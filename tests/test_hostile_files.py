@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from potstill.engine import evaluate, export
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.diffusion.sampling import one_step
-from potstill.engine.formats.edm_arguments import COUNTS, LISTS, NUMBERS, TEXTS
 from potstill.engine.measure.report import write_report
 from potstill.engine.models import weights
 from potstill.engine.models.generate import write_pairs
@@ -21,6 +20,7 @@ from potstill.engine.models.router import Partition, load_router, student_folder
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import file_hash, load_net, read_metadata, read_tensors, save_net, weights_hash
 from potstill.engine.nets.edm import all_kwargs, from_kwargs
+from potstill.engine.readers.edm_arguments import COUNTS, LISTS, NUMBERS, TEXTS
 from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.freezing import proposed
 from potstill.engine.skipping.plan import Plan, check_plan, load_plan, save_plan

@@ -26,12 +26,12 @@ from yaml import YAMLError
 
 from potstill.engine.common.checks import BadSetting, Unused, above, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.harmless import check_references
 from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.methods.msd import KINDS as PARTITIONS
 from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss
+from potstill.engine.readers.harmless import check_references
 from potstill.engine.skipping.plan import SkippingConfig
 from potstill.engine.training.loop import LogConfig
 from potstill.engine.training.run import TrainConfig

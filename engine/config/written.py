@@ -18,8 +18,8 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
-from potstill.engine.config.harmless import check_loaded, check_text
 from potstill.engine.config.library import file_of, text_of
+from potstill.engine.readers.harmless import check_loaded, check_text
 
 OVERRIDE = re.compile(r"(\+{0,2})([^=~@]+)=(.*)", re.DOTALL)
 

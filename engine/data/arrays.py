@@ -13,7 +13,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
-from potstill.engine.formats.npz import check_member
+from potstill.engine.readers.npz import check_member
 
 SYNTHETIC = re.compile(r"synthetic:(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?")
 MAX_SYNTHETIC_BYTES = 2**32

@@ -131,6 +131,18 @@ class Images:
         return part
 
 
+def data_variance(images: Images | None, classes: Sequence[int] | None = None) -> float | None:
+    """Mean over pixels of the variance of at most 512 images in [-1, 1], of some classes if they are given.
+
+    None without images, and where they are all the same.
+    """
+    if images is None:
+        return None
+    some = (images if classes is None else images.subset(classes)).thinned(512)
+    pixels = np.stack([some.read(i) for i in range(len(some))]) / 127.5
+    return float(pixels.var(0).mean()) or None
+
+
 def _common_header(source: Source, resolution: int | None) -> Header:
     """The header that all pictures share: square, grey or RGB."""
     n = 1 if isinstance(source, ArraySource) else len(source)

@@ -15,13 +15,13 @@ from torch import Tensor
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import iddpm_levels
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.edm_arguments import argument
-from potstill.engine.formats.pickles import Inert, Unreadable, shown
 from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
-from potstill.engine.formats.torch_pickles import MOST_PARTS, NET_NAME, Persistent, StoredTensor, Weights, read_file, weights_of
 from potstill.engine.models.weights import load_strictly, read_metadata, read_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
+from potstill.engine.readers.edm_arguments import argument
+from potstill.engine.readers.pickles import Inert, Unreadable, shown
+from potstill.engine.readers.torch_pickles import MOST_PARTS, NET_NAME, Persistent, StoredTensor, Weights, read_file, weights_of
 
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import geometric, karras, vp_uniform
-from potstill.engine.formats.edm_arguments import LISTS, argument, is_number, is_whole
-from potstill.engine.formats.pickles import Inert, Unreadable, checked, shown
-from potstill.engine.formats.torch_pickles import SFD_CLASSES, SFD_MODULE, Persistent, StoredTensor, Weights, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.layers import frequencies
 from potstill.engine.nets.steps import FREQUENCIES
+from potstill.engine.readers.edm_arguments import LISTS, argument, is_number, is_whole
+from potstill.engine.readers.pickles import Inert, Unreadable, checked, shown
+from potstill.engine.readers.torch_pickles import SFD_CLASSES, SFD_MODULE, Persistent, StoredTensor, Weights, modules_of
 
 PRECOND = f"{SFD_MODULE}EDMPrecond"
 STEPS = re.compile(r"model\.map_step(_layer[01])?\.|\.affine_step\.")

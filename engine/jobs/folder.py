@@ -12,8 +12,8 @@ from yaml import SafeLoader, YAMLError
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
-from potstill.engine.config.harmless import check_text
 from potstill.engine.config.tree import Config, flat, to_yaml
+from potstill.engine.readers.harmless import check_text
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = (

@@ -10,6 +10,7 @@ import torch
 
 from potstill.engine.config import unused
 from potstill.engine.config.tree import Config
+from potstill.engine.data.images import data_variance
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
 from potstill.engine.jobs import build, preflight
@@ -27,7 +28,6 @@ from potstill.engine.models.router import MANIFEST, load_router, student_folder,
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.apply import Guard
-from potstill.engine.training.health import data_variance
 from potstill.engine.training.loop import Hook, train
 from potstill.engine.training.profile import Profile
 from potstill.engine.training.ranks import ALONE, Ranks

@@ -17,10 +17,10 @@ import torch
 
 from potstill.engine.common.errors import UserError, reading, what_it_is, writing
 from potstill.engine.common.writing import whole
-from potstill.engine.formats.npz import check_member
-from potstill.engine.formats.numpy_pickles import read_arrays
-from potstill.engine.formats.pickles import shown
 from potstill.engine.measure.distances import Gaussian
+from potstill.engine.readers.npz import check_member
+from potstill.engine.readers.numpy_pickles import read_arrays
+from potstill.engine.readers.pickles import shown
 
 MOST_FEATURES = 16_384  # a covariance of 2 GiB
 BROKEN = (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, MemoryError, OverflowError, NotImplementedError)

@@ -11,12 +11,12 @@ from yaml import SafeLoader, YAMLError
 
 from potstill.engine.common.errors import Damaged, UserError, reading
 from potstill.engine.common.kinds import DICT, FLAG, TEXT, check, count, optional
-from potstill.engine.config.harmless import check_text
 from potstill.engine.diffusion.sampling import CHURNED, Sampler, ode
 from potstill.engine.diffusion.solvers import SOLVERS
 from potstill.engine.models.router import MANIFEST, Router, load_router
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.readers.harmless import check_text
 from potstill.kernels import cuda
 
 STUDENT, TEACHER = "student", "teacher"

@@ -11,12 +11,12 @@ from torch import nn
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import shown
-from potstill.engine.formats.edm_arguments import argument
-from potstill.engine.formats.pickles import Unreadable
 from potstill.engine.models.tensors import FLOATS, Lazily, Stored, hash_of, kinds_of, metadata_of, opened, tensors_of, write_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.steps import FREQUENCIES
+from potstill.engine.readers.edm_arguments import argument
+from potstill.engine.readers.pickles import Unreadable
 
 FORMAT = "potstill-1"
 

@@ -18,10 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from potstill.engine.common.errors import writing
-from potstill.engine.data.images import Images
 
 ROW = 3  # lines in a row that a rule wants
 REPEAT = 20  # lines between two alarms of a kind
@@ -38,18 +35,6 @@ STILL = 3e-4  # a gap so small, past a twentieth of the run; recipes that work h
 BAD_SHARE = 0.01  # of an interval's samples
 
 Lines = Sequence[dict[str, Any]]
-
-
-def data_variance(images: Images | None, classes: Sequence[int] | None = None) -> float | None:
-    """Mean over pixels of the variance of at most 512 images in [-1, 1], of some classes if they are given.
-
-    None without images, and where they are all the same.
-    """
-    if images is None:
-        return None
-    some = (images if classes is None else images.subset(classes)).thinned(512)
-    pixels = np.stack([some.read(i) for i in range(len(some))]) / 127.5
-    return float(pixels.var(0).mean()) or None
 
 
 class Health:

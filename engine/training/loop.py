@@ -17,9 +17,10 @@ from potstill.engine.training.health import Health
 from potstill.engine.training.log import LogConfig, Progress, open_writers
 from potstill.engine.training.memory import fitting_micro_batch
 from potstill.engine.training.profile import STEP, WAITING, Profile
-from potstill.engine.training.rollback import NotFinite, Rollback
+from potstill.engine.training.rollback import Rollback
 from potstill.engine.training.run import Run
 from potstill.engine.training.saver import Saver
+from potstill.engine.training.states import NotFinite
 
 BatchAt = Callable[[int], tuple[torch.Tensor, torch.Tensor | None]]  # iteration -> this rank's images [n, C, H, W] and labels or None
 

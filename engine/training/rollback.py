@@ -6,29 +6,19 @@ function of its seed, and a run that is killed meanwhile does the same again.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.run import Run
-
-if TYPE_CHECKING:
-    from potstill.engine.training.saver import Saver
+from potstill.engine.training.saver import Saver
+from potstill.engine.training.states import NotFinite
 
 MOST = 10  # rollbacks of a call: what fails more often is the training and not a batch
-
-
-class NotFinite(Exception):
-    """`name`, a metric or a tensor of the state, is not finite at iteration `step`. batch: the number of the one that did it, if known."""
-
-    def __init__(self, name: str, step: int, batch: int | None = None):
-        super().__init__(f"{name} is not finite at iteration {step}")
-        self.step, self.batch = step, batch
 
 
 class Rollback:
     """watching: is every iteration looked at, since one of those to come has failed before?"""
 
-    def __init__(self, run: Run, saver: "Saver", say: Callable[[str], None]):
+    def __init__(self, run: Run, saver: Saver, say: Callable[[str], None]):
         self.run, self.saver, self.say = run, saver, say
         self.until, self.count = 0, 0
 

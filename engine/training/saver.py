@@ -7,10 +7,9 @@ from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import drop, load_newest, save_checkpoint
-from potstill.engine.training.rollback import NotFinite
 from potstill.engine.training.run import Run
 from potstill.engine.training.sharded import ShardedWriter
-from potstill.engine.training.states import not_finite
+from potstill.engine.training.states import NotFinite, not_finite
 
 NUMBERED = {"samples": ".png", "snapshots": ".safetensors"}  # files whose names begin with the number of images seen
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from potstill.engine.common.download import digest
 from potstill.engine.common.errors import Damaged, UserError, told, writing
 from potstill.engine.common.writing import flush
-from potstill.engine.formats.dcp_index import read_index
+from potstill.engine.readers.dcp_index import read_index
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.states import Key, joined, map_tensors, read_state, read_tensor, without_tensors, write_state
 

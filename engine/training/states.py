@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import Damaged, reading, what_it_is
-from potstill.engine.formats.numpy_pickles import open_mapped
-from potstill.engine.formats.pickles import Unreadable
-from potstill.engine.formats.torch_pickles import StoredTensor, read_archive
+from potstill.engine.readers.numpy_pickles import open_mapped
+from potstill.engine.readers.pickles import Unreadable
+from potstill.engine.readers.torch_pickles import StoredTensor, read_archive
 
 Key = tuple[Any, ...]  # where a tensor is
 ZIP = b"PK\x03\x04"
@@ -38,6 +38,14 @@ def without_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 
     rest = map_tensors(state, take)
     return tensors, rest
+
+
+class NotFinite(Exception):
+    """`name`, a metric or a tensor of the state, is not finite at iteration `step`. batch: the number of the one that did it, if known."""
+
+    def __init__(self, name: str, step: int, batch: int | None = None):
+        super().__init__(f"{name} is not finite at iteration {step}")
+        self.step, self.batch = step, batch
 
 
 def not_finite(state: dict[str, Any]) -> str | None:

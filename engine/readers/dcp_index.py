@@ -1,7 +1,7 @@
 """The index of a checkpoint of torch.distributed.checkpoint (DCP), read without unpickling anything: which tensors lie where.
 
 PyTorch writes it as a pickle, and a planner of PyTorch's then does with it what it says: an entry that is no tensor is bytes, and
-these it unpickles whatever they are. Here the pickle is read by `engine.formats.pickles`, which builds plain data, and every entry is
+these it unpickles whatever they are. Here the pickle is read by `engine.readers.pickles`, which builds plain data, and every entry is
 checked: tensors alone, their parts within them, their bytes within files of the checkpoint's own folder.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from potstill.engine.common.errors import Damaged, reading
-from potstill.engine.formats.pickles import Budget, Buildable, Inert, Name, Unreadable, checked, read_pickle
+from potstill.engine.readers.pickles import Budget, Buildable, Inert, Name, Unreadable, checked, read_pickle
 
 FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp")  # as PyTorch names the shards of each rank
 MODULE = "torch.distributed.checkpoint.metadata."

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import torch
 
 from potstill.engine.common.errors import UserError, what_it_is
-from potstill.engine.formats.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
-from potstill.engine.formats.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
+from potstill.engine.readers.numpy_pickles import MOST_DIMENSIONS, NUMPY_CALLS, NUMPY_NAMES, open_mapped
+from potstill.engine.readers.pickles import Budget, Inert, Name, Unreadable, checked, hashable, read_pickle, shown, titled
 
 PERSISTENCE_VERSION = 6
 MOST_PARTS, LONGEST_PREFIX = 100_000, 500  # of a net

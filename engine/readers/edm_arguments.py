@@ -3,8 +3,8 @@
 import math
 from typing import Any, TypeGuard
 
-from potstill.engine.formats.numpy_pickles import NumpyArray
-from potstill.engine.formats.pickles import Unreadable, shown
+from potstill.engine.readers.numpy_pickles import NumpyArray
+from potstill.engine.readers.pickles import Unreadable, shown
 
 # What keyword arguments may be. The bounds only keep a damaged file from asking for the impossible.
 COUNTS = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.engine.common.errors import UserError, reading
-from potstill.engine.formats.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
+from potstill.engine.readers.pickles import Budget, Buildable, Name, Unreadable, checked, read_pickle, shown
 
 MOST_DIMENSIONS = 8
 NUMPY_TYPE = re.compile(r"b1|[iu][1248]|f[248]")
