@@ -28,6 +28,8 @@ from torch import Tensor
 from potstill.engine.common.download import cached_path, digest, fetch, file_at, is_url
 from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.measure.features import KINDS, Features, Pixels, Scripted, rgb
+from potstill.engine.readers.pickles import Unreadable
+from potstill.engine.readers.torch_pickles import in_memory, read_file
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # of 95,607,719 bytes
@@ -154,11 +156,9 @@ class FidelityInception(Features):
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """UserError unless the file is tensors by name, and nothing else."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises whatever the bytes made it stumble over
-        raise UserError(
-            f"{path} holds no plain state dict ({type(error).__name__}): wanted {STATE_DICT_URL}; {what_it_is(path)}"
-        ) from error
+        found = in_memory(read_file(path))
+    except (UserError, Unreadable) as error:
+        raise UserError(f"{path} holds no plain state dict ({error}): wanted {STATE_DICT_URL}; {what_it_is(path)}") from error
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"{path} holds no plain state dict: wanted {STATE_DICT_URL}")
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from potstill.engine.common.errors import Damaged, reading, what_it_is
 from potstill.engine.readers.numpy_pickles import open_mapped
 from potstill.engine.readers.pickles import Unreadable
-from potstill.engine.readers.torch_pickles import StoredTensor, read_archive
+from potstill.engine.readers.torch_pickles import in_memory, read_archive
 
 Key = tuple[Any, ...]  # where a tensor is
 ZIP = b"PK\x03\x04"
@@ -82,7 +82,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if data[:4] != ZIP:
         raise Damaged(f"{path} is no file of torch.save; {what_it_is(path)}")
     try:
-        found = _in_memory(read_archive(data, path))
+        found = in_memory(read_archive(data, path))
     except Unreadable as error:
         raise Damaged(f"{path} {error}") from error
     if not isinstance(found, dict):
@@ -96,21 +96,9 @@ def read_tensor(file: Path, start: int, length: int) -> Tensor:
         opened.seek(start)
         data = opened.read(length)
     try:
-        found = _in_memory(read_archive(memoryview(data), io.BytesIO(data)))
+        found = in_memory(read_archive(memoryview(data), io.BytesIO(data)))
     except Unreadable as error:
         raise Damaged(f"{file} {error}") from error
     if not isinstance(found, Tensor):
         raise Damaged(f"{file} holds a {type(found).__name__} at byte {start:,}, wanted a tensor")
     return found
-
-
-def _in_memory(tree: Any) -> Any:
-    """The same with tensors instead of what is still in the file."""
-    match tree:
-        case dict():
-            return {name: _in_memory(value) for name, value in tree.items()}
-        case list() | tuple():
-            return type(tree)(map(_in_memory, tree))
-        case StoredTensor():
-            return tree.tensor() if tree.numel else torch.empty(tree.shape, dtype=tree.storage.dtype)
-    return tree
