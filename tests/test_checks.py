@@ -13,7 +13,7 @@ from PIL import Image
 from potstill.engine import train
 from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import Config, load
+from potstill.engine.config.tree import Config, load, to_yaml
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.table import METHODS
@@ -157,7 +157,7 @@ def test_the_dry_run_asks_the_run_folder_too(tmp_path):
     digits = str(CONFIGS / "digits.yaml")
     (tmp_path / "file").write_text("")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/config.yaml").write_text("seed: 1\n")
+    (tmp_path / "old/config.yaml").write_text(to_yaml(load(digits, ["seed=1"])))
     for folder, words in (("file/run", "cannot write to run folder"), ("file", "cannot write"), ("old", "holds a run with other settings")):
         sentence = refused(digits, f"run_dir={tmp_path}/{folder}", "--dry-run")
         assert words in sentence

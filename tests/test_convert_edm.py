@@ -15,6 +15,7 @@ import operator
 import os
 import pickle
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -670,6 +671,14 @@ def mutated(data, places, dice):
     return bytes(data)
 
 
+def without_checksums(data):
+    """A zip as who forges one writes it: without the checksums of what is in it (0), which would give every change away."""
+    forged = bytearray(data)
+    for match in re.finditer(rb"PK\x01\x02", data):
+        forged[match.start() + 16 : match.start() + 20] = bytes(4)
+    return bytes(forged)
+
+
 def outside_of_numbers(data, net):
     """Where a file is something else than a weight, and here and there a weight."""
     inside = set()
@@ -706,7 +715,7 @@ def test_mutated_files_are_refused_or_converted_and_never_executed(kind, n, tmp_
     else:
         torch.save(net.state_dict(), path, _use_new_zipfile_serialization=kind == "zip")
     read_net(path, like=like)  # whatever is imported late is imported now
-    data = path.read_bytes()
+    data = without_checksums(path.read_bytes()) if kind == "zip" else path.read_bytes()
     places, dice, converted, sentences = outside_of_numbers(data, net), random.Random(0), 0, set()
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     for _ in range(n):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import check, number
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config, to_yaml
 from potstill.engine.data.sampler import Stream
@@ -22,6 +23,7 @@ from potstill.engine.methods.base import Pairs
 from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
+LENGTH = {"kimg": number(0), "seconds": number(0)}  # what is remembered of a run that is as long as it takes
 #: Dense bf16 FLOP/s of the chips whose figures the vendor gives.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
@@ -106,11 +108,13 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
 def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> float:
     """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`."""
     if stored.exists():
-        before = read_json(stored, dict, "remove it: the time of an iteration is measured again")
-        if before.get("seconds") != seconds:
-            raise UserError(f"{stored.parent} holds a run of {before.get('seconds')} seconds, got {seconds:g}: give another run_dir=")
-        if not isinstance(before.get("kimg"), float):
-            raise UserError(f"{stored} does not say how many images fit into that time: remove it, and it is measured again")
+        again = "remove it, and the time of an iteration is measured again"
+        before = read_json(stored, dict, again)
+        if not before.keys() >= LENGTH.keys():
+            raise Damaged(f"{stored} does not hold {' and '.join(LENGTH)}: {again}")
+        check(stored, before, LENGTH, again)
+        if before["seconds"] != seconds:
+            raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
         return before["kimg"]
     job, stage = Job(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
     stream = job.stream(stage, None)

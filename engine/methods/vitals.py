@@ -2,8 +2,8 @@
 
 Nothing here changes what is trained: no draw is made, no gradient flows, and all is a fixed number of tensors on the device.
 
-    variance_ratio   how varied the student's images are: mean over pixels of the variance over the batch, 1 is the data's.
-                     `variance`, the same undivided, where a run has no images. Images are in [-1, 1].
+    variance_ratio   how varied the student's images are: mean over pixels of the unbiased variance over the images of a
+                     micro-batch, 1 is the data's. `variance`, the same undivided, where a run has no images. Images are in [-1, 1].
     gap@σ            how far fake net and teacher disagree about the student's images: λ(σ) mean(D_fake - D_teacher)² with EDM's
                      λ, so 1 is as much as the nets' targets vary, at every σ. Means over four equal parts of the law of
                      the noise levels that the student is judged at, each named by its median σ.
