@@ -103,7 +103,7 @@ KILLS = [
     Fault("kill -9", "just before config.yaml has its name", of("dmd2"), named("config.yaml", after=False)),
     Fault("kill -9", "just after config.yaml has its name", of("sim"), named("config.yaml", after=True)),
     Fault("kill -9", "while it resumes", of("gdd_i"), again=(RESUMING, dies())),
-    Fault("kill -9", "while metrics are cut to the checkpoint", of("dmd"), again=(named("metrics.jsonl", after=False), dies())),
+    Fault("kill -9", "while metrics are cut to the checkpoint", of("dmd"), iteration(11), again=(named("metrics.jsonl", after=False), dies())),
     Fault("kill -9", "last iteration of the teacher", of("moment_matching"), iteration(-1, "teacher")),
     Fault("kill -9", "just before the teacher has its name", of("dmd2"), named("teacher.safetensors", after=False)),
     Fault("kill -9", "between teacher and student", of("gdd_i"), named("teacher.safetensors", after=True)),
@@ -197,7 +197,10 @@ CHECKPOINTS = [
     )),
     Fault("checkpoint", "bits flipped all over", of("sim"), damage=to_newest(flip(*EVERYWHERE))),
     Fault("checkpoint", "all cut", of("dmd"), damage=to_all(cut), repair=without_stage, wants=EITHER),
-    Fault("checkpoint", "the teacher's newest cut", of("gdd"), iteration(6, "teacher"), damage=to_newest(cut)),
+    Fault(
+        "checkpoint", "the teacher's only one cut", of("gdd"), iteration(6, "teacher"), damage=to_newest(cut), repair=without_stage,
+        wants=EITHER,
+    ),
 ]  # fmt: skip
 
 METRICS = [

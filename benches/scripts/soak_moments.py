@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benches.scripts.soak_runs import write_digits
+from potstill.engine.jobs.lock import held
 from potstill.engine.training import checkpoint
 from potstill.engine.training.log import MetricsFile
 from potstill.engine.training.run import Run
@@ -198,6 +199,10 @@ def fills(leave: int = 0) -> Action:
 
 def read_only(folder: Path) -> None:
     """The disk can only be read from now on, as after an error."""
+    for file, (fd, _) in held.items():  # a file that is open to be written keeps a disk from being turned by hand
+        again = os.open(file, os.O_RDONLY)
+        os.dup2(again, fd)
+        os.close(again)
     mount("remount,ro", folder.parent)
 
 

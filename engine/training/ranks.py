@@ -43,7 +43,7 @@ class Ranks(OneRank):
         self.rank, self.count, self.store = rank, count, store
         self.several = count > 1 if several is None else several
         self.patient: dist.ProcessGroup | None = None
-        self._heartbeat: Heartbeat | None = None
+        self.heartbeat: Heartbeat | None = None
         self._question: tuple[dist.Work, Tensor] | None = None  # of `stop`, one iteration old
 
     @property
@@ -58,7 +58,7 @@ class Ranks(OneRank):
         check_backends(device.type)
         device = self._own(device)
         if self.store is not None:
-            self._heartbeat = Heartbeat(self.store.clone(), self.rank, self.count)  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
+            self.heartbeat = Heartbeat(self.store.clone(), self.rank, self.count)  # pyright: ignore[reportAttributeAccessIssue]  # torch's types leave it out
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=self.store, rank=self.rank, world_size=self.count,
             timeout=COLLECTIVE, device_id=device if device.type == "cuda" else None,
@@ -159,9 +159,9 @@ class Ranks(OneRank):
         if self._question is not None:
             self._question[0].wait()
             self._question = None
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+            self.heartbeat = None
         if self.patient is not None:
             dist.destroy_process_group()
             self.patient = None
@@ -245,6 +245,8 @@ def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the others as soon as one has gone
     assert ranks.store is not None
+    if ranks.heartbeat is not None:
+        ranks.heartbeat.stop()  # it would take over the code that stands here in a moment
     try:
         store, deadline = ranks.store, time.monotonic() + LAST_WORDS
         if code != 1:
@@ -265,7 +267,8 @@ def finish(ranks: Ranks, code: int, sentence: str) -> NoReturn:
 
 
 class Heartbeat:
-    """A thread that counts up this rank's heartbeat every few seconds, and ends the process when another rank's stands still.
+    """A thread that counts up this rank's heartbeat every few seconds, and ends the process when another rank's stands still, or has
+    ended the run.
 
     torchrun notices a rank that was killed. It does not notice one that hangs (stopped, swapping, a machine that is gone): it
     watches processes, and torchelastic's timers kill only what its own agent has started, on the same machine, with
@@ -287,6 +290,8 @@ class Heartbeat:
         try:
             while not self.stopped.wait(BEAT):
                 self.store.add(f"beat/{self.rank}", 1)
+                if self.store.check(["code"]):
+                    self._follow()
                 for other in list(last):
                     beats, now = self.store.add(f"beat/{other}", 0), time.monotonic()
                     if beats != last[other][0]:
@@ -298,6 +303,14 @@ class Heartbeat:
             self.store.set(f"left/{self.rank}", "")
         except (dist.DistError, RuntimeError):  # the store's process has ended; collectives will say so
             return
+
+    def _follow(self) -> NoReturn:
+        """Another rank has said why the run ends, while this one waits for it in a collective."""
+        code = int(self.store.get("code"))
+        self.store.add("said", 1)
+        if self.rank:
+            self.store.add("gone", 1)
+        os._exit(code)
 
     def _end(self, other: int) -> NoReturn:
         if self.store.add("said", 1) == 1:

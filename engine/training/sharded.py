@@ -102,6 +102,8 @@ def load_sharded(path: Path, device: torch.device | str, like: Callable[[Key, to
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    if missing := [name for name in ("rest.pt", ".metadata") if not (path / name).is_file()]:
+        raise Damaged(f"{path} lacks {missing[0]}")
     if (path / SUM).is_file() and (path / SUM).read_text(errors="replace").strip() != digest(path / ".metadata"):
         raise Damaged(f"{path} is damaged: the checksum of its index differs")
     reader = _reader(path)
