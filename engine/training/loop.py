@@ -56,6 +56,8 @@ def train(
         if saver.load(progress.say):
             progress.back_to(run.step)
             progress.say(f"{title}: going on from iteration {run.step} of {run.total} ({saver.checkpoints})")
+        elif run.cfg.on_nonfinite == "rollback":
+            saver.save()  # something to go back to
         if run.step < run.total:
             prepare(run, batch_at, folder, profile, progress)
         rollback = Rollback(run, saver, progress.say)

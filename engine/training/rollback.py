@@ -46,7 +46,12 @@ class Rollback:
             )
         left_out = run.left_out if found.batch is None else sorted([*run.left_out, found.batch])
         self.until = max(self.until, found.step)
-        self.saver.load(self.say)
+        if not self.saver.load(self.say):
+            raise UserError(
+                f"{found}, and there is no checkpoint any more in {self.saver.checkpoints}: repeat the command to start this stage over"
+            )
+        if run.graphs:
+            run.graphs.forget()  # they hold the optimisers' states, which are new tensors now
         run.left_out = left_out
         what = "every iteration is looked at until there" if found.batch is None else f"batch {found.batch} is left out from now on"
         self.say(f"{found}: back at iteration {run.step}; {what} ({self.count} of at most {MOST} rollbacks)")

@@ -25,13 +25,11 @@ class Saver:
     def load(self, say: Callable[[str], None]) -> bool:
         """Bring the run to its newest whole checkpoint, and files of a later time out of the way; False where there is none."""
         run, ranks = self.run, self.run.ranks
+        self.finish()
         state = load_newest(self.checkpoints, run.device, run.like if run.sharded else None, ranks=ranks, say=say)
         if state:
             run.load_state_dict(state)
             ranks.on_first(self._forget_later)
-        elif run.cfg.on_nonfinite == "rollback":
-            self.save()  # something to go back to
-            self.finish()
         ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
         return state is not None
 
