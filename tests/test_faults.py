@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,15 +25,18 @@ from potstill.engine import train as command
 from potstill.engine.common import signals
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.config.tree import load
+from potstill.engine.data.images import data_variance, open_images
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.lock import lock
 from potstill.engine.methods.base import Method, Turn
 from potstill.engine.models.weights import load_net, save_net
 from potstill.engine.readers.dcp_index import read_index
-from potstill.engine.training.checkpoint import checkpoints, load_newest, save_checkpoint
+from potstill.engine.readers.tensors import in_memory
+from potstill.engine.readers.torch_pickles import read_archive
+from potstill.engine.training.checkpoint import checkpoints, load_newest, put_aside, save_checkpoint
 from potstill.engine.training.loop import Interrupted, LogConfig, train
 from potstill.engine.training.run import Run, TrainConfig
-from potstill.engine.training.states import not_finite
+from potstill.engine.training.states import not_finite, read_state
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -412,3 +417,68 @@ def test_a_file_that_cannot_be_written_says_what_to_do():
 
     with pytest.raises(UserError, match="cannot write x: No space left on device; make room, or choose another place"), writing("x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+# --- what a review found -----------------------------------------------------------------------------------------------
+
+
+def saved_in(path, pickled):
+    """A file of torch.save with this pickle in it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", b"little")
+    return path
+
+
+def test_values_that_unfold_without_end_are_refused(tmp_path):
+    """Two hundred bytes that name a list twice in a list, forty times: 2^40 steps for who walks through it."""
+    doubled = (
+        b"\x80\x02]q\x00"
+        + b"".join(b"]q" + bytes([k]) + b"(h" + bytes([k - 1]) + b"h" + bytes([k - 1]) + b"e" for k in range(1, 41))
+        + b"."
+    )
+    assert isinstance(in_memory(read_archive(*archive_of(saved_in(tmp_path / "a.pt", doubled)))), list)  # each once
+    for pickled, words in (
+        (b"\x80\x02]q\x00h\x00a.", "holds a value within itself"),
+        (b"\x80\x02" + b"]" * 100 + b"a" * 99 + b".", "64 deep"),
+    ):
+        with pytest.raises(Damaged, match=words):
+            read_state(saved_in(tmp_path / "b.pt", pickled))
+
+
+def archive_of(path):
+    return memoryview(path.read_bytes()), path
+
+
+def test_a_damaged_checkpoint_is_put_aside_a_second_time(tmp_path):
+    aside = tmp_path / "00000002.dcp.damaged"
+    aside.mkdir()
+    (aside / "old").touch()
+    (tmp_path / "00000002.dcp").mkdir()
+    put_aside(tmp_path / "00000002.dcp")
+    assert list(aside.iterdir()) == []
+
+
+def test_a_lock_that_is_waited_for(tmp_path, capfd):
+    context = multiprocessing.get_context("fork")
+    ready, file = context.Event(), tmp_path / "run/.lock-common"
+    other = context.Process(target=hold, args=(file, ready, False))
+    other.start()
+    ready.wait()
+    threading.Timer(0.5, other.kill).start()
+    with lock(file, wait=True):
+        assert not other.is_alive() or other.join(5) is None
+    assert f"waiting for process {other.pid} on " in capfd.readouterr().err
+
+
+def test_the_datas_variance_is_numpys():
+    images = open_images("digits")
+    some = images.thinned(512)
+    pixels = np.stack([some.read(i) for i in range(len(some))]) / 127.5
+    assert data_variance(images) == pytest.approx(float(pixels.var(0).mean()), rel=1e-12)
+
+
+def test_a_net_that_no_weight_file_may_hold_is_refused_before_it_is_trained(arguments):
+    with pytest.raises(UserError, match=r"net\.num_blocks = 33, wanted a whole number from 1 to 32"):
+        command.main([*arguments, "net.num_blocks=33"])
+    command.main([*arguments, "net.attn_resolutions=[0]", "train.kimg=0.064"])  # none, as others write it

@@ -1,6 +1,7 @@
 """Files that are written: whole or not at all, for whom the umask says, and only where a user may write."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ def flush(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # file systems that do not know it of folders
+            raise
     finally:
         os.close(fd)
 

@@ -139,8 +139,12 @@ def data_variance(images: Images | None, classes: Sequence[int] | None = None) -
     if images is None:
         return None
     some = (images if classes is None else images.subset(classes)).thinned(512)
-    pixels = np.stack([some.read(i) for i in range(len(some))]) / 127.5
-    return float(pixels.var(0).mean()) or None
+    total = squares = np.zeros((), np.int64)
+    for i in range(len(some)):  # one after the other: all of them together may be gigabytes
+        x = some.read(i).astype(np.int64)
+        total, squares = total + x, squares + x * x
+    mean, square = total / len(some), squares / len(some)
+    return float((square - mean**2).clip(0).mean() / 127.5**2) or None
 
 
 def _common_header(source: Source, resolution: int | None) -> Header:

@@ -45,15 +45,20 @@ def png_header(head: bytes) -> Header | None:
     return Header(width, height, mode) if mode and width and height else None
 
 
-def png_is_animated(head: bytes) -> bool:
-    """As far as these first bytes of a PNG show: an APNG says before its pixels how many frames it has."""
+def has_several(picture: Image.Image) -> bool:
+    """Frames or pages. An MPO is a camera's JPEG with previews or depth behind it: its first picture is the photo."""
+    return picture.format != "MPO" and getattr(picture, "is_animated", False)
+
+
+def png_is_animated(head: bytes) -> bool | None:
+    """An APNG says before its pixels how many frames it has. None where these first bytes of a PNG do not reach so far."""
     at = len(PNG) if head.startswith(PNG) else len(head)
     while at + 12 <= len(head):
         length, kind, frames = struct.unpack_from(">I4sI", head, at)
         if kind in (b"acTL", b"IDAT"):
             return kind == b"acTL" and frames > 1
         at += 12 + length
-    return False
+    return None if head.startswith(PNG) else False
 
 
 def refuse_animation(is_one: bool, title: str) -> None:
@@ -91,7 +96,7 @@ def opened(data: bytes, title: str) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except NO_IMAGE as error:
         raise _damaged(title, error) from error
-    refuse_animation(getattr(picture, "is_animated", False), title)
+    refuse_animation(has_several(picture), title)
     refuse_bomb(Header(*picture.size, picture.mode), title)
     return picture
 

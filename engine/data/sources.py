@@ -17,6 +17,7 @@ from potstill.engine.data.pictures import (
     NO_IMAGE,
     Header,
     decode,
+    has_several,
     opened,
     png_header,
     png_is_animated,
@@ -46,7 +47,9 @@ class FileSource:
     def header(self, i: int) -> Header:
         """Without decoding the picture."""
         head = self.files.head(i, HEAD)
-        refuse_animation(png_is_animated(head), self.title(i))
+        if (animated := png_is_animated(head)) is None:
+            animated = png_is_animated(self.files.read(i))
+        refuse_animation(bool(animated), self.title(i))
         header = png_header(head) or self._pillow_header(i)
         refuse_bomb(header, self.title(i))
         return header
@@ -56,7 +59,7 @@ class FileSource:
             picture = Image.open(io.BytesIO(self.files.head(i, 2**16)), formats=FORMATS)
         except NO_IMAGE:  # perhaps because the header is longer than that
             picture = opened(self.files.read(i), self.title(i))
-        refuse_animation(getattr(picture, "is_animated", False), self.title(i))
+        refuse_animation(has_several(picture), self.title(i))
         return Header(*picture.size, picture.mode)
 
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:

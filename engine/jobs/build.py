@@ -16,6 +16,8 @@ from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.readers.edm_arguments import argument
+from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 
@@ -25,9 +27,14 @@ def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) ->
     kwargs = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("precond", "conditional")}
     label_dim = label_dim if cfg.conditional else 0
     try:
-        return from_kwargs(cfg.precond, img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
+        net = from_kwargs(cfg.precond, img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
+        for name, value in kwargs.items():
+            argument(name, value)  # as a weight file's are checked, so that what is trained can be loaded
+    except Unreadable as error:
+        raise UserError(f"net.{str(error).removeprefix('holds a net made with ')}") from error
     except ValueError as error:
         raise UserError(f"net: {error}") from error
+    return net
 
 
 def build_images(cfg: Config) -> Images | None:

@@ -77,14 +77,16 @@ def train_apart(cfg: Config, record: Path, apart: bool, *, only_teacher: bool) -
     process = multiprocessing.get_context("spawn").Process(target=child, args=(cfg, record, only_teacher))
     with collected() as caught:  # Ctrl-C reaches the child too, which saves before it ends
         process.start()
+        told = False
         while process.is_alive():
             process.join(0.2)
-            if set(caught) - {signal.SIGINT}:
+            if not told and set(caught) - {signal.SIGINT}:
                 process.terminate()
-    if process.exitcode:
-        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
+                told = True  # once: a second one would not let it save
     if caught:
         sys.exit(128 + caught[0])
+    if process.exitcode:
+        sys.exit(process.exitcode if process.exitcode > 0 else 128 - process.exitcode)
 
 
 def child(cfg: Config, record: Path, only_teacher: bool) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,9 @@ class Job(Workplace):
     def begin(self) -> None:
         """Take the run folder, and write down what the run begins with. UserError where another process works in it."""
         self.lock = lock_run(self.cfg)
-        prepare(self.cfg)
-        note_inputs(self.dir, self.on_paper.marks)
+        with self.shared_files():
+            prepare(self.cfg)
+            note_inputs(self.dir, self.on_paper.marks)
 
     def say_unused(self, teacher: Denoiser) -> None:
         if note := unused.sentence(self.cfg, teacher, self.ranks.count):
@@ -84,7 +85,7 @@ class Job(Workplace):
         with self.shared_work():
             teacher = self.teacher()
             start = self.matched_start(teacher)
-        self.ranks.on_first(lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher)))
+            self.ranks.on_first(lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher)))
         count = self.cfg.students.count
         for k in range(count) if self.cfg.student is None else (self.cfg.student,):
             student, sampler = self.distil(teacher, start, k)
@@ -99,12 +100,15 @@ class Job(Workplace):
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.on_first(lambda: self.finish(nets))
 
+    def shared_files(self) -> AbstractContextManager[None]:
+        """While rank 0 writes what all students share: jobs of several students take turns."""
+        return nullcontext() if self.cfg.student is None else lock(self.dir / COMMON, wait=True)
+
     @contextmanager
     def shared_work(self) -> Iterator[None]:
-        """While this job makes what all students share. UserError where the job of another student is at it."""
+        """The same for all ranks."""
         with ExitStack() as stack:
-            if self.cfg.student is not None:
-                self.ranks.on_first(lambda: stack.enter_context(lock(self.dir / COMMON)))
+            self.ranks.on_first(lambda: stack.enter_context(self.shared_files()))
             yield
 
     # stages

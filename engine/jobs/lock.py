@@ -37,14 +37,17 @@ def lock_run(cfg: Config) -> ExitStack:
 
 
 @contextmanager
-def lock(file: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock on this file, which is made where it is missing. UserError, naming the other's host and process, where it is taken."""
+def lock(file: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the lock on this file, which is made where it is missing. UserError, naming the other's host and process, where it is taken.
+
+    wait: until the other lets go, instead.
+    """
     if fcntl is None:
         yield
         return
     file = file.absolute()
     if file not in held:
-        held[file] = [_taken(file, shared), 0]
+        held[file] = [_taken(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, wait), 0]
     held[file][1] += 1
     try:
         yield
@@ -52,14 +55,15 @@ def lock(file: Path, *, shared: bool = False) -> Iterator[None]:
         if file in held:  # not in a forked child
             held[file][1] -= 1
             if not held[file][1]:
-                os.close(held.pop(file)[0])
-                if {one.name for one in _names(file.parent)} == {file.name}:  # nothing has come of it
+                fd, _ = held.pop(file)
+                if not shared and _names(file.parent) == [file.name]:  # nothing has come of it; who waits for it sees that it is gone
                     with contextlib.suppress(OSError):
                         file.unlink()
                         file.parent.rmdir()
+                os.close(fd)
 
 
-def _taken(file: Path, shared: bool) -> int:
+def _taken(file: Path, kind: int, wait: bool) -> int:
     """The descriptor of a file that is locked and has its name."""
     assert fcntl
     while True:
@@ -67,11 +71,15 @@ def _taken(file: Path, shared: bool) -> int:
             file.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(fd)
-            raise UserError(f"{owner} works in {file.parent}: wait for it or stop it, or give another run_dir=") from error
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+                if not wait:
+                    os.close(fd)
+                    raise UserError(f"{owner} works in {file.parent}: wait for it or stop it, or give another run_dir=") from error
+                print(f"waiting for {owner}, which works on what all students in {file.parent} share", file=sys.stderr)
+                fcntl.flock(fd, kind)
         except OSError as error:
             print(f"note: {file.parent} knows no locks ({error.strerror}): see that no other process works in it", file=sys.stderr)
             return fd
@@ -83,8 +91,8 @@ def _taken(file: Path, shared: bool) -> int:
         os.close(fd)  # who had it has just removed it
 
 
-def _names(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
 
 
 def _let_go() -> None:

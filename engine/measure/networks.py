@@ -29,7 +29,8 @@ from potstill.engine.common.download import cached_path, digest, fetch, file_at,
 from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.measure.features import KINDS, Features, Pixels, Scripted, rgb
 from potstill.engine.readers.pickles import Unreadable
-from potstill.engine.readers.torch_pickles import in_memory, read_file
+from potstill.engine.readers.tensors import in_memory
+from potstill.engine.readers.torch_pickles import read_file
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # of 95,607,719 bytes

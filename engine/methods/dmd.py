@@ -26,7 +26,7 @@ from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, PairsNeeded, Turn, copied, frozen, integer_at
 from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
-from potstill.engine.methods.vitals import Gaps, accuracy, variance
+from potstill.engine.methods.vitals import Gaps, accuracy, mean_finite, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.features import LPIPS, lpips_extra
@@ -159,7 +159,7 @@ class DMD(Method):
             y, real_labels, _ = it.batch
             logits = self.logits(self.fake, x, it.labels, it), self.logits(self.fake, y, real_labels, it)
             adversarial = discriminator_adversarial([logits[0]], [logits[1]]).value.mean()
-            mean_logits = {"logit_fake": logits[0].mean(), "logit_real": logits[1].mean()}
+            mean_logits = {"logit_fake": mean_finite(logits[0]), "logit_real": mean_finite(logits[1])}
             loss = loss + self.cfg.gan_fake * adversarial
             logs |= {"gan": adversarial, "accuracy": accuracy(logits[:1], logits[1:])} | mean_logits
         return loss, logs

@@ -42,6 +42,12 @@ def accuracy(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     return torch.stack(right).mean() / 2
 
 
+@torch.no_grad()
+def mean_finite(logits: Tensor) -> Tensor:
+    """The mean with 0 for logits that are not finite: the loss leaves them out, and a log value is no reason to stop."""
+    return logits.float().nan_to_num(0.0, 0.0, 0.0).mean()
+
+
 class Gaps:
     """gap@σ of a method whose noise levels are `law(u)` for u uniform on [0, 1], growing with u.
 

@@ -12,7 +12,7 @@ COUNTS = {
     "model_channels": (1, 65_536), "channel_mult_emb": (1, 64), "num_blocks": (1, 32), "channel_mult_noise": (1, 64),
     "M": (2, 10_000),
 }  # fmt: skip
-LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 8192), "resample_filter": (1, 4096)}
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (0, 8192), "resample_filter": (1, 4096)}
 LONGEST_LIST = 16
 NUMBERS = {
     "sigma_min": (0, 1e6), "sigma_max": (1e-6, math.inf), "sigma_data": (1e-6, 1e6), "beta_d": (1e-6, 1e4), "beta_min": (0, 1e4),

@@ -294,18 +294,6 @@ def read_archive(data: memoryview, file: Path | BinaryIO) -> Any:
     return content
 
 
-def in_memory(tree: Any) -> Any:
-    """The same with tensors instead of what is still in the file. Raises Unreadable."""
-    match tree:
-        case dict():
-            return {name: in_memory(value) for name, value in tree.items()}
-        case list() | tuple():
-            return type(tree)(map(in_memory, tree))
-        case StoredTensor():
-            return tree.tensor() if tree.numel else torch.empty(tree.shape, dtype=tree.storage.dtype)
-    return tree
-
-
 Weights = dict[str, StoredTensor | torch.Tensor]
 
 

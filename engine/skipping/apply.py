@@ -208,6 +208,7 @@ class Guard:
     def __init__(self, net: Skipping, cfg: SkippingConfig, say: Callable[[str], None]):
         self.net, self.cfg, self.say = net, cfg, say
         self.shrunk = 0
+        self.begun = net.plan, net.cache
 
     def before(self, step: int, total: int, gradient: Callable[[], Tensor]) -> dict[str, Tensor]:
         """To be called before iteration `step` of `total`. `gradient()`: the student's, of this iteration, as one vector.
@@ -265,5 +266,8 @@ class Guard:
         return {"shrunk": self.shrunk}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Shrink as often as the interrupted run had."""
-        self.apply_shrinks(state["shrunk"] - self.shrunk)
+        """Shrink as often as that run had, from what this one began with: it may have shrunk more often and be going back."""
+        plan, self.net.cache = self.begun
+        self.net.set_plan(plan)
+        self.shrunk = 0
+        self.apply_shrinks(state["shrunk"])

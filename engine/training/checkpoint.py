@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.errors import Damaged, UserError, writing
 from potstill.engine.common.writing import whole
 from potstill.engine.training.ranks import ALONE, Ranks
 from potstill.engine.training.sharded import load_sharded
@@ -71,7 +71,7 @@ def load_newest(
             for other, what in damaged.items():
                 assert say
                 say(f"checkpoint {what}; going on from the one before")
-                ranks.on_first(lambda other=other: os.replace(other, other.with_name(other.name + ASIDE)))
+                ranks.on_first(lambda other=other: put_aside(other))
             return state
         damaged[path] = problem or f"{path} is damaged where another rank reads it"
         if say is None:
@@ -80,6 +80,15 @@ def load_newest(
         what = "; checkpoint ".join(damaged.values())
         raise UserError(f"checkpoint {what}; there is none that is whole: restore one, or remove {folder} to start this stage over")
     return None
+
+
+def put_aside(path: Path) -> None:
+    """Under a name that is not looked for; what had that name before is gone."""
+    aside = path.with_name(path.name + ASIDE)
+    with writing(aside):
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        os.replace(path, aside)
 
 
 def load(path: Path, device: torch.device | str, like: Like | None) -> dict[str, Any]:

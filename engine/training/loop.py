@@ -72,6 +72,8 @@ def train(
                     rollback.after(found)
                     progress.back_to(run.step)
                 stop = ranks.stop(caught[0] if caught else 0, last=True)
+            if caught and not stop:  # while the answer was on its way: alone it counts at once, else in the next stage
+                stop, ranks.late = (0, caught[0]) if ranks.several else (caught[0], 0)
             if stop:  # in the last iteration, or meanwhile
                 raise Interrupted(stop, f"saved {saver.checkpoints}; the same command goes on from there")
         if run.graphs:
@@ -117,7 +119,7 @@ def iterate(
                 with clock.stopped():
                     if metrics := hook.call(run):
                         write(run, metrics, writers)
-        stop = ranks.stop(caught[0] if caught else 0)
+        stop = ranks.stop(caught[0] if caught else ranks.late)
         if run.due(cfg.checkpoint_kimg or cfg.kimg / 10) or stop:
             clock.tick()
             path = saver.save()

@@ -45,6 +45,7 @@ class Ranks(OneRank):
         self.patient: dist.ProcessGroup | None = None
         self.heartbeat: Heartbeat | None = None
         self._question: tuple[dist.Work, Tensor] | None = None  # of `stop`, one iteration old
+        self.late = 0  # a signal that came when a stage had asked for the last time
 
     @property
     def first(self) -> bool:
@@ -306,10 +307,12 @@ class Heartbeat:
 
     def _follow(self) -> NoReturn:
         """Another rank has said why the run ends, while this one waits for it in a collective."""
-        code = int(self.store.get("code"))
+        code, deadline = int(self.store.get("code")), time.monotonic() + LAST_WORDS
         self.store.add("said", 1)
         if self.rank:
             self.store.add("gone", 1)
+        while not self.rank and self.store.add("gone", 0) < self.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # without torchrun it is rank 0 who holds the store
         os._exit(code)
 
     def _end(self, other: int) -> NoReturn:

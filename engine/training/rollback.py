@@ -34,6 +34,7 @@ class Rollback:
     def after(self, found: NotFinite) -> None:
         """Bring the run back to its last good checkpoint. UserError where it shall stop, or has been back too often."""
         run, newest = self.run, f"{self.saver.checkpoints} holds what was good"
+        self.saver.finish()  # else what is being written appears, and drops others, while it is looked for
         if run.cfg.on_nonfinite == "stop":
             raise UserError(
                 f"{found}; {newest}. train.on_nonfinite=rollback goes on from there without the batch that did it; where that does not help, "
@@ -50,8 +51,6 @@ class Rollback:
             raise UserError(
                 f"{found}, and there is no checkpoint any more in {self.saver.checkpoints}: repeat the command to start this stage over"
             )
-        if run.graphs:
-            run.graphs.forget()  # they hold the optimisers' states, which are new tensors now
         run.left_out = left_out
         what = "every iteration is looked at until there" if found.batch is None else f"batch {found.batch} is left out from now on"
         self.say(f"{found}: back at iteration {run.step}; {what} ({self.count} of at most {MOST} rollbacks)")

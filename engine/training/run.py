@@ -46,6 +46,11 @@ class Run(State):
         self.graphs, graphs.reset, self.tensor_rates = graphs, self.forget_gradients, True
         self.place_rates()
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.graphs is not None:
+            self.graphs.forget()  # they hold what has been replaced: PyTorch's moments and rates, the teacher's plan
+
     def take(self, images: Tensor, labels: Tensor | None) -> None:
         """One iteration on this rank's images [n, C, H, W] and labels [n, label_dim] (or None).
 

@@ -25,7 +25,6 @@ class Saver:
     def load(self, say: Callable[[str], None]) -> bool:
         """Bring the run to its newest whole checkpoint, and files of a later time out of the way; False where there is none."""
         run, ranks = self.run, self.run.ranks
-        self.finish()
         state = load_newest(self.checkpoints, run.device, run.like if run.sharded else None, ranks=ranks, say=say)
         if state:
             run.load_state_dict(state)

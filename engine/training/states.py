@@ -11,7 +11,8 @@ from torch import Tensor
 from potstill.engine.common.errors import Damaged, reading, what_it_is
 from potstill.engine.readers.numpy_pickles import open_mapped
 from potstill.engine.readers.pickles import Unreadable
-from potstill.engine.readers.torch_pickles import in_memory, read_archive
+from potstill.engine.readers.tensors import in_memory
+from potstill.engine.readers.torch_pickles import read_archive
 
 Key = tuple[Any, ...]  # where a tensor is
 ZIP = b"PK\x03\x04"
