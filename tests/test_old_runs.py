@@ -40,6 +40,7 @@ def test_an_old_run_goes_on(tmp_path):
     ours, theirs = (
         [json.loads(line) for line in file.read_text().splitlines()] for file in (tmp_path / "run/metrics.jsonl", GOLDEN / "went_on.jsonl")
     )
+    ours = [line for line in ours if "alarm" not in line]  # which that version did not know
     assert [line["step"] for line in ours] == list(range(1, 9))
     for line, wanted in zip(ours, theirs, strict=True):
         for key in wanted.keys() - {"seconds", "images_per_second"}:
