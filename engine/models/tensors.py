@@ -71,7 +71,7 @@ def opened(path: Path) -> Iterator[Any]:
         again = "copy or download it again"
         wanted = f"wanted a file written by potstill train or convert; {what}"
         raise Damaged(
-            f"{path} is not a complete safetensors file ({error}): {again if what == 'it is a safetensors file' else wanted}"
+            f"{path} is not a complete safetensors file ({' '.join(str(error).split()):.200}): {again if what == 'it is a safetensors file' else wanted}"
         ) from error
 
 
