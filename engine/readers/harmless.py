@@ -20,6 +20,8 @@ REFERENCE = re.compile(r"\$\{([A-Za-z_]\w*(?:\.\w+)*)\}")
 
 def check_text(text: str, loader: type[yaml.SafeLoader], title: str) -> None:
     """UserError for a recipe that grows when it is read, or refers to more than its own settings. YAMLError for what is no YAML."""
+    if _nested(text) > 4 * DEEPEST:  # what is less is counted exactly below
+        raise UserError(f"{title} has branches within branches, wanted at most {DEEPEST} deep")
     try:
         root = yaml.compose(text, Loader=loader)
     except RecursionError as error:
@@ -56,6 +58,15 @@ def check_references(tree: Any, title: str) -> None:
                 target = target.get(name) if isinstance(target, dict) else None
             if isinstance(target, dict) or (isinstance(target, list) and any("${" in str(one) for one in target)):
                 raise UserError(f"{title} says {word[:60]!r}, wanted the name of a single setting")
+
+
+def _nested(text: str) -> int:
+    """How many brackets are open at once, at most: PyYAML takes seconds for thousands, and stands on the stack for each."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = max(depth + (1 if bracket in "[{" else -1), 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
