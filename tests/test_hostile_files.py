@@ -219,6 +219,19 @@ def test_every_bit_of_a_file_of_ours_is_under_its_checksum(file, tmp_path):
     refusal(lambda: load_net(file), "checksum differs", kind=Damaged)
 
 
+def test_a_checksum_whose_name_is_damaged_is_missed(file, tmp_path):
+    """Each bit of the name: without it the file would pass for one of an earlier version, damaged as it is."""
+    data = file.read_bytes()
+    start = data.index(b'"checksum"') + 1
+    for at in range(start, start + 8):
+        for bit in range(8):
+            path = tmp_path / "flipped.safetensors"
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            for read in (load_net, read_tensors):
+                with pytest.raises(Damaged):
+                    read(path)
+
+
 def test_files_without_a_checksum_are_read_and_one_that_is_saved_again_has_its_own(file, tmp_path):
     rewritten(file)
     assert b"checksum" not in file.read_bytes()[:4000]
