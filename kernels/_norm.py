@@ -330,9 +330,9 @@ def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-def gradients(x, weight, bias, scale, shift, add, wanted) -> list[Tensor]:
-    """Memory for the gradients of x, weight, bias, scale, shift and add; what is not wanted is empty."""
+def gradients(x, weight, bias, scale, shift, add, again, wanted) -> list[Tensor]:
+    """Memory for the gradients of x, weight, bias, scale, shift and add, and for y `again`; what is not wanted is empty."""
     params, *each = wanted
     given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
     made = [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
-    return [torch.empty_like(x), *made]
+    return [torch.empty_like(x), *made, torch.empty_like(x) if again else x.new_empty(0)]
