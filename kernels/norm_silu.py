@@ -119,6 +119,11 @@ class _Recomputed(Function):
         return *(next(found) if needed else None for needed in ctx.needs_input_grad[:6]), None, None, None, None, None
 
 
+def in_one_op(x: Tensor) -> bool:
+    """Is there a kernel for x, or is the definition what runs?"""
+    return native.takes(x) or not uses_reference("norm_silu", x)
+
+
 def _positional(x, weight, bias, scale, shift, add, key, groups, eps, silu, dropout):
     return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu, dropout=dropout, key=key)
 
@@ -165,7 +170,7 @@ def norm_silu(
         return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu, dropout=dropout, key=key)
     _check(x, weight, bias, groups, scale, shift, add)
     _check_dropout(x, dropout, key)
-    if uses_reference("norm_silu", x) and not native.takes(x):
+    if not in_one_op(x):
         if torch.compiler.is_compiling():  # torch.compile itself decides what it computes again
             return plain(x, weight, bias, groups, eps, scale=scale, shift=shift, add=add, silu=silu, dropout=dropout, key=key)
         return _Recomputed.apply(x, weight, bias, scale, shift, add, key, groups, eps, silu, dropout)

@@ -6,14 +6,16 @@ Statistics, softmax and the embedding are computed in float32. What lies below a
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from potstill import kernels
 from potstill.engine.nets import ops
+from potstill.engine.nets.block import normed_and_skip, residual_block
 from potstill.engine.nets.shadow import in_dtype
 
 
@@ -93,8 +95,8 @@ class Conv2d(nn.Module):
         f_pad = (taps.shape[-1] - 1) // 2
         if self.fused_resample and self.bias is not None:
             x = self._convolve(x, self.padding + f_pad, bias=False)
-            return self._downsample(x, taps, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
-        x = self._upsample(x, taps, f_pad) if self.up else self._downsample(x, taps, f_pad)
+            return self._downsample(x, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
+        x = self._upsample(x, f_pad) if self.up else self._downsample(x, f_pad)
         return x if self.weight is None else self._convolve(x, self.padding)
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,16 +110,21 @@ class Conv2d(nn.Module):
         given = in_dtype(self.bias, x.dtype) if bias else None
         return ops.conv(x, in_dtype(self.weight, x.dtype), given, frozen=frozen, padding=padding)
 
-    def _upsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
+    def filters(self, x: Tensor) -> Tensor:
+        """The resampling filter for every channel of x."""
+        assert self.resample_filter is not None
+        taps = self.resample_filter * 4 if self.up else self.resample_filter
+        return taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+
+    def _upsample(self, x: Tensor, padding: int) -> Tensor:
         if self.box:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return ops.upsample(x, (taps * 4).to(x.dtype).expand(x.shape[1], 1, -1, -1), padding)
+        return ops.upsample(x, self.filters(x), padding)
 
-    def _downsample(self, x: Tensor, taps: Tensor, padding: int) -> Tensor:
+    def _downsample(self, x: Tensor, padding: int) -> Tensor:
         if self.box:
             return ops.average_pool(x)
-        filters = taps.to(x.dtype).expand(x.shape[1], 1, -1, -1)
-        return ops.conv(x, filters, None, frozen=True, stride=2, padding=padding)
+        return ops.conv(x, self.filters(x), None, frozen=True, stride=2, padding=padding)
 
 
 class GroupNorm(nn.Module):
@@ -135,7 +142,7 @@ class GroupNorm(nn.Module):
             raise ValueError(f"GroupNorm wants channels that divide into min(32, channels // 4) groups, got {channels}")
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, *, silu: bool = False, **given: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, silu: bool = False, **given: Any) -> Tensor:
         return ops.norm_silu(x, self.weight, self.bias, self.groups, self.eps, silu=silu, **given)
 
 
@@ -246,37 +253,53 @@ class UNetBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        params, key = self.affine(emb), self._key(x.device)
+        fuses = ops.fuses(x)
+        x = residual_block(self, x, params, key) if fuses else self._by_layers(x, params, key)
+        if self.heads:
+            x = self._attended(x) if fuses else self._scaled(x + self._attention(self.norm2(x)))
+        return x
+
+    def _by_layers(self, x: Tensor, params: Tensor, key: Tensor | None) -> Tensor:
+        """The definition of `residual_block`."""
         h = self.conv0(self.norm0(x, silu=True))
-        params = self.affine(emb).to(h.dtype)
+        params, dropout = params.to(h.dtype), 0.0 if key is None else self.dropout
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            h = self.norm1(h, scale=scale, shift=shift, silu=True)
+            h = self.norm1(h, scale=scale, shift=shift, silu=True, dropout=dropout, key=key)
         else:
-            h = self.norm1(h, add=params, silu=True)
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = self._scaled(h + (x if self.skip is None else self.skip(x)))
-        if self.heads:
-            x = self._scaled(x + self._attention(self.norm2(x)))
-        return x
+            h = self.norm1(h, add=params, silu=True, dropout=dropout, key=key)
+        return self._scaled(self.conv1(h) + (x if self.skip is None else self.skip(x)))
+
+    def _key(self, device: torch.device) -> Tensor | None:
+        """What fixes the mask of this call's dropout, if there is one: from PyTorch's own generator, so that its seed does."""
+        if not (self.training and self.dropout):
+            return None
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """(x + attention(norm2(x)))·s; the gradient of the skip is added in norm2's backward."""
+        normed, x = normed_and_skip(x, self.norm2)
+        return kernels.residual(self._attention(normed, bias=False), x, self.proj.bias, None, self.skip_scale)
 
     def _scaled(self, x: Tensor) -> Tensor:
         """x·skip_scale, in x's own memory: a sum needs nothing kept of itself."""
         return x if self.skip_scale == 1 else x.mul_(self.skip_scale)
 
-    def _attention(self, x: Tensor) -> Tensor:
-        """Self-attention over pixels, projected: an image like x, of any memory format."""
+    def _attention(self, x: Tensor, bias: bool = True) -> Tensor:
+        """Self-attention over pixels, projected, with or without the projection's bias: an image like x, of any memory format."""
         # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}). The rows of the weight are put in the
         # order ({q, k, v}, head, channel), so that q, k and v come out in pieces that SDPA takes without a copy.
         n, c, height, width = x.shape
-        weight, bias = self.qkv.cast(x.dtype)
+        weight, offset = self.qkv.cast(x.dtype)
         weight = weight.view(self.heads, c // self.heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
-        bias = bias.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
+        offset = offset.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        qkv = F.linear(tokens, weight, bias).view(n, height * width, 3, self.heads, c // self.heads)
+        qkv = F.linear(tokens, weight, offset).view(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        weight, bias = self.proj.cast(x.dtype)
-        return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        weight, offset = self.proj.cast(x.dtype)
+        return F.linear(a, weight.flatten(1), offset if bias else None).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def set_checkpointing(net: nn.Module, mode: str) -> None:

@@ -11,6 +11,7 @@ them. Who wants either says so, with `definitions()`: under it every layer is Py
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.autograd import Function
 
 from potstill import kernels
 from potstill.kernels import native
-from potstill.kernels.norm_silu import plain
+from potstill.kernels.norm_silu import in_one_op, plain
 
 _by_definition = False  # a plain global: the compiler guards on it, and knows no ContextVar
 
@@ -54,9 +55,9 @@ def in_memory_format(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(x.device))
 
 
-def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool, **given: Tensor | None) -> Tensor:
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **given: Any) -> Tensor:
     """kernels.norm_silu, or its definition within `definitions()`."""
-    return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, silu=silu, **given)
+    return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, **given)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride: int = 1, padding: int = 0) -> Tensor:
@@ -91,6 +92,85 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+# --- Without autograd, for engine/nets/block.py -----------------------------------------------------------------------------
+
+
+def fuses(x: Tensor) -> bool:
+    """Does a residual block of x run as one node of autograd? Compilers and those who ask for `definitions()` see its layers."""
+    return not (by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting()) and in_one_op(x)
+
+
+def convolved(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, C, H, W] * weight [O, C, 3, 3], padded by 1."""
+    return F.conv2d(x, weight, None, 1, 1)
+
+
+def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, skip_bias: Tensor | None, scale: float) -> Tensor:
+    """(x * weight + bias + skip + skip_bias)·scale."""
+    return kernels.residual(convolved(x, weight), skip, bias, skip_bias, scale)
+
+
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """Of `convolved`."""
+    return F.conv_transpose2d(dy, weight, None, 1, 1)
+
+
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """Of `convolved`, times a factor."""
+    dweight = torch.ops.aten.convolution_backward(dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])[1]
+    return dweight if factor == 1 else dweight.mul_(factor)
+
+
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1 convolution [O, C, 1, 1] as a matrix product."""
+    return _image(_rows(x) @ weight.flatten(1).T, x)
+
+
+def mixing_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """Of `mixed` to its weight, times a factor."""
+    dweight = (_rows(dy).T @ _rows(x)).view(weight.shape)
+    return dweight if factor == 1 else dweight.mul_(factor)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, H, W] that lies as NHWC -> [NHW, C]."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _image(rows: Tensor, like: Tensor) -> Tensor:
+    n, _, height, width = like.shape
+    return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def resampled(x: Tensor, layer: Any) -> Tensor:
+    """x resampled by 2 as a layers.Conv2d does before it convolves."""
+    if layer.resample_filter is None:
+        return x
+    if layer.box:
+        return _doubled(x) if layer.up else F.avg_pool2d(x, 2)
+    filters = layer.filters(x)
+    padding = (filters.shape[-1] - 1) // 2
+    convolve = F.conv_transpose2d if layer.up else F.conv2d
+    return convolve(x, filters, None, 2, padding, groups=x.shape[1])
+
+
+def resampled_gradient(dy: Tensor, layer: Any) -> tuple[Tensor, float]:
+    """Of `resampled`, but for a factor."""
+    if layer.resample_filter is None:
+        return dy, 1.0
+    if layer.box:
+        return (F.avg_pool2d(dy, 2), 4.0) if layer.up else (_doubled(dy), 0.25)
+    filters = layer.filters(dy)
+    padding = (filters.shape[-1] - 1) // 2
+    convolve = F.conv2d if layer.up else F.conv_transpose2d
+    return convolve(dy, filters, None, 2, padding, groups=dy.shape[1]), 1.0
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Every pixel four times."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def _keeps_nothing(x: Tensor, frozen: bool) -> bool:
