@@ -82,7 +82,8 @@ class Conv2d(nn.Module):
         self.weight = self.bias = None
         if kernel:
             shape = (out_channels, in_channels, kernel, kernel)
-            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out, init.weight))
+            # as the images lie (ops.memory_format), so that no convolution lays it out anew
+            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out, init.weight).contiguous(memory_format=torch.channels_last))
             self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out, init.bias))
         f = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")  # arithmetic on "meta" would import a compiler
         taps = (f.outer(f)[None, None] / f.sum() ** 2).to(torch.get_default_device()) if up or down else None

@@ -173,6 +173,10 @@ class Trained:
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_for(self.optimizer, state))
+        for p, found in self.optimizer.state.items():  # PyTorch's fused Adam takes memory as it lies
+            for name, t in found.items():
+                if isinstance(t, Tensor) and t.shape == p.shape and t.stride() != p.stride():
+                    found[name] = torch.empty_like(p, dtype=t.dtype).copy_(t)
 
     def whole(self, own: nn.Module) -> nn.Module:
         """A net with all weights, to be sampled and saved. All ranks must ask for it."""

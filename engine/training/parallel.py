@@ -258,6 +258,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     options = {"mesh": mesh, "reshard_after_forward": cfg.reshard_after_forward}
+    for p in net.parameters():
+        p.data = p.data.contiguous()  # which fully_shard wants; convolutions then lay their weights out themselves
     parts: list[Any] = []  # of classes that fully_shard makes
     for denoiser in [m for m in net.modules() if isinstance(m, Denoiser)]:
         low = denoiser.compute_dtype if cfg.mixed and denoiser.compute_dtype is not torch.float32 else None
