@@ -1,4 +1,5 @@
-// GroupNorm, scale and shift, SiLU on a CPU, as in kernels/norm_silu.py, for NHWC images in float32 and bfloat16.
+// GroupNorm, scale and shift, SiLU, dropout on a CPU, as in kernels/norm_silu.py, and the sum at the end of a residual block,
+// for NHWC images in float32 and bfloat16.
 //
 // A task takes one sample and some whole groups: statistics, and what follows of them for each channel, are here, the loops
 // over pixels in csrc/norm_silu_loops.cpp. Sums are float32, in an order that depends on the shape alone: neither the
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <type_traits>
@@ -102,16 +104,25 @@ struct Norm {
   int64_t samples, channels, pixels, groups, taken;  // taken: groups of one task
   double eps;
   bool silu;
+  Dropout dropout;
 
   int64_t width() const { return channels / groups; }
   int64_t tasks() const { return samples * (groups / taken); }
 };
 
+Dropout dropout_of(double dropout, const std::optional<Tensor>& key) {
+  if (dropout == 0.0 || !key) return {};
+  const uint64_t halves = *static_cast<const uint64_t*>(key->const_data_ptr());
+  const auto least = static_cast<uint32_t>(std::min(std::nearbyint(dropout * 0x1p32), 0x1p32 - 1));
+  return {static_cast<uint32_t>(halves), static_cast<uint32_t>(halves >> 32), least, static_cast<float>(1.0 / (1.0 - dropout))};
+}
+
 Norm norm_of(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& scale,
-    const std::optional<Tensor>& shift, const std::optional<Tensor>& add, int64_t groups, double eps, bool silu) {
+    const std::optional<Tensor>& shift, const std::optional<Tensor>& add, int64_t groups, double eps, bool silu,
+    double dropout, const std::optional<Tensor>& key) {
   Norm norm{std::optional(weight), std::optional(bias), scale, shift, add, x.size(0), x.size(1), x.size(2) * x.size(3),
-            groups, groups, eps, silu};
+            groups, groups, eps, silu, dropout_of(dropout, key)};
   // A task takes half the groups, or a quarter, while samples are too few for the threads or too large for the cache, and
   // as long as it keeps whole cache lines.
   const int64_t line = 64 / x.element_size(), threads = torch::stable::get_num_threads();
@@ -122,26 +133,40 @@ Norm norm_of(
 
 // --- a task ---------------------------------------------------------------------------------------------------------------
 
+// Memory of this thread for `count` floats, kept from call to call: what the allocator would fetch and give back costs more
+// than a small image. There are two of them, which hold what is written into them until they are asked for again.
+template <int WHICH>
+float* memory(int64_t count) {
+  static thread_local std::unique_ptr<float[]> kept;
+  static thread_local int64_t size = 0;
+  if (size < count) kept.reset(new float[count]), size = count;
+  return kept.get();
+}
+
 struct Task {
   const Norm& norm;
   Run run;
-  int64_t n = 0, first = 0;  // sample, channel
-  std::vector<float> memory, kept;
+  int64_t padded, n = 0, first = 0;  // sample, channel
   float *centre, *gain, *offset, *a, *b, *c;  // [channels of the task]
 
   explicit Task(const Norm& norm) : norm(norm), run{norm.channels, norm.pixels, norm.taken * norm.width()} {
-    const int64_t padded = (run.count + W - 1) / W * W;
-    memory.resize(6 * padded);
-    float** each[] = {&centre, &gain, &offset, &a, &b, &c};
-    for (int i = 0; i < 6; ++i) *each[i] = memory.data() + i * padded;
+    padded = (run.count + W - 1) / W * W;
+    float* room = memory<0>(6 * padded);
+    for (float** each : {&centre, &gain, &offset, &a, &b, &c}) *each = room, room += padded;
   }
 
   void take(int64_t task) {
     const int64_t parts = norm.groups / norm.taken;
     n = task / parts;
     first = task % parts * run.count;
-    std::fill(memory.begin(), memory.end(), 0.0f);
+    std::fill(centre, centre + 6 * padded, 0.0f);
     if (norm.add) norm.add.read(n, first, run.count, centre);  // what is added to x, until `affine`
+  }
+
+  Dropout dropout() const {
+    Dropout dropout = norm.dropout;
+    dropout.place = static_cast<uint32_t>(image());
+    return dropout;
   }
 
   int64_t image() const { return n * norm.pixels * norm.channels + first; }
@@ -193,43 +218,75 @@ void forward(Task& task, const Loops<T>& loops, const T* x, T* y, float* mean, f
     }
     rstd[g] = 1.0f / std::sqrt(squares * all + static_cast<float>(norm.eps));
   }
-  loops.apply(task.run, task.affine(mean, rstd), norm.silu, x, y);
+  loops.apply(task.run, task.affine(mean, rstd), norm.silu, task.dropout(), x, y);
 }
+
+// What backward is given besides, the images by their first value.
+template <typename T>
+struct Upstream {
+  const T *dy, *skip;
+  float factor, skip_factor;
+  T *dx, *y;
+  Small dadd;
+};
 
 // sums: [2, N, C], Σ dh and Σ dh·xhat.
 template <typename T>
 void backward(
-    Task& task, const Loops<T>& loops, const T* x, const T* dy, T* dx, const float* mean, const float* rstd, float* sums,
-    const Small& dadd) {
+    Task& task, const Loops<T>& loops, const T* x, const Upstream<T>& given, const float* mean, const float* rstd, float* sums) {
   const Norm& norm = task.norm;
   const int64_t k = norm.width(), image = task.image(), row = task.n * norm.channels + task.first;
   const float pixels = static_cast<float>(norm.pixels), size = pixels * static_cast<float>(k);
   float *dh = sums + row, *dhx = sums + norm.samples * norm.channels + row, *along = task.a, *across = task.b;
-  x += image, dy += image, dx += image, mean += task.group(), rstd += task.group();
+  T* dx = given.dx + image;
+  x += image, mean += task.group(), rstd += task.group();
+  float* kept;
+  int64_t apart;
+  if constexpr (std::is_same_v<T, float>) {  // where dx will be
+    kept = dx, apart = norm.channels;
+  } else {
+    kept = memory<1>(norm.pixels * task.padded), apart = task.padded;
+  }
   const Affine affine = task.affine(mean, rstd);
-  task.kept.resize(norm.pixels * (task.memory.size() / 6));
-  loops.gradient_sums(task.run, affine, norm.silu, x, dy, task.kept.data(), task.a, task.b, task.c);
+  loops.gradient_sums(
+      task.run, affine, norm.silu, task.dropout(), x, given.dy + image, given.y ? given.y + image : nullptr, kept, apart,
+      task.a, task.b, task.c);
+  const float factor = given.factor * norm.dropout.factor;  // all is linear in dh
   for (int64_t g = 0; g < norm.taken; ++g) {
     float sum = 0.0f, product = 0.0f;
-    for (int64_t i = g * k; i < (g + 1) * k; ++i) sum += task.gain[i] * task.a[i], product += task.gain[i] * task.b[i];
+    for (int64_t i = g * k; i < (g + 1) * k; ++i) {
+      task.a[i] *= factor, task.b[i] *= factor;
+      sum += task.gain[i] * task.a[i], product += task.gain[i] * task.b[i];
+    }
     sum /= size, product *= rstd[g] * rstd[g] / size;
     for (int64_t i = g * k; i < (g + 1) * k; ++i) {
       dh[i] = task.a[i], dhx[i] = task.b[i] * rstd[g];
       task.c[i] = task.gain[i] * dh[i] - pixels * sum - product * task.c[i];  // Σ dx
-      along[i] = sum, across[i] = product;
+      along[i] = sum, across[i] = product, task.gain[i] *= factor;
     }
   }
-  if (dadd) dadd.write(task.n, task.first, task.run.count, task.c);
-  loops.gradient(task.run, affine, along, across, x, task.kept.data(), dx);
+  if (given.dadd) given.dadd.write(task.n, task.first, task.run.count, task.c);
+  loops.gradient(
+      task.run, affine, along, across, given.skip ? given.skip + image : nullptr, given.skip_factor, x, kept, apart, dx);
 }
 
 // --- the ops --------------------------------------------------------------------------------------------------------------
 
-// f(task) for every task, shared by PyTorch's threads.
+// f(begin, end) over all of `count`, shared by PyTorch's threads where there is enough for two.
+template <typename F>
+void shared(int64_t count, int64_t grain, F f) {
+  if (count <= grain || torch::stable::get_num_threads() == 1) {
+    f(int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+// f(task) for every task
 template <typename F>
 void each_task(const Norm& norm, F f) {
   if (norm.tasks() == 0 || norm.pixels == 0) return;
-  torch::stable::parallel_for(0, norm.tasks(), 1, [&](int64_t begin, int64_t end) {
+  shared(norm.tasks(), 1, [&](int64_t begin, int64_t end) {
     Task task(norm);
     for (int64_t t = begin; t < end; ++t) {
       task.take(t);
@@ -241,6 +298,11 @@ void each_task(const Norm& norm, F f) {
 template <typename T>
 T* pointer(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <typename T>
+T* pointer(const std::optional<Tensor>& t) {
+  return t ? pointer<T>(*t) : nullptr;
 }
 
 // f(the loops for this dtype, a null pointer of its type)
@@ -256,8 +318,9 @@ void with_loops(ScalarType dtype, F f) {
 
 void norm_silu(
     Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
-    std::optional<Tensor> add, int64_t groups, double eps, bool silu, Tensor y, Tensor mean, Tensor rstd) {
-  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, eps, silu);
+    std::optional<Tensor> add, int64_t groups, double eps, bool silu, double dropout, std::optional<Tensor> key, Tensor y,
+    Tensor mean, Tensor rstd) {
+  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key);
   with_loops(x.scalar_type(), [&](const auto& loops, auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* from = pointer<T>(x);
@@ -269,20 +332,20 @@ void norm_silu(
 
 void norm_silu_grad(
     Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-    std::optional<Tensor> shift, std::optional<Tensor> add, int64_t groups, bool silu, Tensor dx,
+    std::optional<Tensor> shift, std::optional<Tensor> add, int64_t groups, bool silu, double dropout,
+    std::optional<Tensor> key, double dy_factor, std::optional<Tensor> skip, double skip_factor, Tensor dx,
     std::optional<Tensor> dweight, std::optional<Tensor> dbias, std::optional<Tensor> dscale,
-    std::optional<Tensor> dshift, std::optional<Tensor> dadd) {
-  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, 0.0, silu);
+    std::optional<Tensor> dshift, std::optional<Tensor> dadd, std::optional<Tensor> y) {
+  const Norm norm = norm_of(x, weight, bias, scale, shift, add, groups, 0.0, silu, dropout, key);
   const int64_t channels = norm.channels, samples = norm.samples;
   std::vector<float> sums(2 * samples * channels);
   with_loops(x.scalar_type(), [&](const auto& loops, auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T *from = pointer<T>(x), *given = pointer<T>(dy);
-    T* to = pointer<T>(dx);
+    const T* from = pointer<T>(x);
+    const Upstream<T> given{pointer<T>(dy), pointer<T>(skip), static_cast<float>(dy_factor), static_cast<float>(skip_factor),
+                            pointer<T>(dx), pointer<T>(y), dadd};
     const float *m = pointer<float>(mean), *r = pointer<float>(rstd);
-    each_task(norm, [&, to_add = Small(dadd)](Task& task) {
-      backward(task, loops, from, given, to, m, r, sums.data(), to_add);
-    });
+    each_task(norm, [&](Task& task) { backward(task, loops, from, given, m, r, sums.data()); });
   });
   if (!dweight && !dbias && !dscale && !dshift) return;
   std::vector<float> w(channels), b(channels), s(channels), row(channels);
@@ -304,19 +367,42 @@ void norm_silu_grad(
   if (dbias) Small(dbias).write(0, 0, channels, db.data());
 }
 
+void residual(
+    Tensor h, Tensor skip, std::optional<Tensor> bias, std::optional<Tensor> skip_bias, double scale, Tensor out) {
+  const int64_t channels = h.size(1), pixels = h.size(0) * h.size(2) * h.size(3), padded = (channels + W - 1) / W * W;
+  if (channels == 0) return;
+  std::vector<float> constant(padded), other(channels);
+  if (bias) Small(bias).read(0, 0, channels, constant.data());
+  if (skip_bias) Small(skip_bias).read(0, 0, channels, other.data());
+  for (int64_t c = 0; c < channels; ++c) constant[c] += other[c];
+  with_loops(h.scalar_type(), [&](const auto& loops, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *left = pointer<T>(h), *right = pointer<T>(skip);
+    T* to = pointer<T>(out);
+    shared(pixels, (CACHED + channels - 1) / channels, [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * channels;
+      loops.residual({channels, end - begin, channels}, left + at, constant.data(), right + at, static_cast<float>(scale), to + at);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace potstill
 
 #define GIVEN "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cpu, m) {
-  m.def("norm_silu(Tensor x, " GIVEN "float eps, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def("norm_silu(Tensor x, " GIVEN
+        "float eps, bool silu, float dropout, Tensor? key, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def("norm_silu_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, " GIVEN
-        "bool silu, Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dscale, Tensor(e!)? dshift, "
-        "Tensor(f!)? dadd) -> ()");
+        "bool silu, float dropout, Tensor? key, float dy_factor, Tensor? skip, float skip_factor, Tensor(a!) dx, "
+        "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dscale, Tensor(e!)? dshift, Tensor(f!)? dadd, "
+        "Tensor(g!)? y) -> ()");
+  m.def("residual(Tensor h, Tensor skip, Tensor? bias, Tensor? skip_bias, float scale, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(potstill_cpu, CPU, m) {
   m.impl("norm_silu", TORCH_BOX(&potstill::norm_silu));
   m.impl("norm_silu_grad", TORCH_BOX(&potstill::norm_silu_grad));
+  m.impl("residual", TORCH_BOX(&potstill::residual));
 }

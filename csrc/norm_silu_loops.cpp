@@ -47,57 +47,113 @@ INLINE Halves narrow(Floats f) {  // to the nearest, ties to even
 #endif
 }
 
+// The first n values at p, the others 0.
+template <bool FULL, typename Vector, typename T>
+INLINE Vector get(const T* p, int64_t n) {
+  Vector v = {};
+#ifdef __AVX512F__
+  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (!FULL && sizeof(T) == 4) return (Vector)_mm512_maskz_loadu_ps(some, p);
+  if constexpr (!FULL && sizeof(T) == 2) return (Vector)_mm256_maskz_loadu_epi16(some, p);
+#endif
+  __builtin_memcpy(&v, p, FULL ? sizeof v : sizeof(T) * n);
+  return v;
+}
+
+template <bool FULL, typename Vector, typename T>
+INLINE void put(T* p, Vector v, int64_t n) {
+#ifdef __AVX512F__
+  const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (!FULL && sizeof(T) == 4) return _mm512_mask_storeu_ps(p, some, (__m512)v);
+  if constexpr (!FULL && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, some, (__m256i)v);
+#endif
+  __builtin_memcpy(p, &v, FULL ? sizeof v : sizeof(T) * n);
+}
+
 template <bool FULL>
 INLINE Floats load(const float* p, int64_t n) {
-  Floats f = {};
-  __builtin_memcpy(&f, p, FULL ? sizeof f : 4 * n);
-  return f;
+  return get<FULL, Floats>(p, n);
 }
 
 template <bool FULL>
 INLINE Floats load(const bfloat16* p, int64_t n) {
-  Halves h = {};
-  __builtin_memcpy(&h, p, FULL ? sizeof h : 2 * n);
-  return widen(h);
+  return widen(get<FULL, Halves>(p, n));
 }
 
 INLINE Floats load(const float* p) { return load<true>(p, W); }
 
 template <bool FULL>
 INLINE void store(float* p, Floats f, int64_t n) {
-  __builtin_memcpy(p, &f, FULL ? sizeof f : 4 * n);
+  put<FULL>(p, f, n);
 }
 
 template <bool FULL>
 INLINE void store(bfloat16* p, Floats f, int64_t n) {
-  const Halves h = narrow(f);
-  __builtin_memcpy(p, &h, FULL ? sizeof h : 2 * n);
+  put<FULL>(p, narrow(f), n);
 }
 
 INLINE void store(float* p, Floats f) { store<true>(p, f, W); }
 
 INLINE void accumulate(float* p, Floats f) { store(p, load(p) + f); }
 
-// 1 / (1 + exp(-h)), to a few units in the last place. |h| > 87 counts as 87: exp(88.7) is where float32 ends.
-INLINE Floats sigmoid(Floats h) {
+// h between -87 and 87: exp(88.7) is where float32 ends. What is not a number stays so.
+INLINE Floats clamped(Floats h) {
   const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 87.0f;
-  const Floats x = lowest > -h ? lowest : highest < -h ? highest : -h;  // not a number stays one
-  // exp(x) = 2^k·exp(r), |r| <= ln(2)/2, in two steps because k·ln(2) is not exact
+#ifdef __AVX512F__
+  return (Floats)_mm512_max_ps((__m512)lowest, _mm512_min_ps((__m512)highest, (__m512)h));
+#else
+  return lowest > h ? lowest : highest < h ? highest : h;
+#endif
+}
+
+// 1 / (1 + exp(-h)): EXACT to a few units of float32's last place, else to 1e-4, of which rounding to bfloat16 leaves nothing.
+template <bool EXACT>
+INLINE Floats sigmoid(Floats h) {
+  // exp(-h) = 2^k·exp(-r), |r| <= ln(2)/2; float32's ln(2) is right to 3e-9, so k·ln(2) needs no second step
   const float shift = 12582912.0f;  // 1.5·2^23: adding it rounds, and leaves the integer in the low bits
-  const Floats shifted = x * 1.44269504f + shift, k = shifted - shift;
-  const Floats r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  Floats p = r * 1.384364441e-3f + 8.374162950e-3f;  // least greatest relative error with a constant 1: 2e-9
-  p = p * r + 4.166800156e-2f;
-  p = p * r + 1.666643173e-1f;
-  p = p * r + 4.999999404e-1f;
-  p = p * r + 1.0f;
+  const Floats x = clamped(h), shifted = x * -1.44269504f + shift, k = shifted - shift, r = x + k * 0.693147181f;
+  Floats p;  // of least greatest relative error with a constant 1: 9e-8 and 1e-4
+  if constexpr (EXACT) {
+    p = r * -8.290229519e-3f + 4.189839026e-2f;
+    p = p * r - 1.666764006e-1f;
+    p = p * r + 4.999914615e-1f;
+    p = p * r - 9.999997054e-1f;
+  } else {
+    p = r * -1.651768402e-1f + 5.041386175e-1f;
+    p = p * r - 1.000196619f;
+  }
   p = p * r + 1.0f;
 #ifdef __AVX512F__
   const __m512 d = _mm512_scalef_ps((__m512)p, (__m512)k) + 1.0f, near = _mm512_rcp14_ps(d);
-  return (Floats)(near + near * (1.0f - d * near));
+  return (Floats)(EXACT ? near + near * (1.0f - d * near) : near);
 #else
-  return 1.0f / (1.0f + p * (Floats)(((Bits)shifted << 23) + 0x3f800000u));
+  return 1.0f / (1.0f + (Floats)((Bits)p + ((Bits)shifted << 23)));  // k into p's exponent
 #endif
+}
+
+template <typename T>
+constexpr bool EXACT = sizeof(T) == 4;
+
+// f, and 0 where dropout takes it: as `kept` in kernels/norm_silu.py, at `place` and the next 15.
+template <bool DROPOUT>
+INLINE Floats left(Floats f, Dropout d, uint32_t place) {
+  if constexpr (!DROPOUT) return f;
+  Bits bits = (Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + place) ^ d.low;
+  bits = (bits ^ (bits >> 16)) * 0x7feb352du;
+  bits = ((bits ^ (bits >> 15)) + d.high) * 0x846ca68bu;
+  return bits >= d.least ? f : Floats{};
+}
+
+// f(whether a), f(whether a, whether b), ... as constants
+template <typename F>
+INLINE void choose(F f) {
+  f();
+}
+
+template <typename F, typename... More>
+INLINE void choose(F f, bool first, More... more) {
+  const auto with = [&](auto chosen) INLINED { choose([&](auto... others) INLINED { f(chosen, others...); }, more...); };
+  first ? with(Constant<true>{}) : with(Constant<false>{});
 }
 
 // f(first pixel, pixels, first channel, channels that count, whether all sixteen do) for each vector of a few pixels.
@@ -117,89 +173,112 @@ template <typename T>
 void sums(Run run, const T* x, float* a, float* b) {
   each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
     constexpr bool FULL = decltype(full)::value;
+    constexpr int CHAINS = 4;  // of additions, as one waits for the last
     const Floats origin = load<FULL>(x + i, n);
     const T* at = x + first * run.channels + i;
-    Floats sum[2] = {}, square[2] = {};
+    Floats sum[CHAINS] = {}, square[CHAINS] = {};
     int64_t p = 0;
-    for (; p + 2 <= pixels; p += 2, at += 2 * run.channels) {
-      const Floats d[] = {load<FULL>(at, n) - origin, load<FULL>(at + run.channels, n) - origin};
-      sum[0] += d[0], square[0] += d[0] * d[0];
-      sum[1] += d[1], square[1] += d[1] * d[1];
+    for (; p + CHAINS <= pixels; p += CHAINS, at += CHAINS * run.channels) {
+      for (int j = 0; j < CHAINS; ++j) {
+        const Floats d = load<FULL>(at + j * run.channels, n) - origin;
+        sum[j] += d, square[j] += d * d;
+      }
     }
-    if (p < pixels) {
+    for (; p < pixels; ++p, at += run.channels) {
       const Floats d = load<FULL>(at, n) - origin;
       sum[0] += d, square[0] += d * d;
     }
-    accumulate(a + i, sum[0] + sum[1]);
-    accumulate(b + i, square[0] + square[1]);
+    accumulate(a + i, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    accumulate(b + i, (square[0] + square[1]) + (square[2] + square[3]));
   });
 }
 
-template <bool SILU, typename T>
-INLINE void apply_(Run run, Affine affine, const T* x, T* y) {
-  each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
-    constexpr bool FULL = decltype(full)::value;
-    const Floats centre = load(affine.centre + i), gain = load(affine.gain + i), offset = load(affine.offset + i);
-    for (int64_t p = first; p < first + pixels; ++p) {
-      const Floats h = (load<FULL>(x + p * run.channels + i, n) - centre) * gain + offset;
-      store<FULL>(y + p * run.channels + i, SILU ? h * sigmoid(h) : h, n);
-    }
-  });
-}
-
-template <bool SILU, typename T>
-INLINE void gradient_sums_(Run run, Affine affine, const T* x, const T* dy, float* kept, float* a, float* b, float* c) {
-  const int64_t padded = (run.count + W - 1) / W * W;
-  each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
-    constexpr bool FULL = decltype(full)::value;
-    const Floats centre = load(affine.centre + i), gain = load(affine.gain + i), offset = load(affine.offset + i);
-    Floats sum = {}, product = {}, shift = {};
-    for (int64_t p = first; p < first + pixels; ++p) {
-      const Floats d = load<FULL>(x + p * run.channels + i, n) - centre;
-      Floats dh = load<FULL>(dy + p * run.channels + i, n);
-      if (SILU) {
-        const Floats h = d * gain + offset, s = sigmoid(h);
-        dh *= s + h * s * (1.0f - s);
+template <typename T>
+void apply(Run run, Affine affine, bool silu, Dropout dropout, const T* x, T* y) {
+  choose([&](auto curved, auto drops) INLINED {
+    constexpr bool SILU = decltype(curved)::value, DROPOUT = decltype(drops)::value;
+    each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
+      constexpr bool FULL = decltype(full)::value;
+      const Floats centre = load(affine.centre + i), gain = load(affine.gain + i), offset = load(affine.offset + i);
+      for (int64_t p = first; p < first + pixels; ++p) {
+        const int64_t at = p * run.channels + i;
+        const Floats h = (load<FULL>(x + at, n) - centre) * gain + offset;
+        const Floats v = SILU ? h * sigmoid<EXACT<T>>(h) : h;
+        store<FULL>(y + at, DROPOUT ? left<DROPOUT>(v * dropout.factor, dropout, dropout.place + at) : v, n);
       }
-      store(kept + p * padded + i, dh);
-      sum += dh, product += dh * d, shift += d;
-    }
-    accumulate(a + i, sum);
-    accumulate(b + i, product);
-    accumulate(c + i, shift);
-  });
-}
-
-template <typename T>
-void gradient(Run run, Affine affine, const float* along, const float* across, const T* x, const float* kept, T* dx) {
-  const int64_t padded = (run.count + W - 1) / W * W;
-  each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
-    constexpr bool FULL = decltype(full)::value;
-    const Floats centre = load(affine.centre + i), gain = load(affine.gain + i);
-    const Floats one = load(along + i), slope = load(across + i);
-    for (int64_t p = first; p < first + pixels; ++p) {
-      const Floats d = load<FULL>(x + p * run.channels + i, n) - centre;
-      store<FULL>(dx + p * run.channels + i, load(kept + p * padded + i) * gain - one - d * slope, n);
-    }
-  });
-}
-
-template <typename T>
-void apply(Run run, Affine affine, bool silu, const T* x, T* y) {
-  silu ? apply_<true>(run, affine, x, y) : apply_<false>(run, affine, x, y);
+    });
+  }, silu, dropout.least != 0);
 }
 
 template <typename T>
 void gradient_sums(
-    Run run, Affine affine, bool silu, const T* x, const T* dy, float* kept, float* a, float* b, float* c) {
-  silu ? gradient_sums_<true>(run, affine, x, dy, kept, a, b, c) : gradient_sums_<false>(run, affine, x, dy, kept, a, b, c);
+    Run run, Affine affine, bool silu, Dropout dropout, const T* x, const T* dy, T* y, float* kept, int64_t row, float* a,
+    float* b, float* c) {
+  choose([&](auto curved, auto drops, auto again) INLINED {
+    constexpr bool SILU = decltype(curved)::value, DROPOUT = decltype(drops)::value, AGAIN = decltype(again)::value;
+    each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
+      constexpr bool FULL = decltype(full)::value;
+      const Floats centre = load(affine.centre + i), gain = load(affine.gain + i), offset = load(affine.offset + i);
+      Floats sum = {}, product = {}, shift = {};
+      for (int64_t p = first; p < first + pixels; ++p) {
+        const int64_t at = p * run.channels + i;
+        const Floats d = load<FULL>(x + at, n) - centre;
+        Floats dh = load<FULL>(dy + at, n), v = d * gain + offset;
+        if (SILU) {
+          const Floats s = sigmoid<EXACT<T>>(v);
+          v *= s, dh *= s + v * (1.0f - s);
+        }
+        if (DROPOUT) v *= dropout.factor;
+        dh = left<DROPOUT>(dh, dropout, dropout.place + at);
+        if (AGAIN) store<FULL>(y + at, left<DROPOUT>(v, dropout, dropout.place + at), n);
+        store<FULL>(kept + p * row + i, dh, n);
+        sum += dh, product += dh * d, shift += d;
+      }
+      accumulate(a + i, sum);
+      accumulate(b + i, product);
+      accumulate(c + i, shift);
+    });
+  }, silu, dropout.least != 0, y != nullptr);
 }
+
+template <typename T>
+void gradient(
+    Run run, Affine affine, const float* along, const float* across, const T* skip, float factor, const T* x,
+    const float* kept, int64_t row, T* dx) {
+  choose([&](auto skips) INLINED {
+    constexpr bool SKIP = decltype(skips)::value;
+    each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
+      constexpr bool FULL = decltype(full)::value;
+      const Floats centre = load(affine.centre + i), gain = load(affine.gain + i);
+      const Floats one = load(along + i), slope = load(across + i);
+      for (int64_t p = first; p < first + pixels; ++p) {
+        const int64_t at = p * run.channels + i;
+        const Floats d = load<FULL>(x + at, n) - centre;
+        Floats v = load<FULL>(kept + p * row + i, n) * gain - one - d * slope;
+        if (SKIP) v += load<FULL>(skip + at, n) * factor;
+        store<FULL>(dx + at, v, n);
+      }
+    });
+  }, skip != nullptr);
+}
+
+template <typename T>
+void residual(Run run, const T* h, const float* bias, const T* skip, float scale, T* out) {
+  each_vector(run, [&](int64_t first, int64_t pixels, int64_t i, int64_t n, auto full) INLINED {
+    constexpr bool FULL = decltype(full)::value;
+    const Floats constant = load(bias + i);
+    for (int64_t p = first; p < first + pixels; ++p) {
+      const int64_t at = p * run.channels + i;
+      store<FULL>(out + at, (load<FULL>(h + at, n) + constant + load<FULL>(skip + at, n)) * scale, n);
+    }
+  });
+}
+
+template <typename T>
+constexpr Loops<T> LOOPS = {sums<T>, apply<T>, gradient_sums<T>, gradient<T>, residual<T>};
 
 }  // namespace
 
-extern const Level LEVEL = {
-    {sums<float>, apply<float>, gradient_sums<float>, gradient<float>},
-    {sums<bfloat16>, apply<bfloat16>, gradient_sums<bfloat16>, gradient<bfloat16>},
-};
+extern const Level LEVEL = {LOOPS<float>, LOOPS<bfloat16>};
 
 }  // namespace potstill
