@@ -10,13 +10,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted(HERE.glob("*.cu"))
-CPU_SOURCE, LOOPS = HERE / "norm_silu_cpu.cpp", HERE / "norm_silu_loops.cpp"
+CPU_SOURCES, LOOPS = sorted(HERE.glob("*_cpu.cpp")), sorted(HERE.glob("*_loops.cpp"))
 
 #: Only what PyTorch 2.10 offered, so that one binary loads into every PyTorch since.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 _AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl"
-#: Instructions that the loops for CPUs are compiled for, each a table in norm_silu_loops.h; the machine's own are chosen at run time.
+#: Instructions that the loops for CPUs are compiled for, each a table in their header; the machine's own are chosen at run time.
 LEVELS = {"any": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": "-mavx2 -mfma", "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
@@ -81,8 +81,9 @@ def cuda_ninja_file(output: Path, *, archs: Iterable[int]) -> str:
 
 def cpu_objects() -> dict[str, tuple[Path, str]]:
     """What each object for CPUs is compiled from, and its own flags: the ops once, the loops once for each of LEVELS."""
-    objects = {f"loops_{name}.o": (LOOPS, f"-DLEVEL=LEVEL_{name} {more}") for name, more in LEVELS.items()}
-    return objects | {f"{CPU_SOURCE.stem}.o": (CPU_SOURCE, "")}
+    levels = [(name, f"-DLEVEL=LEVEL_{name} {more}") for name, more in LEVELS.items()]
+    objects = {f"{source.stem}_{name}.o": (source, more) for source in LOOPS for name, more in levels}
+    return objects | {f"{source.stem}.o": (source, "") for source in CPU_SOURCES}
 
 
 def cpu_ninja_file(output: Path, compiler: str) -> str:

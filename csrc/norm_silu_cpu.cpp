@@ -5,6 +5,7 @@
 // over pixels in csrc/norm_silu_loops.cpp. Sums are float32, in an order that depends on the shape alone: neither the
 // number of threads nor the other samples of a batch change a bit.
 
+#include "cpu_level.h"
 #include "norm_silu_loops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,10 +17,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
-#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -33,24 +32,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t CACHED = 1 << 16;  // values of a task: 256 KB of gradients kept between the two passes of backward
 
-// The best that this machine has, or what POTSTILL_CPU names.
 const Level& level() {
-  static const Level& chosen = [&]() -> const Level& {
-    const char* named = std::getenv("POTSTILL_CPU");
-    const std::string_view name = named ? named : "";
-    const auto takes = [&](const char* level, bool has) { return has && (name.empty() || name == level); };
-#ifdef __x86_64__
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl");
-    if (takes("avx512_bf16", avx512 && __builtin_cpu_supports("avx512bf16"))) return LEVEL_avx512_bf16;
-    if (takes("avx512", avx512)) return LEVEL_avx512;
-    if (takes("avx2", avx2)) return LEVEL_avx2;
-#endif
-    STD_TORCH_CHECK(takes("any", true), "wanted POTSTILL_CPU to be any or what this processor has of avx2, avx512 and ",
-                    "avx512_bf16, got ", named);
-    return LEVEL_any;
-  }();
+  static const Level& chosen = POTSTILL_LEVEL(potstill);
   return chosen;
 }
 
