@@ -131,7 +131,7 @@ def projected(level: int, width: int) -> int:
 def _conv(conv: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(conv, nn.Conv2d) and conv.bias is not None
     weight, bias = (in_dtype(t, x.dtype) for t in (conv.weight, conv.bias))
-    return ops.conv(x, weight, bias, frozen=not (conv.weight.requires_grad or conv.bias.requires_grad))
+    return ops.convolution(x, weight, bias, frozen=not (conv.weight.requires_grad or conv.bias.requires_grad))
 
 
 def _heads(taps: Sequence[Tap], width: int, label_dim: int) -> list["PatchHead"]:

@@ -109,7 +109,7 @@ class Conv2d(nn.Module):
         assert self.weight is not None and self.bias is not None
         frozen = not (self.weight.requires_grad or self.bias.requires_grad)
         given = in_dtype(self.bias, x.dtype) if bias else None
-        return ops.conv(x, in_dtype(self.weight, x.dtype), given, frozen=frozen, padding=padding)
+        return ops.convolution(x, in_dtype(self.weight, x.dtype), given, frozen=frozen, padding=padding)
 
     def filters(self, x: Tensor) -> Tensor:
         """The resampling filter for every channel of x."""
@@ -125,7 +125,7 @@ class Conv2d(nn.Module):
     def _downsample(self, x: Tensor, padding: int) -> Tensor:
         if self.box:
             return ops.average_pool(x)
-        return ops.conv(x, self.filters(x), None, frozen=True, stride=2, padding=padding)
+        return ops.convolution(x, self.filters(x), None, frozen=True, stride=2, padding=padding)
 
 
 class GroupNorm(nn.Module):

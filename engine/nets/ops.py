@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from potstill import kernels
-from potstill.kernels import native
+from potstill.kernels import conv, native
 from potstill.kernels.norm_silu import in_one_op, plain
 
 _by_definition = False  # a plain global: the compiler guards on it, and knows no ContextVar
@@ -60,7 +60,7 @@ def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, 
     return (plain if by_definition() else kernels.norm_silu)(x, weight, bias, groups, eps, **given)
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride: int = 1, padding: int = 0) -> Tensor:
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *, frozen: bool, stride: int = 1, padding: int = 0) -> Tensor:
     """A convolution of [N, C, H, W]; a weight with one input channel is applied to each channel of x.
 
     `frozen`: weight and bias want no gradient; then nothing but the weight is kept for backward.
@@ -104,21 +104,25 @@ def fuses(x: Tensor) -> bool:
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C, H, W] * weight [O, C, 3, 3], padded by 1."""
-    return F.conv2d(x, weight, None, 1, 1)
+    return conv.forward(x, weight) if conv.takes(x, weight) else F.conv2d(x, weight, None, 1, 1)
 
 
 def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, skip_bias: Tensor | None, scale: float) -> Tensor:
     """(x * weight + bias + skip + skip_bias)·scale."""
+    if conv.takes(x, weight):
+        return conv.forward(x, weight, bias if skip_bias is None else bias + skip_bias, skip, scale)
     return kernels.residual(convolved(x, weight), skip, bias, skip_bias, scale)
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Of `convolved`."""
-    return F.conv_transpose2d(dy, weight, None, 1, 1)
+    return conv.input_grad(dy, weight) if conv.takes(dy, weight) else F.conv_transpose2d(dy, weight, None, 1, 1)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
     """Of `convolved`, times a factor."""
+    if conv.takes(x, weight):
+        return conv.weight_grad(x, dy, factor, like=weight)
     dweight = torch.ops.aten.convolution_backward(dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])[1]
     return dweight if factor == 1 else dweight.mul_(factor)
 
