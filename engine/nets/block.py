@@ -4,8 +4,8 @@
     h1 = dropout(silu(norm1(c0 + bias0 + add)·(1 + scale) + shift))
     y  = (conv1(h1) + bias1 + skip(x) + bias_skip)·s
 
-Kept for backward: x, c0 and the statistics of the norms; h0 and h1, which the convolutions' weight gradients read, come out of
-the norms' backward once more. No bias, sum or scale has a pass of its own but the last line, and in backward the sum of the
+Kept for backward: x, c0, the statistics of the norms, and h1 where conv1 trains; h0, which conv0's weight gradient reads, comes
+out of norm0's backward once more. No bias, sum or scale has a pass of its own but the last line, and in backward the sum of the
 biases' gradient: bias0 is a part of norm1's `add`, s goes into both norms' factors, the skip's gradient into norm0's dx.
 """
 
@@ -22,85 +22,91 @@ from potstill.kernels.estimate import accum
 from potstill.kernels.norm_silu import backward_op, forward_op
 
 
-def residual_block(block: Any, x: Tensor, params: Tensor, key: Tensor | None) -> Tensor:
+def residual_block(block: Any, x: Tensor, beside: Tensor | None, params: Tensor, key: Tensor | None) -> Tensor:
     """The block's output before its attention.
 
     Args:
         block: a layers.UNetBlock.
         x: [N, C, H, W], for which ops.fuses(x) holds.
-        params: the embedding's [N, C'] that norm1 adds, or [N, 2C'], its scale and shift.
+        beside: the channels that follow x's in what the block reads, or None.
+        params: [N, C'] that norm1 adds, conv0's bias and the embedding's part; or the embedding's scale and shift, [N, 2C'].
         key: of the dropout, or None.
     """
-    x = ops.in_memory_format(x)
-    norm0, norm1 = block.norm0, block.norm1
-    skip = (None, None) if block.skip is None else (block.skip.weight, block.skip.bias)
-    convs = (block.conv0.weight, block.conv0.bias, block.conv1.weight, block.conv1.bias)
-    return _Residual.apply(block, key, x, params, norm0.weight, norm0.bias, norm1.weight, norm1.bias, *convs, *skip)  # pyright: ignore[reportReturnType]
+    norm0, norm1, conv0, conv1, skip = block.norm0, block.norm1, block.conv0, block.conv1, block.skip
+    return _Residual.apply(
+        block, key, ops.in_memory_format(x), None if beside is None else ops.in_memory_format(beside), params,
+        norm0.weight, norm0.bias, norm1.weight, norm1.bias, conv0.weight, conv0.bias if block.adaptive_scale else None,
+        conv1.weight, conv1.bias, None if skip is None else skip.weight, None if skip is None else skip.bias,
+    )  # fmt: skip # pyright: ignore[reportReturnType]
+
+
+_INPUTS = (
+    "block", "key", "x", "beside", "params", "gain0", "offset0", "gain1", "offset1", "weight0", "bias0", "weight1", "bias1",
+    "weight_s", "bias_s",
+)  # fmt: skip
 
 
 class _Residual(Function):
     @staticmethod
-    def forward(ctx, block, key, x, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, bias1, weight_s, bias_s):
+    def forward(ctx, block, key, x, beside, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, bias1, weight_s, bias_s):
+        ctx.own, ctx.weight1_trains = x.shape[1], weight1.requires_grad
         weight0, weight1, weight_s = (None if w is None else in_dtype(w, x.dtype) for w in (weight0, weight1, weight_s))
         norm0, norm1, s = block.norm0, block.norm1, block.skip_scale
         dropout = 0.0 if key is None else block.dropout
+        x = x if beside is None else torch.cat([x, beside], 1)
         h0, mean0, rstd0 = forward_op(x, gain0, offset0, None, None, None, norm0.groups, norm0.eps, True, 0.0, None)
         c0 = ops.convolved(ops.resampled(h0, block.conv0), weight0)
-        scale, shift, add = _modulation(block, params, bias0)
+        scale, shift, add = _modulation(params, bias0)
         h1, mean1, rstd1 = forward_op(c0, gain1, offset1, scale, shift, add, norm1.groups, norm1.eps, True, dropout, key)
         y = ops.convolved_residual(h1, weight1, _skip(block, x, weight_s), bias1, bias_s, s)
         ctx.block, ctx.dropout = block, dropout
-        ctx.save_for_backward(x, c0, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s)
+        kept = h1 if ctx.weight1_trains else None
+        ctx.save_for_backward(x, c0, kept, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        x, c0, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s = ctx.saved_tensors
+        x, c0, h1, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s = ctx.saved_tensors
         needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
         block, s, found = ctx.block, ctx.block.skip_scale, dict.fromkeys(_INPUTS)
         dy = ops.in_memory_format(dy)
         if needs["bias1"] or needs["bias_s"]:
             found["bias1"] = found["bias_s"] = dy.sum((0, 2, 3), dtype=accum(dy)) * s
-
-        scale, shift, add = _modulation(block, params, bias0)
-        modulated = needs["params"] and scale is not None
-        wanted = [needs["gain1"] or needs["offset1"], modulated, modulated, needs["params"] and scale is None or needs["bias0"]]
-        dc0, found["gain1"], found["offset1"], dscale, dshift, dadd, h1 = backward_op(
-            ops.input_gradient(dy, weight1), c0, mean1, rstd1, gain1, offset1, scale, shift, add, block.norm1.groups, True, ctx.dropout, key,
-            s, None, 1.0, needs["weight1"], wanted,
-        )  # fmt: skip
         if needs["weight1"]:
             found["weight1"] = ops.weight_gradient(h1, dy, weight1, s)
-        del h1
+
+        scale, shift, add = _modulation(params, bias0)
+        adaptive = scale is not None
+        wanted = [needs["gain1"] or needs["offset1"], adaptive and needs["params"], adaptive and needs["params"], needs["bias0" if adaptive else "params"]]
+        dc0, found["gain1"], found["offset1"], dscale, dshift, dadd, _ = backward_op(
+            ops.input_gradient(dy, weight1), c0, mean1, rstd1, gain1, offset1, scale, shift, add, block.norm1.groups, True, ctx.dropout, key,
+            s, None, 1.0, False, wanted,
+        )  # fmt: skip
         if needs["bias0"]:
             found["bias0"] = dadd.sum(0)
         if needs["params"]:
-            found["params"] = dadd if scale is None else torch.cat([dscale, dshift], 1)
+            found["params"] = torch.cat([dscale, dshift], 1) if adaptive else dadd
 
         dh0, factor0 = ops.resampled_gradient(ops.input_gradient(dc0, weight0), block.conv0)
         dskip, factor_s, found["weight_s"] = _skip_gradient(block, x, dy, weight_s, needs["weight_s"])
         wanted = [needs["gain0"] or needs["offset0"], False, False, False]
-        found["x"], found["gain0"], found["offset0"], _, _, _, h0 = backward_op(
+        dx, found["gain0"], found["offset0"], _, _, _, h0 = backward_op(
             dh0, x, mean0, rstd0, gain0, offset0, None, None, None, block.norm0.groups, True, 0.0, None,
             factor0, dskip, factor_s * s, needs["weight0"], wanted,
         )  # fmt: skip
         if needs["weight0"]:
             found["weight0"] = ops.weight_gradient(ops.resampled(h0, block.conv0), dc0, weight0, 1.0)
+        found["x"], found["beside"] = dx[:, : ctx.own], dx[:, ctx.own :]
         return tuple(found[name] if needs[name] else None for name in _INPUTS)
 
 
-_INPUTS = (
-    "block", "key", "x", "params", "gain0", "offset0", "gain1", "offset1", "weight0", "bias0", "weight1", "bias1", "weight_s", "bias_s",
-)  # fmt: skip
-
-
-def _modulation(block: Any, params: Tensor, bias0: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """norm1's scale, shift and add [N, C]; conv0's bias is added there."""
-    if block.adaptive_scale:
-        scale, shift = params.chunk(2, dim=1)
-        return scale, shift, bias0.expand(len(params), -1)
-    return None, None, params + bias0
+def _modulation(params: Tensor, bias0: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """norm1's scale, shift and add [N, C]. ADM has scale and shift, and adds conv0's bias."""
+    if bias0 is None:
+        return None, None, params
+    scale, shift = params.chunk(2, dim=1)
+    return scale, shift, bias0.expand(len(params), -1)
 
 
 def _skip(block: Any, x: Tensor, weight: Tensor | None) -> Tensor:

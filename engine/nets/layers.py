@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from potstill import kernels
 from potstill.engine.nets import ops
 from potstill.engine.nets.block import normed_and_skip, residual_block
+from potstill.engine.nets.modulation import Modulation
 from potstill.engine.nets.shadow import in_dtype
 
 
@@ -248,23 +249,39 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, out_channels * 3, 1, init=style.init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, init=style.init_zero)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Modulation, beside: Tensor | None = None) -> Tensor:
+        """`beside`: channels that follow those of x, which nobody has put into one tensor yet."""
         if self.checkpoint and torch.is_grad_enabled() and not ops.by_definition():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, x, emb, beside, use_reentrant=False)
+        return self._forward(x, emb, beside)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        params, key = self.affine(emb), self._key(x.device)
-        fuses = ops.fuses(x)
-        x = residual_block(self, x, params, key) if fuses else self._by_layers(x, params, key)
-        if self.heads:
-            x = self._attended(x) if fuses else self._scaled(x + self._attention(self.norm2(x)))
-        return x
+    def _forward(self, x: Tensor, emb: Tensor | Modulation, beside: Tensor | None) -> Tensor:
+        key = self._key(x.device)
+        if not ops.fuses(x):
+            assert isinstance(emb, Tensor) and beside is None
+            x = self._by_layers(x, emb, key)
+            return self._scaled(x + self._attention(self.norm2(x))) if self.heads else x
+        if isinstance(emb, Modulation):
+            params = emb.of(self)
+        else:
+            params = self.affine(emb) if self.adaptive_scale else self.affine(emb) + self.conv0.bias
+        x = residual_block(self, x, beside, params, key)
+        return self._attended(x) if self.heads else x
 
-    def _by_layers(self, x: Tensor, params: Tensor, key: Tensor | None) -> Tensor:
+    @property
+    def maps_plainly(self) -> bool:
+        """May engine.nets.modulation take the map of the embedding out of this block?"""
+        return type(self.affine) is Linear and self._compiled_call_impl is None and not hasattr(self.affine.weight, "device_mesh")
+
+    @property
+    def joins(self) -> bool:
+        """Does it take `beside`? A block that is compiled, sharded or within another takes one tensor."""
+        return type(self) is UNetBlock and self._compiled_call_impl is None
+
+    def _by_layers(self, x: Tensor, emb: Tensor, key: Tensor | None) -> Tensor:
         """The definition of `residual_block`."""
         h = self.conv0(self.norm0(x, silu=True))
-        params, dropout = params.to(h.dtype), 0.0 if key is None else self.dropout
+        params, dropout = self.affine(emb).to(h.dtype), 0.0 if key is None else self.dropout
         if self.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             h = self.norm1(h, scale=scale, shift=shift, silu=True, dropout=dropout, key=key)
@@ -297,7 +314,7 @@ class UNetBlock(nn.Module):
         offset = offset.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         qkv = F.linear(tokens, weight, offset).view(n, height * width, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = ops.split(qkv)
         a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
         weight, offset = self.proj.cast(x.dtype)
         return F.linear(a, weight.flatten(1), offset if bias else None).unflatten(1, (height, width)).permute(0, 3, 1, 2)

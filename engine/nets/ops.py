@@ -83,6 +83,13 @@ def average_pool(x: Tensor) -> Tensor:
     return _AveragePool.apply(x) if _keeps_nothing(x, True) else F.avg_pool2d(x, 2)
 
 
+def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [N, heads, S, d] of [N, S, 3, heads, d], without a copy."""
+    if by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+    return _Split.apply(qkv)  # pyright: ignore[reportReturnType]
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for [N, heads, S, d].
 
@@ -201,6 +208,18 @@ class _FixedConv(Function):
         k = weight.shape[-1]
         lost = [side - ((out - 1) * stride + k - 2 * padding) for side, out in zip(ctx.sides, dy.shape[2:], strict=True)]
         return F.conv_transpose2d(dy, weight, None, stride, padding, lost, groups), *[None] * 6
+
+
+class _Split(Function):
+    """`split`, whose gradient is written once, as the product before it reads it: PyTorch's own makes two copies."""
+
+    @staticmethod
+    def forward(ctx, qkv):
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return torch.stack([g.transpose(1, 2) for g in gradients], 2)
 
 
 class _AveragePool(Function):

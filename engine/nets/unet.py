@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from potstill.engine.nets import ops
 from potstill.engine.nets.layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
-from potstill.engine.nets.ops import in_memory_format
+from potstill.engine.nets.modulation import Modulation, modulation
 
 
 def resolutions_of(img_resolution: int, levels: int) -> list[int]:
@@ -98,6 +99,8 @@ class UNet(nn.Module):
                     self.dec[f"{key}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, resample_filter=style.resample_filter)
                 self.dec[f"{key}_aux_norm"] = GroupNorm(cout, eps=style.eps)
                 self.dec[f"{key}_aux_conv"] = Conv2d(cout, out_channels, 3, init=style.init_zero)
+        parts: dict[str, nn.ModuleDict] = {"enc": self.enc, "dec": self.dec}
+        self.blocks = {part: [b for b in layers.values() if isinstance(b, UNetBlock)] for part, layers in parts.items()}  # wrapped or not
         if decoder_type is None:
             self.out_norm = GroupNorm(cout, eps=style.eps)
             self.out_conv = Conv2d(cout, out_channels, 3, init=style.init_zero)
@@ -106,7 +109,7 @@ class UNet(nn.Module):
         """The conditioning vector [N, emb] of noise level, class and augmentation, in float32."""
         raise NotImplementedError(type(self).__name__)
 
-    def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor, emb: Tensor | Modulation) -> list[Tensor]:
         """The encoder's outputs that the decoder reads, first to last."""
         skips, aux = [], x
         for name, block in self.enc.items():
@@ -117,11 +120,11 @@ class UNet(nn.Module):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + block(aux)) / math.sqrt(2)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else in_memory_format(block(x))
+                x = block(x, emb) if isinstance(block, UNetBlock) else ops.in_memory_format(block(x))
                 skips.append(x)
         return skips
 
-    def decode(self, skips: list[Tensor], emb: Tensor) -> Tensor:
+    def decode(self, skips: list[Tensor], emb: Tensor | Modulation) -> Tensor:
         """The image-shaped output from what `encode` returned."""
         skips = list(skips)
         x, aux, normed = skips[-1], None, None
@@ -134,9 +137,12 @@ class UNet(nn.Module):
                 out = block(normed)
                 aux = out if aux is None else out + aux
             else:
-                if x.shape[1] != block.in_channels:
-                    x = torch.cat([x, skips.pop()], 1)
-                x = block(x, emb)
+                if x.shape[1] == block.in_channels:
+                    x = block(x, emb)
+                elif ops.fuses(x) and block.joins:
+                    x = block(x, emb, skips.pop())
+                else:
+                    x = block(torch.cat([x, skips.pop()], 1), emb)
         if self.out_norm is not None and self.out_conv is not None:
             return self.out_conv(self.out_norm(x, silu=True))
         assert aux is not None  # the finest level has an aux_conv
@@ -151,7 +157,9 @@ class UNet(nn.Module):
         steps: int | None = None,
     ) -> Tensor:
         emb = self.conditioned(self.embed(c_noise, labels, augment_labels), steps)
-        return self.decode(self.encode(in_memory_format(x), emb), emb)
+        if ops.fuses(x):
+            emb = modulation(emb, [*self.blocks["enc"], *self.blocks["dec"]])
+        return self.decode(self.encode(ops.in_memory_format(x), emb), emb)
 
     def conditioned(self, emb: Tensor, steps: int | None) -> Tensor:
         """`emb` and, in a net with a step condition, the number of levels beside it: what blocks are called with."""
@@ -162,7 +170,8 @@ class UNet(nn.Module):
 
     def levels(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The last encoder output of every resolution, finest first; the decoder does not run."""
-        skips = self.encode(in_memory_format(x), self.conditioned(self.embed(c_noise, labels, None), None))
+        emb = self.conditioned(self.embed(c_noise, labels, None), None)
+        skips = self.encode(ops.in_memory_format(x), modulation(emb, self.blocks["enc"]) if ops.fuses(x) else emb)
         last = {skip.shape[-1]: skip for skip in skips}
         return list(last.values())
 
