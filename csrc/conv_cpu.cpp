@@ -21,7 +21,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t CACHED = 1 << 17;      // values of a block's transforms: 512 KB
+constexpr int64_t CACHED = 1 << 16;           // values of the points of a block of tiles: 256 KB
 constexpr int64_t LINE = 16;             // values of a cache line
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
 
@@ -118,14 +118,13 @@ void convolve(const Tensor& x, Weight weight, Epilogue epilogue, const Tensor& y
     }
   });
 
-  const int64_t row = apart(inner), rows = loops.rows;
-  const int64_t cached = std::max(CACHED / (POINTS * row) / rows, int64_t{1}) * rows;
+  const int64_t plane = rounded_up(inner, LINE), row = POINTS * plane + LINE, rows = loops.rows;
+  const int64_t cached = std::max(CACHED / row / rows, int64_t{1}) * rows;
   const int64_t shared = rounded_up(parts(tiles, torch::stable::get_num_threads()), rows);
   const int64_t block = std::min({cached, shared, 8 * rows});  // tiles
   in_parallel(parts(tiles, block), tiles * work, [&](int64_t begin, int64_t end) {
-    const int64_t plane = apart(block * row);
-    float* points = own_scratch.take(POINTS * (plane + block * wide));  // [POINTS, block, inner]
-    float* products = points + POINTS * plane;                          // [block, POINTS, PANEL·lanes]
+    float* points = own_scratch.take(block * (row + POINTS * wide));  // [block, POINTS, inner]
+    float* products = points + block * row;                           // [block, POINTS, PANEL·lanes]
     for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
       const int64_t count = std::min(block, tiles - first);
       loops.input(from, source, zeros, first, count, points, row, plane);

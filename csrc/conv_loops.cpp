@@ -320,7 +320,7 @@ void product(const Product& given, const float* a, float* to) {
     for (int v = 0; v < V; ++v) columns[v] = load(b + v * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Floats value = Floats{} + a[r * row];
+      const float value = a[r * row];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[r][v] += value * columns[v];
     }
