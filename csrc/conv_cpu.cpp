@@ -21,8 +21,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t CACHED = 1 << 17;      // values of a block's transforms: 512 KB
+constexpr int64_t CACHED = 1 << 16;           // values of the points of a block of tiles: 256 KB
 constexpr int64_t LINE = 16;             // values of a cache line
+constexpr int64_t FEW = 14;              // tiles for which the transformed weight is not kept
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
 
 const Level& level() {
@@ -94,52 +95,91 @@ void in_parallel(int64_t count, int64_t multiplications, F f) {
 // --- images of channels to images of others -------------------------------------------------------------------------------------
 
 // y = (x ∗ weight + bias + skip)·scale. Columns are the channels of y, inner those of x.
-void convolve(const Tensor& x, Weight weight, Epilogue epilogue, const Tensor& y) {
+struct Convolution {
   const Level& loops = level();
-  const Images from = images_of(x), to = images_of(y);
-  STD_TORCH_CHECK(x.size(0) == y.size(0) && from.height == to.height && from.width == to.width, "wanted images of one size");
-  const int64_t inner = from.channels, columns = to.channels, lanes = loops.lanes, wide = PANEL * lanes;
-  const int64_t tiles = tiles_of(x, from), panels = parts(columns, wide), work = POINTS * inner * columns;
-  if (tiles == 0) return;
-  const float *source = pointer(x), *bias = epilogue.bias;
-  float* target = pointer(y);
+  Images from, to;
+  Weight weight;
+  Epilogue epilogue;
+  const float* x;
+  float* y;
+  int64_t tiles, inner = from.channels, columns = to.channels;
+  int64_t lanes = loops.lanes, wide = PANEL * lanes, panels = parts(columns, wide), work = POINTS * inner * columns;
+  int64_t plane = rounded_up(inner, LINE), row = POINTS * plane + LINE;  // of the points of tiles, [tiles, POINTS, inner]
+  const float* zeros = nullptr;
 
-  // the weight [panels, POINTS, inner, PANEL·lanes], and zeros
-  const int64_t weight_plane = apart(inner * wide), weight_panel = POINTS * weight_plane;
-  float *weights = shared_scratch.take(panels * weight_panel + inner + rounded_up(columns, LINE));
-  float* zeros = weights + panels * weight_panel;
-  std::fill(zeros, zeros + inner, 0.0f);
+  void run();
+  void many_tiles(float* weights);
+  void few_tiles(float* points);
+
+  // Weight for `count` of inner from `first` on and the i-th vector of columns
+  void transform_weight(int64_t i, int64_t first, int64_t count, float* at, int64_t at_row, int64_t at_plane) {
+    const Weight part{weight.data + i * lanes * weight.column + first * weight.inner, weight.column, weight.inner, weight.tap,
+                      weight.flipped};
+    loops.weight(part, std::min(lanes, columns - i * lanes), count, at, at_row, at_plane);
+  }
+};
+
+void Convolution::run() {
+  if (tiles == 0) return;
+  const bool few = tiles <= FEW;
+  const int64_t size = few ? tiles * row : panels * POINTS * apart(inner * wide);
+  float* shared = shared_scratch.take(inner + size);
+  std::fill(shared + size, shared + size + inner, 0.0f);
+  zeros = shared + size;
+  few ? few_tiles(shared) : many_tiles(shared);
+}
+
+// The whole weight is transformed, [panels, POINTS, inner, PANEL·lanes]; then blocks of tiles are.
+void Convolution::many_tiles(float* weights) {
+  const int64_t weight_plane = apart(inner * wide), weight_panel = POINTS * weight_plane, rows = loops.rows;
   in_parallel(parts(columns, lanes), 4 * work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      Weight part = weight;
-      part.data += i * lanes * weight.column;
-      float* at = weights + i / PANEL * weight_panel + i % PANEL * lanes;
-      loops.weight(part, std::min(lanes, columns - i * lanes), inner, at, wide, weight_plane);
+      transform_weight(i, 0, inner, weights + i / PANEL * weight_panel + i % PANEL * lanes, wide, weight_plane);
     }
   });
-
-  const int64_t row = apart(inner), rows = loops.rows;
-  const int64_t cached = std::max(CACHED / (POINTS * row) / rows, int64_t{1}) * rows;
+  const int64_t cached = std::max(CACHED / row / rows, int64_t{1}) * rows;
   const int64_t shared = rounded_up(parts(tiles, torch::stable::get_num_threads()), rows);
   const int64_t block = std::min({cached, shared, 8 * rows});  // tiles
   in_parallel(parts(tiles, block), tiles * work, [&](int64_t begin, int64_t end) {
-    const int64_t plane = apart(block * row);
-    float* points = own_scratch.take(POINTS * (plane + block * wide));  // [POINTS, block, inner]
-    float* products = points + POINTS * plane;                          // [block, POINTS, PANEL·lanes]
+    float* points = own_scratch.take(block * (row + POINTS * wide));
+    float* products = points + block * row;  // [block, POINTS, PANEL·lanes]
     for (int64_t first = begin * block; first < std::min(end * block, tiles); first += block) {
       const int64_t count = std::min(block, tiles - first);
-      loops.input(from, source, zeros, first, count, points, row, plane);
+      loops.input(from, x, zeros, first, count, points, row, plane);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t channel = panel * wide, channels = std::min(wide, columns - channel);
-        for (int64_t p = 0; p < POINTS; ++p) {
-          const float* b = weights + panel * weight_panel + p * weight_plane;
-          loops.multiply({count, inner, parts(channels, lanes), points + p * plane, row, 1, b, wide, products + p * wide,
-                          POINTS * wide, false});
-        }
-        loops.output(to, products, first, count, channel, channels, {bias, epilogue.skip, epilogue.scale}, target);
+        loops.multiply({POINTS, count, inner, parts(channels, lanes), points, plane, row, 1, weights + panel * weight_panel,
+                        weight_plane, wide, products, wide, POINTS * wide, false});
+        loops.output(to, products, first, count, channel, channels, epilogue, y);
       }
     }
   });
+}
+
+// Tiles are transformed, then a little of the weight at a time, which is multiplied while it is in the first cache.
+void Convolution::few_tiles(float* points) {
+  loops.input(from, x, zeros, 0, tiles, points, row, plane);
+  in_parallel(parts(columns, lanes), 8 * work, [&](int64_t begin, int64_t end) {
+    const int64_t weight_plane = apart(lanes * lanes);
+    float* weights = own_scratch.take(POINTS * (weight_plane + tiles * wide));  // [POINTS, lanes of inner, lanes]
+    float* products = weights + POINTS * weight_plane;                          // [tiles, POINTS, PANEL·lanes]
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t first = 0; first < inner; first += lanes) {
+        const int64_t count = std::min(lanes, inner - first);
+        transform_weight(i, first, count, weights, lanes, weight_plane);
+        loops.multiply({POINTS, tiles, count, 1, points + first, plane, row, 1, weights, weight_plane, lanes, products, wide,
+                        POINTS * wide, first > 0});
+      }
+      loops.output(to, products, 0, tiles, i * lanes, std::min(lanes, columns - i * lanes), epilogue, y);
+    }
+  });
+}
+
+void convolve(const Tensor& x, Weight weight, Epilogue epilogue, const Tensor& y) {
+  const Images from = images_of(x), to = images_of(y);
+  STD_TORCH_CHECK(x.size(0) == y.size(0) && from.height == to.height && from.width == to.width, "wanted images of one size");
+  Convolution{.from = from, .to = to, .weight = weight, .epilogue = epilogue, .x = pointer(x), .y = pointer(y),
+              .tiles = tiles_of(x, from)}.run();
 }
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> skip, double scale, Tensor out) {
@@ -167,15 +207,18 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const int64_t tiles = tiles_of(x, from), panels = parts(columns, wide), work = POINTS * columns * outs;
   STD_TORCH_CHECK(tiles > 0, "wanted images with pixels");
 
-  // sums [panels, POINTS, outs, PANEL·lanes] over blocks of points: of x [POINTS, block, columns], of dy [POINTS, block, outs]
+  // points of x [POINTS, block, columns] and of dy [POINTS, block, outs]
   const int64_t x_row = apart(columns), dy_row = apart(outs);
   const int64_t block = std::clamp(2 * CACHED / (POINTS * (x_row + dy_row)), int64_t{16}, int64_t{128});
   const int64_t size = std::min(block, tiles), x_plane = apart(size * x_row), dy_plane = apart(size * dy_row);
-  const int64_t sum_plane = apart(outs * wide), most = std::max(columns, outs);
-  float* sums = shared_scratch.take(POINTS * (panels * sum_plane + x_plane + dy_plane) + most);
-  float *x_points = sums + POINTS * panels * sum_plane, *dy_points = x_points + POINTS * x_plane;
-  float *zeros = dy_points + POINTS * dy_plane, *target = pointer(dweight);
-  const float *source = pointer(x), *given = pointer(dy);
+  // their products, summed over blocks: [parts of outs, panels, POINTS, rows, PANEL·lanes]
+  const int64_t rows = std::min(outs, 2 * loops.rows), sum_plane = apart(rows * wide), each = POINTS * sum_plane;
+  const int64_t tasks = panels * parts(outs, rows), most = std::max(columns, outs);
+  const bool once = tiles <= block;  // then none is kept longer than a task
+  float* x_points = shared_scratch.take(POINTS * (x_plane + dy_plane) + rounded_up(most, LINE) + (once ? 0 : tasks * each));
+  float *dy_points = x_points + POINTS * x_plane, *zeros = dy_points + POINTS * dy_plane;
+  float *kept = zeros + rounded_up(most, LINE), *target = pointer(dweight);
+  const float *source = pointer(x), *given = pointer(dy), factor = static_cast<float>(scale);
   std::fill(zeros, zeros + most, 0.0f);
 
   for (int64_t first = 0; first < tiles; first += block) {
@@ -184,25 +227,25 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
       loops.input(from, source, zeros, first + begin, end - begin, x_points + begin * x_row, x_row, x_plane);
       loops.gradient(to, given, zeros, first + begin, end - begin, dy_points + begin * dy_row, dy_row, dy_plane);
     });
-    in_parallel(panels * POINTS, count * work, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t panel = i / POINTS, p = i % POINTS, channel = panel * wide;
-        const int64_t vectors = parts(std::min(wide, columns - channel), lanes);
-        loops.multiply({outs, count, vectors, dy_points + p * dy_plane, 1, dy_row, x_points + p * x_plane + channel, x_row,
-                        sums + i * sum_plane, wide, first > 0});
+    in_parallel(tasks, count * work, [&](int64_t begin, int64_t end) {
+      float* own = once ? own_scratch.take(each) : nullptr;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t channel = task % panels * wide, channels = std::min(wide, columns - channel);
+        const int64_t out = task / panels * rows, taken = std::min(rows, outs - out);
+        float* sums = once ? own : kept + task * each;
+        loops.multiply({POINTS, taken, count, parts(channels, lanes), dy_points + out, dy_plane, 1, dy_row, x_points + channel,
+                        x_plane, x_row, sums, sum_plane, wide, first > 0});
+        if (first + count < tiles) continue;
+        for (int64_t i = 0; i < taken; ++i) {
+          for (int64_t c = 0; c < channels; c += lanes) {
+            float* gradient = target + (out + i) * strides.out + (channel + c) * strides.in;
+            loops.weight_gradient(
+                sums + i * wide + c, sum_plane, std::min(lanes, channels - c), factor, gradient, strides.in, strides.tap);
+          }
+        }
       }
     });
   }
-
-  in_parallel(outs, 4 * work, [&](int64_t begin, int64_t end) {
-    for (int64_t out = begin; out < end; ++out) {
-      for (int64_t c = 0; c < columns; c += lanes) {
-        const float* at = sums + c / wide * POINTS * sum_plane + out * wide + c % wide;
-        float* gradient = target + out * strides.out + c * strides.in;
-        loops.weight_gradient(at, sum_plane, std::min(lanes, columns - c), static_cast<float>(scale), gradient, strides.in, strides.tap);
-      }
-    }
-  });
 }
 
 }  // namespace

@@ -310,9 +310,8 @@ void weight_gradient(const float* from, int64_t plane, int64_t columns, float sc
 
 // ALONG: a is contiguous along what is summed over, else along rows.
 template <int R, int V, bool ALONG>
-void product(const Product& given, const float* a, float* to) {
+void product(const Product& given, const float* a, const float* b, float* to) {
   const int64_t row = ALONG ? given.a_row : 1, step = ALONG ? 1 : given.a_inner;
-  const float* b = given.b;
   Floats sums[R][V] = {};
   for (int64_t i = 0; i < given.inner; ++i, a += step, b += given.b_inner) {
     Floats columns[V];
@@ -320,7 +319,7 @@ void product(const Product& given, const float* a, float* to) {
     for (int v = 0; v < V; ++v) columns[v] = load(b + v * LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Floats value = Floats{} + a[r * row];
+      const float value = a[r * row];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[r][v] += value * columns[v];
     }
@@ -335,16 +334,20 @@ void product(const Product& given, const float* a, float* to) {
   }
 }
 
-using OfRows = void (*)(const Product& given, const float* a, float* to);
+using OfRows = void (*)(const Product& given, const float* a, const float* b, float* to);
 
 template <int V, bool ALONG, int... R>
 INLINE void multiply_(const Product& given, std::integer_sequence<int, R...>) {
   static constexpr OfRows of[] = {product<R + 1, V, ALONG>...};
   const int64_t parts = (given.rows + ROWS - 1) / ROWS;
-  for (int64_t part = 0, row = 0; part < parts; ++part) {  // of rows, all about the same
-    const int64_t next = given.rows * (part + 1) / parts;
-    of[next - row - 1](given, given.a + row * given.a_row, given.to + row * given.to_row);
-    row = next;
+  for (int64_t point = 0; point < given.points; ++point) {
+    const float *a = given.a + point * given.a_point, *b = given.b + point * given.b_point;
+    float* to = given.to + point * given.to_point;
+    for (int64_t part = 0, row = 0; part < parts; ++part) {  // of rows, all about the same
+      const int64_t next = given.rows * (part + 1) / parts;
+      of[next - row - 1](given, a + row * given.a_row, b, to + row * given.to_row);
+      row = next;
+    }
   }
 }
 

@@ -25,15 +25,16 @@ struct Weight {
   bool flipped;  // taps in opposite order
 };
 
-// to [rows, vectors] (+)= Σ over `inner` of a [rows, inner] · b [inner, vectors]. One of a's strides is 1.
+// At each of `points`: to [rows, vectors] (+)= Σ over `inner` of a [rows, inner] · b [inner, vectors]. The rest are
+// strides, of which a_row or a_inner is 1.
 struct Product {
-  int64_t rows, inner, vectors;
+  int64_t points, rows, inner, vectors;
   const float* a;
-  int64_t a_row, a_inner;
+  int64_t a_point, a_row, a_inner;
   const float* b;
-  int64_t b_inner;
+  int64_t b_point, b_inner;
   float* to;
-  int64_t to_row;
+  int64_t to_point, to_row;
   bool add;
 };
 
