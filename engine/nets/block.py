@@ -130,28 +130,3 @@ def _skip_gradient(block: Any, x: Tensor, dy: Tensor, weight: Tensor | None, tra
         return ops.mixed(low, weight.transpose(0, 1)), factor, ops.mixing_gradient(x, low, weight, s * factor) if trains else None
     dweight = ops.mixing_gradient(ops.resampled(x, layer), dy, weight, s) if trains else None
     return *ops.resampled_gradient(ops.mixed(dy, weight.transpose(0, 1)), layer), dweight
-
-
-def normed_and_skip(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-    """GroupNorm of x, and x itself as what the skip path takes: their gradients meet in the norm's backward."""
-    return _NormedAndSkip.apply(x, norm.weight, norm.bias, norm.groups, norm.eps)  # pyright: ignore[reportReturnType]
-
-
-class _NormedAndSkip(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        y, mean, rstd = forward_op(x, weight, bias, None, None, None, groups, eps, False, 0.0, None)
-        ctx.groups = groups
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return y, x
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dx: Tensor):
-        x, mean, rstd, weight, bias = ctx.saved_tensors
-        _, gain, offset, *_ = ctx.needs_input_grad
-        found = backward_op(
-            ops.in_memory_format(dy), x, mean, rstd, weight, bias, None, None, None, ctx.groups, False, 0.0, None,
-            1.0, ops.in_memory_format(dx), 1.0, False, [gain or offset, False, False, False],
-        )  # fmt: skip
-        return found[0], found[1] if gain else None, found[2] if offset else None, None, None

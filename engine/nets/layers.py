@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from potstill import kernels
 from potstill.engine.nets import ops
-from potstill.engine.nets.block import normed_and_skip, residual_block
+from potstill.engine.nets.attention import ordered, self_attention
+from potstill.engine.nets.block import residual_block
 from potstill.engine.nets.modulation import Modulation
 from potstill.engine.nets.shadow import in_dtype
 
@@ -266,7 +266,7 @@ class UNetBlock(nn.Module):
         else:
             params = self.affine(emb) if self.adaptive_scale else self.affine(emb) + self.conv0.bias
         x = residual_block(self, x, beside, params, key)
-        return self._attended(x) if self.heads else x
+        return self_attention(self, x) if self.heads else x
 
     @property
     def maps_plainly(self) -> bool:
@@ -295,29 +295,20 @@ class UNetBlock(nn.Module):
             return None
         return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
-    def _attended(self, x: Tensor) -> Tensor:
-        """(x + attention(norm2(x)))·s; the gradient of the skip is added in norm2's backward."""
-        normed, x = normed_and_skip(x, self.norm2)
-        return kernels.residual(self._attention(normed, bias=False), x, self.proj.bias, None, self.skip_scale)
-
     def _scaled(self, x: Tensor) -> Tensor:
         """x·skip_scale, in x's own memory: a sum needs nothing kept of itself."""
         return x if self.skip_scale == 1 else x.mul_(self.skip_scale)
 
-    def _attention(self, x: Tensor, bias: bool = True) -> Tensor:
-        """Self-attention over pixels, projected, with or without the projection's bias: an image like x, of any memory format."""
-        # EDM interleaves q, k and v: channel = (head, channel in head, {q, k, v}). The rows of the weight are put in the
-        # order ({q, k, v}, head, channel), so that q, k and v come out in pieces that SDPA takes without a copy.
+    def _attention(self, x: Tensor) -> Tensor:
+        """Self-attention over pixels, projected: an image like x, of any memory format."""
         n, c, height, width = x.shape
-        weight, offset = self.qkv.cast(x.dtype)
-        weight = weight.view(self.heads, c // self.heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c)
-        offset = offset.view(self.heads, c // self.heads, 3).permute(2, 0, 1).flatten()
+        weight, bias = self.qkv.cast(x.dtype)
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        qkv = F.linear(tokens, weight, offset).view(n, height * width, 3, self.heads, c // self.heads)
-        q, k, v = ops.split(qkv)
+        qkv = F.linear(tokens, ordered(weight.flatten(1), self.heads), ordered(bias, self.heads).flatten())
+        q, k, v = qkv.view(n, height * width, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind()
         a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        weight, offset = self.proj.cast(x.dtype)
-        return F.linear(a, weight.flatten(1), offset if bias else None).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        weight, bias = self.proj.cast(x.dtype)
+        return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def set_checkpointing(net: nn.Module, mode: str) -> None:

@@ -83,13 +83,6 @@ def average_pool(x: Tensor) -> Tensor:
     return _AveragePool.apply(x) if _keeps_nothing(x, True) else F.avg_pool2d(x, 2)
 
 
-def split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [N, heads, S, d] of [N, S, 3, heads, d], without a copy."""
-    if by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
-    return _Split.apply(qkv)  # pyright: ignore[reportReturnType]
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for [N, heads, S, d].
 
@@ -123,7 +116,7 @@ def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, sk
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Of `convolved`."""
-    return conv.input_grad(dy, weight) if conv.takes(dy, weight) else F.conv_transpose2d(dy, weight, None, 1, 1)
+    return conv.input_grad(dy, weight) if conv.takes(dy, weight.transpose(0, 1)) else F.conv_transpose2d(dy, weight, None, 1, 1)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
@@ -136,21 +129,22 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Ten
 
 def mixed(x: Tensor, weight: Tensor) -> Tensor:
     """A 1x1 convolution [O, C, 1, 1] as a matrix product."""
-    return _image(_rows(x) @ weight.flatten(1).T, x)
+    return image(rows(x) @ weight.flatten(1).T, x)
 
 
 def mixing_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
     """Of `mixed` to its weight, times a factor."""
-    dweight = (_rows(dy).T @ _rows(x)).view(weight.shape)
+    dweight = (rows(dy).T @ rows(x)).view(weight.shape)
     return dweight if factor == 1 else dweight.mul_(factor)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """[N, C, H, W] that lies as NHWC -> [NHW, C]."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _image(rows: Tensor, like: Tensor) -> Tensor:
+def image(rows: Tensor, like: Tensor) -> Tensor:
+    """The opposite, with the sides of `like`."""
     n, _, height, width = like.shape
     return rows.view(n, height, width, -1).permute(0, 3, 1, 2)
 
@@ -208,18 +202,6 @@ class _FixedConv(Function):
         k = weight.shape[-1]
         lost = [side - ((out - 1) * stride + k - 2 * padding) for side, out in zip(ctx.sides, dy.shape[2:], strict=True)]
         return F.conv_transpose2d(dy, weight, None, stride, padding, lost, groups), *[None] * 6
-
-
-class _Split(Function):
-    """`split`, whose gradient is written once, as the product before it reads it: PyTorch's own makes two copies."""
-
-    @staticmethod
-    def forward(ctx, qkv):
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return torch.stack([g.transpose(1, 2) for g in gradients], 2)
 
 
 class _AveragePool(Function):
