@@ -18,13 +18,14 @@ CHANNELS, ADDED = 16, 1.0
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Is the convolution of images x [N, C, H, W] by weight [O, C, 3, 3], with its gradients, one for this, and faster so?
+    """Is the convolution with weight [O, C, 3, 3], or a gradient of it, one for this, and faster so?
 
-    x is channels_last, weight that or contiguous; both are float32 on the CPU.
+    x is what it reads, [N, C, H, W], or the gradient [N, O, H, W], channels_last; the weight is that or contiguous. Both are
+    float32 on the CPU.
     """
     if not native.used() or not _fits(x) or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
-    if weight.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3) or min(weight.shape[:2]) < CHANNELS:
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or x.shape[1] not in weight.shape[:2] or min(weight.shape[:2]) < CHANNELS:
         return False
     if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
         return False

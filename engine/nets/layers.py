@@ -83,8 +83,7 @@ class Conv2d(nn.Module):
         self.weight = self.bias = None
         if kernel:
             shape = (out_channels, in_channels, kernel, kernel)
-            # as the images lie (ops.memory_format), so that no convolution lays it out anew
-            self.weight = nn.Parameter(init.draw(shape, fan_in, fan_out, init.weight).contiguous(memory_format=torch.channels_last))
+            self.weight = nn.Parameter(ops.in_memory_format(init.draw(shape, fan_in, fan_out, init.weight)))
             self.bias = nn.Parameter(init.draw((out_channels,), fan_in, fan_out, init.bias))
         f = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")  # arithmetic on "meta" would import a compiler
         taps = (f.outer(f)[None, None] / f.sum() ** 2).to(torch.get_default_device()) if up or down else None
@@ -100,6 +99,13 @@ class Conv2d(nn.Module):
             return self._downsample(x, padding=0) + in_dtype(self.bias, x.dtype)[:, None, None]
         x = self._upsample(x, f_pad) if self.up else self._downsample(x, f_pad)
         return x if self.weight is None else self._convolve(x, self.padding)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Conv2d":
+        """Where it moves to, the weight lies as images do, so that no convolution lays it out anew."""
+        super()._apply(*args, **kwargs)
+        if self.weight is not None:
+            self.weight.data = ops.in_memory_format(self.weight.data)
+        return self
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Weight and bias as the layer computes with them."""

@@ -99,7 +99,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def fuses(x: Tensor) -> bool:
     """Does a residual block of x run as one node of autograd? Compilers and those who ask for `definitions()` see its layers."""
-    return not (by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting()) and in_one_op(x)
+    if by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return memory_format(x.device) is torch.channels_last and in_one_op(in_memory_format(x))
 
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, sk
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Of `convolved`."""
-    return conv.input_grad(dy, weight) if conv.takes(dy, weight.transpose(0, 1)) else F.conv_transpose2d(dy, weight, None, 1, 1)
+    return conv.input_grad(dy, weight) if conv.takes(dy, weight) else F.conv_transpose2d(dy, weight, None, 1, 1)
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
