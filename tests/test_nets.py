@@ -92,6 +92,9 @@ def test_bfloat16_is_within_a_hundredth(golden, layout):
 
 def test_the_first_layer_lays_out_the_images_of_all(golden, layout):
     net, t, _ = golden
+    net.to("cpu")  # a convolution makes images that lie as its weight does
+    weights = [p for p in net.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=layout) for p in weights)
     seen = []
     for block in [*net.model.enc.values(), *net.model.dec.values()]:
         block.register_forward_hook(lambda block, args, out: seen.append(out))
@@ -180,13 +183,13 @@ def test_a_frozen_convolution_is_pytorchs_and_keeps_no_image(shape, given):
     groups = 6 // shape[1]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = ops.conv(x, weight, bias, frozen=True, **given)
+        y = ops.convolution(x, weight, bias, frozen=True, **given)
     assert [t.shape for t in kept] == [weight.shape]
     expected = F.conv2d(x, weight, bias, groups=groups, **given)
     assert torch.equal(y, expected)
     g = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g))
-    assert torch.autograd.gradgradcheck(lambda x: ops.conv(x, weight, bias, frozen=True, **given) ** 2, x)
+    assert torch.autograd.gradgradcheck(lambda x: ops.convolution(x, weight, bias, frozen=True, **given) ** 2, x)
 
 
 def test_fixed_resampling_has_pytorchs_gradients():

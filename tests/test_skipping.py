@@ -155,7 +155,8 @@ def one_by_one(net, plan, x, sigma, labels, bins):
             a, b = (torch.tensor(plan.affine[name][c][k])[None, :, None, None] for c in "ab")
 
             def passed(block, args, output, a=a, b=b):
-                return a * (args[0] if block.skip is None else block.skip(args[0])) + b
+                x = torch.cat([args[0], *args[2:]], 1)  # what a decoder's block reads is in two pieces
+                return a * (x if block.skip is None else block.skip(x)) + b
 
             hooks.append(block.register_forward_hook(passed))
         out.append(view(x[i : i + 1], sigma[i : i + 1], None if labels is None else labels[i : i + 1]))
