@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <type_traits>
@@ -142,7 +143,7 @@ struct Task {
     const int64_t parts = norm.groups / norm.taken;
     n = task / parts;
     first = task % parts * run.count;
-    std::fill(centre, centre + 6 * padded, 0.0f);
+    std::memset(centre, 0, 6 * padded * sizeof(float));
     if (norm.add) norm.add.read(n, first, run.count, centre);  // what is added to x, until `affine`
   }
 
@@ -155,14 +156,21 @@ struct Task {
   int64_t image() const { return n * norm.pixels * norm.channels + first; }
   int64_t group() const { return n * norm.groups + first / norm.width(); }
 
+  // f(channel, its group of the task) for each: the first ones of all groups, then the second ones, so that a sum over a group
+  // does not wait for its last addition. The channels of a group come in order.
+  template <typename F>
+  void each_channel(F f) const {
+    const int64_t width = norm.width();
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t g = 0; g < norm.taken; ++g) f(g * width + j, g);
+    }
+  }
+
   // h = (x - centre)·gain + offset
   Affine affine(const float* mean, const float* rstd) {
-    const int64_t k = norm.width();
     norm.weight.read(0, first, run.count, gain);
     norm.bias.read(0, first, run.count, offset);
-    for (int64_t g = 0; g < norm.taken; ++g) {
-      for (int64_t i = g * k; i < (g + 1) * k; ++i) centre[i] = mean[g] - centre[i], gain[i] *= rstd[g];
-    }
+    each_channel([&](int64_t i, int64_t g) { centre[i] = mean[g] - centre[i], gain[i] *= rstd[g]; });
     if (norm.scale) {
       norm.scale.read(n, first, run.count, c);
       for (int64_t i = 0; i < run.count; ++i) gain[i] *= 1.0f + c[i], offset[i] *= 1.0f + c[i];
@@ -191,16 +199,15 @@ void forward(Task& task, const Loops<T>& loops, const T* x, T* y, float* mean, f
     task.b[i] = std::max(task.b[i] - task.a[i] * off, 0.0f);  // Σ (x - the channel's mean)²
     task.a[i] = widened(x[i]) + task.centre[i] + off;         // the channel's mean
   }
-  for (int64_t g = 0; g < norm.taken; ++g) {
-    float total = 0.0f, squares = 0.0f;
-    for (int64_t i = g * k; i < (g + 1) * k; ++i) total += task.a[i];
-    mean[g] = total / static_cast<float>(k);
-    for (int64_t i = g * k; i < (g + 1) * k; ++i) {
-      const float off = task.a[i] - mean[g];
-      squares += task.b[i] + pixels * off * off;
-    }
-    rstd[g] = 1.0f / std::sqrt(squares * all + static_cast<float>(norm.eps));
-  }
+  std::fill(mean, mean + norm.taken, 0.0f);
+  std::fill(rstd, rstd + norm.taken, 0.0f);
+  task.each_channel([&](int64_t i, int64_t g) { mean[g] += task.a[i]; });
+  for (int64_t g = 0; g < norm.taken; ++g) mean[g] /= static_cast<float>(k);
+  task.each_channel([&](int64_t i, int64_t g) {
+    const float off = task.a[i] - mean[g];
+    rstd[g] += task.b[i] + pixels * off * off;
+  });
+  for (int64_t g = 0; g < norm.taken; ++g) rstd[g] = 1.0f / std::sqrt(rstd[g] * all + static_cast<float>(norm.eps));
   loops.apply(task.run, task.affine(mean, rstd), norm.silu, task.dropout(), x, y);
 }
 

@@ -3,7 +3,7 @@
 
 #include "norm_silu_loops.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -101,18 +101,47 @@ INLINE Floats clamped(Floats h) {
   const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 87.0f;
 #ifdef __AVX512F__
   return (Floats)_mm512_max_ps((__m512)lowest, _mm512_min_ps((__m512)highest, (__m512)h));
+#elif defined(__AVX2__)  // GCC takes a choice between vectors wider than the machine's number by number
+  __m256 half[2], low = _mm256_set1_ps(-87.0f), high = _mm256_set1_ps(87.0f);
+  __builtin_memcpy(half, &h, sizeof half);
+  for (__m256& v : half) v = _mm256_max_ps(low, _mm256_min_ps(high, v));
+  __builtin_memcpy(&h, half, sizeof half);
+  return h;
 #else
   return lowest > h ? lowest : highest < h ? highest : h;
 #endif
 }
 
+#ifdef __AVX512F__
+// 2^(j/32)
+alignas(64) constexpr float POWERS[32] = {
+    1.000000000f, 1.021897149f, 1.044273782f, 1.067140401f, 1.090507733f, 1.114386743f, 1.138788635f, 1.163724859f,
+    1.189207115f, 1.215247360f, 1.241857812f, 1.269050957f, 1.296839555f, 1.325236643f, 1.354255547f, 1.383909882f,
+    1.414213562f, 1.445180807f, 1.476826146f, 1.509164428f, 1.542210825f, 1.575980845f, 1.610490332f, 1.645755478f,
+    1.681792831f, 1.718619298f, 1.756252160f, 1.794709075f, 1.834008086f, 1.874167634f, 1.915206561f, 1.957144124f,
+};
+#endif
+
 // 1 / (1 + exp(-h)): EXACT to a few units of float32's last place, else to 1e-4, of which rounding to bfloat16 leaves nothing.
 template <bool EXACT>
 INLINE Floats sigmoid(Floats h) {
-  // exp(-h) = 2^k·exp(-r), |r| <= ln(2)/2; float32's ln(2) is right to 3e-9, so k·ln(2) needs no second step
-  const float shift = 12582912.0f;  // 1.5·2^23: adding it rounds, and leaves the integer in the low bits
-  const Floats x = clamped(h), shifted = x * -1.44269504f + shift, k = shifted - shift, r = x + k * 0.693147181f;
-  Floats p;  // of least greatest relative error with a constant 1: 9e-8 and 1e-4
+  // exp(-h) = 2^k·exp(-r), k to the nearest of an integer's STEPS parts. Adding 1.5·2^23 / STEPS rounds to those, and leaves
+  // them in the low bits. float32's ln(2) is too large by 1.9e-9, which shows where exp(-h) is large.
+#ifdef __AVX512F__
+  constexpr float STEPS = 32.0f;
+#else
+  constexpr float STEPS = 1.0f;
+#endif
+  const float shift = 12582912.0f / STEPS;
+  const Floats x = clamped(h), shifted = x * -1.44269504f + shift, k = shifted - shift, near_r = x + k * 0.693147181f;
+  const Floats r = EXACT ? near_r - k * 1.904654e-9f : near_r;
+#ifdef __AVX512F__
+  const Floats p = EXACT ? (r * 0.49999998f - 1.000014672f) * r + 1.0f : 1.0f - r;  // to 5e-8 and 6e-5
+  const __m512 power = _mm512_permutex2var_ps(_mm512_load_ps(POWERS), (__m512i)shifted, _mm512_load_ps(POWERS + W));
+  const Floats d = (Floats)_mm512_scalef_ps(power, (__m512)k) * p + 1.0f, near = (Floats)_mm512_rcp14_ps((__m512)d);
+  return EXACT ? near + near * (1.0f - d * near) : near;
+#else
+  Floats p;  // to 9e-8 and 1e-4
   if constexpr (EXACT) {
     p = r * -8.290229519e-3f + 4.189839026e-2f;
     p = p * r - 1.666764006e-1f;
@@ -123,10 +152,6 @@ INLINE Floats sigmoid(Floats h) {
     p = p * r - 1.000196619f;
   }
   p = p * r + 1.0f;
-#ifdef __AVX512F__
-  const __m512 d = _mm512_scalef_ps((__m512)p, (__m512)k) + 1.0f, near = _mm512_rcp14_ps(d);
-  return (Floats)(EXACT ? near + near * (1.0f - d * near) : near);
-#else
   return 1.0f / (1.0f + (Floats)((Bits)p + ((Bits)shifted << 23)));  // k into p's exponent
 #endif
 }
@@ -141,7 +166,15 @@ INLINE Floats left(Floats f, Dropout d, uint32_t place) {
   Bits bits = (Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + place) ^ d.low;
   bits = (bits ^ (bits >> 16)) * 0x7feb352du;
   bits = ((bits ^ (bits >> 15)) + d.high) * 0x846ca68bu;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  __m256i stays[2];
+  __builtin_memcpy(stays, &bits, sizeof stays);
+  for (__m256i& v : stays) v = _mm256_cmpeq_epi32(v, _mm256_max_epu32(v, _mm256_set1_epi32(static_cast<int>(d.least))));
+  __builtin_memcpy(&bits, stays, sizeof stays);
+  return (Floats)((Bits)f & bits);
+#else
   return bits >= d.least ? f : Floats{};
+#endif
 }
 
 // f(whether a), f(whether a, whether b), ... as constants

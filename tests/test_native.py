@@ -73,9 +73,9 @@ print(json.dumps(found))
 """
 
 
-def run(level: str, threads: int = 1) -> subprocess.CompletedProcess[str]:
+def run(level: str, threads: int = 1, script: str = LEVELS) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"POTSTILL_CPU": level, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-c", LEVELS, str(threads)]
+    command = [sys.executable, "-c", script, str(threads)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -169,6 +169,64 @@ def test_silu_over_the_whole_range_of_its_exponential():
     assert ((y - exact).abs() - 4e-7 * exact.abs()).max() <= 0
     # where h·(1 - sigmoid) is nearly -1 the slope is a difference, hence the second part
     assert ((slope - exact_slope).abs() - 4e-7 * (exact_slope.abs() + wide.abs() * wide.sigmoid())).max() <= 0
+
+
+BLOCK = """
+import itertools, json, sys
+import torch
+sys.path[:0] = ["tests"]
+import test_kernels_norm_silu as norm
+from potstill.kernels import native
+module, library = norm.module, native.library()
+torch.manual_seed(0)
+wrong, worst = 0, {"torch.float32": 0.0, "torch.bfloat16": 0.0}
+def compare(ours, exact):
+    found = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1)
+    worst[str(ours.dtype)] = max(worst[str(ours.dtype)], found.item())
+for case, dtype in itertools.product((norm.CASES["6 a group"], norm.CASES["one group, odd"], norm.CASES["no SiLU"]), norm.DTYPES[::2]):
+    x, g, given = norm.inputs(case, dtype)
+    skip, key = torch.randn_like(x), torch.tensor([-(2**61) + 12345])
+    given = {k: given.get(k) for k in ("weight", "bias", "scale", "shift", "add")}
+    for dropout in (0.0, 0.1, 0.75):
+        rest = (*given.values(), case.groups)
+        y, mean, rstd = module.forward_op(x, *rest, 1e-5, case.silu, dropout, key)
+        wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, *given.values())]
+        exact = module._positional(*wide, key, case.groups, 1e-5, case.silu, dropout)
+        left = module.kept(key, x.shape, dropout)
+        wrong += ((y == 0) & left & (exact.abs() > 1e-6) | (y != 0) & ~left).sum().item()
+        compare(y, exact)
+        asked = [True, *(t is not None for t in list(given.values())[2:])]
+        made = module.backward_op(g, x, mean, rstd, *rest, case.silu, dropout, key, 0.5, skip, 1.5, True, asked)
+        slopes = iter(torch.autograd.grad(exact, [t for t in wide if t is not None], 0.5 * g.double()))
+        slopes = [None if t is None else next(slopes) for t in wide]
+        compare(made[0], slopes[0] + 1.5 * skip.double())
+        for ours, slope in zip(made[1:6], slopes[1:], strict=True):
+            slope is None or compare(ours, slope)
+        wrong += 0 if torch.equal(made[6], y) else 1
+    for biases in ((None, None), (given["weight"], None), (given["weight"].double(), given["bias"])):
+        sum_ = x.double() + skip.double() + sum(b.double()[:, None, None] for b in biases if b is not None)
+        out = torch.empty_like(x)
+        library.residual(x, skip, *biases, 0.7, out)
+        compare(out, 0.7 * sum_)
+        h = x.clone(memory_format=torch.channels_last)
+        library.residual(h, skip, *biases, 0.7, h)
+        wrong += 0 if torch.equal(h, out) else 1
+print(json.dumps([wrong, worst]))
+"""
+
+
+@needs_build
+@pytest.mark.parametrize("level", FLAGS.LEVELS)
+def test_dropout_and_what_a_block_asks_for_are_the_definition(level):
+    """Also: y again is y, bit for bit; the mask is that of `kept`; a residual may be written over its image."""
+    done = run(level, script=BLOCK)
+    if "POTSTILL_CPU to be any or what this processor has" in done.stderr:
+        pytest.skip(f"this processor has no {level}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    wrong, worst = json.loads(done.stdout)
+    assert wrong == 0
+    assert worst["torch.float32"] <= 1e-5
+    assert worst["torch.bfloat16"] <= 8e-3
 
 
 @needs_build
