@@ -98,9 +98,8 @@ INLINE void accumulate(float* p, Floats f) { store(p, load(p) + f); }
 
 // h between -87 and 87: exp(88.7) is where float32 ends. What is not a number stays so.
 INLINE Floats clamped(Floats h) {
-  const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 87.0f;
 #ifdef __AVX512F__
-  return (Floats)_mm512_max_ps((__m512)lowest, _mm512_min_ps((__m512)highest, (__m512)h));
+  return (Floats)_mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)h));
 #elif defined(__AVX2__)  // GCC takes a choice between vectors wider than the machine's number by number
   __m256 half[2], low = _mm256_set1_ps(-87.0f), high = _mm256_set1_ps(87.0f);
   __builtin_memcpy(half, &h, sizeof half);
@@ -108,6 +107,7 @@ INLINE Floats clamped(Floats h) {
   __builtin_memcpy(&h, half, sizeof half);
   return h;
 #else
+  const Floats lowest = Floats{} - 87.0f, highest = Floats{} + 87.0f;
   return lowest > h ? lowest : highest < h ? highest : h;
 #endif
 }
