@@ -21,9 +21,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t CACHED = 1 << 16;           // values of the points of a block of tiles: 256 KB
-constexpr int64_t LINE = 16;             // values of a cache line
-constexpr int64_t FEW = 14;              // tiles for which the transformed weight is not kept
+constexpr int64_t CACHED = 1 << 16;          // values of the points of a block of tiles: 256 KB
+constexpr int64_t LINE = 16;                 // values of a cache line
+constexpr int64_t FEW = 14;                  // tiles for which the transformed weight is not kept
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
 
 const Level& level() {
@@ -202,7 +202,8 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const Strides strides = strides_of(dweight);
   const Images from = images_of(x), to = images_of(dy);
   STD_TORCH_CHECK(x.size(0) == dy.size(0) && from.height == to.height && from.width == to.width, "wanted images of one size");
-  STD_TORCH_CHECK(from.channels == dweight.size(1) && to.channels == dweight.size(0), "wanted images of the weight's channels");
+  STD_TORCH_CHECK(from.channels == dweight.size(1) && to.channels == dweight.size(0),
+                  "wanted images of the weight's channels");
   const int64_t columns = from.channels, outs = to.channels, lanes = loops.lanes, wide = PANEL * lanes;
   const int64_t tiles = tiles_of(x, from), panels = parts(columns, wide), work = POINTS * columns * outs;
   STD_TORCH_CHECK(tiles > 0, "wanted images with pixels");
