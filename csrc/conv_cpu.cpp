@@ -216,24 +216,23 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const int64_t rows = std::min(outs, 2 * loops.rows), sum_plane = apart(rows * wide), each = POINTS * sum_plane;
   const int64_t tasks = panels * parts(outs, rows), most = std::max(columns, outs);
   const bool once = tiles <= block;  // then none is kept longer than a task
-  float* x_points = shared_scratch.take(POINTS * (x_plane + dy_plane) + rounded_up(most, LINE) + (once ? 0 : tasks * each));
-  float *dy_points = x_points + POINTS * x_plane, *zeros = dy_points + POINTS * dy_plane;
-  float *kept = zeros + rounded_up(most, LINE), *target = pointer(dweight);
+  float* target = pointer(dweight);
   const float *source = pointer(x), *given = pointer(dy), factor = static_cast<float>(scale);
-  std::fill(zeros, zeros + most, 0.0f);
 
-  for (int64_t first = 0; first < tiles; first += block) {
-    const int64_t count = std::min(block, tiles - first);
-    in_parallel(count, count * work, [&](int64_t begin, int64_t end) {
-      loops.input(from, source, zeros, first + begin, end - begin, x_points + begin * x_row, x_row, x_plane);
-      loops.gradient(to, given, zeros, first + begin, end - begin, dy_points + begin * dy_row, dy_row, dy_plane);
-    });
-    in_parallel(tasks, count * work, [&](int64_t begin, int64_t end) {
-      float* own = once ? own_scratch.take(each) : nullptr;
+  // A thread transforms all tiles for its tasks: waiting for the others at each block takes longer where cores are shared.
+  in_parallel(tasks, tiles * work, [&](int64_t begin, int64_t end) {
+    float* x_points = own_scratch.take(POINTS * (x_plane + dy_plane) + rounded_up(most, LINE) + (once ? 1 : end - begin) * each);
+    float *dy_points = x_points + POINTS * x_plane, *zeros = dy_points + POINTS * dy_plane;
+    float* kept = zeros + rounded_up(most, LINE);
+    std::fill(zeros, zeros + most, 0.0f);
+    for (int64_t first = 0; first < tiles; first += block) {
+      const int64_t count = std::min(block, tiles - first);
+      loops.input(from, source, zeros, first, count, x_points, x_row, x_plane);
+      loops.gradient(to, given, zeros, first, count, dy_points, dy_row, dy_plane);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t channel = task % panels * wide, channels = std::min(wide, columns - channel);
         const int64_t out = task / panels * rows, taken = std::min(rows, outs - out);
-        float* sums = once ? own : kept + task * each;
+        float* sums = kept + (once ? 0 : task - begin) * each;
         loops.multiply({POINTS, taken, count, parts(channels, lanes), dy_points + out, dy_plane, 1, dy_row, x_points + channel,
                         x_plane, x_row, sums, sum_plane, wide, first > 0});
         if (first + count < tiles) continue;
@@ -245,8 +244,8 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
           }
         }
       }
-    });
-  }
+    }
+  });
 }
 
 }  // namespace
