@@ -21,9 +21,9 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t CACHED = 1 << 16;           // values of the points of a block of tiles: 256 KB
-constexpr int64_t LINE = 16;             // values of a cache line
-constexpr int64_t FEW = 14;              // tiles for which the transformed weight is not kept
+constexpr int64_t CACHED = 1 << 16;          // values of the points of a block of tiles: 256 KB
+constexpr int64_t LINE = 16;                 // values of a cache line
+constexpr int64_t FEW = 14;                  // tiles for which the transformed weight is not kept
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
 
 const Level& level() {
@@ -202,7 +202,8 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const Strides strides = strides_of(dweight);
   const Images from = images_of(x), to = images_of(dy);
   STD_TORCH_CHECK(x.size(0) == dy.size(0) && from.height == to.height && from.width == to.width, "wanted images of one size");
-  STD_TORCH_CHECK(from.channels == dweight.size(1) && to.channels == dweight.size(0), "wanted images of the weight's channels");
+  STD_TORCH_CHECK(from.channels == dweight.size(1) && to.channels == dweight.size(0),
+                  "wanted images of the weight's channels");
   const int64_t columns = from.channels, outs = to.channels, lanes = loops.lanes, wide = PANEL * lanes;
   const int64_t tiles = tiles_of(x, from), panels = parts(columns, wide), work = POINTS * columns * outs;
   STD_TORCH_CHECK(tiles > 0, "wanted images with pixels");
@@ -215,24 +216,23 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const int64_t rows = std::min(outs, 2 * loops.rows), sum_plane = apart(rows * wide), each = POINTS * sum_plane;
   const int64_t tasks = panels * parts(outs, rows), most = std::max(columns, outs);
   const bool once = tiles <= block;  // then none is kept longer than a task
-  float* x_points = shared_scratch.take(POINTS * (x_plane + dy_plane) + rounded_up(most, LINE) + (once ? 0 : tasks * each));
-  float *dy_points = x_points + POINTS * x_plane, *zeros = dy_points + POINTS * dy_plane;
-  float *kept = zeros + rounded_up(most, LINE), *target = pointer(dweight);
+  float* target = pointer(dweight);
   const float *source = pointer(x), *given = pointer(dy), factor = static_cast<float>(scale);
-  std::fill(zeros, zeros + most, 0.0f);
 
-  for (int64_t first = 0; first < tiles; first += block) {
-    const int64_t count = std::min(block, tiles - first);
-    in_parallel(count, count * work, [&](int64_t begin, int64_t end) {
-      loops.input(from, source, zeros, first + begin, end - begin, x_points + begin * x_row, x_row, x_plane);
-      loops.gradient(to, given, zeros, first + begin, end - begin, dy_points + begin * dy_row, dy_row, dy_plane);
-    });
-    in_parallel(tasks, count * work, [&](int64_t begin, int64_t end) {
-      float* own = once ? own_scratch.take(each) : nullptr;
+  // A thread transforms all tiles for its tasks: waiting for the others at each block takes longer where cores are shared.
+  in_parallel(tasks, tiles * work, [&](int64_t begin, int64_t end) {
+    float* x_points = own_scratch.take(POINTS * (x_plane + dy_plane) + rounded_up(most, LINE) + (once ? 1 : end - begin) * each);
+    float *dy_points = x_points + POINTS * x_plane, *zeros = dy_points + POINTS * dy_plane;
+    float* kept = zeros + rounded_up(most, LINE);
+    std::fill(zeros, zeros + most, 0.0f);
+    for (int64_t first = 0; first < tiles; first += block) {
+      const int64_t count = std::min(block, tiles - first);
+      loops.input(from, source, zeros, first, count, x_points, x_row, x_plane);
+      loops.gradient(to, given, zeros, first, count, dy_points, dy_row, dy_plane);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t channel = task % panels * wide, channels = std::min(wide, columns - channel);
         const int64_t out = task / panels * rows, taken = std::min(rows, outs - out);
-        float* sums = once ? own : kept + task * each;
+        float* sums = kept + (once ? 0 : task - begin) * each;
         loops.multiply({POINTS, taken, count, parts(channels, lanes), dy_points + out, dy_plane, 1, dy_row, x_points + channel,
                         x_plane, x_row, sums, sum_plane, wide, first > 0});
         if (first + count < tiles) continue;
@@ -244,8 +244,8 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
           }
         }
       }
-    });
-  }
+    }
+  });
 }
 
 }  // namespace

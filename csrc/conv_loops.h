@@ -3,7 +3,8 @@
 //
 // An image is cut into tiles of 4×4 pixels. A tile with its border, 6×6, is transformed into 36 values for each channel, the
 // points; so are the weights. At each point, channels are mixed by a matrix product, and its results transformed into pixels.
-// Lavin and Gray, arXiv 1509.09308; the points are 0, ±√½, ±√2 and infinity instead of their 0, ±1, ±2: a third of the rounding.
+// Lavin and Gray, arXiv 1509.09308; polynomials are taken at 0, ±√½, ±√2 and infinity instead of their 0, ±1, ±2 and infinity,
+// for a third of the rounding.
 #pragma once
 
 #include <cstdint>

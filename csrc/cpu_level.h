@@ -34,7 +34,7 @@ inline Instructions instructions() {
 
 }  // namespace potstill
 
-// The table of the namespace where this is written.
+// The table of that level, of a namespace's *_loops.cpp.
 #ifdef __x86_64__
 #define POTSTILL_LEVEL(NAMESPACE)                                                                \
   (potstill::instructions() == potstill::Instructions::avx512_bf16 ? NAMESPACE::LEVEL_avx512_bf16 \

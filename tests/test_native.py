@@ -261,19 +261,21 @@ def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
 def test_ninja_file_compiles_the_loops_once_a_level(tmp_path):
     (tmp_path / "build.ninja").write_text(FLAGS.cpu_ninja_file(tmp_path / "_cpu.so", "c++"))
     dry = subprocess.run(["ninja", "-C", str(tmp_path), "-n", "-v"], capture_output=True, text=True, check=True).stdout
-    assert dry.count("norm_silu_loops.cpp") == len(FLAGS.LEVELS)
-    assert dry.count("norm_silu_cpu.cpp") == 1
+    for name in ("conv", "norm_silu"):
+        assert dry.count(f"{name}_loops.cpp") == len(FLAGS.LEVELS)
+        assert dry.count(f"{name}_cpu.cpp") == 1
     assert dry.count("_cpu.so") == 1
 
 
 @pytest.mark.skipif(shutil.which("c++") is None or shutil.which("nm") is None, reason="needs a C++ compiler and nm")
 @pytest.mark.parametrize("level", FLAGS.LEVELS)
-def test_loops_compile_without_warnings_and_share_nothing_with_the_linker(level, tmp_path):
+@pytest.mark.parametrize(("loops", "table"), [("conv_loops", "potstill::conv::LEVEL"), ("norm_silu_loops", "potstill::LEVEL")])
+def test_loops_compile_without_warnings_and_share_nothing_with_the_linker(loops, table, level, tmp_path):
     """What the linker could merge with code for older processors would crash on them."""
     text = FLAGS.cpu_ninja_file(tmp_path / "_cpu.so", "c++ -Werror")
     (tmp_path / "build.ninja").write_text(text)
-    done = subprocess.run(["ninja", "-C", str(tmp_path), f"loops_{level}.o"], capture_output=True, text=True)
+    done = subprocess.run(["ninja", "-C", str(tmp_path), f"{loops}_{level}.o"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    names = subprocess.run(["nm", "-C", str(tmp_path / f"loops_{level}.o")], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(["nm", "-C", str(tmp_path / f"{loops}_{level}.o")], capture_output=True, text=True, check=True).stdout
     visible = [line.split(maxsplit=2)[1:] for line in names.splitlines() if line.split()[-2] in "TDBWVRu"]
-    assert visible in ([["D", f"potstill::LEVEL_{level}"]], [["R", f"potstill::LEVEL_{level}"]])
+    assert visible in ([["D", f"{table}_{level}"]], [["R", f"{table}_{level}"]])
