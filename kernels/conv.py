@@ -29,10 +29,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         return False
     if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
         return False
-    samples, _, height, width = x.shape
-    tiles = ((height + 3) // 4) * ((width + 3) // 4)
-    # PyTorch reads a channels_last weight as it lies: for a single tile, ours takes longer to transform
-    return 16 * tiles <= PIXELS * height * width and (samples * tiles > 1 or weight.is_contiguous())
+    height, width = x.shape[2:]
+    return 16 * ((height + 3) // 4) * ((width + 3) // 4) <= PIXELS * height * width
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, skip: Tensor | None = None, scale: float = 1.0) -> Tensor:
