@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels._lib import INTERPRET, cdiv, power_of_2, tl_dtype
-from potstill.kernels._norm_tl import activated, fold, get, group_sum, halves, modulation, offsets, put, spread, through_silu
+from potstill.kernels._norm_tl import activated, fold, get, group_sum, halves, modulation, offsets, put, spread, through
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum
 
@@ -50,7 +50,7 @@ def forward_kernel(
         var = group_sum(tl.sum(square, 0), c, K, KG) / (K * HW)
     else:  # sums about the first pixel: no cancellation where the mean is large
         pivot = get(x_ptr, channel if CHANNELS_LAST else channel * HW, valid, CB == KG * K, ACC)
-        FOLD: tl.constexpr = 4 if CHANNELS_LAST else 1
+        FOLD: tl.constexpr = ROWS * CB // 4096 if CHANNELS_LAST else 1
         first = tl.zeros((ROWS // FOLD, CB), ACC)
         second = tl.zeros((ROWS // FOLD, CB), ACC)
         for start in range(0, HW, ROWS):
@@ -94,7 +94,7 @@ def backward_kernel(
     K: tl.constexpr = C // G
     EVEN: tl.constexpr = (CB == KG * K) and (HW % ROWS == 0)
     DROP: tl.constexpr = key_ptr is not None
-    FOLD: tl.constexpr = 2 if CHANNELS_LAST and ROWS < HW else 1
+    FOLD: tl.constexpr = ROWS * CB // 4096 if CHANNELS_LAST and ROWS < HW else 1
     n = (tl.program_id(0) // (G // KG)).to(tl.int64)
     block = tl.program_id(0) % (G // KG)  # neighbours in a sample run together and share cache lines
     g = block * KG + tl.arange(0, KG)
@@ -120,9 +120,10 @@ def backward_kernel(
     offset += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(ACC) * factor
     mask = (row < HW)[:, None] & valid[None, :]
     at = offsets(row, channel, C, HW, CHANNELS_LAST)
-    d, dh, y = through_silu(
-        x_ptr, dy_ptr, row, channel, at, mask, centre, gain, offset, place, low, high, least, C, DROP, SILU, EVEN, ACC, ASM
-    )  # fmt: skip
+    d = get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
+    h = d * gain[None, :] + offset[None, :]
+    dy = get(dy_ptr, at, mask, EVEN, ACC)
+    dh, y = through(dy, h, row, channel, place, low, high, least, C, DROP, SILU, ASM)
     if y_ptr is not None and ROWS >= HW:
         put(y_ptr, at, mask, y * factor_y, EVEN)
     dh_sum = fold(dh, FOLD)  # over pixels: of dh, dh·(x - mean) and x - mean
@@ -131,10 +132,10 @@ def backward_kernel(
     for start in range(ROWS, HW, ROWS):  # empty where ROWS >= HW
         mask_s = (start + row < HW)[:, None] & valid[None, :]
         at_s = offsets(start + row, channel, C, HW, CHANNELS_LAST)
-        d_s, dh_s, _ = through_silu(
-            x_ptr, dy_ptr, start + row, channel, at_s, mask_s, centre, gain, offset, place, low, high, least,
-            C, DROP, SILU, EVEN, ACC, ASM,
-        )  # fmt: skip
+        d_s = get(x_ptr, at_s, mask_s, EVEN, ACC) - centre[None, :]
+        h_s = d_s * gain[None, :] + offset[None, :]
+        dy_s = get(dy_ptr, at_s, mask_s, EVEN, ACC)
+        dh_s, _ = through(dy_s, h_s, start + row, channel, place, low, high, least, C, DROP, SILU, ASM)
         dh_sum += fold(dh_s, FOLD)
         dhd_sum += fold(dh_s * d_s, FOLD)
         if dadd_ptr is not None:
@@ -160,16 +161,16 @@ def backward_kernel(
         for start in range(0, HW, ROWS):
             mask = (start + row < HW)[:, None] & valid[None, :]
             at = offsets(start + row, channel, C, HW, CHANNELS_LAST)
-            d, dh, y = through_silu(
-                x_ptr, dy_ptr, start + row, channel, at, mask, centre, gain, offset, place, low, high, least,
-                C, DROP, SILU, EVEN, ACC, ASM,
-            )  # fmt: skip
+            d = get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
+            h = d * gain[None, :] + offset[None, :]
+            dy = get(dy_ptr, at, mask, EVEN, ACC)
+            dh, y = through(dy, h, start + row, channel, place, low, high, least, C, DROP, SILU, ASM)
+            if y_ptr is not None:
+                put(y_ptr, at, mask, y * factor_y, EVEN)
             dx = dh * slope[None, :] - (d * across[None, :] + along[None, :])
             if skip_ptr is not None:
                 dx += factor_skip * get(skip_ptr, at, mask, EVEN, ACC)
             put(dx_ptr, at, mask, dx, EVEN)
-            if y_ptr is not None:
-                put(y_ptr, at, mask, y * factor_y, EVEN)
 
 
 @triton.jit
@@ -205,11 +206,11 @@ def parameters_kernel(
         tl.store(dbias_ptr + c, dbias, mask=c < C)
 
 
-#: Numbers of one tensor that one program holds in registers at most, to read them once.
-_SLAB = {"forward": 16384, "backward": 8192}
+#: Numbers of one tensor that one program holds in registers at most, to read them once. "block": backward with dropout or more images.
+_SLAB = {"forward": 16384, "backward": 8192, "block": 8192}
 #: Numbers at a time of a larger slab. 16 warps: one or two programs fill a multiprocessor, and their slabs stay in L2.
-#: A thread has four loads of 16 bytes on their way, in 16-bit images: of x, or two of x and two of dy.
-_TILE = {"forward": 16384, "backward": 8192}
+#: In 16 bits a thread has four loads of 16 bytes on their way: of x, or two of x and two of dy; block: of x, dy and skip.
+_TILE = {"forward": 16384, "backward": 8192, "block": 4096}
 _TILE_WARPS = 16
 _SEGMENT = 64  # bytes of neighbouring channels a program reads per pixel; half where that keeps one pass, or L2 enough
 _L2 = 2**18  # bytes of its images that a program reads twice: 132 of them are two thirds of an H200's L2
@@ -228,7 +229,7 @@ def plan(c: int, hw: int, groups: int, itemsize: int, channels_last: bool, direc
         while groups % (2 * kg) == 0 and (kg * k * itemsize < segment or kg * k * itemsize % 8) and kg * k < 128:
             kg *= 2
         fits.append((kg, power_of_2(kg * k)))
-    limit, images = _SLAB[direction], {"forward": 1, "backward": 2}[direction]
+    limit, images = _SLAB[direction], 1 if direction == "forward" else 2
     kg, cb = next(((kg, cb) for kg, cb in fits if cb * rows <= limit), (0, 0))
     if kg:
         warps = min(8, max(4, cb * rows // 1024))
@@ -282,7 +283,8 @@ def backward(
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
     channels_last = not x.is_contiguous()
     key, least, kept = _drop(dropout, key)
-    p = plan(c, h * w, groups, x.element_size(), channels_last, "backward")
+    direction = "backward" if key is None and skip is None and not again else "block"
+    p = plan(c, h * w, groups, x.element_size(), channels_last, direction)
     backward_kernel[(n * (groups // p["KG"]),)](
         dy, x, mean, rstd, weight, bias, scale, shift, add, key, skip, dx, out[4] if want_add else None, sums, y if again else None,
         _stride(scale), _stride(shift), _stride(add), n, least, dy_factor * kept, skip_factor, kept,

@@ -106,23 +106,21 @@ def activated(
 
 @triton.jit
 def fold(v, FOLD: tl.constexpr):
-    """[ROWS, CB] -> [ROWS / FOLD, CB], sums of rows that one thread holds: loads in flight without as many sums."""
+    """[ROWS, CB] -> [ROWS / FOLD, CB], sums of rows that one thread of 16 warps holds: many loads on their way, few sums."""
     if FOLD > 1:
         v = tl.sum(tl.reshape(v, (FOLD, v.shape[0] // FOLD, v.shape[1])), 0)
     return v
 
 
 @triton.jit
-def through_silu(
-    x_ptr, dy_ptr, row, channel, at, mask, centre, gain, offset, place, low, high, least,
-    C: tl.constexpr, DROP: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
+def through(
+    dh, h, row, channel, first, low, high, least,
+    C: tl.constexpr, DROP: tl.constexpr, SILU: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """x - mean, the gradient to h and y of one tile, the latter two but for their factors."""
-    d = get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
-    dh = get(dy_ptr, at, mask, EVEN, ACC)
-    y = d * gain[None, :] + offset[None, :]
+    """The gradient to h from the one to y, and y of one tile, both but for their factors."""
+    y = h
     if SILU:
-        s = sigmoid(y, ASM)
+        s = sigmoid(h, ASM)
         y *= s
         dh *= y * (1.0 - s) + s
-    return d, dropped(dh, row, channel, place, low, high, least, C, DROP), dropped(y, row, channel, place, low, high, least, C, DROP)
+    return dropped(dh, row, channel, first, low, high, least, C, DROP), dropped(y, row, channel, first, low, high, least, C, DROP)
