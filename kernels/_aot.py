@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from potstill.kernels import residual
 from potstill.kernels._adam import LAUNCHERS
 from potstill.kernels._lib import TRITON
 from potstill.kernels._triton import triton
@@ -117,6 +118,8 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         _norm_silu, 64, 8, "add", "fp16", layout=torch.contiguous_format, dropout=0.13, block=True
     )
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
+    for (dtype, biased), layout in product((("fp32", True), ("bf16", True), ("bf16", False)), ("NHWC", "NCHW")):
+        yield f"{dtype}{', biases' * biased}, {layout}", partial(_residual, dtype, biased, layout)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
@@ -172,6 +175,12 @@ def _norm_silu(
     _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain", *drop)
     wanted = trained, scale is not None, shift is not None, add is not None
     TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", *drop, 1.0, x if block else None, 1.0, block, wanted)
+
+
+def _residual(dtype: str, biased: bool, layout: str) -> None:
+    memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+    h, bias = _empty(64, 256, 32, 32, dtype=DTYPES[dtype]).to(memory_format=memory_format), _empty(256) if biased else None
+    residual._launch(h, h, bias, bias, 0.5**0.5)
 
 
 def _adam_ema(dtype: torch.dtype, full: bool) -> None:

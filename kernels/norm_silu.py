@@ -38,7 +38,7 @@ def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, si
 
 def _cpu_backward(dy, x, mean, rstd, *rest):
     *rest, wanted = rest
-    weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again = rest
+    weight, bias, scale, shift, add, *_, again = rest
     dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
     room = [t if want else None for t, want in zip((*out, y), (wanted[0], *wanted, again), strict=True)]
     native.library().norm_silu_grad(dy, x, mean, rstd, *rest[:-1], dx, *room)

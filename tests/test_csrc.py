@@ -79,8 +79,8 @@ def on_cpu(compiled, monkeypatch):
     monkeypatch.setattr(cuda, "chosen", lambda op: "cuda")
     monkeypatch.setattr(adam_ema, "INTERPRET", True)
     monkeypatch.setattr(norm.module, "uses_reference", lambda op, x: False)
-    monkeypatch.setattr(norm.module, "_forward_op", partial(norm.module._compiled_forward, cuda))
-    monkeypatch.setattr(norm.module, "_backward_op", norm.module._cuda_backward)
+    monkeypatch.setattr(norm.module, "forward_op", partial(norm.module._compiled_forward, cuda))
+    monkeypatch.setattr(norm.module, "backward_op", norm.module._cuda_backward)
 
 
 WIDE = norm.Case(1, 128, 32, 32, 32, extras=("add",))  # a slab kept in shared memory, 16-byte accesses throughout
