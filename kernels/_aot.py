@@ -114,8 +114,9 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "192x64x64 bf16 scale+shift dropout, block", partial(_norm_silu, 192, 64, "scale+shift", dropout=0.1, block=True)
     yield "256x32x32 bf16 plain, block", partial(_norm_silu, 256, 32, "plain", block=True)
     yield "72x8x8 fp32 add dropout, block", partial(_norm_silu, 72, 8, "add", "fp32", dropout=0.13, block=True)
-    yield "64x8x8 fp16 add dropout, block NCHW", partial(
-        _norm_silu, 64, 8, "add", "fp16", layout=torch.contiguous_format, dropout=0.13, block=True
+    yield (
+        "64x8x8 fp16 add dropout, block NCHW",
+        partial(_norm_silu, 64, 8, "add", "fp16", layout=torch.contiguous_format, dropout=0.13, block=True),
     )
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
     for (dtype, biased), layout in product((("fp32", True), ("bf16", True), ("bf16", False)), ("NHWC", "NCHW")):

@@ -113,7 +113,9 @@ def residual(h: Tensor, skip: Tensor, bias: Tensor | None = None, skip_bias: Ten
         raise ValueError(f"residual: wanted a skip like h, {wanted}, got {got}")
     for name, t in (("bias", bias), ("skip_bias", skip_bias)):
         if t is not None and (t.shape != h.shape[1:2] or t.device != h.device or not t.is_floating_point()):
-            raise ValueError(f"residual: wanted a floating {name} ({h.shape[1]},) on {h.device}, got {t.dtype} {tuple(t.shape)} on {t.device}")
+            raise ValueError(
+                f"residual: wanted a floating {name} ({h.shape[1]},) on {h.device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
     if not (h.is_contiguous() or h.is_contiguous(memory_format=torch.channels_last)):
         h = h.contiguous()
     skip = skip.contiguous(memory_format=torch.contiguous_format if h.is_contiguous() else torch.channels_last)

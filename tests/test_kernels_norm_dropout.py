@@ -95,7 +95,8 @@ def test_autograd(name):
 def test_the_mask_is_as_random_as_it_says():
     shape, p = torch.Size((4, 32, 64, 64)), 0.13
     count = shape.numel()
-    a, b, c = (kept(torch.tensor([k]), shape, p).double() for k in (0, 1, 2**32))
+    keys = torch.randint(-(2**63), 2**63 - 1, (3,)).split(1)
+    a, b, c = (kept(key, shape, p).double() for key in keys)
     sigma = (p * (1 - p) / count) ** 0.5
     for mask in (a, b, c):
         assert abs(mask.mean() - (1 - p)) < 4 * sigma

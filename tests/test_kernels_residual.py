@@ -38,9 +38,11 @@ def test_rounded_once_and_its_gradients(layout, shape, dtype, biases):
     with poisoned_memory():
         out = residual(*ours, 0.7)
     expected = plain(*exact, 0.7)
-    assert out.dtype == dtype and out.is_contiguous(memory_format=LAYOUTS[layout])
+    assert out.dtype == dtype and (out.stride() == h.stride() or out.numel() == 0)
     unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), expected, rtol=unit, atol=max(4 * unit, 2e-7 * (dtype is not torch.float64)) if INTERPRET else 4 * unit)
+    torch.testing.assert_close(
+        out.double(), expected, rtol=unit, atol=max(4 * unit, 2e-7 * (dtype is not torch.float64)) if INTERPRET else 4 * unit
+    )
     there = [i for i, t in enumerate(given) if t is not None]
     found = torch.autograd.grad(out, [ours[i] for i in there], dy)
     wanted = torch.autograd.grad(expected, [exact[i] for i in there], dy.double())
