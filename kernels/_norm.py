@@ -5,7 +5,7 @@ once; a larger one is read twice, the second time mostly from L2.
 """
 
 # Triton's launches take constexpr parameters as plain values, and options like num_warps besides; its device functions are untyped.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import torch
 from torch import Tensor
