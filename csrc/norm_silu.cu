@@ -1,9 +1,12 @@
-// GroupNorm, scale and shift, SiLU, as in kernels/norm_silu.py: one block takes one sample and a few whole groups.
+// GroupNorm, scale and shift, SiLU, dropout, as in kernels/norm_silu.py: one block takes one sample and a few whole groups.
 //
 // Each thread keeps V neighbouring values of memory: channels in NHWC, pixels of one channel in NCHW. A slab that fits
 // in shared memory is read from global memory once. Sums are taken about the first pixel, in a fixed order.
 
 #include "common.cuh"
+
+#include <algorithm>
+#include <cmath>
 
 namespace potstill {
 namespace {
@@ -45,6 +48,39 @@ struct Norm {
   bool silu;
 };
 
+// What dropout leaves: `kept` of kernels/norm_silu.py. The key is read on the device; without one everything stays.
+struct Dropout {
+  const int64_t* key;
+  uint32_t least;
+  float factor;  // of what stays
+};
+
+Dropout make_dropout(double dropout, const std::optional<Tensor>& key) {
+  if (!key.has_value() || dropout == 0.0) return {nullptr, 0, 1.0f};
+  const double least = std::min(std::nearbyint(dropout * 4294967296.0), 4294967295.0);
+  return {pointer<int64_t>(key), static_cast<uint32_t>(least), static_cast<float>(1.0 / (1.0 - dropout))};
+}
+
+struct Mask {
+  bool all;
+  uint32_t low, high, least;
+
+  __device__ explicit Mask(const Dropout& dropout) : all(dropout.key == nullptr), least(dropout.least) {
+    const int64_t key = all ? 0 : *dropout.key;
+    low = static_cast<uint32_t>(key);
+    high = static_cast<uint32_t>(key >> 32);
+  }
+
+  // place: in NHWC order, modulo 2^32.
+  __device__ bool keeps(uint32_t place) const {
+    if (all) return true;
+    uint32_t bits = place ^ low;
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352Du;
+    bits = (bits ^ (bits >> 15)) + high;
+    return bits * 0x846CA68Bu >= least;
+  }
+};
+
 // Where a thread's values are: base + i·step for i = slot, slot + slots, ..., count; all offsets inside a sample.
 struct Place {
   int column;  // of its first value among the block's channels
@@ -77,6 +113,13 @@ __device__ __forceinline__ Place place(const Norm& norm) {
   }
   p.works = LAST ? p.slot < p.slots : p.column < columns;
   return p;
+}
+
+// The place in NHWC order, modulo 2^32, of value k of a thread's i-th access.
+template <int V, bool LAST>
+__device__ __forceinline__ uint32_t nhwc(const Norm& norm, const Place& p, int n, int first, int i, int k) {
+  const uint32_t pixel = LAST ? i : i * V + k, channel = first + p.column + (LAST ? k : 0);
+  return (static_cast<uint32_t>(n) * norm.pixels + pixel) * norm.channels + channel;
 }
 
 // Sums over the block's threads for each of its channels, into out [columns]. work holds blockDim·V floats.
@@ -148,7 +191,8 @@ __device__ __forceinline__ float sigmoid(float h) { return 1.0f / (1.0f + expf(-
 
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(MAX_THREADS, 1) forward_kernel(
-    const T* x, T* y, float* mean_out, float* rstd_out, Norm norm, float eps, bool cached) {
+    const T* x, T* y, float* mean_out, float* rstd_out, Norm norm, Dropout dropout,
+    float eps, bool cached) {
   using Values = Vec<T, V>;
   const Place p = place<V, LAST>(norm);
   const int blocks = norm.groups / norm.taken, per_group = norm.channels / norm.groups;
@@ -210,24 +254,46 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) forward_kernel(
   take<V, LAST>(p, affine.gain, gain);
   take<V, LAST>(p, affine.offset, offset);
   if (!p.works) return;
+  const Mask mask(dropout);
   for (int i = p.slot; i < p.count; i += p.slots) {
     Values v = cached ? slab[(i / p.slots) * blockDim.x + threadIdx.x]
                       : *reinterpret_cast<const Values*>(x + p.base + i * p.step);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const float h = (static_cast<float>(v.v[k]) - centre[k]) * gain[k] + offset[k];
-      v.v[k] = static_cast<T>(norm.silu ? h * sigmoid(h) : h);
+      const float kept = (norm.silu ? h * sigmoid(h) : h) * dropout.factor;
+      v.v[k] = static_cast<T>(mask.keeps(nhwc<V, LAST>(norm, p, n, first, i, k)) ? kept : 0.0f);
     }
     *reinterpret_cast<Values*>(y + p.base + i * p.step) = v;
   }
 }
+
+// The gradient to h from the one to y, and y, both without dropout.
+struct Through {
+  float dh, y;
+
+  __device__ Through(float dy, float h, bool silu) : dh(dy), y(h) {
+    if (!silu) return;
+    const float s = sigmoid(h);
+    y *= s;
+    dh *= y * (1.0f - s) + s;
+  }
+};
+
+// Backward's images besides x, dy and dx, and its factors.
+template <typename T>
+struct Block {
+  const T* skip;  // dx has factor·skip added, if there is one
+  T* y;  // written if there is room
+  float dy_factor, skip_factor;
+};
 
 // dx = gain·dh - along - across·(x - mean): `along` and `across` are means over the group of gain·dh and of
 // gain·dh·(x - mean)/var. sums [2, N, C]: over pixels of dh and dh·xhat.
 template <typename T, int V, bool LAST>
 __global__ void __launch_bounds__(MAX_THREADS, 1) backward_kernel(
     const T* dy, const T* x, const float* mean, const float* rstd, T* dx, float* sums, Small dadd, Norm norm,
-    int samples, bool cached) {
+    Dropout dropout, Block<T> more, int samples, bool cached) {
   using Values = Vec<T, V>;
   const Place p = place<V, LAST>(norm);
   const int blocks = norm.groups / norm.taken, per_group = norm.channels / norm.groups;
@@ -247,10 +313,14 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) backward_kernel(
   x += at;
   dy += at;
   dx += at;
+  if (more.skip != nullptr) more.skip += at;
+  if (more.y != nullptr) more.y += at;
+  const Mask mask(dropout);
+  const float dy_factor = more.dy_factor * dropout.factor;
   mean += static_cast<int64_t>(n) * norm.groups + first_group;
   rstd += static_cast<int64_t>(n) * norm.groups + first_group;
   fill_affine(norm, n, first, p.columns, mean, rstd, affine);
-  float centre[V], gain[V], offset[V], sum_dh[V], sum_dhd[V], sum_d[V];
+  float centre[V] = {}, gain[V] = {}, offset[V] = {}, sum_dh[V], sum_dhd[V], sum_d[V];
   take<V, LAST>(p, affine.centre, centre);
   take<V, LAST>(p, affine.gain, gain);
   take<V, LAST>(p, affine.offset, offset);
@@ -267,11 +337,8 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) backward_kernel(
 #pragma unroll
       for (int k = 0; k < V; ++k) {
         const float d = static_cast<float>(xv.v[k]) - centre[k];
-        float dh = static_cast<float>(gv.v[k]);
-        if (norm.silu) {
-          const float h = d * gain[k] + offset[k], s = sigmoid(h);
-          dh *= s * (h * (1.0f - s) + 1.0f);
-        }
+        const Through to(static_cast<float>(gv.v[k]) * dy_factor, d * gain[k] + offset[k], norm.silu);
+        const float dh = mask.keeps(nhwc<V, LAST>(norm, p, n, first, i, k)) ? to.dh : 0.0f;
         sum_dh[k] += dh;
         sum_dhd[k] += dh * d;
         sum_d[k] += d;
@@ -315,17 +382,19 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) backward_kernel(
                              : *reinterpret_cast<const Values*>(x + p.base + i * p.step);
     Values gv = cached ? slab[(rounds + i / p.slots) * blockDim.x + threadIdx.x]
                        : *reinterpret_cast<const Values*>(dy + p.base + i * p.step);
+    Values skip{}, y;
+    if (more.skip != nullptr) skip = *reinterpret_cast<const Values*>(more.skip + p.base + i * p.step);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const float d = static_cast<float>(xv.v[k]) - centre[k];
-      float dh = static_cast<float>(gv.v[k]);
-      if (norm.silu) {
-        const float h = d * gain[k] + offset[k], s = sigmoid(h);
-        dh *= s * (h * (1.0f - s) + 1.0f);
-      }
-      gv.v[k] = static_cast<T>(gain[k] * dh - (across_k[k] * d + along_k[k]));
+      const Through to(static_cast<float>(gv.v[k]) * dy_factor, d * gain[k] + offset[k], norm.silu);
+      const bool kept = mask.keeps(nhwc<V, LAST>(norm, p, n, first, i, k));
+      const float gradient = gain[k] * (kept ? to.dh : 0.0f) - (across_k[k] * d + along_k[k]);
+      gv.v[k] = static_cast<T>(gradient + more.skip_factor * static_cast<float>(skip.v[k]));
+      y.v[k] = static_cast<T>(kept ? to.y * dropout.factor : 0.0f);
     }
     *reinterpret_cast<Values*>(dx + p.base + i * p.step) = gv;
+    if (more.y != nullptr) *reinterpret_cast<Values*>(more.y + p.base + i * p.step) = y;
   }
 }
 
@@ -423,7 +492,8 @@ bool aligned(std::initializer_list<const void*> pointers) {
 
 void norm_silu(
     Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
-    std::optional<Tensor> add, int64_t groups, double eps, bool silu, Tensor y, Tensor mean, Tensor rstd) {
+    std::optional<Tensor> add, int64_t groups, double eps, bool silu, double dropout,
+    std::optional<Tensor> key, Tensor y, Tensor mean, Tensor rstd) {
   Norm norm = make_norm(x, weight, bias, scale, shift, add, groups, silu);
   const bool last = !x.is_contiguous();
   const Plan plan_ = plan(
@@ -435,28 +505,32 @@ void norm_silu(
     using T = std::remove_pointer_t<decltype(type)>;
     with_layout(plan_.wide, last, [&](auto wide, auto nhwc) {
       launch(forward_kernel<T, wide.value ? LANES<T> : 1, nhwc.value>, grid, plan_.threads, plan_.shared, x,
-             pointer<T>(x), pointer<T>(y), pointer<float>(mean), pointer<float>(rstd), norm, eps, plan_.cached);
+             pointer<T>(x), pointer<T>(y), pointer<float>(mean), pointer<float>(rstd), norm,
+             make_dropout(dropout, key), eps, plan_.cached);
     });
   });
 }
 
 void norm_silu_grad(
     Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, std::optional<Tensor> scale,
-    std::optional<Tensor> shift, std::optional<Tensor> add, int64_t groups, bool silu, Tensor dx,
-    std::optional<Tensor> sums, std::optional<Tensor> dadd) {
+    std::optional<Tensor> shift, std::optional<Tensor> add, int64_t groups, bool silu, double dropout,
+    std::optional<Tensor> key, double dy_factor, std::optional<Tensor> skip, double skip_factor, Tensor dx,
+    std::optional<Tensor> sums, std::optional<Tensor> dadd, std::optional<Tensor> y) {
   Norm norm = make_norm(x, weight, bias, scale, shift, add, groups, silu);
   const bool last = !x.is_contiguous();
   const Plan plan_ = plan(
       norm.channels, norm.pixels, norm.groups, static_cast<int>(x.element_size()), last,
-      aligned({x.data_ptr(), dy.data_ptr(), dx.data_ptr()}), 2);
+      aligned({x.data_ptr(), dy.data_ptr(), dx.data_ptr(), pointer<void>(skip), pointer<void>(y)}), 2);
   norm.taken = plan_.taken;
   const dim3 grid(static_cast<unsigned>(x.size(0) * (groups / plan_.taken)));
   with_float_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const Block<T> more{pointer<T>(skip), pointer<T>(y), static_cast<float>(dy_factor), static_cast<float>(skip_factor)};
     with_layout(plan_.wide, last, [&](auto wide, auto nhwc) {
       launch(backward_kernel<T, wide.value ? LANES<T> : 1, nhwc.value>, grid, plan_.threads, plan_.shared, x,
              pointer<T>(dy), pointer<T>(x), pointer<float>(mean), pointer<float>(rstd), pointer<T>(dx),
-             pointer<float>(sums), small(dadd), norm, static_cast<int>(x.size(0)), plan_.cached);
+             pointer<float>(sums), small(dadd), norm, make_dropout(dropout, key), more, static_cast<int>(x.size(0)),
+             plan_.cached);
     });
   });
 }
@@ -476,9 +550,10 @@ void norm_silu_parameters(
 #define GIVEN "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cuda, m) {
-  m.def("norm_silu(Tensor x, " GIVEN "float eps, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
+  m.def("norm_silu(Tensor x, " GIVEN "float eps, bool silu, float dropout, Tensor? key, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
   m.def("norm_silu_grad(Tensor dy, Tensor x, Tensor mean, Tensor rstd, " GIVEN
-        "bool silu, Tensor(a!) dx, Tensor(b!)? sums, Tensor(c!)? dadd) -> ()");
+        "bool silu, float dropout, Tensor? key, float dy_factor, Tensor? skip, float skip_factor, Tensor(a!) dx, "
+        "Tensor(b!)? sums, Tensor(c!)? dadd, Tensor(d!)? y) -> ()");
   m.def("norm_silu_parameters(Tensor sums, Tensor weight, Tensor bias, Tensor? scale, Tensor(a!)? dweight, "
         "Tensor(b!)? dbias, Tensor(c!)? dscale, Tensor(d!)? dshift) -> ()");
 }

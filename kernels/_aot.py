@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from potstill.kernels import residual
 from potstill.kernels._adam import LAUNCHERS
 from potstill.kernels._lib import TRITON
 from potstill.kernels._triton import triton
@@ -108,7 +109,18 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "256x16x16 bf16 plain", partial(_norm_silu, 256, 16, "plain")
     yield "256x16x16 bf16 add bf16 weights", partial(_norm_silu, 256, 16, "add", weights="bf16")
     yield "72x8x8 bf16 scale+shift, 3 images", partial(_norm_silu, 72, 8, "scale+shift", n=3)
+    yield "256x32x32 bf16 add dropout, block", partial(_norm_silu, 256, 32, "add", dropout=0.13, block=True)
+    yield "256x16x16 bf16 add dropout, block", partial(_norm_silu, 256, 16, "add", dropout=0.13, block=True)
+    yield "192x64x64 bf16 scale+shift dropout, block", partial(_norm_silu, 192, 64, "scale+shift", dropout=0.1, block=True)
+    yield "256x32x32 bf16 plain, block", partial(_norm_silu, 256, 32, "plain", block=True)
+    yield "72x8x8 fp32 add dropout, block", partial(_norm_silu, 72, 8, "add", "fp32", dropout=0.13, block=True)
+    yield (
+        "64x8x8 fp16 add dropout, block NCHW",
+        partial(_norm_silu, 64, 8, "add", "fp16", layout=torch.contiguous_format, dropout=0.13, block=True),
+    )
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
+    for (dtype, biased), layout in product((("fp32", True), ("bf16", True), ("bf16", False)), ("NHWC", "NCHW")):
+        yield f"{dtype}{', biases' * biased}, {layout}", partial(_residual, dtype, biased, layout)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
@@ -153,16 +165,23 @@ def _adversarial(nets: int, size: int, form: str, dtype: torch.dtype) -> None:
 
 def _norm_silu(
     c: int, resolution: int, added: str, dtype: str = "bf16", *, n: int = 64, weights: str = "fp32", trained: bool = True,
-    layout: torch.memory_format = torch.channels_last,
+    layout: torch.memory_format = torch.channels_last, dropout: float = 0.0, block: bool = False,
 ) -> None:  # fmt: skip
-    """As the nets launch it; "plain": before attention, no SiLU and nothing added."""
+    """As the nets launch it; "plain": before attention, no SiLU and nothing added; block: with skip and y, as a block's backward."""
     x = _empty(n, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=layout)
     weight, add = _empty(c, dtype=DTYPES[weights]), _empty(n, c, dtype=x.dtype) if added == "add" else None
     scale, shift = _empty(n, 2 * c, dtype=x.dtype).chunk(2, 1) if added == "scale+shift" else (None, None)
     given = weight, weight, scale, shift, add, min(32, c // 4)
-    _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain")
+    drop = dropout, _empty(1, dtype=torch.int64) if dropout else None
+    _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain", *drop)
     wanted = trained, scale is not None, shift is not None, add is not None
-    TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", wanted)
+    TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", *drop, 1.0, x if block else None, 1.0, block, wanted)
+
+
+def _residual(dtype: str, biased: bool, layout: str) -> None:
+    memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
+    h, bias = _empty(64, 256, 32, 32, dtype=DTYPES[dtype]).to(memory_format=memory_format), _empty(256) if biased else None
+    residual._launch(h, h, bias, bias, 0.5**0.5)
 
 
 def _adam_ema(dtype: torch.dtype, full: bool) -> None:

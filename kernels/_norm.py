@@ -5,84 +5,21 @@ once; a larger one is read twice, the second time mostly from L2.
 """
 
 # Triton's launches take constexpr parameters as plain values, and options like num_warps besides; its device functions are untyped.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import torch
 from torch import Tensor
 
 from potstill.kernels._lib import INTERPRET, cdiv, power_of_2, tl_dtype
+from potstill.kernels._norm_tl import activated, fold, get, group_sum, halves, modulation, offsets, put, spread, through
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum
 
 
-@triton.jit
-def _group_sum(v_c, c, K: tl.constexpr, KG: tl.constexpr):
-    """[CB] numbers, one a channel -> [KG], their sums over each group."""
-    member = tl.arange(0, KG)[:, None] == (c // K)[None, :]
-    return tl.sum(tl.where(member, v_c[None, :], 0.0), 1)
-
-
-@triton.jit
-def _spread(v_g, c, K: tl.constexpr, KG: tl.constexpr):
-    """[KG] numbers, one a group -> [CB], each channel its group's."""
-    member = tl.arange(0, KG)[:, None] == (c // K)[None, :]
-    return tl.sum(tl.where(member, v_g[:, None], 0.0), 0)
-
-
-@triton.jit
-def _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC: tl.constexpr):
-    """1 + scale and shift of sample n: [CB] each. An absent pointer is None."""
-    factor = tl.full(channel.shape, 1.0, ACC)
-    if scale_ptr is not None:
-        factor += tl.load(scale_ptr + n * scale_n + channel, mask=valid, other=0.0).to(ACC)
-    shift = tl.zeros(channel.shape, ACC)
-    if shift_ptr is not None:
-        shift += tl.load(shift_ptr + n * shift_n + channel, mask=valid, other=0.0).to(ACC)
-    return factor, shift
-
-
-@triton.jit
-def _get(ptr, at, mask, EVEN: tl.constexpr, ACC: tl.constexpr):
-    if EVEN:  # every pixel and channel of the tile exists
-        v = tl.load(ptr + at)
-    else:
-        v = tl.load(ptr + at, mask=mask, other=0.0)
-    return v.to(ACC)
-
-
-@triton.jit
-def _put(ptr, at, mask, v, EVEN: tl.constexpr):
-    if EVEN:
-        tl.store(ptr + at, v)
-    else:
-        tl.store(ptr + at, v, mask=mask)
-
-
-@triton.jit
-def _sigmoid(h, ASM: tl.constexpr):
-    # PTX spares the branches for numbers near 0 and infinity, a fifth of the arithmetic. The interpreter has none.
-    if ASM:
-        h = h * -1.4426950408889634
-        e = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [h], tl.float32, True, 1)
-        s = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], tl.float32, True, 1)
-    else:
-        s = 1.0 / (1.0 + tl.exp(-h))
-    return s
-
-
-@triton.jit
-def _at(row, channel, C: tl.constexpr, HW: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """[ROWS, CB] offsets inside a sample."""
-    if CHANNELS_LAST:
-        at = row[:, None] * C + channel[None, :]
-    else:
-        at = row[:, None] + channel[None, :] * HW
-    return at
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["least"])
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, y_ptr, mean_ptr, rstd_ptr, scale_n, shift_n, add_n, eps,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, y_ptr, mean_ptr, rstd_ptr, key_ptr,
+    scale_n, shift_n, add_n, least, eps, factor_y,
     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -97,75 +34,67 @@ def forward_kernel(
     row = tl.arange(0, ROWS)
     x_ptr += n * (C * HW)
     y_ptr += n * (C * HW)
+    DROP: tl.constexpr = key_ptr is not None
+    low, high = halves(key_ptr)
+    place = (n * (C * HW)).to(tl.uint32)
     add = tl.zeros((CB,), ACC)
     if add_ptr is not None:
         add += tl.load(add_ptr + n * add_n + channel, mask=valid, other=0.0).to(ACC)
     if ROWS >= HW:
         mask = (row < HW)[:, None] & valid[None, :]
-        at = _at(row, channel, C, HW, CHANNELS_LAST)
-        x = _get(x_ptr, at, mask, EVEN, ACC)
-        mean = _group_sum(tl.sum(x, 0) + HW * add, c, K, KG) / (K * HW)
-        x -= (_spread(mean, c, K, KG) - add)[None, :]
+        at = offsets(row, channel, C, HW, CHANNELS_LAST)
+        x = get(x_ptr, at, mask, EVEN, ACC)
+        mean = group_sum(tl.sum(x, 0) + HW * add, c, K, KG) / (K * HW)
+        x -= (spread(mean, c, K, KG) - add)[None, :]
         square = x * x if EVEN else tl.where(mask, x * x, 0.0)
-        var = _group_sum(tl.sum(square, 0), c, K, KG) / (K * HW)
+        var = group_sum(tl.sum(square, 0), c, K, KG) / (K * HW)
     else:  # sums about the first pixel: no cancellation where the mean is large
-        pivot = _get(x_ptr, channel if CHANNELS_LAST else channel * HW, valid, CB == KG * K, ACC)
-        first = tl.zeros((ROWS, CB), ACC)
-        second = tl.zeros((ROWS, CB), ACC)
+        pivot = get(x_ptr, channel if CHANNELS_LAST else channel * HW, valid, CB == KG * K, ACC)
+        FOLD: tl.constexpr = ROWS * CB // 4096 if CHANNELS_LAST else 1
+        first = tl.zeros((ROWS // FOLD, CB), ACC)
+        second = tl.zeros((ROWS // FOLD, CB), ACC)
         for start in range(0, HW, ROWS):
             mask = (start + row < HW)[:, None] & valid[None, :]
-            d = _get(x_ptr, _at(start + row, channel, C, HW, CHANNELS_LAST), mask, EVEN, ACC) - pivot[None, :]
+            d = get(x_ptr, offsets(start + row, channel, C, HW, CHANNELS_LAST), mask, EVEN, ACC) - pivot[None, :]
             d = d if EVEN else tl.where(mask, d, 0.0)
-            first += d
-            second += d * d
+            first += fold(d, FOLD)
+            second += fold(d * d, FOLD)
         first_c = tl.sum(first, 0)
         mean_c = pivot + add + first_c / HW
-        mean = _group_sum(mean_c, c, K, KG) / K
-        off = tl.where(valid, mean_c - _spread(mean, c, K, KG), 0.0)
+        mean = group_sum(mean_c, c, K, KG) / K
+        off = tl.where(valid, mean_c - spread(mean, c, K, KG), 0.0)
         square_c = tl.sum(second, 0) - first_c * first_c / HW
-        var = _group_sum(square_c + HW * off * off, c, K, KG) / (K * HW)
+        var = group_sum(square_c + HW * off * off, c, K, KG) / (K * HW)
     rstd = 1.0 / tl.sqrt(tl.maximum(var, 0.0) + eps)
     tl.store(mean_ptr + n * G + g, mean)
     tl.store(rstd_ptr + n * G + g, rstd)
-    factor, offset = _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
-    gain = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(ACC) * factor * _spread(rstd, c, K, KG)
+    factor, offset = modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
+    gain = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(ACC) * factor * spread(rstd, c, K, KG)
     offset += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(ACC) * factor
     if ROWS >= HW:
         h = x * gain[None, :] + offset[None, :]
-        _put(y_ptr, at, mask, h * _sigmoid(h, ASM) if SILU else h, EVEN)
+        put(y_ptr, at, mask, activated(h, row, channel, place, low, high, least, factor_y, C, DROP, SILU, ASM), EVEN)
     else:
-        offset -= (_spread(mean, c, K, KG) - add) * gain
+        offset -= (spread(mean, c, K, KG) - add) * gain
         for start in range(0, HW, ROWS):
             mask = (start + row < HW)[:, None] & valid[None, :]
-            at = _at(start + row, channel, C, HW, CHANNELS_LAST)
-            h = _get(x_ptr, at, mask, EVEN, ACC) * gain[None, :] + offset[None, :]
-            _put(y_ptr, at, mask, h * _sigmoid(h, ASM) if SILU else h, EVEN)
+            at = offsets(start + row, channel, C, HW, CHANNELS_LAST)
+            h = get(x_ptr, at, mask, EVEN, ACC) * gain[None, :] + offset[None, :]
+            y = activated(h, start + row, channel, place, low, high, least, factor_y, C, DROP, SILU, ASM)
+            put(y_ptr, at, mask, y, EVEN)
 
 
-@triton.jit
-def _dh(
-    x_ptr, dy_ptr, at, mask, centre, gain, offset,
-    SILU: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """x - mean, and the gradient to h, of one tile."""
-    d = _get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
-    dh = _get(dy_ptr, at, mask, EVEN, ACC)
-    if SILU:
-        h = d * gain[None, :] + offset[None, :]
-        s = _sigmoid(h, ASM)
-        dh *= s * (h * (1.0 - s) + 1.0)
-    return d, dh
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["least"])
 def backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, dx_ptr, dadd_ptr, sums_ptr,
-    scale_n, shift_n, add_n, N,
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, key_ptr, skip_ptr,
+    dx_ptr, dadd_ptr, sums_ptr, y_ptr, scale_n, shift_n, add_n, N, least, factor_dy, factor_skip, factor_y,
     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = C // G
     EVEN: tl.constexpr = (CB == KG * K) and (HW % ROWS == 0)
+    DROP: tl.constexpr = key_ptr is not None
+    FOLD: tl.constexpr = ROWS * CB // 4096 if CHANNELS_LAST and ROWS < HW else 1
     n = (tl.program_id(0) // (G // KG)).to(tl.int64)
     block = tl.program_id(0) % (G // KG)  # neighbours in a sample run together and share cache lines
     g = block * KG + tl.arange(0, KG)
@@ -176,46 +105,72 @@ def backward_kernel(
     x_ptr += n * (C * HW)
     dy_ptr += n * (C * HW)
     dx_ptr += n * (C * HW)
-    centre = _spread(tl.load(mean_ptr + n * G + g), c, K, KG)
-    rstd = _spread(tl.load(rstd_ptr + n * G + g), c, K, KG)
+    if skip_ptr is not None:
+        skip_ptr += n * (C * HW)
+    if y_ptr is not None:
+        y_ptr += n * (C * HW)
+    low, high = halves(key_ptr)
+    place = (n * (C * HW)).to(tl.uint32)
+    centre = spread(tl.load(mean_ptr + n * G + g), c, K, KG)
+    rstd = spread(tl.load(rstd_ptr + n * G + g), c, K, KG)
     if add_ptr is not None:
         centre -= tl.load(add_ptr + n * add_n + channel, mask=valid, other=0.0).to(ACC)
-    factor, offset = _modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
+    factor, offset = modulation(scale_ptr, scale_n, shift_ptr, shift_n, n, channel, valid, ACC)
     gain = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(ACC) * factor * rstd
     offset += tl.load(bias_ptr + channel, mask=valid, other=0.0).to(ACC) * factor
     mask = (row < HW)[:, None] & valid[None, :]
-    at = _at(row, channel, C, HW, CHANNELS_LAST)
-    d, dh = _dh(x_ptr, dy_ptr, at, mask, centre, gain, offset, SILU, EVEN, ACC, ASM)
-    dh_sum = dh  # over pixels: of dh, dh·(x - mean) and x - mean
-    dhd_sum = dh * d  # dh is 0 where masked
-    d_sum = d if EVEN else tl.where(mask, d, 0.0)
+    at = offsets(row, channel, C, HW, CHANNELS_LAST)
+    d = get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
+    h = d * gain[None, :] + offset[None, :]
+    dy = get(dy_ptr, at, mask, EVEN, ACC)
+    dh, y = through(dy, h, row, channel, place, low, high, least, C, DROP, SILU, ASM)
+    if y_ptr is not None and ROWS >= HW:
+        put(y_ptr, at, mask, y * factor_y, EVEN)
+    dh_sum = fold(dh, FOLD)  # over pixels: of dh, dh·(x - mean) and x - mean
+    dhd_sum = fold(dh * d, FOLD)  # dh is 0 where masked
+    d_sum = fold(d if EVEN else tl.where(mask, d, 0.0), FOLD)
     for start in range(ROWS, HW, ROWS):  # empty where ROWS >= HW
         mask_s = (start + row < HW)[:, None] & valid[None, :]
-        at_s = _at(start + row, channel, C, HW, CHANNELS_LAST)
-        d_s, dh_s = _dh(x_ptr, dy_ptr, at_s, mask_s, centre, gain, offset, SILU, EVEN, ACC, ASM)
-        dh_sum += dh_s
-        dhd_sum += dh_s * d_s
+        at_s = offsets(start + row, channel, C, HW, CHANNELS_LAST)
+        d_s = get(x_ptr, at_s, mask_s, EVEN, ACC) - centre[None, :]
+        h_s = d_s * gain[None, :] + offset[None, :]
+        dy_s = get(dy_ptr, at_s, mask_s, EVEN, ACC)
+        dh_s, _ = through(dy_s, h_s, start + row, channel, place, low, high, least, C, DROP, SILU, ASM)
+        dh_sum += fold(dh_s, FOLD)
+        dhd_sum += fold(dh_s * d_s, FOLD)
         if dadd_ptr is not None:
-            d_sum += d_s if EVEN else tl.where(mask_s, d_s, 0.0)
-    dh_c = tl.sum(dh_sum, 0)
-    dhd_c = tl.sum(dhd_sum, 0)
+            d_sum += fold(d_s if EVEN else tl.where(mask_s, d_s, 0.0), FOLD)
+    dh_c = tl.sum(dh_sum, 0) * factor_dy
+    dhd_c = tl.sum(dhd_sum, 0) * factor_dy
     if sums_ptr is not None:
         tl.store(sums_ptr + n * C + channel, dh_c, mask=valid)
         tl.store(sums_ptr + (N + n) * C + channel, dhd_c * rstd, mask=valid)
     # dx = gain·dh - (mean over the group of gain·dh) - (x - mean)/var · (mean over the group of gain·dh·(x - mean))
-    along = _spread(_group_sum(gain * dh_c, c, K, KG) / (K * HW), c, K, KG)
-    across = _spread(_group_sum(gain * dhd_c, c, K, KG) / (K * HW), c, K, KG) * rstd * rstd
+    along = spread(group_sum(gain * dh_c, c, K, KG) / (K * HW), c, K, KG)
+    across = spread(group_sum(gain * dhd_c, c, K, KG) / (K * HW), c, K, KG) * rstd * rstd
     if dadd_ptr is not None:
         dadd = gain * dh_c - HW * along - across * tl.sum(d_sum, 0)
         tl.store(dadd_ptr + n * C + channel, dadd, mask=valid)
+    slope = gain * factor_dy
     if ROWS >= HW:
-        _put(dx_ptr, at, mask, dh * gain[None, :] - (d * across[None, :] + along[None, :]), EVEN)
+        dx = dh * slope[None, :] - (d * across[None, :] + along[None, :])
+        if skip_ptr is not None:
+            dx += factor_skip * get(skip_ptr, at, mask, EVEN, ACC)
+        put(dx_ptr, at, mask, dx, EVEN)
     else:
         for start in range(0, HW, ROWS):
             mask = (start + row < HW)[:, None] & valid[None, :]
-            at = _at(start + row, channel, C, HW, CHANNELS_LAST)
-            d, dh = _dh(x_ptr, dy_ptr, at, mask, centre, gain, offset, SILU, EVEN, ACC, ASM)
-            _put(dx_ptr, at, mask, dh * gain[None, :] - (d * across[None, :] + along[None, :]), EVEN)
+            at = offsets(start + row, channel, C, HW, CHANNELS_LAST)
+            d = get(x_ptr, at, mask, EVEN, ACC) - centre[None, :]
+            h = d * gain[None, :] + offset[None, :]
+            dy = get(dy_ptr, at, mask, EVEN, ACC)
+            dh, y = through(dy, h, start + row, channel, place, low, high, least, C, DROP, SILU, ASM)
+            if y_ptr is not None:
+                put(y_ptr, at, mask, y * factor_y, EVEN)
+            dx = dh * slope[None, :] - (d * across[None, :] + along[None, :])
+            if skip_ptr is not None:
+                dx += factor_skip * get(skip_ptr, at, mask, EVEN, ACC)
+            put(dx_ptr, at, mask, dx, EVEN)
 
 
 @triton.jit
@@ -251,12 +206,14 @@ def parameters_kernel(
         tl.store(dbias_ptr + c, dbias, mask=c < C)
 
 
-#: Numbers of one tensor that one program holds in registers at most, to read them once.
-_SLAB = {"forward": 16384, "backward": 8192}
+#: Numbers of one tensor that one program holds in registers at most, to read them once. "block": backward with dropout or more images.
+_SLAB = {"forward": 16384, "backward": 8192, "block": 8192}
 #: Numbers at a time of a larger slab. 16 warps: one or two programs fill a multiprocessor, and their slabs stay in L2.
-_TILE = {"forward": 4096, "backward": 8192}
+#: In 16 bits a thread has four loads of 16 bytes on their way: of x, or two of x and two of dy; block: of x, dy and skip.
+_TILE = {"forward": 16384, "backward": 8192, "block": 4096}
 _TILE_WARPS = 16
-_SEGMENT = 64  # bytes of neighbouring channels a program reads per pixel; half where that keeps one pass
+_SEGMENT = 64  # bytes of neighbouring channels a program reads per pixel; half where that keeps one pass, or L2 enough
+_L2 = 2**18  # bytes of its images that a program reads twice: 132 of them are two thirds of an H200's L2
 ASM = not INTERPRET
 
 
@@ -272,46 +229,65 @@ def plan(c: int, hw: int, groups: int, itemsize: int, channels_last: bool, direc
         while groups % (2 * kg) == 0 and (kg * k * itemsize < segment or kg * k * itemsize % 8) and kg * k < 128:
             kg *= 2
         fits.append((kg, power_of_2(kg * k)))
-    limit = _SLAB[direction]
-    kg, cb = next(((kg, cb) for kg, cb in fits if cb * rows <= limit), fits[-1])
-    if cb * rows <= limit:
+    limit, images = _SLAB[direction], 1 if direction == "forward" else 2
+    kg, cb = next(((kg, cb) for kg, cb in fits if cb * rows <= limit), (0, 0))
+    if kg:
         warps = min(8, max(4, cb * rows // 1024))
     else:
+        kg, cb = next((f for f in fits if f[0] * k * hw * itemsize * images <= _L2), fits[-1])
         rows, warps = max(16, _TILE[direction] // cb), _TILE_WARPS
     return {"KG": kg, "CB": cb, "ROWS": rows, "num_warps": warps}
+
+
+def threshold(dropout: float) -> int:
+    """The least 32-bit number with which a value stays."""
+    return min(round(dropout * 2**32), 2**32 - 1)
+
+
+def _drop(dropout: float, key: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """The key, the threshold as the int32 of its bits, and what is left is multiplied by; no dropout: no key."""
+    if key is None or not dropout:
+        return None, 0, 1.0
+    least = threshold(dropout)
+    return key, least - 2**32 * (least >= 2**31), 1 / (1 - dropout)
 
 
 def _stride(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def forward(x, weight, bias, scale, shift, add, groups, eps, silu):
+def forward(x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key):
     n, c, h, w = x.shape
     y, mean, rstd = outputs(x, groups)
     if x.numel() == 0:
         return y, mean, rstd
     channels_last = not x.is_contiguous()
+    key, least, kept = _drop(dropout, key)
     p = plan(c, h * w, groups, x.element_size(), channels_last, "forward")
     forward_kernel[(n * (groups // p["KG"]),)](
-        x, weight, bias, scale, shift, add, y, mean, rstd, _stride(scale), _stride(shift), _stride(add), eps,
+        x, weight, bias, scale, shift, add, y, mean, rstd, key, _stride(scale), _stride(shift), _stride(add), least, eps, kept,
         C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
         ASM=ASM and x.dtype != torch.float64, **p,
     )  # fmt: skip
     return y, mean, rstd
 
 
-def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, wanted):
+def backward(
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted
+):  # fmt: skip
     n, c, h, w = x.shape
     params, want_scale, want_shift, want_add = wanted
-    dx, *out = gradients(x, weight, bias, scale, shift, add, wanted)
+    dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
     if x.numel() == 0:
-        return dx, *(t.zero_() for t in out)
+        return dx, *(t.zero_() for t in out), y
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
     channels_last = not x.is_contiguous()
-    p = plan(c, h * w, groups, x.element_size(), channels_last, "backward")
+    key, least, kept = _drop(dropout, key)
+    direction = "backward" if key is None and skip is None and not again else "block"
+    p = plan(c, h * w, groups, x.element_size(), channels_last, direction)
     backward_kernel[(n * (groups // p["KG"]),)](
-        dy, x, mean, rstd, weight, bias, scale, shift, add, dx, out[4] if want_add else None, sums,
-        _stride(scale), _stride(shift), _stride(add), n,
+        dy, x, mean, rstd, weight, bias, scale, shift, add, key, skip, dx, out[4] if want_add else None, sums, y if again else None,
+        _stride(scale), _stride(shift), _stride(add), n, least, dy_factor * kept, skip_factor, kept,
         C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
         ASM=ASM and x.dtype != torch.float64, **p,
     )  # fmt: skip
@@ -321,7 +297,7 @@ def backward(dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, w
             sums, weight, bias, scale if params else None, dweight, dbias, dscale, dshift, _stride(scale), c,
             N=n, ROWS=32, CB=32, ACC=tl_dtype(mean.dtype), num_warps=4,
         )  # fmt: skip
-    return dx, *out
+    return dx, *out, y
 
 
 def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from potstill.kernels import _norm, cuda, native
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import define
 from potstill.kernels._loss import uses_reference
-from potstill.kernels._norm import gradients, outputs
+from potstill.kernels._norm import gradients, outputs, threshold
 
 
 def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key):
@@ -38,7 +38,7 @@ def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, si
 
 def _cpu_backward(dy, x, mean, rstd, *rest):
     *rest, wanted = rest
-    weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again = rest
+    weight, bias, scale, shift, add, *_, again = rest
     dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
     room = [t if want else None for t, want in zip((*out, y), (wanted[0], *wanted, again), strict=True)]
     native.library().norm_silu_grad(dy, x, mean, rstd, *rest[:-1], dx, *room)
@@ -223,11 +223,6 @@ def kept(key: Tensor, shape: torch.Size, dropout: float) -> Tensor:
 
 
 _32 = 0xFFFFFFFF  # also the largest number of 32 bits
-
-
-def threshold(dropout: float) -> int:
-    """The least 32-bit number with which a value stays."""
-    return min(round(dropout * 2**32), _32)
 
 
 def _check_dropout(x: Tensor, dropout: float, key: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import test_kernels_adam_ema as adam
+import test_kernels_norm_dropout as norm_dropout
 import test_kernels_norm_silu as norm
 import torch
 
@@ -92,6 +93,13 @@ LARGE = norm.Case(1, 64, 64, 64, 4, extras=("scale", "shift"))  # one that is re
 @pytest.mark.parametrize("case", [*norm.CASES.values(), WIDE, LARGE], ids=[*norm.CASES, "wide", "large"])
 def test_norm_silu_is_no_worse_than_pytorch(case, dtype, on_cpu):
     norm.check(case, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dropout", [0.13, 0.0])
+@pytest.mark.parametrize("name", norm_dropout.CHECKED)
+def test_norm_silu_in_a_blocks_backward(name, dropout, on_cpu):
+    norm_dropout.check_block(name, dropout, norm.module.forward_op, norm.module.backward_op)
 
 
 @needs_compiler

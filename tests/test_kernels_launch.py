@@ -124,9 +124,25 @@ def test_a_norm_of_the_networks_is_launched_as_it_is_compiled_ahead(trained, ahe
     """16 16-bit images, float32 weights, trained or frozen."""
     monkeypatch.setattr(f"{__name__}.N", 16)
     x, add = (torch.zeros(N, 256, 16, 16).bfloat16().to(memory_format=torch.channels_last), torch.zeros(N, 256).bfloat16())
-    y, mean, rstd = _norm.forward(x, torch.ones(256), torch.zeros(256), None, None, add, 32, 1e-5, True)
-    _norm.backward(y, x, mean, rstd, torch.ones(256), torch.zeros(256), None, None, add, 32, True, [trained, False, False, True])
+    y, mean, rstd = _norm.forward(x, torch.ones(256), torch.zeros(256), None, None, add, 32, 1e-5, True, 0.0, None)
+    given = torch.ones(256), torch.zeros(256), None, None, add, 32, True
+    _norm.backward(y, x, mean, rstd, *given, 0.0, None, 1.0, None, 1.0, False, [trained, False, False, True])
     known = [(c.signature, c.attributes | {"maxnreg": c.maxnreg}) for c in ahead if c.name.startswith("norm")]
     assert len(LAUNCHED) == 2 + trained
     for _, signature, attributes in LAUNCHED:
         assert (signature, attributes) in known, (signature, attributes)
+
+
+@pytest.mark.parametrize("c", [128, 192])
+def test_a_thread_of_a_norm_read_twice_has_four_loads_of_16_bytes_on_their_way(c, ahead):
+    """In every loop over pixels, forward (four of x) and backward (two of x, two of dy), and none of any other width."""
+    for direction in ("forward", "backward"):
+        (case,) = [a for a in ahead if a.name.startswith(f"norm.{direction}[{c}x64x64 bf16") and "block" not in a.name]
+        lines = aot.compile_case(case, 90)["ptx"].splitlines()
+        labels, loops = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith("$L")}, []
+        for i, line in enumerate(lines):
+            target = re.search(r"bra\S*\s+(\$L\w+);", line)
+            if target and labels[target[1]] < i:
+                loops.append([a for a in accesses("\n".join(lines[labels[target[1]] : i])) if a.startswith("ld")])
+        assert len(loops) == 2
+        assert all(len(loads) == 4 and all("v4.b32" in a for a in loads) for loads in loops), loops

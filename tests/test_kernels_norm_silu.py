@@ -228,14 +228,14 @@ def test_only_x_and_statistics_are_kept():
 def test_frozen_weights_have_nothing_computed_for_them(monkeypatch):
     case = CASES["6 a group"]
     x, g, given = inputs(case)
-    asked, op = [], module._backward_op
-    monkeypatch.setattr(module, "_backward_op", lambda *args: asked.append(args[-1]) or op(*args))
+    asked, op = [], module.backward_op
+    monkeypatch.setattr(module, "backward_op", lambda *args: asked.append(args[-1]) or op(*args))
     y = norm_silu(x.requires_grad_(), given["weight"], given["bias"], case.groups, 1e-5, shift=given["shift"])
     y.backward(g)
     assert asked == [[False, False, False, False]]
     made = op(g, x.detach(), *(torch.ones(case.n, case.groups) for _ in range(2)), given["weight"], given["bias"],
-              None, None, None, case.groups, True, asked[0])  # fmt: skip
-    assert [t.numel() for t in made[1:]] == [0] * 5
+              None, None, None, case.groups, True, 0.0, None, 1.0, None, 1.0, False, asked[0])  # fmt: skip
+    assert [t.numel() for t in made[1:]] == [0] * 6
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
@@ -257,10 +257,11 @@ def test_opcheck():
     case = Case(2, 12, 3, 3, 2, extras=MODULATED)
     x, g, given = inputs(case)
     parameters = (given["weight"], given["bias"], given["scale"], given["shift"], None, case.groups)
-    torch.library.opcheck(module._forward_op, (x, *parameters, 1e-5, True))
-    _, mean, rstd = module._forward_op(x, *parameters, 1e-5, True)
-    for wanted in ([True] * 3 + [False], [False] * 4):
-        torch.library.opcheck(module._backward_op, (g, x, mean, rstd, *parameters, True, wanted))
+    torch.library.opcheck(module.forward_op, (x, *parameters, 1e-5, True, 0.0, None))
+    _, mean, rstd = module.forward_op(x, *parameters, 1e-5, True, 0.0, None)
+    block, alone = (0.5, torch.tensor([7]), 2.0, x, 0.5, True), (0.0, None, 1.0, None, 1.0, False)
+    for wanted, more in (([True] * 3 + [False], block), ([False] * 4, alone)):
+        torch.library.opcheck(module.backward_op, (g, x, mean, rstd, *parameters, True, *more, wanted))
 
 
 # Dynamo's own doing, when it meets an autograd.Function.
@@ -295,7 +296,7 @@ def test_bad_input_is_named(wrong, message):
 
 
 def test_every_shipped_width_has_a_plan_whose_channels_fit():
-    for direction, last, size in itertools.product(("forward", "backward"), (True, False), (2, 4)):
+    for direction, last, size in itertools.product(("forward", "backward", "block"), (True, False), (2, 4)):
         for c, resolution in SONG + ADM:
             k = c // 32
             plan = _norm.plan(c, resolution**2, 32, size, last, direction)
