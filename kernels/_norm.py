@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from potstill.kernels._lib import INTERPRET, cdiv, power_of_2, tl_dtype
-from potstill.kernels._norm_tl import activated, fold, get, group_sum, halves, modulation, offsets, put, spread, through
+from potstill.kernels._norm_tl import activated, fold, get, group_sum, halves, modulation, offsets, put, put_split, spread, through
 from potstill.kernels._triton import tl, triton
 from potstill.kernels.estimate import accum
 
@@ -87,9 +87,9 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["least"])
 def backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, add_ptr, key_ptr, skip_ptr,
-    dx_ptr, dadd_ptr, sums_ptr, y_ptr, scale_n, shift_n, add_n, N, least, factor_dy, factor_skip, factor_y,
+    dx_ptr, beside_ptr, dadd_ptr, sums_ptr, y_ptr, scale_n, shift_n, add_n, N, least, factor_dy, factor_skip, factor_y,
     C: tl.constexpr, HW: tl.constexpr, G: tl.constexpr, KG: tl.constexpr, CB: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = C // G
     EVEN: tl.constexpr = (CB == KG * K) and (HW % ROWS == 0)
@@ -104,7 +104,9 @@ def backward_kernel(
     row = tl.arange(0, ROWS)
     x_ptr += n * (C * HW)
     dy_ptr += n * (C * HW)
-    dx_ptr += n * (C * HW)
+    dx_ptr += n * (SPLIT * HW)  # SPLIT: channels of dx; those after them are in `beside`
+    if beside_ptr is not None:
+        beside_ptr += n * ((C - SPLIT) * HW)
     if skip_ptr is not None:
         skip_ptr += n * (C * HW)
     if y_ptr is not None:
@@ -156,7 +158,7 @@ def backward_kernel(
         dx = dh * slope[None, :] - (d * across[None, :] + along[None, :])
         if skip_ptr is not None:
             dx += factor_skip * get(skip_ptr, at, mask, EVEN, ACC)
-        put(dx_ptr, at, mask, dx, EVEN)
+        put_split(dx_ptr, beside_ptr, row, channel, at, mask, dx, C, SPLIT, EVEN)
     else:
         for start in range(0, HW, ROWS):
             mask = (start + row < HW)[:, None] & valid[None, :]
@@ -170,7 +172,7 @@ def backward_kernel(
             dx = dh * slope[None, :] - (d * across[None, :] + along[None, :])
             if skip_ptr is not None:
                 dx += factor_skip * get(skip_ptr, at, mask, EVEN, ACC)
-            put(dx_ptr, at, mask, dx, EVEN)
+            put_split(dx_ptr, beside_ptr, start + row, channel, at, mask, dx, C, SPLIT, EVEN)
 
 
 @triton.jit
@@ -273,23 +275,24 @@ def forward(x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key)
 
 
 def backward(
-    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
 ):  # fmt: skip
     n, c, h, w = x.shape
     params, want_scale, want_shift, want_add = wanted
-    dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
+    dx, *out, y, beside = gradients(x, weight, bias, scale, shift, add, again, wanted, split)
     if x.numel() == 0:
-        return dx, *(t.zero_() for t in out), y
+        return dx, *(t.zero_() for t in out), y, beside
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
     channels_last = not x.is_contiguous()
     key, least, kept = _drop(dropout, key)
     direction = "backward" if key is None and skip is None and not again else "block"
     p = plan(c, h * w, groups, x.element_size(), channels_last, direction)
     backward_kernel[(n * (groups // p["KG"]),)](
-        dy, x, mean, rstd, weight, bias, scale, shift, add, key, skip, dx, out[4] if want_add else None, sums, y if again else None,
+        dy, x, mean, rstd, weight, bias, scale, shift, add, key, skip,
+        dx, beside if split else None, out[4] if want_add else None, sums, y if again else None,
         _stride(scale), _stride(shift), _stride(add), n, least, dy_factor * kept, skip_factor, kept,
         C=c, HW=h * w, G=groups, CHANNELS_LAST=channels_last, SILU=silu, ACC=tl_dtype(mean.dtype),
-        ASM=ASM and x.dtype != torch.float64, **p,
+        ASM=ASM and x.dtype != torch.float64, SPLIT=split or c, **p,
     )  # fmt: skip
     if sums is not None:
         dweight, dbias, dscale, dshift, _ = (t if t.numel() else None for t in out)
@@ -297,7 +300,7 @@ def backward(
             sums, weight, bias, scale if params else None, dweight, dbias, dscale, dshift, _stride(scale), c,
             N=n, ROWS=32, CB=32, ACC=tl_dtype(mean.dtype), num_warps=4,
         )  # fmt: skip
-    return dx, *out, y
+    return dx, *out, y, beside
 
 
 def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,9 +309,11 @@ def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-def gradients(x, weight, bias, scale, shift, add, again, wanted) -> list[Tensor]:
-    """Memory for the gradients of x, weight, bias, scale, shift and add, and for y `again`; what is not wanted is empty."""
+def gradients(x, weight, bias, scale, shift, add, again, wanted, split) -> list[Tensor]:
+    """Memory for the gradients of x, weight, bias, scale, shift and add, for y `again`, and for the channels of x's gradient from
+    `split` on, if it is not 0; what is not wanted is empty."""
     params, *each = wanted
     given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
     made = [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
-    return [torch.empty_like(x), *made, torch.empty_like(x) if again else x.new_empty(0)]
+    y = torch.empty_like(x) if again else x.new_empty(0)
+    return [torch.empty_like(x[:, : split or None]), *made, y, torch.empty_like(x[:, split:]) if split else x.new_empty(0)]

@@ -50,6 +50,18 @@ def put(ptr, at, mask, v, EVEN: tl.constexpr):
 
 
 @triton.jit
+def put_split(ptr, beside_ptr, row, channel, at, mask, v, C: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """`put`, with the channels from SPLIT on in an NHWC image of their own."""
+    if beside_ptr is None:
+        put(ptr, at, mask, v, EVEN)
+    else:
+        left = (channel < SPLIT)[None, :] & mask
+        right = (channel >= SPLIT)[None, :] & mask
+        tl.store(ptr + row[:, None] * SPLIT + channel[None, :], v, mask=left)
+        tl.store(beside_ptr + row[:, None] * (C - SPLIT) + (channel - SPLIT)[None, :], v, mask=right)
+
+
+@triton.jit
 def sigmoid(h, ASM: tl.constexpr):
     # PTX spares the branches for numbers near 0 and infinity, a fifth of the arithmetic. The interpreter has none.
     if ASM:

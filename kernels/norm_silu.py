@@ -9,7 +9,8 @@ read once, larger ones twice, the second time mostly from L2. Sums are float32. 
 CPU: the C++ of csrc/ (kernels/native.py) on NHWC images, the definition, `plain`, on what that does not take.
 
 For who writes the backward of a whole block (engine/nets/block.py), the op of the backward does three things more:
-    dx = (gradient of dy_factor·dy) + skip_factor·skip       and y once more, which a convolution's weight gradient reads
+    dx = (gradient of dy_factor·dy) + skip_factor·skip       and y once more, which a convolution's weight gradient reads;
+    and an NHWC dx in two images, of the channels before and from `split` on, of which x was put together
 Source of the op: arXiv 2006.11239 (DDPM's norm), arXiv 2105.05233 (ADM's scale and shift).
 """
 
@@ -36,31 +37,44 @@ def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, si
     return out
 
 
-def _cpu_backward(dy, x, mean, rstd, *rest):
-    *rest, wanted = rest
-    weight, bias, scale, shift, add, *_, again = rest
-    dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
+def _cpu_backward(
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
+):  # fmt: skip
+    rest = groups, silu, dropout, key, dy_factor, skip, skip_factor
+    given = weight, bias, scale, shift, add
+    dx, *out, y, _ = gradients(x, *given, again, wanted, 0)
     room = [t if want else None for t, want in zip((*out, y), (wanted[0], *wanted, again), strict=True)]
-    native.library().norm_silu_grad(dy, x, mean, rstd, *rest[:-1], dx, *room)
-    return dx, *out, y
+    native.library().norm_silu_grad(dy, x, mean, rstd, *given, *rest, dx, *room)
+    return _split(dx, split, *out, y)
 
 
-def _cuda_backward(dy, x, mean, rstd, *rest):
-    *rest, again, wanted = rest
-    weight, bias, scale, shift, add = rest[:5]
-    dx, *out, y = gradients(x, weight, bias, scale, shift, add, again, wanted)
+def _cuda_backward(
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
+):  # fmt: skip
+    rest = groups, silu, dropout, key, dy_factor, skip, skip_factor
+    given = weight, bias, scale, shift, add
+    dx, *out, y, _ = gradients(x, *given, again, wanted, 0)
     if x.numel() == 0:
-        return dx, *(t.zero_() for t in out), y
+        return _split(dx, split, *(t.zero_() for t in out), y)
     sums = mean.new_empty(2, *x.shape[:2])
-    cuda.library().norm_silu_grad(dy, x, mean, rstd, *rest, dx, sums, out[4] if wanted[3] else None, y if again else None)
+    cuda.library().norm_silu_grad(dy, x, mean, rstd, *given, *rest, dx, sums, out[4] if wanted[3] else None, y if again else None)
     if any(wanted[:3]):
         cuda.library().norm_silu_parameters(sums, weight, bias, scale, *(t if t.numel() else None for t in out[:4]))
-    return dx, *out, y
+    return _split(dx, split, *out, y)
 
 
-def _backward_shapes(dy, x, mean, rstd, weight, bias, scale, shift, add, *rest):
-    again, wanted = rest[-2:]
-    return tuple(gradients(x, weight, bias, scale, shift, add, again, wanted))
+def _split(dx, split, *others):
+    """dx in two images where that is asked for, as Triton writes it."""
+    if not split:
+        return dx, *others, dx.new_empty(0)
+    left, right = (t.contiguous(memory_format=torch.channels_last) for t in (dx[:, :split], dx[:, split:]))
+    return left, *others, right
+
+
+def _backward_shapes(
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
+):  # fmt: skip
+    return tuple(gradients(x, weight, bias, scale, shift, add, again, wanted, split))
 
 
 _GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"
@@ -72,8 +86,8 @@ forward_op = define(
 )
 backward_op = define(
     f"norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_GIVEN}, bool silu, float dropout, Tensor? key, "
-    "float dy_factor, Tensor? skip, float skip_factor, bool again, bool[4] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dy_factor, Tensor? skip, float skip_factor, bool again, bool[4] wanted, int split)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launchers={"triton": _norm.backward, "cuda": _cuda_backward},
     shapes=_backward_shapes,
     cpu=_cpu_backward,
@@ -95,7 +109,7 @@ class _NormSilu(Function):
         dy = dy.contiguous(memory_format=_format(x))  # .sum() sends a stride-0 gradient
         _, weight, bias, *each = ctx.needs_input_grad[:6]
         wanted = [weight or bias, *each]
-        dx, *others, _ = backward_op(dy, x, *rest, *ctx.options, key, 1.0, None, 1.0, False, wanted)
+        dx, *others, _, _ = backward_op(dy, x, *rest, *ctx.options, key, 1.0, None, 1.0, False, wanted, 0)
         others = [t if need else None for t, need in zip(others, (weight, bias, *each), strict=True)]
         return dx, *others, None, None, None, None, None
 

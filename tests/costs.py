@@ -96,7 +96,7 @@ def launched(op, name, args):
     if op is aten.convolution_backward.default:
         return sum(args[-1])
     if name == "norm_silu_backward":
-        return 1 + any(args[-1][:3])
+        return 1 + any(args[-2][:3])
     if name.startswith("_foreach_"):
         return foreach(args, name)
     return OURS.get(name, 1)

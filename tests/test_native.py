@@ -196,7 +196,7 @@ for case, dtype in itertools.product((norm.CASES["6 a group"], norm.CASES["one g
         wrong += ((y == 0) & left & (exact.abs() > 1e-6) | (y != 0) & ~left).sum().item()
         compare(y, exact)
         asked = [True, *(t is not None for t in list(given.values())[2:])]
-        made = module.backward_op(g, x, mean, rstd, *rest, case.silu, dropout, key, 0.5, skip, 1.5, True, asked)
+        made = module.backward_op(g, x, mean, rstd, *rest, case.silu, dropout, key, 0.5, skip, 1.5, True, asked, 0)
         slopes = iter(torch.autograd.grad(exact, [t for t in wide if t is not None], 0.5 * g.double()))
         slopes = [None if t is None else next(slopes) for t in wide]
         compare(made[0], slopes[0] + 1.5 * skip.double())

@@ -62,9 +62,9 @@ class _Mapped(Function):
         norm, heads = ctx.block.norm2, ctx.block.heads
         _, _, needs_gain, needs_offset, needs_weight, needs_bias = ctx.needs_input_grad
         d = torch.stack([g.transpose(1, 2) for g in (dq, dk, dv)], 2).view(-1, 3 * x.shape[1])
-        dx, dgain, doffset, _, _, _, y = backward_op(
+        dx, dgain, doffset, _, _, _, y, _ = backward_op(
             ops.image(d @ ordered(weight, heads), x), x, mean, rstd, gain, offset, None, None, None, norm.groups, False, 0.0, None,
-            1.0, ops.in_memory_format(dx), 1.0, needs_weight, [needs_gain or needs_offset, False, False, False],
+            1.0, ops.in_memory_format(dx), 1.0, needs_weight, [needs_gain or needs_offset, False, False, False], 0,
         )  # fmt: skip
         dweight = unordered(d.T @ ops.rows(y), heads)[:, :, None, None] if needs_weight else None
         dbias = unordered(d.sum(0), heads).flatten() if needs_bias else None

@@ -79,9 +79,9 @@ class _Residual(Function):
         scale, shift, add = _modulation(params, bias0)
         adaptive = scale is not None
         wanted = [needs["gain1"] or needs["offset1"], adaptive and needs["params"], adaptive and needs["params"], needs["bias0" if adaptive else "params"]]
-        dc0, found["gain1"], found["offset1"], dscale, dshift, dadd, _ = backward_op(
+        dc0, found["gain1"], found["offset1"], dscale, dshift, dadd, _, _ = backward_op(
             ops.input_gradient(dy, weight1), c0, mean1, rstd1, gain1, offset1, scale, shift, add, block.norm1.groups, True, ctx.dropout, key,
-            s, None, 1.0, False, wanted,
+            s, None, 1.0, False, wanted, 0,
         )  # fmt: skip
         if needs["bias0"]:
             found["bias0"] = dadd.sum(0)
@@ -91,13 +91,12 @@ class _Residual(Function):
         dh0, factor0 = ops.resampled_gradient(ops.input_gradient(dc0, weight0), block.conv0)
         dskip, factor_s, found["weight_s"] = _skip_gradient(block, x, dy, weight_s, needs["weight_s"])
         wanted = [needs["gain0"] or needs["offset0"], False, False, False]
-        dx, found["gain0"], found["offset0"], _, _, _, h0 = backward_op(
+        found["x"], found["gain0"], found["offset0"], _, _, _, h0, found["beside"] = backward_op(
             dh0, x, mean0, rstd0, gain0, offset0, None, None, None, block.norm0.groups, True, 0.0, None,
-            factor0, dskip, factor_s * s, needs["weight0"], wanted,
+            factor0, dskip, factor_s * s, needs["weight0"], wanted, 0 if ctx.own == x.shape[1] else ctx.own,
         )  # fmt: skip
         if needs["weight0"]:
             found["weight0"] = ops.weight_gradient(ops.resampled(h0, block.conv0), dc0, weight0, 1.0)
-        found["x"], found["beside"] = dx[:, : ctx.own], dx[:, ctx.own :]
         return tuple(found[name] if needs[name] else None for name in _INPUTS)
 
 
