@@ -16,7 +16,6 @@ from potstill.kernels.estimate import Estimate, Losses
 from potstill.kernels.moments import moments
 from potstill.kernels.noising import add_noise
 from potstill.kernels.norm_silu import norm_silu
-from potstill.kernels.residual import residual
 from potstill.kernels.score_implicit import score_implicit
 from potstill.kernels.score_match import score_match
 from potstill.kernels.trajectory import trajectory
@@ -31,7 +30,6 @@ __all__ = [
     "generator_adversarial",
     "moments",
     "norm_silu",
-    "residual",
     "score_implicit",
     "score_match",
     "trajectory",

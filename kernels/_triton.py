@@ -37,6 +37,6 @@ else:
     except ModuleNotFoundError as error:
         if error.name != "triton":  # it is there, and lacks something itself
             raise
-        triton = SimpleNamespace(jit=Unlaunchable)
+        triton = SimpleNamespace(jit=lambda fn=None, **options: Unlaunchable if fn is None else Unlaunchable(fn))
         tl = SimpleNamespace(constexpr=None, float16=None, bfloat16=None, float32=None, float64=None)
         INSTALLED = False

@@ -229,13 +229,26 @@ def test_frozen_weights_have_nothing_computed_for_them(monkeypatch):
     case = CASES["6 a group"]
     x, g, given = inputs(case)
     asked, op = [], module.backward_op
-    monkeypatch.setattr(module, "backward_op", lambda *args: asked.append(args[-1]) or op(*args))
+    monkeypatch.setattr(module, "backward_op", lambda *args: asked.append(args[-2]) or op(*args))
     y = norm_silu(x.requires_grad_(), given["weight"], given["bias"], case.groups, 1e-5, shift=given["shift"])
     y.backward(g)
     assert asked == [[False, False, False, False]]
     made = op(g, x.detach(), *(torch.ones(case.n, case.groups) for _ in range(2)), given["weight"], given["bias"],
-              None, None, None, case.groups, True, 0.0, None, 1.0, None, 1.0, False, asked[0])  # fmt: skip
-    assert [t.numel() for t in made[1:]] == [0] * 6
+              None, None, None, case.groups, True, 0.0, None, 1.0, None, 1.0, False, asked[0], 0)  # fmt: skip
+    assert [t.numel() for t in made[1:]] == [0] * 7
+
+
+@needs_kernels
+@pytest.mark.parametrize(("c", "groups", "split", "side"), [(48, 8, 32, 4), (24, 4, 12, 6), (96, 24, 64, 40)])
+def test_dx_in_two_images_is_dx(c, groups, split, side):
+    x, g = (torch.randn(2, c, side, side).to(memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = torch.randn(2, c)
+    _, mean, rstd = module.forward_op(x, weight, bias, None, None, None, groups, 1e-5, True, 0.0, None)
+    given = (g, x, mean, rstd, weight, bias, None, None, None, groups, True, 0.0, None, 1.0, g, 0.5, True, [True, False, False, False])
+    whole, parts = (module.backward_op(*given, at) for at in (0, split))
+    assert torch.equal(parts[0], whole[0][:, :split]) and torch.equal(parts[7], whole[0][:, split:])
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (parts[0], parts[7]))
+    assert all(torch.equal(a, b) for a, b in zip(parts[1:7], whole[1:7], strict=True))
 
 
 @pytest.mark.parametrize("last", [True, False], ids=["NHWC", "NCHW"])
@@ -260,8 +273,8 @@ def test_opcheck():
     torch.library.opcheck(module.forward_op, (x, *parameters, 1e-5, True, 0.0, None))
     _, mean, rstd = module.forward_op(x, *parameters, 1e-5, True, 0.0, None)
     block, alone = (0.5, torch.tensor([7]), 2.0, x, 0.5, True), (0.0, None, 1.0, None, 1.0, False)
-    for wanted, more in (([True] * 3 + [False], block), ([False] * 4, alone)):
-        torch.library.opcheck(module.backward_op, (g, x, mean, rstd, *parameters, True, *more, wanted))
+    for wanted, more, split in (([True] * 3 + [False], block, 4), ([False] * 4, alone, 0)):
+        torch.library.opcheck(module.backward_op, (g, x, mean, rstd, *parameters, True, *more, wanted, split))
 
 
 # Dynamo's own doing, when it meets an autograd.Function.

@@ -92,8 +92,11 @@ def precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         return PRECISIONS[name], "asked for"
     if device.type == "cuda":
         return (torch.bfloat16, "the GPU has it") if torch.cuda.is_bf16_supported() else (torch.float32, "the GPU lacks bf16")
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return (torch.bfloat16, "this CPU multiplies bf16 in hardware") if fast else (torch.float32, "this CPU has no bf16 units")
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "this CPU multiplies tiles of bf16 in hardware"
+    if torch.cpu._is_avx512_bf16_supported() and not native.used():
+        return torch.bfloat16, "this CPU multiplies bf16 in hardware"
+    return torch.float32, "the fastest of this CPU"
 
 
 def synchronize(device: torch.device) -> None:

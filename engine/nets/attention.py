@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from potstill import kernels
 from potstill.engine.nets import ops
 from potstill.engine.nets.shadow import in_dtype
 from potstill.kernels.norm_silu import backward_op, forward_op
+from potstill.kernels.residual import residual
 
 
 def self_attention(block: Any, x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def self_attention(block: Any, x: Tensor) -> Tensor:
     q, k, v, skip = _Mapped.apply(block, x, norm.weight, norm.bias, qkv.weight, qkv.bias)  # pyright: ignore[reportGeneralTypeIssues]
     a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
     out = F.linear(a, in_dtype(proj.weight, x.dtype).flatten(1)).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    return kernels.residual(out, skip, proj.bias, None, block.skip_scale)
+    return residual(out, skip, proj.bias, None, block.skip_scale)
 
 
 def ordered(rows: Tensor, heads: int) -> Tensor:

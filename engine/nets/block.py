@@ -61,13 +61,17 @@ class _Residual(Function):
         y = ops.convolved_residual(h1, weight1, _skip(block, x, weight_s), bias1, bias_s, s)
         ctx.block, ctx.dropout = block, dropout
         kept = h1 if ctx.weight1_trains else None
-        ctx.save_for_backward(x, c0, kept, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s)
+        ctx.save_for_backward(
+            x, c0, kept, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s
+        )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        x, c0, h1, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s = ctx.saved_tensors
+        x, c0, h1, mean0, rstd0, mean1, rstd1, params, key, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s = (
+            ctx.saved_tensors
+        )
         needs = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
         block, s, found = ctx.block, ctx.block.skip_scale, dict.fromkeys(_INPUTS)
         dy = ops.in_memory_format(dy)
@@ -78,7 +82,12 @@ class _Residual(Function):
 
         scale, shift, add = _modulation(params, bias0)
         adaptive = scale is not None
-        wanted = [needs["gain1"] or needs["offset1"], adaptive and needs["params"], adaptive and needs["params"], needs["bias0" if adaptive else "params"]]
+        wanted = [
+            needs["gain1"] or needs["offset1"],
+            adaptive and needs["params"],
+            adaptive and needs["params"],
+            needs["bias0" if adaptive else "params"],
+        ]
         dc0, found["gain1"], found["offset1"], dscale, dshift, dadd, _, _ = backward_op(
             ops.input_gradient(dy, weight1), c0, mean1, rstd1, gain1, offset1, scale, shift, add, block.norm1.groups, True, ctx.dropout, key,
             s, None, 1.0, False, wanted, 0,

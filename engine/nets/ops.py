@@ -21,6 +21,7 @@ from torch.autograd import Function
 from potstill import kernels
 from potstill.kernels import conv, native
 from potstill.kernels.norm_silu import in_one_op, plain
+from potstill.kernels.residual import residual
 
 _by_definition = False  # a plain global: the compiler guards on it, and knows no ContextVar
 
@@ -113,7 +114,7 @@ def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, sk
     """(x * weight + bias + skip + skip_bias)·scale."""
     if conv.takes(x, weight):
         return conv.forward(x, weight, bias if skip_bias is None else bias + skip_bias, skip, scale)
-    return kernels.residual(convolved(x, weight), skip, bias, skip_bias, scale)
+    return residual(convolved(x, weight), skip, bias, skip_bias, scale)
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
