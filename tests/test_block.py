@@ -1,0 +1,96 @@
+"""A residual block as one node of autograd, and attention as two, against the same net layer by layer."""
+
+import pytest
+import torch
+
+from potstill.engine.nets import ops
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.layers import UNetBlock
+from potstill.kernels import native
+
+SMALL = {"img_resolution": 16, "img_channels": 3, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
+NETS = {
+    "DDPM++": {"model_type": "SongUNet"},
+    "NCSN++": {"model_type": "SongUNet", "embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]},
+    "ADM": {"model_type": "DhariwalUNet", "model_channels": 64},
+}
+FROZEN = {"none": (), "convolutions": ("conv", "skip"), "skips and norms": ("skip", "norm"), "all": ("",)}
+
+needs_native = pytest.mark.skipif(not native.used(), reason="without csrc/'s C++ a CPU takes the layers")
+
+
+def unet(name, dropout=0.2):
+    torch.manual_seed(0)
+    model = from_kwargs("EDMPrecond", **SMALL | {"dropout": dropout} | NETS[name]).model.train()
+    with torch.no_grad():
+        for p in model.parameters():  # none of them 0, as some begin
+            p.copy_(torch.randn_like(p) * p.numel() ** -0.25 / 2 + (p.ndim == 1) / 10)
+    return model
+
+
+def outputs(model, n, dtype=torch.float32):
+    torch.manual_seed(1)  # also of the dropout
+    x = torch.randn(n, 3, 16, 16).to(dtype).requires_grad_()
+    y = model(x, torch.rand(n))
+    y.float().square().sum().backward()
+    found = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+    model.zero_grad()
+    return found
+
+
+def both(model, monkeypatch, *given):
+    fused = outputs(model, *given)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "fuses", lambda x: False)
+        return fused, outputs(model, *given)
+
+
+@needs_native
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("name", NETS)
+def test_values_and_gradients_are_those_of_the_layers(name, frozen, n, monkeypatch):
+    model = unet(name)
+    for key, p in model.named_parameters():
+        p.requires_grad_(not any(word in key for word in FROZEN[frozen]))
+    fused, layers = both(model, monkeypatch, n)
+    assert fused.keys() == layers.keys()
+    for key in fused:
+        assert (fused[key] is None) == (layers[key] is None), key
+        if fused[key] is not None:
+            assert (fused[key] - layers[key]).norm() <= 5e-6 * layers[key].norm(), key
+
+
+@needs_native
+@pytest.mark.parametrize("name", NETS)
+def test_bfloat16_within_a_hundredth(name, monkeypatch):
+    model = unet(name, dropout=0.0)
+    fused, layers = both(model, monkeypatch, 3, torch.bfloat16)
+    exact = outputs(model, 3)
+    for key in ("y", "x"):
+        far = [(found[key].float() - exact[key].float()).norm() / exact[key].float().norm() for found in (fused, layers)]
+        assert far[0] <= max(1e-2, 1.2 * far[1]), key
+
+
+@needs_native
+def test_a_mask_is_of_its_seed_and_of_its_block():
+    model = unet("DDPM++")
+    first, again = outputs(model, 2), outputs(model, 2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    blocks = [m for m in model.modules() if isinstance(m, UNetBlock)]
+    keys = [block._key(torch.device("cpu")) for block in blocks]
+    assert len({int(key) for key in keys}) == len(blocks)
+    assert model.eval() and blocks[0]._key(torch.device("cpu")) is None
+
+
+@needs_native
+def test_a_frozen_block_keeps_what_its_norms_read(monkeypatch):
+    model = unet("DDPM++").requires_grad_(False)
+    block = model.dec["16x16_block0"]
+    x, beside = (torch.randn(2, c, 16, 16, requires_grad=True) for c in (32, block.in_channels - 32))
+    emb, kept = torch.randn(2, model.map_layer0.out_features), []
+    parameters = {p.data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        block(x, emb, beside)
+    images = [t.shape for t in kept if t.ndim == 4 and t.data_ptr() not in parameters]
+    assert sorted(images) == sorted([torch.Size([2, block.in_channels, 16, 16]), torch.Size([2, block.out_channels, 16, 16])])
