@@ -14,7 +14,7 @@ from torch import Tensor
 from potstill.kernels import native
 
 #: It is faster from this many channels on either side on, and while tiles of 4×4 hold at most so many pixels for one of the image.
-CHANNELS, PIXELS = 8, 1.8
+CHANNELS, PIXELS = 16, 1.8
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -94,3 +94,12 @@ def test_a_frozen_block_keeps_what_its_norms_read(monkeypatch):
         block(x, emb, beside)
     images = [t.shape for t in kept if t.ndim == 4 and t.data_ptr() not in parameters]
     assert sorted(images) == sorted([torch.Size([2, block.in_channels, 16, 16]), torch.Size([2, block.out_channels, 16, 16])])
+
+
+@needs_native
+def test_no_two_gradients_are_one_tensor():
+    """Clipping and averaging write into them."""
+    model = unet("DDPM++")
+    model(torch.randn(2, 3, 16, 16), torch.rand(2)).square().sum().backward()
+    places = [(p.grad.untyped_storage().data_ptr(), p.grad.storage_offset()) for p in model.parameters() if p.grad is not None]
+    assert len(set(places)) == len(places)

@@ -683,7 +683,8 @@ def outside_of_numbers(data, net):
     """Where a file is something else than a weight, and here and there a weight."""
     inside = set()
     for tensor in net.state_dict().values():
-        numbers = tensor.numpy().tobytes()
+        orders = (tensor.numpy().tobytes(), tensor.movedim(1, -1).contiguous().numpy().tobytes() if tensor.ndim == 4 else b"-")
+        numbers = next(numbers for numbers in orders if numbers in data)  # as it lies in the file
         start = data.index(numbers)
         inside |= set(range(start, start + len(numbers)))
     return [at for at in range(len(data)) if at not in inside or at % 50 == 0]

@@ -47,8 +47,8 @@ def check_block(name, dropout, forward=forward_op, backward=backward_op, trained
     with poisoned_memory():
         y, mean, rstd = forward(x, *options(case, given), 1e-5, case.silu, dropout, key)
         wanted = [trained, *(n in given for n in ("scale", "shift", "add"))]
-        dx, *out, again = backward(
-            dy, x, mean, rstd, *options(case, given), case.silu, dropout, key, 0.7, skip, -0.3, True, wanted
+        dx, *out, again, _ = backward(
+            dy, x, mean, rstd, *options(case, given), case.silu, dropout, key, 0.7, skip, -0.3, True, wanted, 0
         )  # fmt: skip
     leaves = {"x": x, **given}
     leaves = {n: t.double().requires_grad_() for n, t in leaves.items()}

@@ -76,7 +76,8 @@ class _Residual(Function):
         block, s, found = ctx.block, ctx.block.skip_scale, dict.fromkeys(_INPUTS)
         dy = ops.in_memory_format(dy)
         if needs["bias1"] or needs["bias_s"]:
-            found["bias1"] = found["bias_s"] = dy.sum((0, 2, 3), dtype=accum(dy)) * s
+            found["bias1"] = dy.sum((0, 2, 3), dtype=accum(dy)) * s
+            found["bias_s"] = found["bias1"].clone() if needs["bias_s"] else None  # clipping writes to each
         if needs["weight1"]:
             found["weight1"] = ops.weight_gradient(h1, dy, weight1, s)
 

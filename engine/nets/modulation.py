@@ -34,9 +34,8 @@ def modulation(emb: Tensor, blocks: Sequence[Any]) -> Tensor | Modulation:
     if not all(block.maps_plainly for block in blocks):
         return emb
     bias = torch.cat([block.affine.bias for block in blocks])
-    if not blocks[0].adaptive_scale:
-        bias = bias + torch.cat([block.conv0.bias for block in blocks])
-    maps = _Linear.apply(emb, bias, *(block.affine.weight for block in blocks)).split([len(block.affine.bias) for block in blocks], 1)
+    bias0 = None if blocks[0].adaptive_scale else torch.cat([block.conv0.bias for block in blocks])
+    maps = _Linear.apply(emb, bias, bias0, *(block.affine.weight for block in blocks)).split([len(block.affine.bias) for block in blocks], 1)
     return Modulation({id(block): each for block, each in zip(blocks, maps, strict=True)})
 
 
@@ -44,15 +43,17 @@ class _Linear(Function):
     """emb [N, E] by all weights [C, E], one after the other, which are put together once more in backward and not kept so."""
 
     @staticmethod
-    def forward(ctx, emb, bias, *weights):
+    def forward(ctx, emb, bias, bias0, *weights):
         ctx.save_for_backward(emb, *weights)
-        return F.linear(emb, torch.cat(weights), bias)
+        return F.linear(emb, torch.cat(weights), bias if bias0 is None else bias + bias0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
         emb, *weights = ctx.saved_tensors
-        needs_emb, needs_bias, *needs = ctx.needs_input_grad
+        needs_emb, needs_bias, needs_bias0, *needs = ctx.needs_input_grad
         demb = dy @ torch.cat(weights) if needs_emb else None
         dweights = (dy.T @ emb).split([len(w) for w in weights]) if any(needs) else [None] * len(weights)
-        return demb, dy.sum(0) if needs_bias else None, *(d if need else None for d, need in zip(dweights, needs, strict=True))
+        dbias = dy.sum(0) if needs_bias or needs_bias0 else None
+        dbias0 = dbias.clone() if dbias is not None and needs_bias0 else None  # clipping writes to each
+        return demb, dbias if needs_bias else None, dbias0, *(d if need else None for d, need in zip(dweights, needs, strict=True))
