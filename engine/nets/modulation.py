@@ -35,7 +35,9 @@ def modulation(emb: Tensor, blocks: Sequence[Any]) -> Tensor | Modulation:
         return emb
     bias = torch.cat([block.affine.bias for block in blocks])
     bias0 = None if blocks[0].adaptive_scale else torch.cat([block.conv0.bias for block in blocks])
-    maps = _Linear.apply(emb, bias, bias0, *(block.affine.weight for block in blocks)).split([len(block.affine.bias) for block in blocks], 1)
+    maps = _Linear.apply(emb, bias, bias0, *(block.affine.weight for block in blocks)).split(
+        [len(block.affine.bias) for block in blocks], 1
+    )
     return Modulation({id(block): each for block, each in zip(blocks, maps, strict=True)})
 
 
