@@ -22,7 +22,7 @@ def self_attention(block: Any, x: Tensor) -> Tensor:
     """What a layers.UNetBlock with heads makes of x [N, C, H, W] at its end; ops.fuses(x) holds."""
     n, c, height, width = x.shape
     norm, qkv, proj = block.norm2, block.qkv, block.proj
-    q, k, v, skip = _Mapped.apply(block, x, norm.weight, norm.bias, qkv.weight, qkv.bias)  # pyright: ignore[reportGeneralTypeIssues]
+    q, k, v, skip = _Mapped.apply(block, x, norm.weight, norm.bias, qkv.weight, qkv.bias)
     a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
     out = F.linear(a, in_dtype(proj.weight, x.dtype).flatten(1)).unflatten(1, (height, width)).permute(0, 3, 1, 2)
     return residual(out, skip, proj.bias, None, block.skip_scale)

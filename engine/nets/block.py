@@ -37,7 +37,7 @@ def residual_block(block: Any, x: Tensor, beside: Tensor | None, params: Tensor,
         block, key, ops.in_memory_format(x), None if beside is None else ops.in_memory_format(beside), params,
         norm0.weight, norm0.bias, norm1.weight, norm1.bias, conv0.weight, conv0.bias if block.adaptive_scale else None,
         conv1.weight, conv1.bias, None if skip is None else skip.weight, None if skip is None else skip.bias,
-    )  # fmt: skip # pyright: ignore[reportReturnType]
+    )  # fmt: skip
 
 
 _INPUTS = (
@@ -50,7 +50,8 @@ class _Residual(Function):
     @staticmethod
     def forward(ctx, block, key, x, beside, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, bias1, weight_s, bias_s):
         ctx.own, ctx.weight1_trains = x.shape[1], weight1.requires_grad
-        weight0, weight1, weight_s = (None if w is None else in_dtype(w, x.dtype) for w in (weight0, weight1, weight_s))
+        weight0, weight1 = in_dtype(weight0, x.dtype), in_dtype(weight1, x.dtype)
+        weight_s = None if weight_s is None else in_dtype(weight_s, x.dtype)
         norm0, norm1, s = block.norm0, block.norm1, block.skip_scale
         dropout = 0.0 if key is None else block.dropout
         x = x if beside is None else torch.cat([x, beside], 1)
