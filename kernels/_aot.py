@@ -118,6 +118,9 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         "64x8x8 fp16 add dropout, block NCHW",
         partial(_norm_silu, 64, 8, "add", "fp16", layout=torch.contiguous_format, dropout=0.13, block=True),
     )
+    yield "512x32x32 bf16 plain, block of two", partial(_norm_silu, 512, 32, "plain", block=True, split=256)
+    yield "384x64x64 bf16 plain, block of two", partial(_norm_silu, 384, 64, "plain", block=True, split=192)
+    yield "384x32x32 bf16 plain, block of 256 and 128", partial(_norm_silu, 384, 32, "plain", block=True, split=256)
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
     for (dtype, biased), layout in product((("fp32", True), ("bf16", True), ("bf16", False)), ("NHWC", "NCHW")):
         yield f"{dtype}{', biases' * biased}, {layout}", partial(_residual, dtype, biased, layout)
@@ -165,7 +168,7 @@ def _adversarial(nets: int, size: int, form: str, dtype: torch.dtype) -> None:
 
 def _norm_silu(
     c: int, resolution: int, added: str, dtype: str = "bf16", *, n: int = 64, weights: str = "fp32", trained: bool = True,
-    layout: torch.memory_format = torch.channels_last, dropout: float = 0.0, block: bool = False,
+    layout: torch.memory_format = torch.channels_last, dropout: float = 0.0, block: bool = False, split: int = 0,
 ) -> None:  # fmt: skip
     """As the nets launch it; "plain": before attention, no SiLU and nothing added; block: with skip and y, as a block's backward."""
     x = _empty(n, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=layout)
@@ -175,7 +178,7 @@ def _norm_silu(
     drop = dropout, _empty(1, dtype=torch.int64) if dropout else None
     _, mean, rstd = TRITON["norm_silu"](x, *given, 1e-5, added != "plain", *drop)
     wanted = trained, scale is not None, shift is not None, add is not None
-    TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", *drop, 1.0, x if block else None, 1.0, block, wanted)
+    TRITON["norm_silu_backward"](x, x, mean, rstd, *given, added != "plain", *drop, 1.0, x if block else None, 1.0, block, wanted, split)
 
 
 def _residual(dtype: str, biased: bool, layout: str) -> None:

@@ -373,7 +373,12 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
         env=os.environ | {"POTSTILL_NO_CUDA": "1", "POTSTILL_NO_CPU": "1"},
     )  # fmt: skip
     assert done.stderr.count("potstill.kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
-    assert done.stderr.count("potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norms and 3x3 convolutions on CPUs run as PyTorch's own") == 1
+    assert (
+        done.stderr.count(
+            "potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norms and 3x3 convolutions on CPUs run as PyTorch's own"
+        )
+        == 1
+    )
     assert (checkout / "built/lib/potstill/kernels/norm_silu.py").exists()
     assert not list(checkout.rglob("*.so"))
 
