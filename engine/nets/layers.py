@@ -285,8 +285,8 @@ class UNetBlock(nn.Module):
 
     @property
     def maps_plainly(self) -> bool:
-        """May engine.nets.modulation take the map of the embedding out of this block?"""
-        return type(self.affine) is Linear and self._compiled_call_impl is None and not hasattr(self.affine.weight, "device_mesh")
+        """May engine.nets.modulation take the map of the embedding out of this block? Not where FSDP gathers its weights."""
+        return self.joins and type(self.affine) is Linear
 
     @property
     def joins(self) -> bool:
