@@ -107,7 +107,7 @@ def fuses(x: Tensor) -> bool:
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C, H, W] * weight [O, C, 3, 3], padded by 1."""
-    return conv.forward(x, weight) if conv.takes(x, weight) else F.conv2d(x, weight, None, 1, 1)
+    return conv.forward(x, weight) if conv.takes(x, weight) else in_memory_format(F.conv2d(x, weight, None, 1, 1))
 
 
 def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, skip_bias: Tensor | None, scale: float) -> Tensor:
@@ -119,7 +119,7 @@ def convolved_residual(x: Tensor, weight: Tensor, skip: Tensor, bias: Tensor, sk
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Of `convolved`."""
-    return conv.input_grad(dy, weight) if conv.takes(dy, weight) else F.conv_transpose2d(dy, weight, None, 1, 1)
+    return conv.input_grad(dy, weight) if conv.takes(dy, weight) else in_memory_format(F.conv_transpose2d(dy, weight, None, 1, 1))
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, factor: float) -> Tensor:
@@ -161,7 +161,7 @@ def resampled(x: Tensor, layer: Any) -> Tensor:
     filters = layer.filters(x)
     padding = (filters.shape[-1] - 1) // 2
     convolve = F.conv_transpose2d if layer.up else F.conv2d
-    return convolve(x, filters, None, 2, padding, groups=x.shape[1])
+    return in_memory_format(convolve(x, filters, None, 2, padding, groups=x.shape[1]))
 
 
 def resampled_gradient(dy: Tensor, layer: Any) -> tuple[Tensor, float]:
@@ -173,7 +173,7 @@ def resampled_gradient(dy: Tensor, layer: Any) -> tuple[Tensor, float]:
     filters = layer.filters(dy)
     padding = (filters.shape[-1] - 1) // 2
     convolve = F.conv2d if layer.up else F.conv_transpose2d
-    return convolve(dy, filters, None, 2, padding, groups=dy.shape[1]), 1.0
+    return in_memory_format(convolve(dy, filters, None, 2, padding, groups=dy.shape[1])), 1.0
 
 
 def _doubled(x: Tensor) -> Tensor:
