@@ -275,7 +275,7 @@ def forward(x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key)
 
 
 def backward(
-    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
+    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split
 ):  # fmt: skip
     n, c, h, w = x.shape
     params, want_scale, want_shift, want_add = wanted

@@ -37,27 +37,22 @@ def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, si
     return out
 
 
-def _cpu_backward(
-    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
-):  # fmt: skip
-    rest = groups, silu, dropout, key, dy_factor, skip, skip_factor
-    given = weight, bias, scale, shift, add
-    dx, *out, y, _ = gradients(x, *given, again, wanted, 0)
+def _cpu_backward(dy, x, mean, rstd, *given):
+    *given, again, wanted, split = given
+    dx, *out, y, _ = gradients(x, *given[:5], again, wanted, 0)
     room = [t if want else None for t, want in zip((*out, y), (wanted[0], *wanted, again), strict=True)]
-    native.library().norm_silu_grad(dy, x, mean, rstd, *given, *rest, dx, *room)
+    native.library().norm_silu_grad(dy, x, mean, rstd, *given, dx, *room)
     return _split(dx, split, *out, y)
 
 
-def _cuda_backward(
-    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
-):  # fmt: skip
-    rest = groups, silu, dropout, key, dy_factor, skip, skip_factor
-    given = weight, bias, scale, shift, add
-    dx, *out, y, _ = gradients(x, *given, again, wanted, 0)
+def _cuda_backward(dy, x, mean, rstd, *given):
+    *given, again, wanted, split = given
+    weight, bias, scale, *_ = given
+    dx, *out, y, _ = gradients(x, *given[:5], again, wanted, 0)
     if x.numel() == 0:
         return _split(dx, split, *(t.zero_() for t in out), y)
     sums = mean.new_empty(2, *x.shape[:2])
-    cuda.library().norm_silu_grad(dy, x, mean, rstd, *given, *rest, dx, sums, out[4] if wanted[3] else None, y if again else None)
+    cuda.library().norm_silu_grad(dy, x, mean, rstd, *given, dx, sums, out[4] if wanted[3] else None, y if again else None)
     if any(wanted[:3]):
         cuda.library().norm_silu_parameters(sums, weight, bias, scale, *(t if t.numel() else None for t in out[:4]))
     return _split(dx, split, *out, y)
@@ -71,10 +66,8 @@ def _split(dx, split, *others):
     return left, *others, right
 
 
-def _backward_shapes(
-    dy, x, mean, rstd, weight, bias, scale, shift, add, groups, silu, dropout, key, dy_factor, skip, skip_factor, again, wanted, split=0
-):  # fmt: skip
-    return tuple(gradients(x, weight, bias, scale, shift, add, again, wanted, split))
+def _backward_shapes(dy, x, mean, rstd, *given):
+    return tuple(gradients(x, *given[:5], *given[-3:]))
 
 
 _GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"

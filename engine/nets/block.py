@@ -34,7 +34,7 @@ def residual_block(block: Any, x: Tensor, beside: Tensor | None, params: Tensor,
     """
     norm0, norm1, conv0, conv1, skip = block.norm0, block.norm1, block.conv0, block.conv1, block.skip
     return _Residual.apply(
-        block, key, ops.in_memory_format(x), None if beside is None else ops.in_memory_format(beside), params,
+        block, key, x, None if beside is None else ops.in_memory_format(beside), params,
         norm0.weight, norm0.bias, norm1.weight, norm1.bias, conv0.weight, conv0.bias if block.adaptive_scale else None,
         conv1.weight, conv1.bias, None if skip is None else skip.weight, None if skip is None else skip.bias,
     )  # fmt: skip

@@ -262,7 +262,7 @@ class UNetBlock(nn.Module):
         return self._forward(x, emb, beside)
 
     def _forward(self, x: Tensor, emb: Tensor | Modulation, beside: Tensor | None) -> Tensor:
-        key = self._key(x.device)
+        x, key = ops.in_memory_format(x), self._key(x.device)
         if not ops.fuses(x):
             assert isinstance(emb, Tensor) and beside is None
             x = self._by_layers(x, emb, key)
@@ -270,18 +270,9 @@ class UNetBlock(nn.Module):
         if isinstance(emb, Modulation):
             params = emb.of(self)
         else:
-            params = self._params(emb)
+            params = self.affine(emb) if self.adaptive_scale else self.affine(emb) + self.conv0.bias
         x = residual_block(self, x, beside, params, key)
         return self_attention(self, x) if self.heads else x
-
-    def _params(self, emb: Tensor) -> Tensor:
-        """What `Modulation` would give, to the same rounding."""
-        if self.adaptive_scale:
-            return self.affine(emb)
-        if type(self.affine) is Linear:
-            assert self.affine.bias is not None and self.conv0.bias is not None
-            return F.linear(emb, self.affine.weight, self.affine.bias + self.conv0.bias)
-        return self.affine(emb) + self.conv0.bias
 
     @property
     def maps_plainly(self) -> bool:

@@ -156,10 +156,10 @@ class UNet(nn.Module):
         augment_labels: Tensor | None = None,
         steps: int | None = None,
     ) -> Tensor:
-        emb = self.conditioned(self.embed(c_noise, labels, augment_labels), steps)
+        x, emb = ops.in_memory_format(x), self.conditioned(self.embed(c_noise, labels, augment_labels), steps)
         if ops.fuses(x):
             emb = modulation(emb, [*self.blocks["enc"], *self.blocks["dec"]])
-        return self.decode(self.encode(ops.in_memory_format(x), emb), emb)
+        return self.decode(self.encode(x, emb), emb)
 
     def conditioned(self, emb: Tensor, steps: int | None) -> Tensor:
         """`emb` and, in a net with a step condition, the number of levels beside it: what blocks are called with."""
@@ -170,8 +170,8 @@ class UNet(nn.Module):
 
     def levels(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The last encoder output of every resolution, finest first; the decoder does not run."""
-        emb = self.conditioned(self.embed(c_noise, labels, None), None)
-        skips = self.encode(ops.in_memory_format(x), modulation(emb, self.blocks["enc"]) if ops.fuses(x) else emb)
+        x, emb = ops.in_memory_format(x), self.conditioned(self.embed(c_noise, labels, None), None)
+        skips = self.encode(x, modulation(emb, self.blocks["enc"]) if ops.fuses(x) else emb)
         last = {skip.shape[-1]: skip for skip in skips}
         return list(last.values())
 

@@ -70,7 +70,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """torch.save, with the system's own error where it has one."""
     with path.open("wb") as file:
         try:
-            torch.save(map_tensors(state, lambda _, t: t.contiguous()), file)  # however weights lie where they are trained
+            torch.save(state, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # after which PyTorch's writer says something else
                 raise error.__context__ from None
