@@ -11,6 +11,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import shadow_of
 from potstill.engine.training.optim import OptimConfig, build_optimizer, implementation_for, state_for
 from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.states import map_tensors
 from potstill.kernels import AdamEMA
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -68,6 +69,17 @@ def test_a_run_goes_on_under_the_other_one(writer, reader, tmp_path):
     torch.save(first.state_dict() | {"step": first.step}, tmp_path / "a.pt")
     second = new_run("sim", torch.bfloat16, reader)
     second.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert_same(advance(first, 3), advance(second, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "adam_ema"])
+def test_a_checkpoint_whose_tensors_lie_otherwise_goes_on_as_well(optimizer):
+    """Earlier ones are contiguous; PyTorch's fused Adam takes memory as it lies (findings/fused_adam_pairs_memory.sh)."""
+    first, second = (new_run("sim", torch.float32, optimizer) for _ in range(2))
+    advance(first, 3)
+    lying = [t for one in first.trained.values() for s in one.optimizer.state.values() for t in s.values()]
+    assert not all(t.is_contiguous() for t in lying)
+    second.load_state_dict(map_tensors(first.state_dict() | {"step": first.step}, lambda _, t: t.detach().clone().contiguous()))
     assert_same(advance(first, 3), advance(second, 3))
 
 
