@@ -279,7 +279,7 @@ def backward(
 ):  # fmt: skip
     n, c, h, w = x.shape
     params, want_scale, want_shift, want_add = wanted
-    dx, *out, y, beside = gradients(x, weight, bias, scale, shift, add, again, wanted, split)
+    dx, *out, y, beside = gradients(x, (weight, bias, scale, shift, add), again, wanted, split)
     if x.numel() == 0:
         return dx, *(t.zero_() for t in out), y, beside
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
@@ -309,10 +309,10 @@ def outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-def gradients(x, weight, bias, scale, shift, add, again, wanted, split) -> list[Tensor]:
-    """Memory for the gradients of x, weight, bias, scale, shift and add, for y `again`, and for the channels of x's gradient from
+def gradients(x, parameters, again, wanted, split) -> list[Tensor]:
+    """Memory for the gradients of x and of weight, bias, scale, shift and add, for y `again`, and for the channels of x's gradient from
     `split` on, if it is not 0; what is not wanted is empty."""
-    params, *each = wanted
+    (weight, bias, scale, shift, add), (params, *each) = parameters, wanted
     given = [(weight, params), (bias, params), *zip((scale, shift, add), each, strict=True)]
     made = [torch.empty_like(t, memory_format=torch.contiguous_format) if want else x.new_empty(0) for t, want in given]
     y = torch.empty_like(x) if again else x.new_empty(0)

@@ -39,7 +39,7 @@ def _compiled_forward(built, x, weight, bias, scale, shift, add, groups, eps, si
 
 def _cpu_backward(dy, x, mean, rstd, *given):
     *given, again, wanted, split = given
-    dx, *out, y, _ = gradients(x, *given[:5], again, wanted, 0)
+    dx, *out, y, _ = gradients(x, given[:5], again, wanted, 0)
     room = [t if want else None for t, want in zip((*out, y), (wanted[0], *wanted, again), strict=True)]
     native.library().norm_silu_grad(dy, x, mean, rstd, *given, dx, *room)
     return _split(dx, split, *out, y)
@@ -48,7 +48,7 @@ def _cpu_backward(dy, x, mean, rstd, *given):
 def _cuda_backward(dy, x, mean, rstd, *given):
     *given, again, wanted, split = given
     weight, bias, scale, *_ = given
-    dx, *out, y, _ = gradients(x, *given[:5], again, wanted, 0)
+    dx, *out, y, _ = gradients(x, given[:5], again, wanted, 0)
     if x.numel() == 0:
         return _split(dx, split, *(t.zero_() for t in out), y)
     sums = mean.new_empty(2, *x.shape[:2])
@@ -67,7 +67,8 @@ def _split(dx, split, *others):
 
 
 def _backward_shapes(dy, x, mean, rstd, *given):
-    return tuple(gradients(x, *given[:5], *given[-3:]))
+    again, wanted, split = given[-3:]
+    return tuple(gradients(x, given[:5], again, wanted, split))
 
 
 _GIVEN = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups"

@@ -126,7 +126,7 @@ def test_a_norm_of_the_networks_is_launched_as_it_is_compiled_ahead(trained, ahe
     x, add = (torch.zeros(N, 256, 16, 16).bfloat16().to(memory_format=torch.channels_last), torch.zeros(N, 256).bfloat16())
     y, mean, rstd = _norm.forward(x, torch.ones(256), torch.zeros(256), None, None, add, 32, 1e-5, True, 0.0, None)
     given = torch.ones(256), torch.zeros(256), None, None, add, 32, True
-    _norm.backward(y, x, mean, rstd, *given, 0.0, None, 1.0, None, 1.0, False, [trained, False, False, True])
+    _norm.backward(y, x, mean, rstd, *given, 0.0, None, 1.0, None, 1.0, False, [trained, False, False, True], 0)
     known = [(c.signature, c.attributes | {"maxnreg": c.maxnreg}) for c in ahead if c.name.startswith("norm")]
     assert len(LAUNCHED) == 2 + trained
     for _, signature, attributes in LAUNCHED:
