@@ -1,6 +1,6 @@
 """Whole training steps on one CPU thread, this checkout's against another's, in turns:
 
-    python -m benches.scripts.steps --against ../before [--rounds 9] [--out benches/results/cpu-steps/steps.json]
+    python -m benches.scripts.steps --against ../before [--rounds 9] [--out benches/results/cpu-steps/against.json]
 
 A case is one iteration of a method (loss, backward, optimiser, average) on synthetic images, each checkout in a process of its own.
 Recorded is the processor's time, in the dtype that precision=auto takes in that checkout and in float32: on a machine that
