@@ -3,62 +3,24 @@
 // Work is cut into blocks of tiles whose transforms stay in the second cache. Every sum has an order that depends on the shape
 // alone: the number of threads does not change a bit. The loops are in csrc/conv_loops.cpp.
 
-#include "conv_loops.h"
-#include "cpu_level.h"
+#include "conv_work.h"
+#include "cpu_ops.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
 
 namespace potstill::conv {
 namespace {
 
-using torch::stable::Tensor;
-
-constexpr int64_t CACHED = 1 << 16;          // values of the points of a block of tiles: 256 KB
-constexpr int64_t LINE = 16;                 // values of a cache line
-constexpr int64_t FEW = 14;                  // tiles for which the transformed weight is not kept
-constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
-
-const Level& level() {
-  static const Level& chosen = POTSTILL_LEVEL(potstill::conv);
-  return chosen;
-}
-
-int64_t parts(int64_t all, int64_t each) { return (all + each - 1) / each; }
-int64_t rounded_up(int64_t all, int64_t each) { return parts(all, each) * each; }
+constexpr int64_t CACHED = 1 << 16;  // values of the points of a block of tiles: 256 KB
+constexpr int64_t LINE = 16;         // values of a cache line
+constexpr int64_t FEW = 14;          // tiles for which the transformed weight is not kept
 
 // Values between neighbouring rows, or planes, of a power of two would all be kept in the same few places of a cache.
 int64_t apart(int64_t values) { return rounded_up(values, LINE) + LINE; }
-
-// Memory of a thread, aligned and not initialized, kept for the next call: allocating it can take longer than a small product.
-class Scratch {
- public:
-  float* take(int64_t values) {
-    if (values > size_) {
-      memory_.reset(), size_ = 0;
-      memory_.reset(static_cast<float*>(::operator new(4 * values, alignment)));
-      size_ = values;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr std::align_val_t alignment{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, alignment); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
-
-thread_local Scratch shared_scratch, own_scratch;  // of an op, for all threads; of a task
 
 Images images_of(const Tensor& t) {
   const int64_t height = t.size(2), width = t.size(3);
@@ -66,11 +28,6 @@ Images images_of(const Tensor& t) {
 }
 
 int64_t tiles_of(const Tensor& t, const Images& images) { return t.size(0) * images.down * images.across; }
-
-template <typename T = float>
-T* pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 struct Strides {
   int64_t out, in, tap;
@@ -83,13 +40,6 @@ Strides strides_of(const Tensor& weight) {
   STD_TORCH_CHECK(weight.stride(3) == (nhwc ? in : 1) && weight.stride(2) == (nhwc ? 3 * in : 3),
                   "wanted a weight that is contiguous or channels_last");
   return {TAPS * in, nhwc ? 1 : TAPS, nhwc ? in : 1};
-}
-
-// f(begin, end) for parts of 0 to `count`, shared by PyTorch's threads if there is enough to do.
-template <typename F>
-void in_parallel(int64_t count, int64_t multiplications, F f) {
-  if (multiplications < WORTH_A_THREAD) return f(0, count);
-  torch::stable::parallel_for(0, count, 1, f);
 }
 
 // --- images of channels to images of others -------------------------------------------------------------------------------------
@@ -182,6 +132,8 @@ void convolve(const Tensor& x, Weight weight, Epilogue epilogue, const Tensor& y
               .tiles = tiles_of(x, from)}.run();
 }
 
+}  // namespace
+
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> skip, double scale, Tensor out) {
   const Strides strides = strides_of(weight);
   STD_TORCH_CHECK(x.size(1) == weight.size(1) && out.size(1) == weight.size(0), "wanted images of the weight's channels");
@@ -248,7 +200,6 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   });
 }
 
-}  // namespace
 }  // namespace potstill::conv
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cpu, m) {

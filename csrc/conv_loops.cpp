@@ -83,7 +83,7 @@ INLINE void transpose(Floats* v) {
 }
 
 // to [columns, LANES] = from [rows, columns], with zeros for the rows from `rows` to LANES
-INLINE void transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+INLINE void transposed(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   for (int64_t first = 0; first < columns; first += LANES) {
     const int64_t n = columns - first < LANES ? columns - first : LANES;
     Floats v[LANES];
@@ -94,7 +94,7 @@ INLINE void transposed(const float* from, int64_t stride, int64_t rows, int64_t 
       for (int i = 0; i < LANES; ++i) v[i] = i < rows ? load(from + i * stride + first, n) : Floats{};
     }
     transpose(v);
-    for (int64_t i = 0; i < n; ++i) store(to + (first + i) * LANES, v[i]);
+    for (int64_t i = 0; i < n; ++i) store(to + (first + i) * to_row, v[i]);
   }
 }
 
@@ -271,13 +271,13 @@ void weight(Weight weight, int64_t columns, int64_t inner, float* to, int64_t ro
     } else if (weight.inner == 1) {
       inner_taps = 1, tap = count;
       for (int64_t t = 0; t < TAPS; ++t) {
-        transposed(from + t * weight.tap, weight.column, columns, count, taps + t * count * LANES);
+        transposed(from + t * weight.tap, weight.column, columns, count, taps + t * count * LANES, LANES);
       }
     } else if (weight.inner == TAPS) {
-      transposed(from, weight.column, columns, TAPS * count, taps);
+      transposed(from, weight.column, columns, TAPS * count, taps, LANES);
     } else {
       for (int64_t r = 0; r < count; ++r) {
-        transposed(from + r * weight.inner, weight.column, columns, TAPS, taps + r * TAPS * LANES);
+        transposed(from + r * weight.inner, weight.column, columns, TAPS, taps + r * TAPS * LANES, LANES);
       }
     }
     const int64_t origin = weight.flipped ? TAPS - 1 : 0, sign = weight.flipped ? -1 : 1;
@@ -362,6 +362,6 @@ void multiply(const Product& given) {
 
 }  // namespace
 
-extern const Level LEVEL = {LANES, ROWS, weight, input, gradient, multiply, output, weight_gradient};
+extern const Level LEVEL = {LANES, ROWS, weight, input, gradient, multiply, transposed, output, weight_gradient};
 
 }  // namespace potstill::conv

@@ -59,6 +59,8 @@ struct Level {
   void (*gradient)(
       Images images, const float* dy, const float* zeros, int64_t first, int64_t tiles, float* to, int64_t row, int64_t plane);
   void (*multiply)(const Product& product);
+  // to [columns, lanes], `to_row` values between rows, from [rows, columns], with zeros for the rows from `rows` to lanes
+  void (*transposed)(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_row);
   // from [tiles, POINTS, PANEL·lanes] to the pixels of `count` channels from `channel` on
   void (*output)(
       Images images, const float* from, int64_t first, int64_t tiles, int64_t channel, int64_t count, Epilogue epilogue,

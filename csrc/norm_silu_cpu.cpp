@@ -6,11 +6,11 @@
 // number of threads nor the other samples of a batch change a bit.
 
 #include "cpu_level.h"
+#include "cpu_ops.h"
 #include "norm_silu_loops.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
@@ -29,7 +29,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t CACHED = 1 << 16;  // values of a task: 256 KB of gradients kept between the two passes of backward
 
@@ -306,6 +305,8 @@ void with_loops(ScalarType dtype, F f) {
   }
 }
 
+}  // namespace
+
 void norm_silu(
     Tensor x, Tensor weight, Tensor bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
     std::optional<Tensor> add, int64_t groups, double eps, bool silu, double dropout, std::optional<Tensor> key, Tensor y,
@@ -376,7 +377,6 @@ void residual(
   });
 }
 
-}  // namespace
 }  // namespace potstill
 
 #define GIVEN "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor? add, int groups, "

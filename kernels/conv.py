@@ -23,13 +23,18 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     x is what it reads, [N, C, H, W], or the gradient [N, O, H, W], channels_last; the weight is that or contiguous. Both are
     float32 on the CPU.
     """
-    if not native.used() or not _fits(x) or weight.dtype != torch.float32 or weight.device.type != "cpu":
+    return native.used() and _fits(x) and takes_weight(weight) and x.shape[1] in weight.shape[:2] and takes_sides(*x.shape[2:])
+
+
+def takes_weight(weight: Tensor) -> bool:
+    """`takes`, as far as the weight goes."""
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.shape[2:] != (3, 3) or min(weight.shape[:2]) < CHANNELS:
         return False
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or x.shape[1] not in weight.shape[:2] or min(weight.shape[:2]) < CHANNELS:
-        return False
-    if not weight.is_contiguous() and not weight.is_contiguous(memory_format=torch.channels_last):
-        return False
-    height, width = x.shape[2:]
+    return weight.is_contiguous(memory_format=torch.channels_last) or weight.is_contiguous()
+
+
+def takes_sides(height: int, width: int) -> bool:
+    """`takes`, as far as the image's sides go."""
     return 16 * ((height + 3) // 4) * ((width + 3) // 4) <= PIXELS * height * width
 
 

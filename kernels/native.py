@@ -16,6 +16,9 @@ from potstill.kernels import cuda
 #: Where setup.py puts it.
 LIBRARY = Path(__file__).parent / "_cpu.so"
 
+#: Of the images that it takes.
+DTYPES = (torch.float32, torch.bfloat16)
+
 _built = LIBRARY.exists()
 
 
@@ -26,7 +29,7 @@ def used() -> bool:
 
 def takes(x: Tensor) -> bool:
     """Does norm_silu of x run in it?"""
-    fits = x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
+    fits = x.dtype in DTYPES and x.is_contiguous(memory_format=torch.channels_last)
     return fits and x.numel() > 0 and x.device.type == "cpu" and used()
 
 

@@ -4,6 +4,7 @@ Norm and map to q, k and v are one node of autograd, which keeps x alone: what t
 norm's backward once more, and the gradient of the skip is added there.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,14 +15,20 @@ from torch.autograd.function import once_differentiable
 
 from potstill.engine.nets import ops
 from potstill.engine.nets.shadow import in_dtype
+from potstill.kernels import native
 from potstill.kernels.norm_silu import backward_op, forward_op
 from potstill.kernels.residual import residual
+
+#: Pixels for which csrc/attention_cpu.cpp is faster.
+FEW = 64
 
 
 def self_attention(block: Any, x: Tensor) -> Tensor:
     """What a layers.UNetBlock with heads makes of x [N, C, H, W] at its end; ops.fuses(x) holds."""
     n, c, height, width = x.shape
     norm, qkv, proj = block.norm2, block.qkv, block.proj
+    if height * width <= FEW and native.takes(x) and x.dtype is qkv.weight.dtype is proj.weight.dtype is torch.float32:
+        return _InOneOp.apply(block, x, norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias)
     q, k, v, skip = _Mapped.apply(block, x, norm.weight, norm.bias, qkv.weight, qkv.bias)
     a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
     out = F.linear(a, in_dtype(proj.weight, x.dtype).flatten(1)).unflatten(1, (height, width)).permute(0, 3, 1, 2)
@@ -39,6 +46,32 @@ def ordered(rows: Tensor, heads: int) -> Tensor:
 def unordered(rows: Tensor, heads: int) -> Tensor:
     """The opposite."""
     return rows.view(3, heads, len(rows) // heads // 3, -1).permute(1, 2, 0, 3).reshape(len(rows), -1)
+
+
+class _InOneOp(Function):
+    """All of it for few pixels in float32 on a CPU, one call of C++ for each direction; keeps x and q, k, v."""
+
+    @staticmethod
+    def forward(ctx, block, x, gain, offset, weight, bias, proj, proj_bias):
+        norm = block.norm2
+        ctx.options = norm.groups, block.heads, block.skip_scale
+        y, mean, rstd, mapped = _in_cpp()[0](
+            x, gain, offset, weight, bias, proj, proj_bias, norm.groups, norm.eps, block.heads, block.skip_scale
+        )
+        ctx.save_for_backward(x, mean, rstd, mapped, gain, offset, weight, bias, proj)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        wanted = sum(need << i for i, need in enumerate(ctx.needs_input_grad[1:]))
+        return None, *_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, wanted)
+
+
+@cache
+def _in_cpp() -> tuple[Any, Any]:
+    library = native.library()
+    return library.attention.default, library.attention_grad.default
 
 
 class _Mapped(Function):

@@ -9,6 +9,7 @@ out of norm0's backward once more. No bias, sum or scale has a pass of its own b
 biases' gradient: bias0 is a part of norm1's `add`, s goes into both norms' factors, the skip's gradient into norm0's dx.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from potstill.engine.nets import ops
 from potstill.engine.nets.shadow import in_dtype
+from potstill.kernels import conv, native
 from potstill.kernels.estimate import accum
 from potstill.kernels.norm_silu import backward_op, forward_op
 
@@ -33,11 +35,57 @@ def residual_block(block: Any, x: Tensor, beside: Tensor | None, params: Tensor,
         key: of the dropout, or None.
     """
     norm0, norm1, conv0, conv1, skip = block.norm0, block.norm1, block.conv0, block.conv1, block.skip
-    return _Residual.apply(
-        block, key, x, None if beside is None else ops.in_memory_format(beside), params,
-        norm0.weight, norm0.bias, norm1.weight, norm1.bias, conv0.weight, conv0.bias if block.adaptive_scale else None,
-        conv1.weight, conv1.bias, None if skip is None else skip.weight, None if skip is None else skip.bias,
+    beside = None if beside is None else ops.in_memory_format(beside)
+    weight0, weight1, weight_s = conv0.weight, conv1.weight, None if skip is None else skip.weight
+    function = _InOneOp if _in_one_op(x, conv0, weight0, weight1, weight_s) else _Residual
+    return function.apply(
+        block, key, x, beside, params, norm0.weight, norm0.bias, norm1.weight, norm1.bias,
+        weight0, conv0.bias if block.adaptive_scale else None, weight1, conv1.bias, weight_s, None if skip is None else skip.bias,
     )  # fmt: skip
+
+
+def _in_one_op(x: Tensor, layer: Any, weight0: Tensor, weight1: Tensor, weight_s: Tensor | None) -> bool:
+    """Does csrc/block_cpu.cpp take the block, and is it faster there? It knows float32 and resampling with a box."""
+    if not (x.is_cpu and native.used() and conv.takes_weight(weight0) and conv.takes_weight(weight1)):
+        return False
+    if x.dtype is not torch.float32 or (weight_s is not None and weight_s.dtype is not torch.float32):
+        return False
+    height, width = (int(side * layer.sides) for side in x.shape[2:])
+    return (layer.box or layer.sides == 1) and conv.takes_sides(height, width)
+
+
+@cache
+def _in_cpp() -> tuple[Any, Any]:
+    library = native.library()
+    return library.residual_block.default, library.residual_block_grad.default
+
+
+class _InOneOp(Function):
+    """_Residual for float32 on a CPU, one call of C++ for each direction. h1 comes out of norm1's backward, as h0 does."""
+
+    @staticmethod
+    def forward(ctx, block, key, x, beside, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, bias1, weight_s, bias_s):
+        norm0, norm1, conv0 = block.norm0, block.norm1, block.conv0
+        dropout = 0.0 if key is None else block.dropout
+        ctx.options = options = dropout, norm0.groups, norm1.groups, block.skip_scale, conv0.up - conv0.down
+        ctx.own = x.shape[1]
+        y, c0, mean0, rstd0, mean1, rstd1, both = _in_cpp()[0](
+            x, beside, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, bias1, weight_s, bias_s, key,
+            norm0.eps, norm1.eps, *options,
+        )  # fmt: skip
+        x = x if both is None else both
+        ctx.save_for_backward(
+            x, c0, mean0, rstd0, mean1, rstd1, params, gain0, offset0, gain1, offset1, weight0, bias0, weight1, weight_s, key
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):
+        needs = ctx.needs_input_grad[2:]
+        wanted = sum(need << i for i, need in enumerate(needs))
+        found = _in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, ctx.own, wanted)
+        return None, None, *found
 
 
 _INPUTS = (

@@ -141,16 +141,19 @@ class Trained:
 
     def average_gradients(self) -> None:
         """Average over ranks; the gradients are then in `net`'s parameters."""
-        self.ranks.average([p.grad for p in self.net.parameters() if p.grad is not None])
+        self.ranks.average([p.grad for p in self._moved() if p.grad is not None])
 
     def clip_gradients(self) -> Tensor:
         """Returns their norm before clipping."""
-        # the optimiser has them in a list; net.parameters() walks the modules, a millisecond of Python a step
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.norm([p.grad for p in parameters])
+        parameters = self._moved()
+        norm = self.norm([p.grad for p in parameters if p.grad is not None])
         if self.cfg.clip is not None:
             clip_grads_with_norm_(parameters, self.cfg.clip, norm)
         return norm
+
+    def _moved(self) -> list[Tensor]:
+        """Parameters with a gradient. The optimiser has them in a list; net.parameters() walks the modules, a millisecond of Python."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Of the whole gradient."""

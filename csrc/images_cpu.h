@@ -1,0 +1,75 @@
+// Memory for what the ops of csrc/block_cpu.cpp and csrc/attention_cpu.cpp return, and sums over rows.
+#pragma once
+
+#include "conv_work.h"
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace potstill {
+
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// Not initialized, of t's dtype. Past the dispatcher, which takes longer than the allocator.
+template <size_t D>
+Tensor empty(const Tensor& t, const std::array<int64_t, D>& sizes, const std::array<int64_t, D>& strides) {
+  int32_t dtype;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(D, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+inline Tensor images(const Tensor& t, int64_t channels, int64_t height, int64_t width) {
+  return empty<4>(t, {t.size(0), channels, height, width}, {channels * height * width, 1, channels * width, channels});
+}
+
+inline Tensor images(const Tensor& t, int64_t channels) { return images(t, channels, t.size(2), t.size(3)); }
+inline Tensor images(const Tensor& t) { return images(t, t.size(1)); }
+inline Tensor matrix(const Tensor& t, int64_t rows, int64_t columns) { return empty<2>(t, {rows, columns}, {columns, 1}); }
+inline Tensor vector(const Tensor& t, int64_t values) { return empty<1>(t, {values}, {1}); }
+
+inline Tensor weights(const Tensor& t) {
+  return empty<4>(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)});
+}
+
+inline Maybe vector_if(bool wanted, const Tensor& t) { return wanted ? Maybe(vector(t, t.size(0))) : std::nullopt; }
+
+template <size_t N>
+std::vector<Tensor> or_none(const Maybe* const (&found)[N]) {
+  std::vector<Tensor> all;
+  all.reserve(N);
+  for (const Maybe* t : found) all.push_back(*t ? **t : Tensor());
+  return all;
+}
+
+inline int64_t pixels(const Tensor& t) { return t.size(0) * t.size(2) * t.size(3); }
+
+// Σ over rows of [rows, columns], times scale
+inline Tensor sum_of_rows(const Tensor& t, int64_t rows, int64_t columns, double scale) {
+  constexpr int64_t CHUNK = 64;  // rows that are summed in float32
+  const Tensor out = vector(t, columns);
+  const float* from = conv::pointer(t);
+  float* to = conv::pointer(out);
+  std::vector<double> sums(columns);
+  std::vector<float> few(columns);
+  for (int64_t first = 0; first < rows; first += CHUNK) {
+    std::fill(few.begin(), few.end(), 0.0f);
+    for (int64_t i = first; i < std::min(first + CHUNK, rows); ++i) {
+      for (int64_t c = 0; c < columns; ++c) few[c] += from[i * columns + c];
+    }
+    for (int64_t c = 0; c < columns; ++c) sums[c] += few[c];
+  }
+  for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<float>(scale * sums[c]);
+  return out;
+}
+
+}  // namespace potstill
