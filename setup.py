@@ -172,7 +172,7 @@ if (ROOT / "potstill" / "kernels").is_file():
 wanted = {
     "potstill.kernels._cpu": Part(
         why_no_cpu(),
-        "norms and 3x3 convolutions on CPUs run as PyTorch's own operations",
+        "norms, 3x3 convolutions and AdamEMA on CPUs run as PyTorch's own operations",
         "POTSTILL_NO_CPU=1 leaves it out",
         sorted(Path("csrc").glob("*.cpp")),
     ),

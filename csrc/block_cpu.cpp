@@ -7,6 +7,7 @@
 #include "images_cpu.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>

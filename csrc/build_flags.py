@@ -57,7 +57,8 @@ def cpu_flags(headers: Path | None = None) -> list[str]:
     """The same for the C++ compiler."""
     # psabi: vectors are never passed between files. uninitialized: GCC 12 finds it in its own header of intrinsics.
     warnings = "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
-    return ["-std=c++20", "-O3", "-fPIC", *warnings.split(), TARGET_VERSION, *_include(headers)]
+    # A square root that sets errno for a negative number is no vector's.
+    return ["-std=c++20", "-O3", "-fno-math-errno", "-fPIC", *warnings.split(), TARGET_VERSION, *_include(headers)]
 
 
 def _include(headers: Path | None) -> list[str]:

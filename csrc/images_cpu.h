@@ -3,6 +3,7 @@
 
 #include "conv_work.h"
 
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 

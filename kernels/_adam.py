@@ -4,14 +4,17 @@ All three walk the tables of kernels/tables.py. The formula stands in kernels/ad
 """
 
 # Triton's launches take constexpr parameters as plain values, and options like num_warps besides; its device functions are untyped.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPrivateImportUsage=false
 
 import math
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from potstill.kernels import cuda
+from potstill.kernels import cuda, native
 from potstill.kernels._groups import Group
 from potstill.kernels._lib import cdiv
 from potstill.kernels._triton import tl, triton
@@ -219,27 +222,66 @@ def _triton_update(part: Part, flags: Flags, group: Group) -> None:
     )  # fmt: skip
 
 
-def _cuda_check(part: Part, flags: Flags) -> None:
-    like = part.steps.new_empty(0, dtype=part.grad_dtype)
-    cuda.library().adam_ema_check(part.fixed, part.grad_table, part.chunks, flags.flag, like)
+def _compiled(library: Callable[[], Any]) -> tuple[Callable[..., None], ...]:
+    """csrc/'s: the same ops for CUDA and for CPUs."""
 
+    def check(part: Part, flags: Flags) -> None:
+        like = part.steps.new_empty(0, dtype=part.grad_dtype)
+        library().adam_ema_check(part.fixed, part.grad_table, part.chunks, flags.flag, like)
 
-def _cuda_coefs(part: Part, flags: Flags, group: Group, counts: bool) -> None:
-    cuda.library().adam_ema_coefs(
-        part.steps, part.grad_table, group.rates, flags.flag, flags.found_inf, flags.grad_scale, flags.nonfinite,
-        part.coefs, *group["betas"], group["weight_decay"], counts,
-    )  # fmt: skip
+    def coefs(part: Part, flags: Flags, group: Group, counts: bool) -> None:
+        library().adam_ema_coefs(
+            part.steps, part.grad_table, group.rates, flags.flag, flags.found_inf, flags.grad_scale, flags.nonfinite,
+            part.coefs, *group["betas"], group["weight_decay"], counts,
+        )  # fmt: skip
 
+    def update(part: Part, flags: Flags, group: Group) -> None:
+        library().adam_ema_update(
+            part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, part.steps.new_empty(0, dtype=part.grad_dtype),
+            part.steps.new_empty(0, dtype=part.shadow_dtype), *group["betas"], group["eps"], group["weight_decay"],
+            group["decoupled_weight_decay"],
+        )  # fmt: skip
 
-def _cuda_update(part: Part, flags: Flags, group: Group) -> None:
-    cuda.library().adam_ema_update(
-        part.fixed, part.grad_table, part.chunks, part.coefs, flags.flag, part.steps.new_empty(0, dtype=part.grad_dtype),
-        part.steps.new_empty(0, dtype=part.shadow_dtype), *group["betas"], group["eps"], group["weight_decay"],
-        group["decoupled_weight_decay"],
-    )  # fmt: skip
+    return check, coefs, update
 
 
 LAUNCHERS = {
     "triton": (_triton_check, _triton_coefs, _triton_update),
-    "cuda": (_cuda_check, _cuda_coefs, _cuda_update),
+    "cuda": _compiled(lambda: cuda.library()),
+    "cpu": _compiled(lambda: native.library()),
 }
+
+
+def in_torch(group: Group, part: Part, bad: Tensor, grad_scale: Tensor | None) -> None:
+    """The update in PyTorch's own fused operations; 0-dim `bad` says whether to rest."""
+    rows = [part.params, part.grads, part.exp_avg, part.exp_avg_sq, part.each_step]
+    if any(g is None for g in part.grads):
+        rows = [[t for t, g in zip(row, part.grads, strict=True) if g is not None] for row in rows]
+    params, grads, exp_avg, exp_avg_sq, steps = rows
+    on_cpu = bad.device.type == "cpu"  # where `bad` is known to be 0
+    if params:
+        torch._foreach_add_(steps, 1)
+        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused(
+            params, grads, exp_avg, exp_avg_sq, [], steps,
+            lr=float(group["lr"]) if on_cpu else group["lr"].to(torch.float32).reshape(()), beta1=group["betas"][0],
+            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+            maximize=False, grad_scale=grad_scale, found_inf=None if on_cpu else bad,
+        )  # fmt: skip
+        if not on_cpu:
+            torch._foreach_sub_(steps, [bad] * len(steps))
+    if part.ema is not None:
+        weight = (1 - group["ema_decay"].reshape(())) * (bad == 0)
+        if on_cpu:
+            torch._foreach_lerp_(part.ema, part.params, float(weight))
+        else:
+            for e, p in zip(part.ema, part.params, strict=True):
+                e.lerp_(p, weight.to(e.dtype))
+    round_(part)
+
+
+def round_(part: Part) -> None:
+    """Parameters into their shadows."""
+    pairs = [(s, p) for s, p in zip(part.shadow or (), part.params, strict=False) if s is not None]
+    if pairs:
+        torch._foreach_copy_([s for s, _ in pairs], [p for _, p in pairs])

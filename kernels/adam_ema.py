@@ -6,7 +6,8 @@
     ema <- ema + (1 - ema_decay)·(p - ema)  shadow <- p rounded to 16 bits
 
 Per float32 parameter Adam reads 16 and writes 12 bytes, the EMA adds 8, a 16-bit shadow 2, the look for non-finite
-gradients 4. CUDA: two or three launches a parameter group (kernels/_adam.py) and no host sync. CPU: PyTorch's fused Adam.
+gradients 4. CUDA: two or three launches a parameter group (kernels/_adam.py) and no host sync. CPU: the same in C++ for float32,
+or PyTorch's fused Adam.
 Sources: arXiv 1412.6980 Alg. 1; arXiv 1711.05101 Alg. 2 (decoupled).
 """
 
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from potstill.kernels import cuda
-from potstill.kernels._adam import LAUNCHERS
+from potstill.kernels import cuda, native
+from potstill.kernels._adam import LAUNCHERS, in_torch, round_
 from potstill.kernels._groups import RATES, Group, check_companions, check_options, check_params, split_over_groups
 from potstill.kernels._lib import INTERPRET
 from potstill.kernels.tables import Flags, Part, local, same_layout
@@ -174,7 +175,7 @@ class AdamEMA(torch.optim.Optimizer):
     def refresh_shadow(self) -> None:
         """Round the parameters into the shadows again, after something else (a checkpoint) has changed them."""
         for part in self._parts:
-            _round(part)
+            round_(part)
 
     @property
     def written_shadows(self) -> set[int]:
@@ -218,9 +219,9 @@ class AdamEMA(torch.optim.Optimizer):
         for group in self._own_groups():
             group.refresh_addresses()
             group.part.params = [local(p) for p in group["params"]]
-            group.part.grads = [None if p.grad is None else _like_param(p) for p in group["params"]]
+            group.part.grads = [_like_param(p) for p in group["params"]]
         device = flags.flag.device
-        backend = cuda.chosen("adam_ema") if device.type == "cuda" or INTERPRET else "reference"
+        backend = self._backend()
         try:
             if backend == "reference":
                 self._step_reference()
@@ -233,6 +234,12 @@ class AdamEMA(torch.optim.Optimizer):
             for part in self._parts:
                 part.grads = []  # else they would stay in memory next to those of the next step
         return loss
+
+    def _backend(self) -> str:
+        """Who makes this step: a name among LAUNCHERS, or "reference"."""
+        if self._all_flags.flag.is_cuda or INTERPRET:
+            return cuda.chosen("adam_ema")
+        return "cpu" if native.used() and all(part.float32 for part in self._parts) else "reference"
 
     def _step_fused(self, check: Callable[..., None], coefs: Callable[..., None], update: Callable[..., None]) -> None:
         flags = self._all_flags
@@ -262,7 +269,7 @@ class AdamEMA(torch.optim.Optimizer):
         if bad.device.type == "cpu" and bad != 0:
             return
         for group in self._own_groups():
-            _reference(group, group.part, bad, flags.grad_scale)
+            in_torch(group, group.part, bad, flags.grad_scale)
 
     def _share_flag(self) -> None:
         """Where parameters are sharded, every process must skip the step if one does."""
@@ -307,43 +314,11 @@ def _scalar(optimizer: AdamEMA, name: str, given: Tensor | None) -> Tensor | Non
     return None if value is None else value.to(torch.float32).reshape(())
 
 
-def _like_param(p: Tensor) -> Tensor:
+def _like_param(p: Tensor) -> Tensor | None:
     """The gradient, in the memory format of its parameter."""
-    assert p.grad is not None
-    if not same_layout(local(p.grad), local(p)):
-        p.grad = torch.empty_like(p, dtype=p.grad.dtype).copy_(p.grad)
-    return local(p.grad)
-
-
-def _reference(group: dict[str, Any], part: Part, bad: Tensor, grad_scale: Tensor | None) -> None:
-    rows = [part.params, part.grads, part.exp_avg, part.exp_avg_sq, part.each_step]
-    if any(g is None for g in part.grads):
-        rows = [[t for t, g in zip(row, part.grads, strict=True) if g is not None] for row in rows]
-    params, grads, exp_avg, exp_avg_sq, steps = rows
-    on_cpu = bad.device.type == "cpu"  # where `bad` is known to be 0
-    if params:
-        torch._foreach_add_(steps, 1)
-        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
-        fused(
-            params, grads, exp_avg, exp_avg_sq, [], steps,
-            lr=float(group["lr"]) if on_cpu else group["lr"].to(torch.float32).reshape(()), beta1=group["betas"][0],
-            beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-            maximize=False, grad_scale=grad_scale, found_inf=None if on_cpu else bad,
-        )  # fmt: skip
-        if not on_cpu:
-            torch._foreach_sub_(steps, [bad] * len(steps))
-    if part.ema is not None:
-        weight = (1 - group["ema_decay"].reshape(())) * (bad == 0)
-        if on_cpu:
-            torch._foreach_lerp_(part.ema, part.params, float(weight))
-        else:
-            for e, p in zip(part.ema, part.params, strict=True):
-                e.lerp_(p, weight.to(e.dtype))
-    _round(part)
-
-
-def _round(part: Part) -> None:
-    """Parameters into their shadows."""
-    pairs = [(s, p) for s, p in zip(part.shadow or (), part.params, strict=False) if s is not None]
-    if pairs:
-        torch._foreach_copy_([s for s, _ in pairs], [p for _, p in pairs])
+    grad = p.grad
+    if grad is None:
+        return None
+    if not same_layout(local(grad), local(p)):
+        p.grad = grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+    return local(grad)

@@ -1,7 +1,8 @@
-"""The C++ of csrc/ for CPU tensors: norm_silu on NHWC images in float32 and bfloat16, in vectors of what the processor has.
+"""The C++ of csrc/ for CPU tensors, in vectors of what the processor has: norm_silu on NHWC images in float32 and bfloat16, and
+AdamEMA and total_norm in float32.
 
 Optional: setup.py compiles it where it finds a C++ compiler and PyTorch. Elsewhere, and with the backend "reference", CPU
-tensors take the definition, `plain` in kernels/norm_silu.py. POTSTILL_CPU=any|avx2|avx512|avx512_bf16 picks the instructions by hand.
+tensors take the definition, such as `plain` in kernels/norm_silu.py. POTSTILL_CPU=any|avx2|avx512|avx512_bf16 picks the instructions by hand.
 """
 
 from functools import cache

@@ -32,6 +32,8 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def dense(t: Tensor) -> bool:
     """Whether t fills its memory from first to last element, in whatever order of axes."""
+    if t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)):
+        return True
     expected = 1
     for n, stride in sorted(zip(t.shape, t.stride(), strict=True), key=lambda axis: (axis[1], axis[0])):
         if n != 1 and stride != expected:
@@ -152,6 +154,11 @@ class Part:
         grads = [0 if g is None else g.data_ptr() or 16 for g in self.grads]
         self.aligned = self._aligned and all(a % 16 == 0 for a in grads)
         self.grad_table = self.addresses(grads)
+
+    @property
+    def float32(self) -> bool:
+        """Are parameters and gradients?"""
+        return all(t is None or t.dtype is torch.float32 for t in (*self.params, *self.grads))
 
     @property
     def grad_dtype(self) -> torch.dtype:

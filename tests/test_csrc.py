@@ -375,7 +375,7 @@ def test_setup_says_once_what_is_missing_and_builds_pure_python(checkout):
     assert done.stderr.count("potstill.kernels._cuda is not compiled, POTSTILL_NO_CUDA=1; the kernels run as Triton.") == 1
     assert (
         done.stderr.count(
-            "potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norms and 3x3 convolutions on CPUs run as PyTorch's own"
+            "potstill.kernels._cpu is not compiled, POTSTILL_NO_CPU=1; norms, 3x3 convolutions and AdamEMA on CPUs run as PyTorch's own"
         )
         == 1
     )
@@ -437,7 +437,7 @@ def test_what_does_not_compile_is_said_once_and_an_earlier_one_goes(fails, left,
     name, instead, advice = (
         ("_cuda", "the kernels run as Triton", "POTSTILL_CUDA=1 makes this an error, POTSTILL_NO_CUDA=1 leaves it out")
         if "_cpu.so" in left
-        else ("_cpu", "norms and 3x3 convolutions on CPUs run as PyTorch's own operations", "POTSTILL_NO_CPU=1 leaves it out")
+        else ("_cpu", "norms, 3x3 convolutions and AdamEMA on CPUs run as PyTorch's own operations", "POTSTILL_NO_CPU=1 leaves it out")
     )
     sentences = [line for line in done.stderr.splitlines() if line.startswith("potstill:")]
     assert sentences == [f"potstill: potstill.kernels.{name} is not compiled, {what}; {instead} ({advice})."]

@@ -426,10 +426,18 @@ ON_GPU = [
     test_parameters_may_move_between_steps,
     test_tensors_off_the_16_byte_grid,
 ]
+NAMES = [getattr(test, "func", test).__name__.removeprefix("test_") for test in ON_GPU]
+
+
+@pytest.mark.parametrize("test", ON_GPU, ids=NAMES)
+def test_by_pytorchs_fused_adam(test, monkeypatch):
+    """The tests above without csrc/, whose C++ float32 tensors on a CPU take where it is built."""
+    monkeypatch.setattr("potstill.kernels.cuda._backend", "reference")
+    test()
 
 
 @pytest.mark.parametrize("place", on_gpu("adam_ema"), indirect=True)
-@pytest.mark.parametrize("test", ON_GPU, ids=lambda test: getattr(test, "func", test).__name__.removeprefix("test_"))
+@pytest.mark.parametrize("test", ON_GPU, ids=NAMES)
 def test_on_a_gpu(test, place):
     """The tests above where new tensors are made on the GPU."""
     with place:

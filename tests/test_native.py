@@ -261,15 +261,18 @@ def test_a_library_that_does_not_load_is_explained(monkeypatch, tmp_path):
 def test_ninja_file_compiles_the_loops_once_a_level(tmp_path):
     (tmp_path / "build.ninja").write_text(FLAGS.cpu_ninja_file(tmp_path / "_cpu.so", "c++"))
     dry = subprocess.run(["ninja", "-C", str(tmp_path), "-n", "-v"], capture_output=True, text=True, check=True).stdout
-    for name in ("conv", "norm_silu"):
+    for name in ("adam_ema", "conv", "norm_silu"):
         assert dry.count(f"{name}_loops.cpp") == len(FLAGS.LEVELS)
         assert dry.count(f"{name}_cpu.cpp") == 1
     assert dry.count("_cpu.so") == 1
 
 
+LOOPS = {"adam_ema_loops": "potstill::adam::LEVEL", "conv_loops": "potstill::conv::LEVEL", "norm_silu_loops": "potstill::LEVEL"}
+
+
 @pytest.mark.skipif(shutil.which("c++") is None or shutil.which("nm") is None, reason="needs a C++ compiler and nm")
 @pytest.mark.parametrize("level", FLAGS.LEVELS)
-@pytest.mark.parametrize(("loops", "table"), [("conv_loops", "potstill::conv::LEVEL"), ("norm_silu_loops", "potstill::LEVEL")])
+@pytest.mark.parametrize(("loops", "table"), LOOPS.items(), ids=LOOPS)
 def test_loops_compile_without_warnings_and_share_nothing_with_the_linker(loops, table, level, tmp_path):
     """What the linker could merge with code for older processors would crash on them."""
     text = FLAGS.cpu_ninja_file(tmp_path / "_cpu.so", "c++ -Werror")

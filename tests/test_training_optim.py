@@ -9,10 +9,11 @@ from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.shadow import shadow_of
-from potstill.engine.training.optim import OptimConfig, build_optimizer, implementation_for, state_for
+from potstill.engine.training.optim import OptimConfig, Trained, build_optimizer, implementation_for, state_for
+from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.engine.training.states import map_tensors
-from potstill.kernels import AdamEMA
+from potstill.kernels import AdamEMA, native
 
 TINY = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
 CPU = torch.device("cpu")
@@ -48,10 +49,15 @@ def assert_same(a, b):
             assert torch.equal(p, q), name
 
 
+@pytest.fixture
+def fused_adam(monkeypatch):
+    """PyTorch's, by which AdamEMA goes on a CPU without csrc/; C++ and GPUs differ from it by rounding (test_kernels_adam_ema)."""
+    monkeypatch.setattr("potstill.kernels.cuda._backend", "reference")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["dmd", "sim"])
-def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype):
-    """On a CPU both call the same fused Adam; on a GPU they differ by rounding (test_kernels_adam_ema)."""
+def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype, fused_adam):
     theirs, ours = (advance(new_run(method, dtype, kind), 7) for kind in ("torch", "adam_ema"))
     assert ours.averaging_optimizer is not None and theirs.averaging_optimizer is None
     assert_same(theirs, ours)
@@ -62,8 +68,25 @@ def test_both_train_the_same_weights_and_averages_to_the_last_bit(method, dtype)
     torch.testing.assert_close([shadow_of(p) for p in shadowed], [p.detach().to(dtype) for p in shadowed], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("clip", [1e-3, 0.5, 1e9])
+def test_both_clip_alike(clip):
+    """AdamEMA divides the gradient where it reads it; the other's is multiplied first."""
+    nets = {kind: Trained(net(torch.float32), ALONE) for kind in ("torch", "adam_ema")}
+    norms = []
+    for kind, one in nets.items():
+        one.give_optimizer(OptimConfig(eps=1.0, lr=1.0, clip=clip), kind, None)  # eps: a step follows the gradient's size
+        for step in range(3):
+            for k, p in enumerate(one.net.parameters()):
+                g = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + k)).mul_(0.1)
+                p.grad = torch.empty_like(p).copy_(g)  # PyTorch's fused Adam takes memory as it lies
+            norms.append(one.step().item())
+    assert norms[:3] == pytest.approx(norms[3:], rel=1e-6) and norms[0] > 0.5
+    for p, q in zip(*(one.net.parameters() for one in nets.values()), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("writer", "reader"), [("torch", "adam_ema"), ("adam_ema", "torch")])
-def test_a_run_goes_on_under_the_other_one(writer, reader, tmp_path):
+def test_a_run_goes_on_under_the_other_one(writer, reader, tmp_path, fused_adam):
     """Exact resume does not ask who computed Adam."""
     first = advance(new_run("sim", torch.bfloat16, writer), 3)
     torch.save(first.state_dict() | {"step": first.step}, tmp_path / "a.pt")
@@ -95,7 +118,10 @@ def test_a_checkpoint_does_not_say_how_it_is_read():
     assert adam.param_groups[0]["fused"] is True and adam.param_groups[0]["capturable"] is False
 
 
-def test_auto_is_pytorchs_on_a_cpu():
+def test_auto_on_a_cpu_is_ours_where_its_cpp_is(monkeypatch):
+    assert implementation_for("auto", net(torch.float32).parameters()) == ("adam_ema" if native.used() else "torch")
+    assert implementation_for("auto", net(torch.float32).double().parameters()) == "torch"
+    monkeypatch.setattr("potstill.kernels.cuda._backend", "reference")
     assert implementation_for("auto", net(torch.float32).parameters()) == "torch"
     assert isinstance(build_optimizer(net(torch.float32), OptimConfig()), torch.optim.Adam)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from potstill.engine.common.checks import above, at_least, finite, one_of, wants
 from potstill.engine.nets.shadow import shadow_of
 from potstill.engine.training.ranks import Ranks
-from potstill.kernels import AdamEMA
+from potstill.kernels import AdamEMA, native
+from potstill.kernels.total_norm import total_norm
 
 
 @dataclass
@@ -44,8 +45,8 @@ KINDS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 SCHEDULES = ("constant", "linear", "halfway")
 
 
-#: train.optimizer. auto is adam_ema for whole parameters on CUDA: it makes one pass over memory, and reads learning rate and
-#: decay on the device. On a CPU and for sharded parameters auto is torch: there AdamEMA is the same fused Adam, and costs more.
+#: train.optimizer. auto is adam_ema for whole float32 parameters on CUDA, and on CPUs where its C++ is: it makes one pass over
+#: memory, and reads learning rate and decay where they lie. Elsewhere AdamEMA is the same fused Adam, and costs more.
 IMPLEMENTATIONS = ("auto", "torch", "adam_ema")
 #: Settings of the implementation in a checkpoint's groups; the one that loads it keeps its own.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
@@ -76,8 +77,9 @@ def implementation_for(implementation: str, parameters: Iterable[Tensor]) -> str
     """ "torch" or "adam_ema"."""
     if implementation != "auto":
         return implementation
-    on_gpu = all(p.is_cuda and p.dtype is torch.float32 and not hasattr(p, "device_mesh") for p in parameters)
-    return "adam_ema" if on_gpu else "torch"
+    there = native.used()
+    taken = all(p.dtype is torch.float32 and (p.is_cuda or (p.is_cpu and there)) and not hasattr(p, "device_mesh") for p in parameters)
+    return "adam_ema" if taken else "torch"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -143,12 +145,17 @@ class Trained:
         """Average over ranks; the gradients are then in `net`'s parameters."""
         self.ranks.average([p.grad for p in self._moved() if p.grad is not None])
 
-    def clip_gradients(self) -> Tensor:
-        """Returns their norm before clipping."""
+    def step(self) -> Tensor:
+        """The optimiser's step by the clipped gradient; returns the norm before clipping."""
         parameters = self._moved()
         norm = self.norm([p.grad for p in parameters if p.grad is not None])
-        if self.cfg.clip is not None:
+        if self.cfg.clip is None:
+            self.optimizer.step()
+        elif isinstance(self.optimizer, AdamEMA):  # it divides the gradient where it reads it
+            self.optimizer.step(grad_scale=((norm + 1e-6) / self.cfg.clip).clamp(min=1))
+        else:
             clip_grads_with_norm_(parameters, self.cfg.clip, norm)
+            self.optimizer.step()
         return norm
 
     def _moved(self) -> list[Tensor]:
@@ -157,7 +164,7 @@ class Trained:
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Of the whole gradient."""
-        return get_total_norm(gradients)
+        return total_norm(gradients)
 
     def after_step(self) -> None:
         """The weights have changed."""

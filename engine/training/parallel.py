@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.utils import get_total_norm
 
 from potstill.engine.common.checks import at_least, one_of
 from potstill.engine.common.errors import UserError
@@ -33,6 +32,7 @@ from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.training.optim import Trained
 from potstill.engine.training.ranks import Ranks
+from potstill.kernels.total_norm import total_norm
 
 MODES = ("ddp", "fsdp")
 TEACHERS = ("replicate", "shard")
@@ -186,7 +186,7 @@ class Sharded(Trained):
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         filled = [g for g in gradients if g.numel()]  # of a small net a rank may have nothing but empty shards
-        square = get_total_norm(filled).square() if filled else torch.zeros((), device=_local(self.parameters[0]).device)
+        square = total_norm(filled).square() if filled else torch.zeros((), device=_local(self.parameters[0]).device)
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
 

@@ -87,10 +87,9 @@ class Run(State):
                             add(logs, f"{turn.trains}/{name}", value.detach() if name == "nonfinite" else value.detach() / len(shared))
                     if used:
                         net.average_gradients()
-                        logs[f"{turn.trains}/grad_norm"] = norm = net.clip_gradients()
+                        logs[f"{turn.trains}/grad_norm"] = norm = net.step()
                         if turn.name:
                             logs[f"{turn.trains}/{turn.name}/grad_norm"] = norm
-                        net.optimizer.step()
                         net.optimizer.zero_grad(set_to_none=True)
                         net.after_step()
                         method.after_step(turn.trains)
