@@ -87,9 +87,9 @@ void Convolution::many_tiles(float* weights) {
       transform_weight(i, 0, inner, weights + i / PANEL * weight_panel + i % PANEL * lanes, wide, weight_plane);
     }
   });
-  const int64_t cached = std::max(CACHED / row / rows, int64_t{1}) * rows;
-  const int64_t shared = rounded_up(parts(tiles, torch::stable::get_num_threads()), rows);
-  const int64_t block = std::min({cached, shared, 8 * rows});  // tiles
+  const int64_t cached = std::min(std::max(CACHED / row / rows, int64_t{1}), int64_t{8}) * rows, threads = torch::stable::get_num_threads();
+  // of tiles: as many as the cache holds, or equal ones, as many for each thread
+  const int64_t block = threads == 1 ? cached : std::max(parts(tiles, rounded_up(parts(tiles, cached), threads)), rows / 2);
   in_parallel(parts(tiles, block), tiles * work, [&](int64_t begin, int64_t end) {
     float* points = own_scratch.take(block * (row + POINTS * wide));
     float* products = points + block * row;  // [block, POINTS, PANEL·lanes]
