@@ -33,7 +33,7 @@ Tensor columns(const Tensor& t, int64_t first, int64_t count) {
 // f(pixel) for each pixel, or line, of `values` values
 template <typename F>
 void each(int64_t count, int64_t values, F f) {
-  conv::in_parallel(count, count * values, [&](int64_t begin, int64_t end) {
+  conv::in_parallel(count, conv::PASSING * count * values, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

@@ -40,7 +40,8 @@ float* weights(const Tensor& weight) {
 void product(
     const Matrix& a, const Matrix& b, int64_t rows, int64_t inner, int64_t columns, float scale, float* to, int64_t to_row) {
   const Level& loops = level();
-  const int64_t wide = PANEL * loops.lanes, panels = parts(columns, wide), tall = 8 * loops.rows;
+  const int64_t wide = PANEL * loops.lanes, panels = parts(columns, wide);
+  const int64_t tall = equal_parts(rows, 8 * loops.rows, loops.rows / 2, panels);
   in_parallel(panels * parts(rows, tall), rows * inner * columns, [&](int64_t begin, int64_t end) {
     float* packed = own_scratch.take((DEEP + tall) * wide);
     float* sums = packed + DEEP * wide;

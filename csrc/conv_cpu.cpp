@@ -82,14 +82,13 @@ void Convolution::run() {
 // The whole weight is transformed, [panels, POINTS, inner, PANEL·lanes]; then blocks of tiles are.
 void Convolution::many_tiles(float* weights) {
   const int64_t weight_plane = apart(inner * wide), weight_panel = POINTS * weight_plane, rows = loops.rows;
-  in_parallel(parts(columns, lanes), 4 * work, [&](int64_t begin, int64_t end) {
+  in_parallel(parts(columns, lanes), PASSING * work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       transform_weight(i, 0, inner, weights + i / PANEL * weight_panel + i % PANEL * lanes, wide, weight_plane);
     }
   });
-  const int64_t cached = std::min(std::max(CACHED / row / rows, int64_t{1}), int64_t{8}) * rows, threads = torch::stable::get_num_threads();
-  // of tiles: as many as the cache holds, or equal ones, as many for each thread
-  const int64_t block = threads == 1 ? cached : std::max(parts(tiles, rounded_up(parts(tiles, cached), threads)), rows / 2);
+  const int64_t cached = std::max(CACHED / row / rows, int64_t{1}) * rows;
+  const int64_t block = equal_parts(tiles, std::min(cached, 8 * rows), rows / 2, 1);  // tiles
   in_parallel(parts(tiles, block), tiles * work, [&](int64_t begin, int64_t end) {
     float* points = own_scratch.take(block * (row + POINTS * wide));
     float* products = points + block * row;  // [block, POINTS, PANEL·lanes]
@@ -165,7 +164,7 @@ void conv3x3_weight_grad(Tensor x, Tensor dy, double scale, Tensor dweight) {
   const int64_t block = std::clamp(2 * CACHED / (POINTS * (x_row + dy_row)), int64_t{16}, int64_t{128});
   const int64_t size = std::min(block, tiles), x_plane = apart(size * x_row), dy_plane = apart(size * dy_row);
   // their products, summed over blocks: [parts of outs, panels, POINTS, rows, PANEL·lanes]
-  const int64_t rows = std::min(outs, 2 * loops.rows), sum_plane = apart(rows * wide), each = POINTS * sum_plane;
+  const int64_t rows = equal_parts(outs, 2 * loops.rows, loops.rows / 2, panels), sum_plane = apart(rows * wide), each = POINTS * sum_plane;
   const int64_t tasks = panels * parts(outs, rows), most = std::max(columns, outs);
   const bool once = tiles <= block;  // then none is kept longer than a task
   float* target = pointer(dweight);

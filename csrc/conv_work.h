@@ -7,13 +7,16 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <numeric>
 
 namespace potstill::conv {
 
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiplications
+constexpr int64_t PASSING = 16;              // what a value that is read and written takes, in multiplications
 
 inline const Level& level() {
   static const Level& chosen = POTSTILL_LEVEL(potstill::conv);
@@ -56,6 +59,14 @@ template <typename F>
 void in_parallel(int64_t count, int64_t multiplications, F f) {
   if (multiplications < WORTH_A_THREAD) return f(int64_t{0}, count);
   torch::stable::parallel_for(0, count, 1, f);
+}
+
+// The size of parts of `all`, at most `most` each, that threads share equally if there are `others` of each part. Not less than
+// `least`, which is worth a task.
+inline int64_t equal_parts(int64_t all, int64_t most, int64_t least, int64_t others) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t count = rounded_up(parts(all, most), threads / std::gcd(threads, others));
+  return std::max(parts(all, count), std::min(least, most));
 }
 
 // Values between neighbouring rows and columns, one of which is 1

@@ -56,20 +56,29 @@ inline int64_t pixels(const Tensor& t) { return t.size(0) * t.size(2) * t.size(3
 
 // Σ over rows of [rows, columns], times scale
 inline Tensor sum_of_rows(const Tensor& t, int64_t rows, int64_t columns, double scale) {
-  constexpr int64_t CHUNK = 64;  // rows that are summed in float32
+  constexpr int64_t CHUNK = 64, WIDE = 16;  // rows that are summed in float32, columns of a task
   const Tensor out = vector(t, columns);
   const float* from = conv::pointer(t);
   float* to = conv::pointer(out);
-  std::vector<double> sums(columns);
-  std::vector<float> few(columns);
-  for (int64_t first = 0; first < rows; first += CHUNK) {
-    std::fill(few.begin(), few.end(), 0.0f);
-    for (int64_t i = first; i < std::min(first + CHUNK, rows); ++i) {
-      for (int64_t c = 0; c < columns; ++c) few[c] += from[i * columns + c];
+  conv::in_parallel(conv::parts(columns, WIDE), conv::PASSING * rows * columns, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin * WIDE; column < std::min(end * WIDE, columns); column += WIDE) {
+      const int64_t wide = std::min(WIDE, columns - column);
+      double sums[WIDE] = {};
+      for (int64_t first = 0; first < rows; first += CHUNK) {
+        float few[WIDE] = {};
+        for (int64_t i = first; i < std::min(first + CHUNK, rows); ++i) {
+          const float* at = from + i * columns + column;
+          if (wide == WIDE) {
+            for (int64_t c = 0; c < WIDE; ++c) few[c] += at[c];
+          } else {
+            for (int64_t c = 0; c < wide; ++c) few[c] += at[c];
+          }
+        }
+        for (int64_t c = 0; c < WIDE; ++c) sums[c] += few[c];
+      }
+      for (int64_t c = 0; c < wide; ++c) to[column + c] = static_cast<float>(scale * sums[c]);
     }
-    for (int64_t c = 0; c < columns; ++c) sums[c] += few[c];
-  }
-  for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<float>(scale * sums[c]);
+  });
   return out;
 }
 
