@@ -152,3 +152,15 @@ def test_no_two_gradients_are_one_tensor():
     model(torch.randn(2, 3, 16, 16), torch.rand(2)).square().sum().backward()
     places = [(p.grad.untyped_storage().data_ptr(), p.grad.storage_offset()) for p in model.parameters() if p.grad is not None]
     assert len(set(places)) == len(places)
+
+
+@needs_native
+def test_what_is_not_for_these_images_is_refused(written_in):
+    """The kernels would read past its end."""
+    model = unet("DDPM++")
+    with pytest.raises(ValueError, match="for each of 4 images, got 2"):
+        model(torch.randn(4, 3, 16, 16), torch.rand(2))
+    one = model.dec["16x16_block0"]
+    with pytest.raises(ValueError, match="beside"):
+        one(torch.randn(4, 32, 16, 16), torch.randn(4, 64), torch.randn(4, one.in_channels - 32, 8, 16))
+    outputs(model, 1)

@@ -33,9 +33,17 @@ def residual_block(block: Any, x: Tensor, beside: Tensor | None, params: Tensor,
         beside: the channels that follow x's in what the block reads, or None.
         params: [N, C'] that norm1 adds, conv0's bias and the embedding's part; or the embedding's scale and shift, [N, 2C'].
         key: of the dropout, or None.
+
+    Raises:
+        ValueError: params or beside are not for these images.
     """
     norm0, norm1, conv0, conv1, skip = block.norm0, block.norm1, block.conv0, block.conv1, block.skip
-    beside = None if beside is None else ops.in_memory_format(beside)
+    if len(params) != len(x):
+        raise ValueError(f"wanted a noise level and conditions for each of {len(x)} images, got {len(params)}")
+    if beside is not None:
+        if len(beside) != len(x) or beside.shape[2:] != x.shape[2:]:
+            raise ValueError(f"wanted channels beside those of {list(x.shape)}, got {list(beside.shape)}")
+        beside = ops.in_memory_format(beside)
     weight0, weight1, weight_s = conv0.weight, conv1.weight, None if skip is None else skip.weight
     function = _InOneOp if _in_one_op(x, conv0, weight0, weight1, weight_s) else _Residual
     return function.apply(
