@@ -1,5 +1,5 @@
-// The ops for CPUs as functions of C++, which csrc/block_cpu.cpp and csrc/attention_cpu.cpp call with no dispatcher between. What they compute is said in
-// kernels/norm_silu.py, kernels/residual.py and kernels/conv.py; they write into tensors given to them.
+// The ops for CPUs as functions of C++, which csrc/block_cpu.cpp and csrc/attention_cpu.cpp call with no dispatcher between. What
+// they compute is said in kernels/norm_silu.py, kernels/residual.py and kernels/conv.py; they write into tensors given to them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,7 +1,7 @@
 """Self-attention over the pixels of an image, with its norm before it and its skip: (x + proj(softmax(q kᵀ/√d) v) + bias)·s.
 
 Norm and map to q, k and v are one node of autograd, which keeps x alone: what the norm gives, and the map reads, comes out of the
-norm's backward once more, and the gradient of the skip is added there.
+norm's backward once more, and the gradient of the skip is added there. Few pixels on a CPU are one node for all of it.
 """
 
 from functools import cache

@@ -7,6 +7,7 @@
 Kept for backward: x, c0, the statistics of the norms, and h1 where conv1 trains; h0, which conv0's weight gradient reads, comes
 out of norm0's backward once more. No bias, sum or scale has a pass of its own but the last line, and in backward the sum of the
 biases' gradient: bias0 is a part of norm1's `add`, s goes into both norms' factors, the skip's gradient into norm0's dx.
+On a CPU the same is written in C++ (csrc/block_cpu.cpp): a call for each step took longer than a step of few pixels.
 """
 
 from functools import cache
