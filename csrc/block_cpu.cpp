@@ -7,8 +7,8 @@
 #include "images_cpu.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <functional>
@@ -24,7 +24,7 @@ using conv::pointer;
 Tensor columns(const Tensor& t, int64_t first, int64_t count) {
   const int64_t sizes[] = {t.size(0), count}, strides[] = {t.stride(0), t.stride(1)};
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, first, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, first, &made));
   return Tensor(made);
 }
 
