@@ -163,7 +163,7 @@ std::vector<Tensor> attention_grad(
   }
   if (wants(BIAS)) dbias = unordered(sum_of_rows(dmapped, rows, 3 * c, 1.0), vector(bias, 3 * c), heads);
   const Maybe dx = da;
-  return or_none({&dx, &dgain, &doffset, &dweight, &dbias, &dproj, &dproj_bias});
+  return only(wanted, {&dx, &dgain, &doffset, &dweight, &dbias, &dproj, &dproj_bias});
 }
 
 }  // namespace

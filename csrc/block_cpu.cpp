@@ -216,7 +216,7 @@ std::vector<Tensor> residual_block_grad(
   Maybe own_dx, dbeside;
   if (wants(X)) own_dx = own == ins ? dx : part(dx, 0, own);
   if (wants(BESIDE)) dbeside = part(dx, own, ins - own);
-  return or_none({&own_dx, &dbeside, &dparams, &dgain0, &doffset0, &dgain1, &doffset1, &dweight0, &dbias0, &dweight1, &dbias1,
+  return only(wanted, {&own_dx, &dbeside, &dparams, &dgain0, &doffset0, &dgain1, &doffset1, &dweight0, &dbias0, &dweight1, &dbias1,
                   &dweight_s, &dbias_s});
 }
 

@@ -43,11 +43,14 @@ inline Tensor weights(const Tensor& t) {
 
 inline Maybe vector_if(bool wanted, const Tensor& t) { return wanted ? Maybe(vector(t, t.size(0))) : std::nullopt; }
 
+// Those whose bit is set in `wanted`. Not an undefined one for the others: PyTorch's dispatch modes take none in a list.
 template <size_t N>
-std::vector<Tensor> or_none(const Maybe* const (&found)[N]) {
+std::vector<Tensor> only(int64_t wanted, const Maybe* const (&found)[N]) {
   std::vector<Tensor> all;
   all.reserve(N);
-  for (const Maybe* t : found) all.push_back(*t ? **t : Tensor());
+  for (size_t i = 0; i < N; ++i) {
+    if (wanted >> i & 1) all.push_back(found[i]->value());
+  }
   return all;
 }
 

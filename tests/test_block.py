@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.engine.nets import attention, block, ops
 from potstill.engine.nets.edm import from_kwargs
@@ -46,6 +47,13 @@ def outputs(model, n, dtype=torch.float32):
     found = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
     model.zero_grad()
     return found
+
+
+class Seen(TorchDispatchMode):
+    """As a counter of FLOPs looks at every operation."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
 
 
 def both(model, monkeypatch, *given):
@@ -164,3 +172,14 @@ def test_what_is_not_for_these_images_is_refused(written_in):
     with pytest.raises(ValueError, match="beside"):
         one(torch.randn(4, 32, 16, 16), torch.randn(4, 64), torch.randn(4, one.in_channels - 32, 8, 16))
     outputs(model, 1)
+
+
+@needs_native
+def test_a_dispatch_mode_sees_blocks_of_which_a_part_trains():
+    model = unet("DDPM++")
+    for key, p in model.named_parameters():
+        p.requires_grad_("norm" not in key)
+    plain = outputs(model, 2)
+    with Seen():
+        found = outputs(model, 2)
+    assert all(torch.equal(found[key], t) for key, t in plain.items())

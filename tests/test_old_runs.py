@@ -21,7 +21,8 @@ GOLDEN = Path(__file__).parent / "golden"
 SETTINGS = [
     "net.model_channels=8", "net.num_blocks=1", "net.channel_mult=[1]", "net.channel_mult_emb=1", "net.attn_resolutions=[]",
     "train.batch=32", "train.keep=1", "train.log_iterations=1", "teacher.train.kimg=0.128", "teacher.train.batch=32", "teacher.train.keep=1",
-    "teacher.loss.sampling_steps=2", "eval.n=16", "precision=fp32", "device=cpu", "train.grid_kimg=100", "log.tensorboard=false",
+    "teacher.train.ema_kimg=5", "train.ema_kimg=3", "train.optim.student.lr=3e-4", "train.optim.fake.lr=1e-3", "teacher.loss.sampling_steps=2",
+    "eval.n=16", "precision=fp32", "device=cpu", "train.grid_kimg=100", "log.tensorboard=false",
 ]  # fmt: skip
 
 

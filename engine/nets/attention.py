@@ -64,8 +64,10 @@ class _InOneOp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        wanted = sum(need << i for i, need in enumerate(ctx.needs_input_grad[1:]))
-        return None, *_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, wanted)
+        needs = ctx.needs_input_grad[1:]
+        wanted = sum(need << i for i, need in enumerate(needs))
+        found = iter(_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, wanted))
+        return None, *(next(found) if need else None for need in needs)
 
 
 @cache

@@ -93,8 +93,8 @@ class _InOneOp(Function):
     def backward(ctx: Any, dy: Tensor):
         needs = ctx.needs_input_grad[2:]
         wanted = sum(need << i for i, need in enumerate(needs))
-        found = _in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, ctx.own, wanted)
-        return None, None, *found
+        found = iter(_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, ctx.own, wanted))
+        return None, None, *(next(found) if need else None for need in needs)
 
 
 _INPUTS = (
