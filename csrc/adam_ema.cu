@@ -1,17 +1,17 @@
 // Adam, EMA and 16-bit shadow weights of a list of tensors in one pass. kernels/adam_ema.py holds the formula and the
 // tables these kernels walk; this is the same three launches in CUDA C++.
 //
-// A chunk is CHUNK consecutive elements of one tensor and belongs to one block. chunks[b] = (tensor, its first chunk).
-// fixed[row][tensor] are addresses of what never moves, grads[tensor] of what may: 0 says there is no gradient this step.
+// A chunk of csrc/adam_ema_tables.h belongs to one block.
 
+#include "adam_ema_tables.h"
 #include "common.cuh"
 
 namespace potstill {
 namespace {
 
-constexpr int CHUNK = 2048, THREADS = 256;
-constexpr int PARAM = 0, EXP_AVG = 1, EXP_AVG_SQ = 2, EMA = 3, SHADOW = 4, NUMEL = 5;  // rows of `fixed`
-constexpr int STEP_SIZE = 0, RSQRT_BC2 = 1, LR_DECAY = 2, EMA_WEIGHT = 3, INV_SCALE = 4, GO = 5, COEFS = 8;
+using namespace adam;
+
+constexpr int THREADS = 256;
 
 template <typename T>
 __device__ __forceinline__ T* at(const int64_t* fixed, int row, int tensors, int tensor) {
@@ -189,13 +189,9 @@ void update_all(
 }  // namespace potstill
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cuda, m) {
-  m.def("adam_ema_check(Tensor fixed, Tensor grads, Tensor chunks, Tensor(a!) flag, Tensor grad_like) -> ()");
-  m.def(
-      "adam_ema_coefs(Tensor(a!) steps, Tensor grads, Tensor rates, Tensor flag, Tensor? found_inf, Tensor? grad_scale, "
-      "Tensor(b!) nonfinite, Tensor(c!) coefs, float beta1, float beta2, float weight_decay, bool counts) -> ()");
-  m.def(
-      "adam_ema_update(Tensor fixed, Tensor grads, Tensor chunks, Tensor coefs, Tensor(a!) flag, Tensor grad_like, "
-      "Tensor shadow_like, float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()");
+  m.def(potstill::adam::CHECK);
+  m.def(potstill::adam::MAKE_COEFS);
+  m.def(potstill::adam::UPDATE);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(potstill_cuda, POTSTILL_KEY, m) {

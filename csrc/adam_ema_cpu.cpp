@@ -1,10 +1,11 @@
 // Adam, EMA and 16-bit shadows of a list of tensors in one pass, and the norm of their gradient, on a CPU. kernels/adam_ema.py
-// holds the formula and the tables; the ops are those of csrc/adam_ema.cu.
+// holds the formula; the ops are those of csrc/adam_ema.cu.
 //
-// A chunk is CHUNK elements of one tensor, which stay in the first cache from one loop of csrc/adam_ema_loops.cpp to the next.
+// The elements of a chunk stay in the first cache from one loop of csrc/adam_ema_loops.cpp to the next.
 // Sums over chunks are float64, in their order: the number of threads changes no bit.
 
 #include "adam_ema_loops.h"
+#include "adam_ema_tables.h"
 #include "cpu_level.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,9 +28,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t CHUNK = 2048, GRAIN = 16;  // chunks that are worth a thread
-enum Row { PARAM, EXP_AVG, EXP_AVG_SQ, EMA, SHADOW, NUMEL };
-enum Coef { STEP_SIZE, RSQRT_BC2, LR_DECAY, EMA_WEIGHT, INV_SCALE, GO, COEFS = 8 };
+constexpr int64_t GRAIN = 16;  // chunks that are worth a thread
 
 template <typename T>
 T* pointer(const Tensor& t) {
@@ -59,7 +58,7 @@ void each_chunk(const Tensor& fixed, const Tensor& chunks, F f) {
   torch::stable::parallel_for(0, chunks.size(0), GRAIN, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t tensor = at[2 * k], first = at[2 * k + 1] * CHUNK;
-      f(tensor, first, std::min(CHUNK, numels[tensor] - first));
+      f(tensor, first, std::min<int64_t>(CHUNK, numels[tensor] - first));
     }
   });
 }
@@ -113,7 +112,7 @@ void update(
   each_chunk(fixed, chunks, [&](int64_t tensor, int64_t first, int64_t n) {
     const float* c = all + tensor * COEFS;
     if (c[GO] == 0.0f) return;
-    const auto at = [&](Row row) { return reinterpret_cast<float*>(addresses[row * tensors + tensor]); };
+    const auto at = [&](int row) { return reinterpret_cast<float*>(addresses[row * tensors + tensor]); };
     float *p = at(PARAM) + first, *ema = at(EMA), *shadow = at(SHADOW);
     const float* g = reinterpret_cast<const float*>(table[tensor]);
     const Step step{c[INV_SCALE], decay, decoupled ? c[LR_DECAY] : 0.0f, a, static_cast<float>(beta2), b, c[STEP_SIZE],
@@ -139,7 +138,7 @@ void norm(Tensor gradients, Tensor norm) {
   std::vector<Span> spans;
   for (int64_t t = 0; t < count; ++t) {
     const float* from = reinterpret_cast<const float*>(table[t]);
-    for (int64_t n = table[count + t]; n > 0; n -= CHUNK, from += CHUNK) spans.push_back({from, std::min(CHUNK, n)});
+    for (int64_t n = table[count + t]; n > 0; n -= CHUNK, from += CHUNK) spans.push_back({from, std::min<int64_t>(CHUNK, n)});
   }
   std::vector<double> sums(spans.size());
   torch::stable::parallel_for(0, static_cast<int64_t>(spans.size()), GRAIN, [&](int64_t begin, int64_t end) {
@@ -154,13 +153,9 @@ void norm(Tensor gradients, Tensor norm) {
 }  // namespace potstill::adam
 
 STABLE_TORCH_LIBRARY_FRAGMENT(potstill_cpu, m) {
-  m.def("adam_ema_check(Tensor fixed, Tensor grads, Tensor chunks, Tensor(a!) flag, Tensor grad_like) -> ()");
-  m.def(
-      "adam_ema_coefs(Tensor(a!) steps, Tensor grads, Tensor rates, Tensor flag, Tensor? found_inf, Tensor? grad_scale, "
-      "Tensor(b!) nonfinite, Tensor(c!) coefs, float beta1, float beta2, float weight_decay, bool counts) -> ()");
-  m.def(
-      "adam_ema_update(Tensor fixed, Tensor grads, Tensor chunks, Tensor coefs, Tensor(a!) flag, Tensor grad_like, "
-      "Tensor shadow_like, float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()");
+  m.def(potstill::adam::CHECK);
+  m.def(potstill::adam::MAKE_COEFS);
+  m.def(potstill::adam::UPDATE);
   m.def("total_norm(Tensor gradients, Tensor(a!) norm) -> ()");
 }
 

@@ -1,8 +1,8 @@
 // A 1×1 convolution on a CPU and its gradients, for NHWC images in float32: matrix products of pixels and channels, with the
 // loops of the 3×3 one. Every sum has an order that depends on the shape alone.
 
-#include "conv_work.h"
 #include "cpu_ops.h"
+#include "images_cpu.h"
 
 #include <torch/headeronly/util/Exception.h>
 
@@ -27,8 +27,6 @@ void pack(const Level& loops, const Matrix& b, int64_t first, int64_t deep, int6
     }
   }
 }
-
-int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 float* weights(const Tensor& weight) {
   STD_TORCH_CHECK(weight.is_contiguous(), "wanted a weight [O, C, 1, 1] that is contiguous");

@@ -2,9 +2,9 @@
 
     potstill.set_backend("cuda")                  # for the process; or POTSTILL_BACKEND=cuda in the environment
 
-`auto` takes for each op what the table AUTO says, and the CUDA C++ where there is no Triton. CPU tensors take the definition,
-and norm_silu and AdamEMA the C++ of kernels/native.py unless the backend is "reference". The CUDA C++ is optional: setup.py builds it
-where it finds nvcc and a PyTorch with CUDA. Ops that it does not have take Triton.
+`auto` takes for each op what the table AUTO says, and the CUDA C++ where there is no Triton. CPU tensors take the C++
+of kernels/native.py, where that has the op and the backend is not "reference", else the definition. The CUDA C++ is optional:
+setup.py builds it where it finds nvcc and a PyTorch with CUDA. Ops that it does not have take Triton.
 """
 
 import os

@@ -1,10 +1,11 @@
-"""The C++ of csrc/ for CPU tensors, in vectors of what the processor has: norm_silu on NHWC images in float32 and bfloat16, and
-AdamEMA and total_norm in float32.
+"""The C++ of csrc/ for CPU tensors, in vectors of what the processor has: norm_silu and residual on NHWC images in float32 and
+bfloat16; 3x3 convolutions, whole blocks of U-Nets, AdamEMA and total_norm in float32.
 
 Optional: setup.py compiles it where it finds a C++ compiler and PyTorch. Elsewhere, and with the backend "reference", CPU
 tensors take the definition, such as `plain` in kernels/norm_silu.py. POTSTILL_CPU=any|avx2|avx512|avx512_bf16 picks the instructions by hand.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,6 @@ from potstill.kernels import cuda
 #: Where setup.py puts it.
 LIBRARY = Path(__file__).parent / "_cpu.so"
 
-#: Of the images that it takes.
-DTYPES = (torch.float32, torch.bfloat16)
-
 _built = LIBRARY.exists()
 
 
@@ -30,8 +28,14 @@ def used() -> bool:
 
 def takes(x: Tensor) -> bool:
     """Does norm_silu of x run in it?"""
-    fits = x.dtype in DTYPES and x.is_contiguous(memory_format=torch.channels_last)
+    fits = x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous(memory_format=torch.channels_last)
     return fits and x.numel() > 0 and x.device.type == "cpu" and used()
+
+
+def gradients(op: Any, needs: Sequence[bool], *given: Any) -> tuple[Tensor | None, ...]:
+    """What op(*given, wanted) returns, for a backward: None where none is needed. `wanted` has a bit for each need."""
+    found = iter(op(*given, sum(need << i for i, need in enumerate(needs))))
+    return tuple(next(found) if need else None for need in needs)
 
 
 @cache

@@ -64,10 +64,9 @@ class _InOneOp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        needs = ctx.needs_input_grad[1:]
-        wanted = sum(need << i for i, need in enumerate(needs))
-        found = iter(_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, wanted))
-        return None, *(next(found) if need else None for need in needs)
+        return None, *native.gradients(
+            _in_cpp()[1], ctx.needs_input_grad[1:], ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options
+        )
 
 
 @cache

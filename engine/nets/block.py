@@ -59,8 +59,9 @@ def _in_one_op(x: Tensor, layer: Any, weight0: Tensor, weight1: Tensor, weight_s
         return False
     if x.dtype is not torch.float32 or (weight_s is not None and weight_s.dtype is not torch.float32):
         return False
-    height, width = (int(side * layer.sides) for side in x.shape[2:])
-    return (layer.box or layer.sides == 1) and conv.takes_sides(height, width)
+    way = layer.up - layer.down
+    height, width = (int(side * 2.0**way) for side in x.shape[2:])
+    return (layer.box or not way) and conv.takes_sides(height, width)
 
 
 @cache
@@ -91,10 +92,8 @@ class _InOneOp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        needs = ctx.needs_input_grad[2:]
-        wanted = sum(need << i for i, need in enumerate(needs))
-        found = iter(_in_cpp()[1](ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, ctx.own, wanted))
-        return None, None, *(next(found) if need else None for need in needs)
+        given = ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options, ctx.own
+        return None, None, *native.gradients(_in_cpp()[1], ctx.needs_input_grad[2:], *given)
 
 
 _INPUTS = (

@@ -77,7 +77,6 @@ class Conv2d(nn.Module):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.up, self.down, self.fused_resample = up, down, fused_resample
-        self.sides = 2.0 if up else 0.5 if down else 1.0  # of its output, times those of its input
         self.box = tuple(resample_filter) == (1, 1)  # two taps: nearest neighbour up, mean of four down, no padding
         fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
         self.padding = kernel // 2

@@ -102,9 +102,7 @@ def fuses(x: Tensor) -> bool:
     """Does a residual block of x run as one node of autograd? Compilers and those who ask for `definitions()` see its layers."""
     if by_definition() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    if memory_format(x.device) is not torch.channels_last:
-        return False
-    return x.dtype in native.DTYPES and x.numel() > 0 if x.is_cpu else in_one_op(x)
+    return memory_format(x.device) is torch.channels_last and in_one_op(x)
 
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
