@@ -64,9 +64,7 @@ class _InOneOp(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):
-        return None, *native.gradients(
-            _in_cpp()[1], ctx.needs_input_grad[1:], ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options
-        )
+        return None, *native.gradients(_in_cpp()[1], ctx.needs_input_grad[1:], ops.in_memory_format(dy), *ctx.saved_tensors, *ctx.options)
 
 
 @cache
