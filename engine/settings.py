@@ -77,7 +77,7 @@ def branches() -> list[Branch]:
     """The whole tree: the top, its branches, and for `method` every method's."""
     found = list(_branches(Config, "", "the whole run"))
     at = next(i for i, branch in enumerate(found) if branch.title.startswith("students"))
-    methods = [branch for name, schema in METHODS.items() for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
+    methods = [branch for name, schema in sorted(METHODS.items()) for branch in _branches(schema, "method.", " | ".join(_recipes_of(name)))]
     return found[:at] + methods + found[at:]
 
 
