@@ -31,8 +31,8 @@ from potstill.engine.methods.gdd import GDDConfig
 from potstill.engine.methods.moment_matching import MomentMatchingConfig
 from potstill.engine.methods.sfd import SFDConfig
 from potstill.engine.methods.sim import SIMConfig
-from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.shadow import give_shadows, shadow_of
 from potstill.engine.training.compile import compile_nets
 from potstill.engine.training.optim import OptimConfig
@@ -173,7 +173,7 @@ class Shape:
     kwargs: dict[str, Any]
     precond: str = "EDMPrecond"
 
-    def net(self, device: torch.device) -> Denoiser:
+    def net(self, device: torch.device) -> EDMDenoiser:
         torch.manual_seed(0)
         size = {"img_resolution": self.resolution, "img_channels": self.channels, "label_dim": self.label_dim}
         made = from_kwargs(self.precond, **size, **self.kwargs)

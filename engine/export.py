@@ -27,7 +27,7 @@ from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student, copy_weights, write_hub
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 ONNX = "student.onnx"
 MOST_UNLIKE = 1e-3  # between onnxruntime and PyTorch, of images in [-1, 1]: more is another net, not another rounding
@@ -158,7 +158,7 @@ images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses c
 def to_diffusers(subject: Subject, folder: Path) -> Written:
     student = single(subject, "diffusers")
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
-    assert isinstance(student.net, Denoiser)
+    assert isinstance(student.net, EDMDenoiser)
     write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
     classes = ", class_labels=[0, 1, 2, 3]" if student.label_dim else ""
     use = f"""\

@@ -24,6 +24,7 @@ from potstill.engine.models.generate import one_hot
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.freezing import propose
 from potstill.engine.skipping.picture import heat_map, table
 from potstill.engine.skipping.plan import BUDGET, HARDEST, check_budget, save_plan
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     check_budget(args.budget)
     check_numbers(args)
     device = device_named(args.device)
-    net, _ = load_net(args.teacher)
+    net = with_unet(load_net(args.teacher)[0])
     images = open_images(args.data, labelled=not args.unlabelled)
     check_fit(net, images)
     data = material(images, net, args.images, args.batch, args.seed, device)

@@ -24,6 +24,7 @@ from potstill.engine.models.generate import Between, generate, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import check_plan, load_plan
 
 FRAMES = 8  # of a strip
@@ -96,8 +97,8 @@ def with_skipping(model: Model, plan: Path | None, cache: int) -> Model:
         raise UserError(f"--plan and --cache are for teachers, {model.path} is a {model.role}: --which teacher takes the run's teacher")
     found = None if plan is None else load_plan(plan)
     if found is not None:
-        check_plan(found, model.net, str(plan))
-    return replace(model, net=Skipping(model.net, found, cache=cache).eval())
+        check_plan(found, with_unet(model.net), str(plan))
+    return replace(model, net=Skipping(with_unet(model.net), found, cache=cache).eval())
 
 
 def positive(text: str) -> int:

@@ -16,7 +16,7 @@ from potstill.engine.config.library import find
 from potstill.engine.config.tree import load
 from potstill.engine.data.images import data_variance, open_images
 from potstill.engine.data.sampler import Stream
-from potstill.engine.diffusion.sigmas import grid_level
+from potstill.engine.diffusion.sigmas import edm_weight, karras_at
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods import vitals
 from potstill.engine.methods.dmd import DMDConfig
@@ -99,12 +99,12 @@ def test_reference_curves_raise_no_alarm(name, tmp_path):
 def test_gaps_are_the_means_of_the_samples_of_a_quarter():
     """By hand for DMD's grid, in float64: quarters of the integers 100 … 899, 200 each; F differs by what λ makes 1 of."""
     index = torch.arange(100, 900)
-    sigma = grid_level(index).float()
+    sigma = karras_at(index / 999).float()
     x = torch.randn(800, 1, 2, 2)
     c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
     real = Estimate(torch.randn(800, 1, 2, 2), x, torch.ones(800), c_out)
     fake = real._replace(raw=real.raw + torch.randn(800, 1, 2, 2) * (index / 100)[:, None, None, None])
-    law = Gaps(lambda u: grid_level((100 + u * 800).long()))
+    law = Gaps(lambda u: karras_at((100 + u * 800).long() / 999), edm_weight)
     gaps = law(real, fake, sigma)
     order = torch.randperm(800)
     shuffled = [e._replace(raw=e.raw[order], x_t=x[order], c_skip=torch.ones(800), c_out=c_out[order]) for e in (real, fake)]
@@ -113,7 +113,7 @@ def test_gaps_are_the_means_of_the_samples_of_a_quarter():
     wanted = (by_hand**2).mean(1)
     assert np.stack([v.item() for v in gaps.values()]) == pytest.approx(wanted, rel=1e-3)
     assert np.stack([v.item() for v in mixed.values()]) == pytest.approx(wanted, rel=1e-3)
-    medians = [grid_level(torch.tensor(float(i))).item() for i in (199, 399, 599, 799)]
+    medians = [karras_at(torch.tensor(i / 999)).item() for i in (199, 399, 599, 799)]
     assert [float(name.removeprefix("gap@")) for name in gaps] == pytest.approx(medians, rel=0.02)
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import softplus
-from toy import Mixture, apart, batch_of, default_dtype, draws, gradients, image, largest, learn, pretrained, reached
+from toy import Mixture, ToyNet, apart, batch_of, default_dtype, draws, gradients, image, largest, learn, pretrained, reached
 
 from potstill.engine.diffusion import precond
-from potstill.engine.diffusion.sigmas import edm_weight, grid_level
+from potstill.engine.diffusion.sigmas import edm_weight
 from potstill.engine.methods.dmd import DMD, DMDConfig
-from potstill.engine.nets.discriminators import Critic, feature_shape
+from potstill.engine.methods.parts import grid_level
+from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels import add_noise, score_match
@@ -67,7 +68,7 @@ def test_a_teacher_evaluated_under_inference_mode_teaches_the_same():
 @default_dtype(torch.float64)
 def test_fake_gradient_by_hand(label_dim):
     data, method = Mixture(label_dim), dmd(Mixture(label_dim), gan=True, gan_fake=0.2)
-    y, real_labels, d = batch_of(data)
+    y, real_labels, d, *_ = batch_of(data)
     shared = method.begin(batch_of(data))
     method.nets["fake"].zero_grad()
     method.fake_loss(shared)[0].backward()  # a turn in which the student's is not due
@@ -144,12 +145,12 @@ def test_the_fake_net_learns_from_the_images_the_student_was_trained_on():
 
 
 def test_levels_and_weight():
-    levels = grid_level(torch.tensor([0, 20, 100, 250, 500, 750, 900, 980, 999]).double())
+    levels = grid_level(net := ToyNet(), torch.tensor([0, 20, 100, 250, 500, 750, 900, 980, 999]).double())
     published = torch.tensor([0.002, 0.00323, 0.0168, 0.170, 2.53, 17.6, 45.6, 72.05, 80]).double()
     torch.testing.assert_close(levels, published, rtol=4e-3, atol=0)
     drawn = draws(200_000).integers(*DMDConfig().match_index)
     assert (drawn.min(), drawn.max()) == (20, 980)
-    every = grid_level(torch.arange(1000).double())
+    every = grid_level(net, torch.arange(1000).double())
     torch.testing.assert_close(edm_weight(every) * precond.edm(every).c_out ** 2, torch.ones_like(every))
 
 
@@ -161,7 +162,7 @@ def test_the_head_has_dmd2s_size():
         )  # fmt: skip
         critic = Critic(adm, with_head=True)
         x, sigma, labels = torch.empty(2, 3, 64, 64), torch.empty(2), torch.empty(2, 1000)
-        assert feature_shape(adm) == (768, 8)
+        assert adm.taps()[-1] == (768, 8)
         assert adm.features(x, sigma, labels).shape == (2, 768, 8, 8)
         assert critic.logits(x, sigma, labels).shape == (2, 1)
     assert sum(p.numel() for p in critic.head.parameters()) == 2 * (16 * 768**2 + 3 * 768) + 768 + 1  # 18.88 M

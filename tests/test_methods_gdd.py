@@ -17,7 +17,7 @@ from potstill.engine.diffusion import precond
 from potstill.engine.methods.base import Batch, frozen
 from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.nets.discriminators import PatchHead, ProjectedDiscriminator, Projector, SpectralConv2d
-from potstill.engine.nets.edm import from_kwargs, without_augmentation
+from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.features import KNOWN, FeatureNet, OnlyShape, Tap, load_feature_net
 from potstill.engine.skipping.freezing import freeze, is_frozen
 from potstill.engine.training.optim import OptimConfig
@@ -96,7 +96,7 @@ def test_preconditioning_at_80_is_that_of_consistency_models():
 
 def test_student_starts_as_the_teacher_at_80():
     teacher = tiny(label_dim=3, augment_dim=9, dropout=0.3).eval()
-    method = GDD(GDDConfig(), without_augmentation(tiny(label_dim=3, augment_dim=9, dropout=0.3)), [OnlyShape([(8, 8)])])
+    method = GDD(GDDConfig(), tiny(label_dim=3, augment_dim=9, dropout=0.3).without_augmentation(), [OnlyShape([(8, 8)])])
     method.student.load_state_dict({k: v for k, v in teacher.state_dict().items() if "map_augment" not in k})
     labels = on_images(teacher).labels
     z = draws(4).normal(1, 8, 8)

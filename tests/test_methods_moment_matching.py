@@ -110,7 +110,7 @@ CASES = [(0, 1.0, "sqrt_karras"), (4, 1.5, "edm"), (4, 1.0, "flat")]
 
 def jump_by_hand(method: Alternating, data: Mixture) -> tuple[Tensor, ...]:
     """z_t, S_t, x̃ (with its graph), z_s, S_s, labels and w, of a four-step student on Karras' map."""
-    (y, labels, _), d = batch_of(data), draws(16)
+    (y, labels, *_), d = batch_of(data), draws(16)
     s = d.uniform()
     t = (s + d.uniform() / 4).clamp(max=1)
     low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
@@ -296,7 +296,7 @@ def test_the_difference_converges_to_the_derivative():
 def test_v_is_the_mean_square_of_the_teachers_gradients_on_real_data():
     data = Mixture(4)
     method = Instant(MomentMatchingConfig(measure_batch=8), pretrained(data), pretrained(data))
-    (y, labels, d), teacher = batch_of(data, n=24), pretrained(data)
+    (y, labels, d, _), teacher = batch_of(data, n=24), pretrained(data)
     sigma = (-1.2 + 1.2 * d.normal()).exp()
     x_t = y + image(sigma) * d.normal(2, 1, 1)
     squares = []
@@ -370,11 +370,11 @@ def test_instant_learns(settings, iterations, lr):
     ("settings", "wanted"),
     [
         ({"steps": 0}, "steps wants at least 1, got 0"),
-        ({"weight": "huber"}, "weight wants one of flat, sqrt_karras, edm, snr, sigmoid, got 'huber'"),
-        ({"levels": "linear"}, "levels wants one of karras, cosine, log_uniform, got 'linear'"),
+        ({"weight": "huber"}, "weight wants one of flat, sqrt_karras, edm, snr, sigmoid, own, got 'huber'"),
+        ({"levels": "linear"}, "levels wants one of karras, cosine, log_uniform, own, got 'linear'"),
         ({"variant": "both"}, "variant wants one of alternating, instant, got 'both'"),
         ({"jvp": "reverse"}, "jvp wants one of forward, difference, got 'reverse'"),
-        ({"guidance": 1.5}, "wants a class-conditional teacher"),
+        ({"guidance": 1.5}, "wants a teacher that knows classes"),
         ({"sigma_min": 90.0}, "sigma_max wants more than sigma_min = 90.0, got 80.0"),
         ({"dropout": 1.0}, "dropout wants a probability in [0, 1), got 1.0"),
         ({"measure_every": 0}, "measure_every wants at least 1, got 0"),

@@ -63,12 +63,12 @@ class Told(ToyNet):
         self.seen: list[int] = []
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels=None, augment_labels=None, *, steps: int) -> Tensor:
-        return self.told(steps, super().forward, x, sigma, class_labels)
+        return self.with_steps(steps, super().forward, x, sigma, class_labels)
 
     def estimate(self, x: Tensor, sigma: Tensor, class_labels=None, *, steps: int):
-        return self.told(steps, super().estimate, x, sigma, class_labels)
+        return self.with_steps(steps, super().estimate, x, sigma, class_labels)
 
-    def told(self, steps, call, *args):
+    def with_steps(self, steps, call, *args):
         self.seen.append(steps)
         return call(*args)
 

@@ -233,7 +233,7 @@ def remembering(estimate, seen: dict, name: str):
 
 def test_no_real_image_is_looked_at():
     data, method = Mixture(), sim(Mixture())
-    y, labels, _ = batch_of(data)
+    y, labels, *_ = batch_of(data)
     for trains in ("student", "fake"):
         some, none = (gradients(method, trains, Batch(images, labels, draws(16)))[trains] for images in (y, y * torch.nan))
         torch.testing.assert_close(some, none, rtol=0, atol=0)
@@ -277,7 +277,7 @@ def test_learns(settings, label_dim, iterations):
         ({"c": 0.0}, "c wants more than 0, got 0.0"),
         ({"t_max": 1.5}, "in (0, 1], got 1.5"),
         ({"sigma": 0.0}, "sigma wants more than 0, got 0.0"),
-        ({"guidance": 2.0}, "wants a class-conditional teacher"),
+        ({"guidance": 2.0}, "wants a teacher that knows classes"),
     ],
 )
 def test_bad_settings_are_refused(settings, wanted):

@@ -20,7 +20,7 @@ from potstill.engine.methods.base import Batch, Draws
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.nets import ops
 from potstill.engine.nets.edm import from_kwargs
-from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock, set_checkpointing
+from potstill.engine.nets.layers import BlockStyle, Init, UNetBlock
 from potstill.engine.skipping.freezing import freeze
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*cond.safetensors"))
@@ -259,7 +259,7 @@ def test_the_students_turn_keeps_at_most_six_tenths_of_the_naive_bytes(name, lay
 
     ours = bytes_kept(loss, nets)
     for one in nets:
-        set_checkpointing(one, "blocks")
+        one.recompute("blocks")
     assert bytes_kept(loss, nets) < 0.5 * ours
     for one in nets:
         one.requires_grad_(True)
@@ -276,7 +276,7 @@ def test_checkpointing_changes_no_bit_of_dropout_or_gradients(name):
     x, sigma = torch.randn(4, 3, 8, 8), torch.rand(4) + 0.1
 
     def gradients(kept):
-        set_checkpointing(net, kept)
+        net.recompute(kept)
         torch.manual_seed(1)
         d = net.train()(x, sigma)
         return [d, *torch.autograd.grad(d.square().sum(), list(net.parameters()), allow_unused=True), torch.rand(1)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from potstill.engine.diffusion.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
-from potstill.engine.diffusion.sigmas import edm_weight, grid_level, karras, karras_at, lognormal, with_zero
+from potstill.engine.diffusion.sigmas import edm_weight, karras, karras_at, lognormal, with_zero
 from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.models.opening import sampler_for
@@ -126,7 +126,7 @@ def test_posterior_is_bayes():
 
 def test_noise_levels_are_the_published_ones():
     """DMD2's grid, SFD's grid and SiD's map, to the digits the specifications give."""
-    grid = grid_level(torch.tensor([0, 20, 100, 250, 500, 750, 900, 980, 999]))
+    grid = karras_at(torch.tensor([0, 20, 100, 250, 500, 750, 900, 980, 999]) / 999)
     published = torch.tensor([0.002, 0.00323, 0.0168, 0.170, 2.53, 17.6, 45.6, 72.05, 80.0])
     torch.testing.assert_close(grid, published, rtol=5e-3, atol=0)
     torch.testing.assert_close(karras(4, 0.006), torch.tensor([80, 10.929, 0.6699, 0.006]).double(), rtol=1e-4, atol=0)
@@ -189,7 +189,7 @@ class Noise:
 class Gaussian(torch.nn.Module):
     """The denoiser of N(0, SD²) as a net."""
 
-    img_channels, img_resolution = 1, 1
+    shape = (1, 1, 1)
 
     def forward(self, x, sigma, labels):
         return denoise(x, sigma)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from potstill.engine.diffusion import precond
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
+from potstill.engine.diffusion.sigmas import edm_weight, karras, karras_at, lognormal
 from potstill.engine.methods.base import Batch, Draws, Method, Turn
 from potstill.engine.training.optim import OptimConfig
 from potstill.engine.training.run import Run, TrainConfig
@@ -26,14 +26,35 @@ from potstill.kernels import Estimate
 class Toy(nn.Module):
     """What the exact denoiser and the learnt one share: size, call and estimate. A subclass gives raw F or D."""
 
-    img_channels, img_resolution = 2, 1
+    shape, img_channels, img_resolution = (2, 1, 1), 2, 1
+    text = False
     sigma_min, sigma_max, sigma_data = 0.002, 80.0, 0.5
     knows_steps = False
 
     def __init__(self, label_dim: int):
         super().__init__()
-        self.label_dim = label_dim
+        self.label_dim, self.conditional = label_dim, bool(label_dim)
         self.compute_dtype = torch.float32
+
+    # what a Denoiser of EDM's says of itself
+
+    def coefficients(self, sigma: Tensor) -> precond.Coefficients:
+        return precond.edm(sigma, self.sigma_data)
+
+    def level(self, u: Tensor) -> Tensor:
+        return karras_at(u)
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return edm_weight(sigma)
+
+    def told(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def sampling_levels(self, steps: int) -> Tensor:
+        return karras(steps)
+
+    def set_dropout(self, p: float) -> None:
+        """It has none."""
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels=None) -> Tensor:
         """D(x; σ, labels) [N, 2, 1, 1]."""
@@ -117,6 +138,9 @@ class ToyNet(Toy):
 
     def F(self, x: Tensor, sigma: Tensor, labels: Tensor | None, c: precond.Coefficients) -> Tensor:
         return self.model.out(self.hidden(x, labels, c)).reshape_as(x)
+
+    def taps(self) -> list[tuple[int, int]]:
+        return [(self.width // 4, 2)]
 
     def features(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         sigma = torch.as_tensor(sigma).to(x.dtype).reshape(-1).expand(len(x))

@@ -24,22 +24,23 @@ from benches import RESULTS, ROOT, harness, rows
 from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import ode
-from potstill.engine.diffusion.sigmas import digit_reversal, grid_level, karras_at
+from potstill.engine.diffusion.sigmas import digit_reversal, karras_at
 from potstill.engine.jobs.job import Job
 from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import reference, score
 from potstill.engine.methods.base import integer_at
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.models.weights import load_net
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.probe import material
 from potstill.engine.skipping.apply import Skipping
+from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import Plan, save_plan
 from potstill.engine.skipping.probe import make_plan, probe, spearman
 
 RECIPE = ROOT / "configs/digits.yaml"
 LAWS = {  # where the recipes ask their teacher, as quantiles
-    "dmd": lambda u: grid_level(integer_at(u, 100, 700)),
+    "dmd": lambda u: karras_at(integer_at(u, 100, 700) / 999),
     "sim": lambda u: karras_at(0.8 * u),
 }
 
@@ -60,7 +61,7 @@ def main() -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        net, _ = load_net(args.teacher or train_teacher(work))
+        net = with_unet(load_net(args.teacher or train_teacher(work))[0])
         images = open_images(args.data)
         data = material(images, net, args.images, args.batch, 0, torch.device("cpu"))
         profile = probe(net, data, args.bins, say)
@@ -97,7 +98,7 @@ def summary(plan: Plan) -> dict[str, Any]:
     return {"edges": plan.edges, "order": plan.order, "prefix": plan.prefix, **plan.report}
 
 
-def teacher_speed(net: Denoiser, plan: Plan, n: int = 64) -> dict[str, float]:
+def teacher_speed(net: EDMDenoiser, plan: Plan, n: int = 64) -> dict[str, float]:
     """Full over light seconds of one evaluation on a stratified batch, per law of σ."""
     x = torch.randn(n, net.img_channels, net.img_resolution, net.img_resolution)
     labels = torch.eye(net.label_dim)[torch.arange(n) % net.label_dim]
@@ -124,7 +125,7 @@ def speed_up(calls: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, 
 
 
 @torch.no_grad()
-def trajectory_speed(net: Denoiser, plan: Plan, n: int = 32) -> dict[str, Any]:
+def trajectory_speed(net: EDMDenoiser, plan: Plan, n: int = 32) -> dict[str, Any]:
     """SFD's teacher walk of 12 evaluations: speed-up, and how far its end is from the full walk's (relative RMS)."""
     sampler = SFD(SFDConfig(), net, net).teacher_sampler(4)
     x = 80 * torch.randn(n, net.img_channels, net.img_resolution, net.img_resolution)
@@ -136,7 +137,7 @@ def trajectory_speed(net: Denoiser, plan: Plan, n: int = 32) -> dict[str, Any]:
     return {name: {"speed_up": r, "end_differs": relative(ends[name], ends["full"])} for name, r in ratios.items()}
 
 
-def light_teachers(net: Denoiser, plans: dict[float, Plan]) -> dict[str, Skipping]:
+def light_teachers(net: EDMDenoiser, plans: dict[float, Plan]) -> dict[str, Skipping]:
     first = min(plans)
     found = {f"plan {b}": Skipping(net, plan) for b, plan in plans.items()}
     found |= {f"cache {n}": Skipping(net, None, cache=n) for n in (2, 3)}
@@ -147,7 +148,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-def sampling_quality(net: Denoiser, plans: dict[float, Plan], images: Any, n: int) -> dict[str, float]:
+def sampling_quality(net: EDMDenoiser, plans: dict[float, Plan], images: Any, n: int) -> dict[str, float]:
     """The Fréchet distance of Heun's samples, full and light, from the same noise."""
     features = features_by_name("pixels")
     settings = {"n": n, "against": reference(images, features, n=n)}

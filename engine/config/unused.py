@@ -8,8 +8,9 @@ import dataclasses
 import inspect
 
 from potstill.engine.common.checks import Unused
-from potstill.engine.config.tree import Config, flat
+from potstill.engine.config.tree import Config, NetConfig, flat
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
@@ -54,6 +55,8 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
 
 def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
     """Settings of the net that are not what the teacher's file says of it, as far as it says anything."""
+    if not isinstance(teacher, EDMDenoiser):
+        return [name for name, value in vars(cfg.net).items() if value != getattr(NetConfig(), name)]
     signature = inspect.signature(type(teacher.model)).parameters
     said = {name: one.default for name, one in signature.items()} | teacher.kwargs
     said |= {"precond": teacher.precond, "model_type": type(teacher.model).__name__, "conditional": bool(teacher.label_dim)}

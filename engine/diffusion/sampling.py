@@ -12,22 +12,36 @@ from torch import Tensor
 from potstill.engine.common.checks import one_of, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.kinds import is_list, is_number, is_whole, shown
+from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.diffusion.sigmas import karras, with_zero
-from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, solve, trajectory
+from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, renoise, solve, trajectory
 
-ONE_STEP, ANCESTRAL = "one_step", "ancestral"
+ONE_STEP, ANCESTRAL, RENOISE = "one_step", "ancestral", "renoise"
+JUMPS = (ONE_STEP, ANCESTRAL, RENOISE)  # one evaluation a level; all others are ODE walks
+STARTS = ("sigma", "unit")
 CHURNED = ("euler", "heun")  # they remember nothing, so noise may come between their steps
 
 
 class Sampled(Protocol):
     """What images are sampled from: a denoiser, the router of several, or a denoiser some of whose layers are skipped."""
 
-    img_channels: int
-    img_resolution: int
     label_dim: int
     training: bool
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **how: Any) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def img_channels(self) -> int: ...
+
+    @property
+    def img_resolution(self) -> int: ...
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Any = None, **how: Any) -> Tensor: ...
+
+    def coefficients(self, sigma: Tensor) -> Coefficients: ...
+
+    def sampling_levels(self, steps: int) -> Tensor: ...
 
 
 class SeedNoise:
@@ -48,8 +62,11 @@ class SeedNoise:
 class Sampler:
     """How a net is sampled.
 
-    solver: "one_step" (x = D(σ z; σ) at the only level), "ancestral" (posterior sampling with fresh noise, ends with D at
-    the last level), or a name of `solvers.SOLVERS` (an ODE walk over `sigmas`, whose last level may be 0).
+    solver: "one_step" (x = D(σ z; σ) at the only level), "ancestral" (posterior sampling with fresh noise), "renoise" (fresh
+    noise on D, the stochastic sampler of consistency models and DMD2), which both end with D at the last level, or a name of
+    `solvers.SOLVERS` (an ODE walk over `sigmas`, whose last level may be 0).
+
+    start: what comes first: "sigma", x = σ z; "unit", x = z / c_in(σ), so that what enters the net is z.
 
     Of an ODE walk: `afs` makes the first step without the net (SFD's analytical first step), `lower_order_final` lets
     DPM-Solver++ end with lower orders, and `step_condition` is the number of levels that is told to a net with a step
@@ -69,9 +86,11 @@ class Sampler:
     step_condition: int | None = None
     churn: tuple[float, float, float, float] | None = None
     rho: float | None = 7.0
+    start: str = "sigma"
 
     def __post_init__(self):
-        one_of(self, "solver", (ONE_STEP, ANCESTRAL, *SOLVERS))
+        one_of(self, "solver", (*JUMPS, *SOLVERS))
+        one_of(self, "start", STARTS)
         least = 2 if self.solver in SOLVERS else 1
         given = list(self.sigmas) if is_list(self.sigmas, lambda s: is_number(s, 0)) else []  # finite, and none of them a text
         falling = given and given[0] > 0 and sorted(given, reverse=True) == given
@@ -98,26 +117,28 @@ class Sampler:
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
-        if self.solver in (ONE_STEP, ANCESTRAL):
+        if self.solver in JUMPS:
             return len(self.sigmas)
         steps = len(self.sigmas) - 1 - self.afs
         return EVALUATIONS[self.solver] * steps - (1 if self.solver == "heun" and self.sigmas[-1] == 0 else 0)
 
-    def __call__(self, net: Sampled, labels: Tensor | None, noise: Any) -> Tensor:
-        """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws)."""
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    def __call__(self, net: Sampled, labels: Any, noise: Any) -> Tensor:
+        """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws).
+
+        labels: N rows of what the net is told (one-hot classes, or `nets.conditions.Text`), or None.
+        """
         sigmas = self.levels(net)
-        x = noise.normal(*shape) * sigmas[0].float()
+        x = first_state(net, noise.normal(*net.shape), sigmas[0].float(), self.start)
         if self.solver == ONE_STEP:
             return net(x, sigmas[0].float(), labels)
-        if self.solver == ANCESTRAL:
+        normal = lambda: noise.normal(*net.shape)  # noqa: E731
+        if self.solver in JUMPS:
             begin_walk(net)
-            x = solve(ancestral(lambda: noise.normal(*shape)), lambda x, s: net(x, s, labels), x, sigmas)
+            step = ancestral(normal) if self.solver == ANCESTRAL else renoise(normal)
+            x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
             return net(x.float(), sigmas[-1].float(), labels)
         if self.churn:
-            step = churned(
-                SOLVERS[self.solver], lambda: noise.normal(*shape), len(sigmas) - 1, *self.churn, known=partial(nearest_level, net)
-            )
+            step = churned(SOLVERS[self.solver], normal, len(sigmas) - 1, *self.churn, known=partial(nearest_level, net))
             return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
         return self.states(net, x, labels)[-1].float()
 
@@ -129,7 +150,7 @@ class Sampler:
         known = [nearest_level(net, sigma) if walks else sigma for sigma in self.sigmas]
         return torch.tensor(known, dtype=torch.float64, device="cpu")  # also where nets are planned on "meta"
 
-    def states(self, net: Sampled, x: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def states(self, net: Sampled, x: Tensor, labels: Any) -> list[Tensor]:
         """The ODE's states at every level of `sigmas` from x [N, C, H, W] at the first: float64, x itself included."""
         assert self.solver in SOLVERS and not self.churn
         told = {} if self.step_condition is None else {"steps": self.step_condition}
@@ -156,9 +177,17 @@ class Sampler:
         return replace(self, sigmas=sigmas, step_condition=None if self.step_condition is None else levels)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a weight file: JSON's types. Without churn, and with EDM's rho, there is no word of them: older readers know it all."""
-        usual = {"churn": None, "rho": 7.0}
+        """For a weight file: JSON's types. What is usual has no word: older readers know it all."""
+        usual = {"churn": None, "rho": 7.0, "start": "sigma"}
         return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
+
+
+def first_state(net: Any, z: Tensor, sigma: Tensor, start: str) -> Tensor:
+    """x at level sigma (scalar or [N]) from standard normals z [N, …]: one of STARTS."""
+    if start == "sigma":
+        return z * sigma
+    c_in = net.coefficients(sigma.to(z.device).reshape(-1).expand(len(z))).c_in
+    return z / c_in.reshape(-1, *(1,) * (z.ndim - 1))
 
 
 def nearest_level(net: Any, sigma: float) -> float:
@@ -183,11 +212,9 @@ def ode(solver: str, steps: int, sigma_min: float = 0.002, sigma_max: float = 80
     return Sampler(solver, with_zero(karras(steps, sigma_min, sigma_max, rho)).tolist())
 
 
-def heun(net: Any, steps: int) -> Sampler:
-    """EDM's deterministic sampler of a teacher; an iDDPM net's schedule ends where the net does, as in EDM's code."""
-    if getattr(net, "precond", None) == "iDDPMPrecond":
-        return ode("heun", steps, max(0.002, net.sigma_min), min(80.0, net.sigma_max))
-    return ode("heun", steps)
+def heun(net: Sampled, steps: int) -> Sampler:
+    """EDM's deterministic sampler of a teacher, over the net's own schedule."""
+    return Sampler("heun", with_zero(net.sampling_levels(steps)).tolist())
 
 
 def few_step(

@@ -51,12 +51,7 @@ def lognormal(normal: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     return (mean + std * normal).exp()
 
 
-GRID = 1000  # levels of DMD's grid
-
-
-def grid_level(index: Tensor, levels: int = GRID) -> Tensor:
-    """σ of integer indices on a `levels`-point Karras grid of 0.002 … 80, 0 being the smallest (DMD2's time steps)."""
-    return karras_at(index / (levels - 1))
+GRID = 1000  # levels of DMD2's grid
 
 
 def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:

@@ -127,6 +127,15 @@ def ancestral(normal: Callable[[], Tensor]) -> Step:
     return step
 
 
+def renoise(normal: Callable[[], Tensor]) -> Step:
+    """Fresh `normal()` on the clean image; one evaluation (2303.01469, Alg. 1; DMD2, 2405.14867, Sec. 4.4; LCM's scheduler)."""
+
+    def step(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return denoise(x, sigma) + sigma_next * normal(), None
+
+    return step
+
+
 def churned(
     step: Step, normal: Callable[[], Tensor], steps: int, s_churn: float, s_min: float, s_max: float, s_noise: float,
     *, known: Callable[[float], float] = lambda sigma: sigma,

@@ -13,14 +13,14 @@ from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import save_tensors
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 FILES = Path(__file__).parent / "standalone"
 SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows
 DIFFUSERS = "0.30.0"  # the form of the files; written where diffusers puts its version
 
 
-def write_diffusers(net: Denoiser, sampler: dict[str, Any], folder: Path, metadata: dict[str, str]) -> None:
+def write_diffusers(net: EDMDenoiser, sampler: dict[str, Any], folder: Path, metadata: dict[str, str]) -> None:
     """The files into a folder that exists. UserError for a way of sampling that pipeline.py does not know."""
     if sampler["solver"] not in SOLVERS:
         raise UserError(f"the diffusers pipeline samples by {', '.join(SOLVERS)}, this file wants {sampler['solver']}")

@@ -17,8 +17,8 @@ from potstill.engine.diffusion.precond import iddpm_levels
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
 from potstill.engine.models.weights import load_strictly, read_metadata, read_tensors
-from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Inert, Unreadable, shown
 from potstill.engine.readers.torch_pickles import MOST_PARTS, NET_NAME, Persistent, StoredTensor, Weights, read_file, weights_of
@@ -45,7 +45,7 @@ class Found(NamedTuple):
     """A denoiser out of somebody else's file, under which name it stood there, what is worth telling about it, and how it is
     sampled where the file says so."""
 
-    net: Denoiser
+    net: EDMDenoiser
     name: str
     notes: list[str]
     sampler: Sampler | None = None
@@ -214,7 +214,7 @@ def _named(like: Path) -> Like:
     return Like(like, metadata["precond"], metadata["kwargs"])
 
 
-def _check_constants(net: Denoiser) -> None:
+def _check_constants(net: EDMDenoiser) -> None:
     """Unreadable where what a file stores beside its weights is not what the net's arguments make."""
     arguments = all_kwargs(net.precond, net.kwargs)
     taps = torch.tensor(arguments.get("resample_filter", [1, 1]), dtype=torch.float32)

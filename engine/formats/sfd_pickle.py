@@ -14,7 +14,7 @@ from torch import Tensor
 
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import geometric, karras, vp_uniform
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.layers import frequencies
 from potstill.engine.nets.steps import FREQUENCIES
 from potstill.engine.readers.edm_arguments import LISTS, argument, is_number, is_whole
@@ -160,7 +160,7 @@ def taps(weights: Weights) -> list[int]:
     return [int(tap) for tap in whole.tolist()]
 
 
-def check_layers(ours: Denoiser, net: Inert) -> None:
+def check_layers(ours: EDMDenoiser, net: Inert) -> None:
     """Unreadable where a layer says that it computes otherwise than ours of the same name and shape."""
     theirs = parts(net)
     for name, module in ours.named_modules():

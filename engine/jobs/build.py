@@ -19,6 +19,7 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.skipping.apply import Guard, Skipping
+from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 
 
@@ -103,7 +104,7 @@ def lighten(method: Method, cfg: SkippingConfig, say: Callable[[str], None]) -> 
     walks = check_lighten(method, cfg)
     if not cfg.plan and cfg.cache == 1:
         return None
-    teacher: Denoiser = method.teacher  # pyright: ignore[reportAttributeAccessIssue]  # check_lighten has found it
+    teacher = with_unet(method.teacher)  # pyright: ignore[reportAttributeAccessIssue]  # check_lighten has found it
     plan = own_plan(cfg, teacher)
     if (plan is None or plan.empty) and cfg.cache == 1:
         say(f"skipping: {cfg.plan} leaves out nothing, so the teacher stays as it is")
@@ -121,6 +122,8 @@ def check_lighten(method: Method, cfg: SkippingConfig) -> bool:
         raise UserError(
             f"skipping is for methods that ask a teacher for denoised images, and {name} does not: unset skipping.plan and skipping.cache"
         )
+    if cfg.plan or cfg.cache > 1:
+        with_unet(method.teacher)  # pyright: ignore[reportAttributeAccessIssue]
     walks = method.teacher_level(torch.zeros(1)) is None
     if cfg.cache > 1 and not walks:
         raise UserError(f"skipping.cache is for teachers that walk (method sfd), and {name} asks for single noise levels: set it to 1")
@@ -132,5 +135,5 @@ def own_plan(cfg: SkippingConfig, teacher: Denoiser) -> Plan | None:
     if not cfg.plan:
         return None
     plan = load_plan(Path(cfg.plan).expanduser())
-    check_plan(plan, teacher, cfg.plan)
+    check_plan(plan, with_unet(teacher), cfg.plan)
     return plan

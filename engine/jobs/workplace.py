@@ -17,7 +17,6 @@ from potstill.engine.models.generate import one_hot, write_pairs
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.weights import is_whole, read_metadata, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.layers import set_checkpointing
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run, TrainConfig
 
@@ -47,9 +46,9 @@ class Workplace:
 
     def prepared(self, net: Any, stage: TrainConfig | None = None) -> Any:
         """A net on the device, computing in the precision of this run and keeping what its stage says; null: distillation."""
-        set_checkpointing(net, (stage or self.cfg.train).activation_checkpointing)
         for module in net.modules():
             if isinstance(module, Denoiser):
+                module.recompute((stage or self.cfg.train).activation_checkpointing)
                 module.compute_dtype = self.dtype
         return net.to(self.device)
 

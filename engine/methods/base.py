@@ -17,6 +17,7 @@ from potstill.engine.common.checks import Unused, finite, one_of
 from potstill.engine.common.packages import Extra
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import strata
+from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
 
 Logs = dict[str, Tensor]
@@ -162,11 +163,16 @@ def integer_at(u: Tensor, low: int, high: int) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Real images [N, C, H, W] in [-1, 1], their one-hot labels [N, label_dim] (or None), and this iteration's randomness."""
+    """Real images [N, C, H, W] in [-1, 1] (or latents), what they show, and this iteration's randomness.
+
+    labels: one-hot rows [N, label_dim], or embedded captions; None for neither. prompts: of a net that is told prompts, N of them
+    for each time that the method asks (`Method.asks`).
+    """
 
     images: Tensor
-    labels: Tensor | None
+    labels: Condition | None
     draws: Draws
+    prompts: tuple[Text, ...] = ()
 
 
 class OneRank:
@@ -201,6 +207,9 @@ class Method:
     #: over each micro-batch's.
     ranks: OneRank = OneRank()
     together: bool = False
+
+    #: How often an iteration asks what to draw, beside what its real images show (`methods.parts.conditions`).
+    asks: ClassVar[int] = 1
 
     #: Draw the teacher's noise levels stratified (`Draws.level`)?
     stratified: bool = False

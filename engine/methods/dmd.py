@@ -12,6 +12,10 @@ difference, which is the gradient of KL(student || data) averaged over noise lev
 l is a head on μ_fake's encoder, x_s and y_s are generated and real images with noise of their own (diffusion GAN).
 TTUR: `fake_per_student` updates of μ_fake for each of G, on G's turns with the very images G was trained on.
 
+Few-step students (DMD2's `steps`) are trained on the inputs that they make themselves (`parts.Generator`). Text-to-image: the
+noise levels are the net's own, the weights are 1 on its raw output, `start: unit` gives the net z itself, as the released code
+does, and `fake_guidance` guides the fake net as well, in its own training too (SiD-LSG, 2406.01561).
+
 Differs from the paper: the weight's denominator is kept above 1e-6 (the released code divides by whatever it is and then
 replaces NaN); samples that are not finite count as zero and are reported; the regression's metric can be pixels' L2.
 """
@@ -22,11 +26,11 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.checks import Unused, above, at_least, one_of, window
-from potstill.engine.diffusion.sampling import one_step
-from potstill.engine.diffusion.sigmas import GRID, edm_weight, grid_level
+from potstill.engine.diffusion.sigmas import GRID
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, PairsNeeded, Turn, copied, frozen, integer_at
-from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
+from potstill.engine.methods.parts import Generator, check_generator, check_guidance, conditions, grid_level, noise_like
 from potstill.engine.methods.vitals import Gaps, accuracy, mean_finite, variance
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.nets.features import LPIPS, lpips_extra
@@ -38,11 +42,14 @@ class DMDConfig(MethodConfig):
     """Defaults: DMD2's ImageNet-64 recipe (released code)."""
 
     name: str = "dmd"  # set by method=…
-    sigma: float = 80.0  # the student's only noise level
+    sigma: float = 80.0  # the student's only noise level, unless `steps` names others
+    steps: list[int] = field(default_factory=list)  # the student's levels among the net's 1000, such as [999, 749, 499, 249]; []: sigma
+    start: str = "sigma"  # what the student begins with: sigma (x = σ z) | unit (z is what enters the net)
     fake_per_student: int = 5  # updates of the fake net for one of the student (TTUR); DMD 1 used 1
     match_index: list[int] = field(default_factory=lambda: [20, 980])  # first and last level matched, of the 1000-point grid
     fake_index: list[int] = field(default_factory=lambda: [0, 999])  # the fake net's levels in its training, likewise
     guidance: float = 1.0  # of the teacher; 1 is none
+    fake_guidance: float = 1.0  # of the fake net, also in its own training loss
     gan: bool = False  # a GAN head on the fake net's encoder: DMD2
     gan_index: list[int] = field(default_factory=lambda: [0, 999])  # levels that the head sees; [0, 0] for (almost) clean images
     gan_student: float = 3e-3  # w_G: weight of the GAN in the student's loss
@@ -55,6 +62,7 @@ class DMDConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         above(self, 0, "sigma")
+        check_generator(self)
         at_least(self, 1, "fake_per_student", "pairs", "pair_steps")
         at_least(self, 0, "gan_student", "gan_fake", "regression")
         for name in ("match_index", "fake_index", "gan_index"):
@@ -65,7 +73,7 @@ class DMDConfig(MethodConfig):
         perceptual = self.regression > 0 and self.regression_metric == "lpips"
         return Needs(
             data=self.gan,
-            classes=self.guidance != 1,
+            classes=self.guidance != 1 or self.fake_guidance != 1,
             pairs=PairsNeeded(self.pairs, self.pair_steps) if self.regression else None,
             extras=[lpips_extra("method.regression", "set method.regression_metric=l2")] if perceptual else [],
         )
@@ -76,7 +84,7 @@ class DMDConfig(MethodConfig):
     def unused(self) -> Unused:
         gan: Unused = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")
         pairs: Unused = {} if self.regression else dict.fromkeys(("regression_metric", "pairs", "pair_steps"), "method.regression=0")
-        return gan | pairs
+        return gan | pairs | ({"sigma": "method.steps"} if self.steps else {})
 
 
 @dataclass
@@ -84,7 +92,7 @@ class Shared:
     """One iteration: the batch, and the images that the first turn to need them generated."""
 
     batch: Batch
-    labels: Tensor | None
+    labels: Condition | None
     images: Tensor | None = None
 
 
@@ -95,8 +103,9 @@ class DMD(Method):
 
     def __init__(self, cfg: DMDConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)
+        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
         for net in (student, fake):
-            set_dropout(net, 0.0)  # EDM's files carry their training value; DMD and DMD2 train without
+            net.set_dropout(0.0)  # DMD and DMD2 train without
         self.cfg, self.teacher = cfg, frozen(teacher)
         critic = Critic(fake, with_head=cfg.gan)
         self.nets = {"student": student, "fake": critic}
@@ -106,24 +115,25 @@ class DMD(Method):
             Turn("student", self.student_loss, every=cfg.fake_per_student),
             Turn("fake", self.fake_loss),
         )
-        self.sampler, self.gaps = one_step(cfg.sigma), Gaps(self.teacher_level)
+        self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
+        self.sampler, self.gaps = self.generate.sampler, Gaps(self.teacher_level, self.teacher.weight)
         self.perceptual = LPIPS() if cfg.regression and cfg.regression_metric == "lpips" else None
 
     def teacher_level(self, u: Tensor) -> Tensor:
-        return grid_level(integer_at(u, *self.cfg.match_index))
+        return grid_level(self.teacher, integer_at(u, *self.cfg.match_index))
 
     def begin(self, batch: Batch) -> Shared:
-        return Shared(batch, batch.draws.labels(self.student.label_dim))
+        return Shared(batch, conditions(self.student, batch))
 
     def student_loss(self, it: Shared) -> tuple[Tensor, Logs]:
         """Move x along fake - real, and towards images the head takes for real."""
-        x = generate(self.student, it.batch.draws, self.cfg.sigma, it.labels)
+        x = self.generate(self.student, it.batch.draws, it.labels)
         it.images = x.detach()
         with torch.no_grad():
-            sigma = grid_level(it.batch.draws.integer_level(*self.cfg.match_index))
+            sigma = grid_level(self.teacher, it.batch.draws.integer_level(*self.cfg.match_index))
             x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
             real = self.teacher.estimate(x_t, sigma, it.labels, guidance=self.cfg.guidance)
-            fake = self.frozen_fake.estimate(x_t, sigma, it.labels)
+            fake = self.frozen_fake.estimate(x_t, sigma, it.labels, guidance=self.cfg.fake_guidance)
         loss, nonfinite = score_match(x, real, fake)
         loss = loss.mean()
         logs = {"match": loss, "nonfinite": nonfinite} | self.gaps(real, fake, sigma) | variance(it.images, self.data_variance)
@@ -141,22 +151,24 @@ class DMD(Method):
         chosen = it.batch.draws.integers(0, len(self.pairs.z) - 1)
         z, y = self.pairs.z[chosen], self.pairs.y[chosen]
         labels = None if self.pairs.labels is None else self.pairs.labels[chosen]
-        x = self.student(self.cfg.sigma * z, z.new_full((len(z),), self.cfg.sigma), labels)
+        sigma = z.new_full((len(z),), self.generate.sigmas[0])
+        x = self.student(self.generate.first(self.student, z, sigma), sigma, labels)
         return self.perceptual(x, y).mean() if self.perceptual else denoise(x, y).value.mean()
 
     def fake_loss(self, it: Shared) -> tuple[Tensor, Logs]:
         """μ_fake learns to denoise the student's images, and its head to tell them from real ones."""
         if it.images is None:
             with torch.no_grad():
-                it.images = generate(self.student, it.batch.draws, self.cfg.sigma, it.labels)
+                it.images = self.generate(self.student, it.batch.draws, it.labels)
         x = it.images
-        sigma = grid_level(it.batch.draws.integers(*self.cfg.fake_index))
+        sigma = grid_level(self.teacher, it.batch.draws.integers(*self.cfg.fake_index))
         x_t = add_noise(x, sigma, noise_like(x, it.batch.draws))
-        loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, it.labels), x, edm_weight(sigma))
+        estimate = self.fake.estimate(x_t, sigma, it.labels, guidance=self.cfg.fake_guidance)
+        loss, nonfinite = denoise(estimate, x, self.teacher.weight(sigma))
         loss = loss.mean()
         logs = {"denoise": loss, "nonfinite": nonfinite}
         if self.cfg.gan:
-            y, real_labels, _ = it.batch
+            y, real_labels = it.batch.images, it.batch.labels
             logits = self.logits(self.fake, x, it.labels, it), self.logits(self.fake, y, real_labels, it)
             adversarial = discriminator_adversarial([logits[0]], [logits[1]]).value.mean()
             mean_logits = {"logit_fake": mean_finite(logits[0]), "logit_real": mean_finite(logits[1])}
@@ -164,7 +176,7 @@ class DMD(Method):
             logs |= {"gan": adversarial, "accuracy": accuracy(logits[:1], logits[1:])} | mean_logits
         return loss, logs
 
-    def logits(self, critic: Critic, x: Tensor, labels: Tensor | None, it: Shared) -> Tensor:
+    def logits(self, critic: Critic, x: Tensor, labels: Condition | None, it: Shared) -> Tensor:
         """The head's opinion of x under fresh noise: [N, 1]."""
-        sigma = grid_level(it.batch.draws.integers(*self.cfg.gan_index))
+        sigma = grid_level(self.teacher, it.batch.draws.integers(*self.cfg.gan_index))
         return critic.logits(add_noise(x, sigma, noise_like(x, it.batch.draws)), sigma, labels)

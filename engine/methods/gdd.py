@@ -30,13 +30,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
-from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import generate, noise_like, set_dropout
+from potstill.engine.methods.parts import Generator, noise_like
 from potstill.engine.methods.vitals import accuracy, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import ProjectedDiscriminator
-from potstill.engine.nets.edm import without_augmentation
 from potstill.engine.nets.features import FeatureNet, load_feature_net, timm_extras
 from potstill.engine.nets.ops import definitions
 from potstill.engine.skipping.freezing import FREEZE_LEVELS, freeze, freeze_named, proposed
@@ -78,7 +76,7 @@ class GDDConfig(MethodConfig):
     def build(self, teacher: Denoiser, start: Denoiser) -> "GDD":
         dtype = torch.bfloat16 if self.feature_dtype == "bf16" else torch.float32
         features = [load_feature_net(name, frozen(teacher), dtype=dtype) for name in self.features]
-        return GDD(self, without_augmentation(copied(start)), features)
+        return GDD(self, copied(start).without_augmentation(), features)
 
     def unused(self) -> Unused:
         return ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"}) | (
@@ -91,7 +89,8 @@ class GDD(Method):
 
     def __init__(self, cfg: GDDConfig, student: Denoiser, features: Sequence[FeatureNet]):
         self.cfg, self.student, self.features = cfg, student, list(features)
-        set_dropout(student, 0.0)
+        student.set_dropout(0.0)
+        self.generate = Generator(student, cfg.sigma, [], "sigma")
         if cfg.freeze_plan:
             stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan).expanduser()), cfg.freeze))
         else:
@@ -111,11 +110,11 @@ class GDD(Method):
             Turn("discriminator", self.discriminator_loss, name="gan"),
             *([r1] if cfg.r1_gamma else []),
         )
-        self.sampler = one_step(cfg.sigma)
+        self.sampler = self.generate.sampler
 
     def student_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """G fools the discriminator."""
-        x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
+        x = self.generate(self.student, it.draws, it.labels)
         loss, nonfinite = generator_adversarial(self.logits(self.frozen_discriminator, x, it), kind=self.cfg.loss)
         loss = loss.mean()
         return self.cfg.sum_over * loss, {"gan": loss, "nonfinite": nonfinite} | variance(x, self.data_variance)
@@ -123,7 +122,7 @@ class GDD(Method):
     def discriminator_loss(self, it: Batch) -> tuple[Tensor, Logs]:
         """D tells generated images from real ones; they go in apart, since batch statistics differ."""
         with torch.no_grad():
-            x = generate(self.student, it.draws, self.cfg.sigma, it.labels)
+            x = self.generate(self.student, it.draws, it.labels)
         fake, real = self.logits(self.discriminator, x, it), self.logits(self.discriminator, it.images, it)
         loss, nonfinite = discriminator_adversarial(fake, real, kind=self.cfg.loss)
         loss = loss.mean()

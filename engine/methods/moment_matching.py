@@ -33,9 +33,10 @@ from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
 from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
 from potstill.engine.diffusion.solvers import posterior
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import check_guidance, noise_like, set_dropout
+from potstill.engine.methods.parts import check_guidance, noise_like
 from potstill.engine.methods.vitals import Gaps, variance
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.conditions import Condition, Text
+from potstill.engine.nets.denoiser import Denoiser, per_sample
 from potstill.engine.nets.weight_space import MODES, SecondMoment, WeightSpace
 from potstill.kernels import add_noise, denoise, moments
 
@@ -47,11 +48,11 @@ class MomentMatchingConfig(MethodConfig):
     name: str = "moment_matching"  # set by method=…
     variant: str = "alternating"  # alternating (Alg. 2) | instant (Alg. 3; for k = 8, worse with fewer steps)
     steps: int = 8  # k: evaluations per image; the paper has 1, 2, 4 and 8
-    levels: str = "karras"  # S(t): karras | cosine | log_uniform
+    levels: str = "karras"  # S(t): karras | cosine | log_uniform | own (the net's times)
     sigma_min: float = 0.002  # least noise level of S(t)
     sigma_max: float = 80.0  # greatest noise level of S(t), where sampling starts
     rho: float = 7.0  # of karras
-    weight: str = "sqrt_karras"  # w at S_s: flat | sqrt_karras | edm | snr | sigmoid; the paper's is not known
+    weight: str = "sqrt_karras"  # w at S_s: flat | sqrt_karras | edm | snr | sigmoid | own (1 on the raw output); the paper's is not known
     sigmoid_bias: float = -1.0  # b of w = e^λ sigmoid(b - λ), λ = -2 ln S; unverified
     guidance: float = 1.0  # of the teacher; 1 is none
     dropout: float = 0.0  # of the student; 0.1 helped two-step students (2606.30414)
@@ -63,7 +64,12 @@ class MomentMatchingConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in {"variant": ("alternating", "instant"), "levels": LEVELS, "weight": WEIGHTS, "jvp": MODES}.items():
+        for name, known in {
+            "variant": ("alternating", "instant"),
+            "levels": (*LEVELS, "own"),
+            "weight": (*WEIGHTS, "own"),
+            "jvp": MODES,
+        }.items():
             one_of(self, name, known)
         at_least(self, 1, "steps", "measure_every", "measure_batch")
         above(self, 0, "sigma_min", "rho", "eps")
@@ -84,6 +90,7 @@ class MomentMatchingConfig(MethodConfig):
         return (
             ({} if self.variant == "instant" else dict.fromkeys(measured, "method.variant=alternating"))
             | ({} if self.levels == "karras" else {"rho": f"method.levels={self.levels}"})
+            | (dict.fromkeys(("sigma_min", "sigma_max"), "method.levels=own") if self.levels == "own" else {})
             | ({} if self.weight == "sigmoid" else {"sigmoid_bias": f"method.weight={self.weight}"})
         )
 
@@ -96,12 +103,12 @@ class Jump:
     S_t: Tensor
     S_s: Tensor
     xi: Tensor
-    labels: Tensor | None
+    labels: Condition | None
     batch: Batch
 
     def part(self, window: slice) -> "Jump":
         """The jumps of some samples of the batch."""
-        return replace(self, **{name: value[window] for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return replace(self, **{name: value[window] for name, value in vars(self).items() if isinstance(value, Tensor | Text)})
 
 
 class MomentMatching(Method):
@@ -109,24 +116,24 @@ class MomentMatching(Method):
 
     def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser):
         check_guidance(cfg.guidance, teacher)
-        set_dropout(student, cfg.dropout)
+        student.set_dropout(cfg.dropout)
         self.cfg, self.student = cfg, student
         grid = torch.arange(cfg.steps, 0, -1, dtype=torch.float64, device="cpu") / cfg.steps
         self.sampler = Sampler(ANCESTRAL, self.level(grid).tolist())  # Alg. 1
 
     def level(self, t: Tensor) -> Tensor:
         """S(t)."""
-        return LEVELS[self.cfg.levels](t, self.cfg)
+        return self.student.level(t) if self.cfg.levels == "own" else self.student.told(LEVELS[self.cfg.levels](t, self.cfg))
 
     def teacher_level(self, u: Tensor) -> Tensor:
         return self.level(u.double())
 
     def weight(self, S: Tensor) -> Tensor:
         """w [N] at levels S [N]."""
-        return WEIGHTS[self.cfg.weight](S, self.cfg)
+        return self.student.weight(S) if self.cfg.weight == "own" else WEIGHTS[self.cfg.weight](S, self.cfg)
 
     def begin(self, batch: Batch) -> Jump:
-        x, labels, draws = batch
+        x, labels, draws, *_ = batch
         s = draws.level().double()
         t = (s + draws.uniform() / self.cfg.steps).clamp(max=1)
         S_t, S_s = self.level(t).to(x.dtype), self.level(s).to(x.dtype)
@@ -138,7 +145,7 @@ class MomentMatching(Method):
 
     def state_at_s(self, jump: Jump, x: Tensor) -> Tensor:
         """z_s, without gradient; computed in float64, for S spans five decades."""
-        S_t, S_s = jump.S_t.double()[:, None, None, None], jump.S_s.double()[:, None, None, None]
+        S_t, S_s = per_sample(jump.S_t.double(), x), per_sample(jump.S_s.double(), x)
         return posterior(x.detach(), jump.z_t, S_t, S_s, jump.xi).to(x.dtype)
 
 
@@ -147,11 +154,11 @@ class Alternating(MomentMatching):
 
     def __init__(self, cfg: MomentMatchingConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         super().__init__(cfg, teacher, student)
-        set_dropout(fake, 0.0)
+        fake.set_dropout(0.0)
         self.fake, self.frozen_fake, self.teacher = fake, frozen(fake), frozen(teacher)
         self.nets = {"student": student, "fake": fake}
         self.turns = (Turn("fake", self.fake_loss, every=2), Turn("student", self.student_loss, every=2, after=1))
-        self.gaps = Gaps(self.teacher_level)
+        self.gaps = Gaps(self.teacher_level, self.teacher.weight)
 
     def fake_loss(self, jump: Jump) -> tuple[Tensor, Logs]:
         """L_φ: denoise the student's guesses, but stay near the teacher."""
@@ -192,15 +199,15 @@ class Instant(MomentMatching):
 
     def measure(self, jump: Jump) -> None:
         """No step: v from the teacher's own loss on real images (EDM's, without dropout)."""
-        y, labels, draws = jump.batch
-        sigma = lognormal(draws.normal())
+        y, labels, draws, *_ = jump.batch
+        sigma = self.teacher.net.told(lognormal(draws.normal()))
         x_t = add_noise(y, sigma, noise_like(y, draws))
         ranks = self.ranks.count
         size = max(self.cfg.measure_batch // ranks, 1) if self.together else self.cfg.measure_batch
         for i in range(0, len(y), size):
             n = slice(i, i + size)
             estimate = self.teacher.net.estimate(x_t[n], sigma[n], labels[n] if labels is not None else None)
-            loss = denoise(estimate, y[n], edm_weight(sigma[n]), reduction="sum").value.mean()
+            loss = denoise(estimate, y[n], self.teacher.net.weight(sigma[n]), reduction="sum").value.mean()
             gradient = self.teacher.gradient(loss)
             if self.together:
                 self.ranks.average(gradient)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import heun
-from potstill.engine.diffusion.sigmas import edm_weight, grid_level, lognormal
+from potstill.engine.diffusion.sigmas import lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, Turn, frozen
-from potstill.engine.methods.parts import noise_like
+from potstill.engine.methods.parts import grid_level, noise_like
 from potstill.engine.models.router import Partition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import add_noise, denoise
@@ -79,12 +79,12 @@ class TSM(Method):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_TSM."""
-        x, labels, draws = batch
-        either, grid = draws.uniform(), grid_level(draws.integers(0, 999))
-        sigma = torch.where(either < 0.5, lognormal(draws.normal()), grid)
+        x, labels, draws, *_ = batch
+        either, grid = draws.uniform(), grid_level(self.teacher, draws.integers(0, 999))
+        sigma = torch.where(either < 0.5, self.teacher.told(lognormal(draws.normal())), grid)
         x_t = add_noise(x, sigma, noise_like(x, draws))
         with torch.no_grad():
             target = self.teacher(x_t, sigma, labels)
-        loss, nonfinite = denoise(self.student.estimate(x_t, sigma, labels), target, edm_weight(sigma))
+        loss, nonfinite = denoise(self.student.estimate(x_t, sigma, labels), target, self.teacher.weight(sigma))
         loss = loss.mean()
         return loss, {"match": loss, "nonfinite": nonfinite}

@@ -1,17 +1,73 @@
-"""What several papers share: the one-step generator, noise, and what a teacher must be able to do."""
+"""What several papers share: the generator of one or few steps, what it is told, noise, and what a teacher must be able to do."""
 
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from potstill.engine.common.checks import one_of, wants
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Draws
+from potstill.engine.diffusion.sampling import ONE_STEP, RENOISE, STARTS, Sampler, first_state
+from potstill.engine.diffusion.sigmas import GRID
+from potstill.engine.methods.base import Batch, Draws
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.layers import UNetBlock
+from potstill.kernels import add_noise
 
 
-def generate(net: Denoiser, draws: Draws, sigma: float, labels: Tensor | None) -> Tensor:
-    """x = D(σ z; σ, labels) with z from `draws`: a batch of images [N, C, H, W] from a one-step generator."""
-    z = draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
-    return net(sigma * z, z.new_full((len(z),), sigma), labels)
+class Generator:
+    """x = D(σ z; σ, condition) in one step, or a few: noise again at the next level what came of the last (2405.14867, Sec. 4.4).
+
+    In training a batch stops at one of its steps, drawn for all ranks alike, and only that step is differentiated: what goes into
+    it is what the student makes itself, as in sampling (DMD2's backward simulation).
+
+    Args:
+        net: whose levels these are.
+        sigma: the only level, if `steps` is empty.
+        steps: levels by their numbers on the net's grid of 1000, the noisiest first.
+        start: one of `sampling.STARTS`.
+    """
+
+    def __init__(self, net: Denoiser, sigma: float, steps: list[int], start: str):
+        host = {"dtype": torch.float64, "device": "cpu"}  # also where nets are planned on "meta"
+        wanted = grid_level(net, torch.tensor(steps, **host)) if steps else torch.tensor([sigma], **host)
+        self.sigmas: list[float] = net.told(wanted).tolist()
+        self.sampler = Sampler(RENOISE if len(self.sigmas) > 1 else ONE_STEP, self.sigmas, start=start)
+
+    def __call__(self, net: Denoiser, draws: Draws, condition: Condition | None) -> Tensor:
+        """Images [N, C, H, W] from noise of `draws`."""
+        z = draws.normal(*net.shape)
+        last = draws.choice(range(len(self.sigmas))) if len(self.sigmas) > 1 else 0
+        sigma = z.new_full((len(z),), self.sigmas[0])
+        x = self.first(net, z, sigma)
+        for level in self.sigmas[1 : last + 1]:
+            with torch.no_grad():
+                clean = net(x, sigma, condition)
+            sigma = z.new_full((len(z),), level)
+            x = add_noise(clean, sigma, draws.normal(*net.shape))
+        return net(x, sigma, condition)
+
+    def first(self, net: Denoiser, z: Tensor, sigma: Tensor) -> Tensor:
+        """The state that z [N, C, H, W] stands for at the first level, sigma [N]."""
+        return self.sigmas[0] * z if self.sampler.start == "sigma" else first_state(net, z, sigma, self.sampler.start)
+
+
+def check_generator(cfg: Any) -> None:
+    """BadSetting for `start` and `steps` that no generator has."""
+    one_of(cfg, "start", STARTS)
+    falling = all(a > b for a, b in zip(cfg.steps, cfg.steps[1:], strict=False))
+    good = falling and all(0 <= step < GRID for step in cfg.steps)
+    wants(cfg, "steps", good, f"whole numbers of 0 … {GRID - 1}, each less than the one before, or [] for one step at sigma")
+
+
+def conditions(net: Denoiser, batch: Batch, ask: int = 0) -> Condition | None:
+    """What to draw, random: classes, or the prompts that the batch brings for the `ask`-th time an iteration asks. None for neither."""
+    return batch.prompts[ask] if net.text else batch.draws.labels(net.label_dim)
+
+
+def grid_level(net: Denoiser, index: Tensor) -> Tensor:
+    """σ of integer indices on a grid of 1000 of the net's own levels, 0 being the smallest (DMD2's time steps)."""
+    return net.level(index / (GRID - 1))
 
 
 def noise_like(x: Tensor, draws: Draws) -> Tensor:
@@ -19,14 +75,7 @@ def noise_like(x: Tensor, draws: Draws) -> Tensor:
     return draws.normal(*x.shape[1:])
 
 
-def check_guidance(guidance: float, teacher: Denoiser) -> None:
-    """UserError if guidance is asked of a teacher that knows no classes."""
-    if guidance != 1 and not teacher.label_dim:
-        raise UserError(f"method.guidance = {guidance} wants a class-conditional teacher, got an unconditional one: set it to 1")
-
-
-def set_dropout(net: nn.Module, p: float) -> None:
-    """Dropout of probability p in every block of a net that has any; EDM's files carry their training value."""
-    for module in net.modules():
-        if isinstance(module, UNetBlock):
-            module.dropout = p
+def check_guidance(guidance: float, teacher: Denoiser, name: str = "guidance") -> None:
+    """UserError if guidance is asked of a teacher that is told nothing."""
+    if guidance != 1 and not teacher.conditional:
+        raise UserError(f"method.{name} = {guidance} wants a teacher that knows classes or prompts, got an unconditional one: set it to 1")

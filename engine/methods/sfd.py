@@ -24,12 +24,16 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
+from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
+from potstill.engine.methods.parts import conditions
 from potstill.engine.methods.vitals import variance
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
 from potstill.kernels import trajectory
@@ -87,7 +91,7 @@ class Walk:
     x: Tensor  # [N, C, H, W]
     t: list[float]
     targets: list[Tensor]
-    labels: Tensor | None
+    labels: Condition | None
     told: dict[str, int]  # the step condition, for nets that have one
 
 
@@ -97,6 +101,8 @@ class SFD(Method):
     def __init__(self, cfg: SFDConfig, teacher: Denoiser, student: Denoiser):
         self.cfg, self.teacher = cfg, frozen(teacher)
         if cfg.step_condition and not student.knows_steps:
+            if not isinstance(student, EDMDenoiser):
+                raise UserError("method.step_condition=true wants one of EDM's U-Nets, which a condition can be added to: set it to false")
             add_step_condition(student, zero=cfg.zero_init)
         self.student = student
         self.nets = {"student": student}
@@ -135,8 +141,8 @@ class SFD(Method):
         """The noise, the teacher's whole walk from it, and the student's first step if that is free."""
         net, num_steps = self.student, batch.draws.choice(self.cfg.num_steps)
         t, teachers = self.levels[num_steps], self.walks[num_steps][1]
-        x = t[0] * batch.draws.normal(net.img_channels, net.img_resolution, net.img_resolution)
-        labels = batch.draws.labels(net.label_dim)
+        x = t[0] * batch.draws.normal(*net.shape)
+        labels = conditions(net, batch)
         with torch.no_grad():
             states = teachers.states(self.teacher, x, labels)
         targets = [state.to(x.dtype) for state in states[:: self.cfg.K]]

@@ -9,6 +9,10 @@ same gradient without it. With δ = D_q(x_t) - D_ψ(x_t), and sums over the pixe
     l2       L_g = w < δ, (D_q - x) - α δ >,   w = 1 / mean|x - D_q|   α = 1: SIM with d = |·|²; α = 1.2: SiD
     L_ψ      λ(σ) |D_ψ(x + σ n) - x|²,   ln σ ~ N(-1.2, 1.2²)          EDM's loss on the student's images
 
+Text-to-image (SiD-LSG 2406.01561, SiD-DiT 2509.25127): `levels` takes both σ from the net's own times or from one log-normal law,
+`fake_guidance` guides ψ as well, in its own training too, and `steps` makes a few-step student, trained on inputs that it makes
+itself (`parts.Generator`).
+
 θ enters L_g everywhere: through x, and through x_t into both nets. Only their *weights* stand still, so gradients flow
 through both nets to their inputs; cutting either is another, biased method. No real image is looked at.
 
@@ -18,17 +22,18 @@ the same where all are equally frequent. c is constant in units of D, where the 
 augmentation of the images that ψ learns from is left out. Samples that are not finite count as zero and are reported.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from potstill.engine.common.checks import Unused, above, one_of, probability, wants
-from potstill.engine.diffusion.sampling import one_step
-from potstill.engine.diffusion.sigmas import edm_weight, karras_at, lognormal
-from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import check_guidance, generate, noise_like, set_dropout
+from potstill.engine.diffusion.sigmas import karras_at, lognormal
+from potstill.engine.methods.base import Batch, Draws, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
+from potstill.engine.methods.parts import Generator, check_generator, check_guidance, conditions, noise_like
 from potstill.engine.methods.vitals import Gaps, variance
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
 
@@ -39,76 +44,108 @@ class SIMConfig(MethodConfig):
 
     name: str = "sim"  # set by method=…
     distance: str = "huber"  # of the scores: huber (SIM) | l2 (SiD)
+    weight: str = "own"  # w: own (huber's 1, l2's 1 / mean|x - D_q|) | one_minus_t (1 / (1 + σ): a flow's 1 - t; SiD-DiT)
     c: float | None = None  # of huber; null: 0.00054·sqrt(C·H·W), 0.03 for CIFAR-10 (from 2310.14189; SIM's is unverified)
     alpha: float = 1.0  # of l2; 1.2 is SiD's best except on AFHQv2, 0.5 the gradient of the whole Fisher divergence
-    sigma: float = 2.5  # σ_init: the student's only noise level
-    t_max: float = 0.8  # of [0, 1]: L_g's σ is uniform on Karras' map of 0.002 … 80 up to here (24.4)
+    sigma: float = 2.5  # σ_init: the student's only noise level, unless `steps` names others
+    steps: list[int] = field(default_factory=list)  # the student's levels among the net's 1000, such as [999, 749, 499, 249]; []: sigma
+    start: str = "sigma"  # what the student begins with: sigma (x = σ z) | unit (z is what enters the net)
+    levels: str = "karras"  # laws of σ: karras (L_g's by Karras, L_ψ's log-normal) | own (both by the net's times) | lognormal (both)
+    t_min: float = 0.0  # of [0, 1]: L_g's σ is uniform on Karras' map of 0.002 … 80, or on the net's own times, from here (0.002)
+    t_max: float = 0.8  # up to here (24.4)
     scale: float = 100.0  # of L_g; under Adam it matters only against eps
     guidance: float = 1.0  # of the teacher; 1 is none
+    fake_guidance: float = 1.0  # of the fake net, also in its own training loss
     dropout: float | None = None  # of student and fake net, each in its own turn; null: what the teacher was trained with
-    P_mean: float = -1.2  # mean of ln σ in L_ψ, the fake net's loss
-    P_std: float = 1.2  # standard deviation of ln σ in L_ψ
+    P_mean: float = -1.2  # mean of ln σ where its law is log-normal: a logit-normal t of a flow is the same law
+    P_std: float = 1.2  # standard deviation of ln σ there
 
     def __post_init__(self):
         super().__post_init__()
         one_of(self, "distance", ("huber", "l2"))
+        one_of(self, "weight", ("own", "one_minus_t"))
+        one_of(self, "levels", ("karras", "own", "lognormal"))
+        check_generator(self)
         wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
         above(self, 0, "c", "sigma", "scale", "P_std")
         wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
+        wants(self, "t_min", 0 <= self.t_min < self.t_max, f"a share of the noise levels, from 0 and below t_max = {self.t_max}")
         probability(self, "dropout")
 
     def needs(self) -> Needs:
-        return Needs(data=False, classes=self.guidance != 1)
+        return Needs(data=False, classes=self.guidance != 1 or self.fake_guidance != 1)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "SIM":
         return SIM(self, teacher, student=copied(start), fake=copied(teacher))
 
     def unused(self) -> Unused:
-        return {"c": "method.distance=l2"} if self.distance == "l2" else {}
+        law = dict.fromkeys(("t_min", "t_max") if self.levels == "lognormal" else ("P_mean", "P_std"), f"method.levels={self.levels}")
+        return (
+            ({"c": "method.distance=l2"} if self.distance == "l2" else {})
+            | ({"sigma": "method.steps"} if self.steps else {})
+            | (law if self.levels != "karras" else {})
+        )
 
 
 class SIM(Method):
     """Two turns on images of their own: ψ learns the student's images, then the student moves."""
 
+    asks = 2  # each turn draws its own
+
     def __init__(self, cfg: SIMConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)
+        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
         if cfg.dropout is not None:
-            set_dropout(student, cfg.dropout)
-            set_dropout(fake, cfg.dropout)
+            student.set_dropout(cfg.dropout)
+            fake.set_dropout(cfg.dropout)
         self.cfg, self.teacher = cfg, frozen(teacher)
         self.student, self.fake = student, fake
         self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
         self.nets = {"fake": fake, "student": student}
         self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss))
-        self.sampler, self.gaps = one_step(cfg.sigma), Gaps(self.teacher_level)
-        pixels = student.img_channels * student.img_resolution**2
-        self.c = 0.00054 * pixels**0.5 if cfg.c is None else cfg.c
+        self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
+        self.sampler, self.gaps = self.generate.sampler, Gaps(self.teacher_level, self.teacher.weight)
+        self.c = 0.00054 * math.prod(student.shape) ** 0.5 if cfg.c is None else cfg.c
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_ψ: denoise the student's images."""
-        labels = batch.draws.labels(self.fake.label_dim)
+        labels = conditions(self.fake, batch, ask=0)
         with torch.no_grad():
-            x = generate(self.frozen_student, batch.draws, self.cfg.sigma, labels)
-        sigma = lognormal(batch.draws.normal(), self.cfg.P_mean, self.cfg.P_std)
+            x = self.generate(self.frozen_student, batch.draws, labels)
+        sigma = self.fake_level(batch.draws)
         x_t = add_noise(x, sigma, noise_like(x, batch.draws))
-        loss, nonfinite = denoise(self.fake.estimate(x_t, sigma, labels), x, edm_weight(sigma), reduction="sum")
+        estimate = self.fake.estimate(x_t, sigma, labels, guidance=self.cfg.fake_guidance)
+        loss, nonfinite = denoise(estimate, x, self.teacher.weight(sigma), reduction="sum")
         loss = loss.mean()
         return loss, {"denoise": loss, "nonfinite": nonfinite}
 
     def student_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_g on fresh noise and labels."""
-        labels = batch.draws.labels(self.student.label_dim)
-        x = generate(self.student, batch.draws, self.cfg.sigma, labels)
+        labels = conditions(self.student, batch, ask=1)
+        x = self.generate(self.student, batch.draws, labels)
         sigma = self.teacher_level(batch.draws.level())
-        (loss, nonfinite), gaps = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels)
+        weight = 1 / (1 + sigma) if self.cfg.weight == "one_minus_t" else None
+        (loss, nonfinite), gaps = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels, weight)
         loss = loss.mean()
         return self.cfg.scale * loss, {"implicit": loss, "nonfinite": nonfinite} | gaps | variance(x, self.data_variance)
 
     def teacher_level(self, u: Tensor) -> Tensor:
-        return karras_at(self.cfg.t_max * u)
+        t = self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * u
+        match self.cfg.levels:
+            case "own":
+                return self.teacher.level(t)
+            case "lognormal":
+                return self.teacher.told(lognormal(torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)), self.cfg.P_mean, self.cfg.P_std))
+        return self.teacher.told(karras_at(t))
+
+    def fake_level(self, draws: Draws) -> Tensor:
+        """σ [N] of L_ψ."""
+        if self.cfg.levels == "own":
+            return self.teacher.level(self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * draws.uniform())
+        return self.teacher.told(lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std))
 
     def implicit_distance(
-        self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Tensor | None, weight: Tensor | None = None
+        self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Condition | None, weight: Tensor | None = None
     ) -> tuple[Losses, Logs]:
         """Per sample, what has the gradient of w·d(score of x's law - score of the data) at x_t, averaged; and the gaps there.
 
@@ -116,6 +153,6 @@ class SIM(Method):
         """
         x_t = add_noise(x, sigma, noise)
         real = self.teacher.estimate(x_t, sigma, labels, guidance=self.cfg.guidance)
-        fake = self.frozen_fake.estimate(x_t, sigma, labels)
+        fake = self.frozen_fake.estimate(x_t, sigma, labels, guidance=self.cfg.fake_guidance)
         losses = score_implicit(x, real, fake, distance=self.cfg.distance, alpha=self.cfg.alpha, c=self.c, weight=weight)
         return losses, self.gaps(real, fake, sigma)

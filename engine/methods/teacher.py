@@ -9,7 +9,7 @@ from torch import Tensor
 
 from potstill.engine.common.checks import above, at_least, finite
 from potstill.engine.diffusion.sampling import heun
-from potstill.engine.diffusion.sigmas import edm_weight, lognormal
+from potstill.engine.diffusion.sigmas import lognormal
 from potstill.engine.methods.base import Batch, Logs, Method, Turn
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import add_noise, denoise
@@ -41,10 +41,10 @@ class Teacher(Method):
         self.sampler = heun(teacher, cfg.sampling_steps)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Logs]:
-        y, labels, draws = batch
-        sigma = lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std)
+        y, labels, draws, *_ = batch
+        sigma = self.net.told(lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std))
         x_t = add_noise(y, sigma, draws.normal(*y.shape[1:]))
         estimate = self.net.estimate(x_t, sigma, labels)
-        loss, nonfinite = denoise(estimate, y, edm_weight(sigma))
+        loss, nonfinite = denoise(estimate, y, self.net.weight(sigma))
         loss = loss.mean()
         return loss, {"denoise": loss, "nonfinite": nonfinite}

@@ -4,7 +4,7 @@ Nothing here changes what is trained: no draw is made, no gradient flows, and al
 
     variance_ratio   how varied the student's images are: mean over pixels of the unbiased variance over the images of a
                      micro-batch, 1 is the data's. `variance`, the same undivided, where a run has no images. Images are in [-1, 1].
-    gap@σ            how far fake net and teacher disagree about the student's images: λ(σ) mean(D_fake - D_teacher)² with EDM's
+    gap@σ            how far fake net and teacher disagree about the student's images: λ(σ) mean(D_fake - D_teacher)² with the net's
                      λ, so 1 is as much as the nets' targets vary, at every σ. Means over four equal parts of the law of
                      the noise levels that the student is judged at, each named by its median σ.
     accuracy         share of the discriminator's logits whose sign is right, the mean of generated and real images: 0.5 is a guess.
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from potstill.engine.diffusion.sigmas import edm_weight
 from potstill.engine.methods.base import Logs
 from potstill.kernels import Estimate, denoise
 
@@ -55,7 +54,8 @@ class Gaps:
     ranks and iterations is right without counting, and a part without samples is 0, not 0 / 0.
     """
 
-    def __init__(self, law: Callable[[Tensor], Tensor | None]):
+    def __init__(self, law: Callable[[Tensor], Tensor | None], weight: Callable[[Tensor], Tensor]):
+        self.weight = weight  # λ
         levels = law((torch.arange(4096, dtype=torch.float64, device="cpu") + 0.5) / 4096)
         assert levels is not None
         distinct, levels = levels.double().unique(), levels.double()
@@ -70,7 +70,7 @@ class Gaps:
     @torch.no_grad()
     def __call__(self, real: Estimate, fake: Estimate, sigma: Tensor) -> Logs:
         """Of the teacher's and the fake net's estimates for one batch at levels sigma [N]."""
-        gap = denoise(fake, real.denoised(), edm_weight(sigma)).value
+        gap = denoise(fake, real.denoised(), self.weight(sigma)).value
         if self.edges.device != sigma.device:  # once, before any graph is captured
             self.edges, self.shares, self.numbers = (t.to(sigma.device) for t in (self.edges, self.shares, self.numbers))
         inside = torch.bucketize(sigma.double(), self.edges)[:, None] == self.numbers

@@ -99,7 +99,7 @@ def write_pairs(
     path: Path, net: Sampled, sampler: Sampler, labels: np.ndarray | None, n: int, batch: int, device: torch.device | str
 ) -> None:
     """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    shape = net.shape
     z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
     y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
@@ -132,7 +132,7 @@ def labels_for(
 
 def classes_of_seeds(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
     """EDM's: a seed's generator gives the noise first and then the class, all equally likely."""
-    shape, found = (net.img_channels, net.img_resolution, net.img_resolution), []
+    shape, found = net.shape, []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         torch.randn(*shape, generator=generator)

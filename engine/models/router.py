@@ -19,6 +19,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import TEXT, Kind, check, is_dict, is_list, is_text, is_whole, shown
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
+from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.models.weights import file_hash, load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 
@@ -55,14 +56,26 @@ class Router(nn.Module):
         super().__init__()
         self.students, self.partition = nn.ModuleList(students), partition
         first = students[0]
-        self.img_channels, self.img_resolution, self.label_dim = first.img_channels, first.img_resolution, first.label_dim
+        self.shape, self.img_channels, self.img_resolution, self.label_dim = (
+            first.shape, first.img_channels, first.img_resolution, first.label_dim
+        )  # fmt: skip
         self.sigma_min, self.sigma_max = first.sigma_min, first.sigma_max
 
-    def round_sigma(self, sigma: float) -> float:
-        """As `Denoiser.round_sigma`: the students have the levels of one teacher."""
+    @property
+    def first(self) -> Denoiser:
+        """The students have the levels of one teacher, and so of any of them."""
         first = self.students[0]
         assert isinstance(first, Denoiser)
-        return first.round_sigma(sigma)
+        return first
+
+    def round_sigma(self, sigma: float) -> float:
+        return self.first.round_sigma(sigma)
+
+    def coefficients(self, sigma: Tensor) -> Coefficients:
+        return self.first.coefficients(sigma)
+
+    def sampling_levels(self, steps: int) -> Tensor:
+        return self.first.sampling_levels(steps)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """D of each sample by its own student: [N, C, H, W] float32."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.diffusion.sampling import ANCESTRAL, Sampler
+from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
 from potstill.engine.models.generate import generate
 from potstill.engine.models.opening import STUDENT, open_models
 from potstill.engine.models.router import MANIFEST, Router, read_manifest, student_name
@@ -49,8 +49,8 @@ class Student(nn.Module):
     def __init__(self, net: Denoiser | Router, sampler: Sampler, metadata: dict[str, Any] | None = None):
         super().__init__()
         self.net, self.sampler, self.metadata = net, sampler, metadata or {}
-        self.label_dim, self.shape = net.label_dim, (net.img_channels, net.img_resolution, net.img_resolution)
-        self.draws = sampler.nfe if sampler.solver == ANCESTRAL else 1  # arrays of noise that an image takes
+        self.label_dim, self.shape = net.label_dim, net.shape
+        self.draws = sampler.nfe if sampler.solver in (ANCESTRAL, RENOISE) else 1  # arrays of noise that an image takes
         self.noise_shape = self.shape if self.draws == 1 else (self.draws, *self.shape)
 
     @classmethod

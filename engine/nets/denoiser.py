@@ -1,143 +1,151 @@
-"""The denoiser D(x; σ): a U-Net inside its preconditioning, called alike whatever the scheme."""
+"""The denoiser D(x; σ): any net inside its preconditioning, and what a method must know of its noise levels.
 
-from functools import cached_property
+Everything is in EDM's coordinates (2206.00364): x = y + σ n for an image y and standard normals n. A net of another kind, a
+discrete one that predicts the noise or a flow, is the same D with other coefficients.
+"""
+
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.diffusion import precond as schemes
 from potstill.engine.diffusion.precond import Coefficients
-from potstill.engine.nets.unet import UNet
+from potstill.engine.nets.conditions import Condition, cat
 from potstill.kernels import Estimate
+
+CHECKPOINTING = ("off", "blocks")  # what a forward keeps for backward: every activation it wants | what enters each block
 
 
 class Denoiser(nn.Module):
-    """D(x; σ, labels) = c_skip·x + c_out·F(c_in·x, c_noise, labels) for images x [N, C, H, W] in [-1, 1].
+    """D(x; σ, condition) = c_skip·x + c_out·F(c_in·x, time(σ), condition) for samples x [N, *shape].
 
-    `precond` is one of EDM's names ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "GDDPrecond" or
-    "ECMPrecond" (ECT's), `scheme` its constants and `kwargs` what `engine.nets.edm.from_kwargs` was called with, so that a weight file can say how to
-    rebuild the net.
-    `compute_dtype` is what F runs in; parameters, preconditioning and D stay float32.
+    shape: of one sample, [C, H, W] of images in [-1, 1] or of latents, [C, T, H, W] of video.
+    label_dim: the classes it knows, told as one-hot rows; 0 for none. text: is it told prompts (`conditions.Text`) instead?
+    sigma_min, sigma_max: the noise levels it was trained for. compute_dtype: what F runs in; parameters, preconditioning
+    and D stay float32.
     """
 
-    u: Tensor  # an iDDPM net's levels
+    model: nn.Module  # F
+    shape: tuple[int, ...]
+    label_dim: int = 0
+    text: bool = False
+    sigma_min: float
+    sigma_max: float
+    forwards: tuple[str, ...] = ()  # methods of `model` that are called beside its forward
+    casts_weights = False  # do its layers ask for weights in `compute_dtype` (`nets.shadow`)?
 
-    def __init__(self, model: UNet, precond: str, scheme: dict[str, float], kwargs: dict[str, Any]):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.precond, self.scheme, self.kwargs = model, precond, scheme, kwargs
-        self.img_resolution, self.img_channels = kwargs["img_resolution"], kwargs["img_channels"]
-        self.label_dim = kwargs.get("label_dim", 0)
-        self.sigma_min, self.sigma_max = scheme["sigma_min"], scheme["sigma_max"]
+        self.model = model
         self.compute_dtype = torch.float32
-        if precond == "iDDPMPrecond":
-            self.register_buffer("u", schemes.iddpm_levels(int(scheme["M"]), scheme["C_1"], scheme["C_2"]))
-            self.register_load_state_dict_post_hook(_forget_levels)
 
     @property
     def knows_steps(self) -> bool:
         """Does it want `steps=`, the number of levels it is sampled with (`engine.nets.steps`)?"""
-        return self.model.map_steps is not None
+        return False
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        *,
-        steps: int | None = None,
-    ) -> Tensor:
-        """D [N, C, H, W] float32. sigma: scalar or [N]; class_labels [N, label_dim] one-hot, or None for none.
+    @property
+    def img_channels(self) -> int:
+        return self.shape[0]
 
-        steps: the number of levels it is sampled with, for nets that know of it.
-        """
-        raw, x_t, c_skip, c_out = self._raw(x, sigma, class_labels, augment_labels, steps)
-        return c_skip[:, None, None, None] * x_t + c_out[:, None, None, None] * raw.float()
+    @property
+    def img_resolution(self) -> int:
+        return self.shape[-1]
 
-    def estimate(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        *,
-        guidance: float = 1.0,
-        steps: int | None = None,
-    ) -> Estimate:
-        """D left unformed, for the fused losses; with guidance != 1 the net also runs without the labels, as one batch."""
+    @property
+    def conditional(self) -> bool:
+        """Is it told what to draw?"""
+        return bool(self.label_dim) or self.text
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, **how: Any) -> Tensor:
+        """D [N, *shape] float32. sigma: scalar or [N]; condition: N rows, or None for none; how: what else a net of its kind knows."""
+        raw, x_t, c_skip, c_out = self._raw(x, sigma, condition, **how)
+        return per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * raw.float()
+
+    def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0, **how: Any) -> Estimate:
+        """D left unformed, for the fused losses; with guidance != 1 the net also runs unconditionally, as one batch."""
         if guidance == 1.0:
-            return Estimate(*self._raw(x, sigma, class_labels, None, steps))
-        if class_labels is None:
-            raise ValueError(f"guidance {guidance} wants class labels, got none")
-        sigma = sigma.expand(len(x))
-        labels = torch.cat([class_labels, torch.zeros_like(class_labels)])
-        raw, x_t, c_skip, c_out = self._raw(torch.cat([x, x]), torch.cat([sigma, sigma]), labels, None, steps)
-        n = len(x)
+            return Estimate(*self._raw(x, sigma, condition, **how))
+        if condition is None:
+            raise ValueError(f"guidance {guidance} wants class labels or prompts, got none")
+        n, sigma = len(x), sigma.expand(len(x))
+        both = cat(condition, self.unconditional(condition))
+        raw, x_t, c_skip, c_out = self._raw(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **how)
         return Estimate(raw[:n], x_t[:n], c_skip[:n], c_out[:n], raw[n:], guidance)
 
-    def features(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
         """What the last encoder block sees in x: [N, C', h, w] float32."""
-        return self.levels(x, sigma, class_labels)[-1].float()
+        return self.levels(x, sigma, condition)[-1].float()
 
-    def levels(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> list[Tensor]:
+    # what a kind of net says of itself
+
+    def _raw(self, x: Tensor, sigma: Tensor, condition: Condition | None, **how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """F [N, *shape] in any dtype, x in float32, c_skip [N] and c_out [N]."""
+        raise NotImplementedError(f"{type(self).__name__}._raw")
+
+    def levels(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> list[Tensor]:
         """What the encoder sees in x at every resolution, finest first: maps [N, C', h, w] in `compute_dtype`."""
-        x, c = x.float(), self.coefficients(self._sigmas(sigma, x))
-        return self.model.levels(self._input(x, c), c.c_noise, self._labels(class_labels, x))
+        raise NotImplementedError(f"{type(self).__name__}.levels")
+
+    def taps(self) -> list[tuple[int, int]]:
+        """Channels and side of each map of `levels`, known without running the net."""
+        raise NotImplementedError(f"{type(self).__name__}.taps")
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """The scheme's four coefficients at σ [N]."""
-        match self.precond:
-            case "EDMPrecond":
-                return schemes.edm(sigma, self.scheme["sigma_data"])
-            case "GDDPrecond":
-                return schemes.gdd(sigma, self.scheme["sigma_data"])
-            case "ECMPrecond":
-                return schemes.gdd(sigma, self.scheme["sigma_data"], self.scheme["sigma_min"])
-            case "VPPrecond":
-                return schemes.vp(sigma, self.scheme["beta_d"], self.scheme["beta_min"], int(self.scheme["M"]))
-            case "VEPrecond":
-                return schemes.ve(sigma)
-            case "iDDPMPrecond":
-                return schemes.iddpm(sigma, self.u)
-        raise AssertionError(self.precond)
+        """c_skip, c_out, c_in and the net's own time at σ [N]."""
+        raise NotImplementedError(f"{type(self).__name__}.coefficients")
+
+    def level(self, u: Tensor) -> Tensor:
+        """σ at the quantiles u in [0, 1] of the levels that are uniform over the net's own times; 1 is all noise."""
+        raise NotImplementedError(f"{type(self).__name__}.level")
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """λ(σ), the weight on |D - y|² that is 1 on F: 1 / c_out²."""
+        return self.coefficients(sigma).c_out ** -2
+
+    def told(self, sigma: Tensor) -> Tensor:
+        """The levels nearest to σ that the net can be told; told(told(σ)) = told(σ). Noise is added at these."""
+        return sigma
 
     def round_sigma(self, sigma: float) -> float:
-        """The noise level that EDM's samplers ask the net at where their schedule says σ > 0: of an iDDPM net the nearest of
-        its own (never 0), of all others σ itself.
-        """
-        if self.precond != "iDDPMPrecond":
-            return sigma
-        return float(self.known_levels[np.abs(self.known_levels - sigma).argmin()])
+        """The same for one level on the host, of which samplers' schedules are made."""
+        return sigma
 
-    @cached_property
-    def known_levels(self) -> np.ndarray:
-        """An iDDPM net's levels above 0, on the host: a walk asks no device."""
-        return np.array([level for level in self.u.tolist() if level > 0])
+    def sampling_levels(self, steps: int) -> Tensor:
+        """The `steps` levels over which a teacher is sampled, from the greatest down, without the 0 that follows: float64 on the host."""
+        raise NotImplementedError(f"{type(self).__name__}.sampling_levels")
 
-    def _raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None):
-        x = x.float()
-        c = self.coefficients(self._sigmas(sigma, x))
-        raw = self.model(self._input(x, c), c.c_noise, self._labels(labels, x), augment_labels, steps)
-        return raw[:, : self.img_channels], x, c.c_skip, c.c_out  # iDDPM's net also predicts a variance, unused
+    def unconditional(self, condition: Condition) -> Condition:
+        """As many rows that say nothing: no class, or the empty prompt."""
+        assert isinstance(condition, Tensor)
+        return torch.zeros_like(condition)
 
-    def _input(self, x: Tensor, c: Coefficients) -> Tensor:
-        return (c.c_in[:, None, None, None] * x).to(self.compute_dtype)
+    def blocks(self) -> list[nn.Module]:
+        """The parts, none within another, that are sharded, compiled and recomputed by themselves."""
+        raise NotImplementedError(f"{type(self).__name__}.blocks")
+
+    def recompute(self, mode: str) -> None:
+        """What a forward keeps for backward, one of CHECKPOINTING."""
+        raise NotImplementedError(f"{type(self).__name__}.recompute")
+
+    def set_dropout(self, p: float) -> None:
+        """Dropout of probability p in every block that has any."""
+        raise NotImplementedError(f"{type(self).__name__}.set_dropout")
+
+    def without_augmentation(self) -> "Denoiser":
+        """The same net, changed, without a branch that nothing uses where images are not augmented."""
+        return self
+
+    # for the kinds
 
     def _sigmas(self, sigma: Tensor, x: Tensor) -> Tensor:
+        """σ as [N] float32 on x's device."""
         n = x.shape[0]  # torch.export would take len(x) for a constant
         if sigma.ndim == 0 and sigma.device != x.device:  # a number, not a copy from pageable memory that waits
             return x.new_ones(n, dtype=torch.float32) * sigma.float()
         return sigma.float().to(x.device).reshape(-1).expand(n)
 
-    def _labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
-        if not self.label_dim:
-            return None
-        if labels is None:
-            return torch.zeros(x.shape[0], self.label_dim, device=x.device)
-        return labels.float().reshape(-1, self.label_dim).expand(x.shape[0], -1)
 
-
-def _forget_levels(net: Denoiser, _: Any) -> None:
-    """The cached levels are another file's after loading one."""
-    net.__dict__.pop("known_levels", None)
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """[N] as it is multiplied with x [N, …]."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1))

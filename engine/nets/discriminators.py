@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.nets import ops
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.features import Tap
 from potstill.engine.nets.layers import in_dtype
-from potstill.engine.nets.unet import channels_of
 from potstill.kernels import Estimate
 from potstill.kernels.estimate import accum
 
@@ -53,22 +53,16 @@ class Critic(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         device = next(denoiser.parameters()).device
-        self.head = BottleneckHead(*feature_shape(denoiser)).to(device) if with_head else None
+        self.head = BottleneckHead(*denoiser.taps()[-1]).to(device) if with_head else None
 
-    def estimate(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Estimate:
+    def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None, *, guidance: float = 1.0) -> Estimate:
         """The denoiser's estimate of the clean image."""
-        return self.denoiser.estimate(x, sigma, labels)
+        return self.denoiser.estimate(x, sigma, condition, guidance=guidance)
 
-    def logits(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def logits(self, x: Tensor, sigma: Tensor, condition: Condition | None) -> Tensor:
         """Real or generated? [N, 1] from noisy images."""
         assert self.head is not None
-        return self.head(self.denoiser.features(x, sigma, labels))
-
-
-def feature_shape(net: Denoiser) -> tuple[int, int]:
-    """Channels and side of the encoder's last feature map."""
-    name, last = list(net.model.enc.items())[-1]
-    return channels_of(last), int(name.partition("x")[0])
+        return self.head(self.denoiser.features(x, sigma, condition))
 
 
 class ProjectedDiscriminator(nn.Module):

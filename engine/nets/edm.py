@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from potstill.engine.diffusion.precond import iddpm_levels, vp_sigma
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.steps import add_step_condition
 from potstill.engine.nets.unet import DhariwalUNet, SongUNet
 
@@ -24,7 +24,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def from_kwargs(precond: str, **kwargs: Any) -> Denoiser:
+def from_kwargs(precond: str, **kwargs: Any) -> EDMDenoiser:
     """The denoiser that EDM builds from the same class name and keyword arguments, freshly initialised.
 
     `use_fp16=True` runs the U-Net in bfloat16 (EDM's float16 diverges in distillation; set `compute_dtype` to choose).
@@ -52,7 +52,7 @@ def from_kwargs(precond: str, **kwargs: Any) -> Denoiser:
         )
     except TypeError as error:
         raise ValueError(f"{model_type} does not take these keyword arguments: {error}") from error
-    net = Denoiser(model, precond, scheme | _sigma_range(precond, scheme), dict(kwargs))
+    net = EDMDenoiser(model, precond, scheme | _sigma_range(precond, scheme), dict(kwargs))
     net.compute_dtype = torch.bfloat16 if kwargs.get("use_fp16") else torch.float32
     return add_step_condition(net) if kwargs.get("step_condition") else net
 
@@ -64,13 +64,6 @@ def all_kwargs(precond: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     given = signature(unet).parameters.values() if unet else ()
     defaults = {p.name: p.default for p in given if p.default is not p.empty} | {"use_fp16": False, "step_condition": False}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in (defaults | made).items()}
-
-
-def without_augmentation(net: Denoiser) -> Denoiser:
-    """The same net without its branch for augmentation labels, which nothing uses where images are not augmented."""
-    net.model.map_augment = None
-    net.kwargs = net.kwargs | {"augment_dim": 0}
-    return net
 
 
 def _sigma_range(precond: str, scheme: dict[str, Any]) -> dict[str, float]:

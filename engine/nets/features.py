@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError, what_it_is
 from potstill.engine.common.packages import Extra
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.unet import channels_of
 
 TEACHER_SIGMA = 0.2  # a choice: noise a tenth of the images' power, so the encoder still sees everything but the finest detail
 # What GDD's nets look like inside, so that a run can be planned where they are not installed: (channels, side).
@@ -75,8 +74,7 @@ class TeacherEncoder(FeatureNet):
         if not 0 < sigma < math.inf:
             raise UserError(f"teacher features want a noise level above 0, got teacher:{sigma:g}")
         self.net, self.sigma = net, sigma
-        channels = {int(name.partition("x")[0]): channels_of(layer) for name, layer in net.model.enc.items()}
-        self.taps = [Tap(channels[side], side) for side in sorted(channels, reverse=True)]
+        self.taps = [Tap(*tap) for tap in net.taps()]
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
         x = images if noise is None else images + self.sigma * noise

@@ -217,9 +217,6 @@ class BlockStyle:
     init_attn: Init
 
 
-CHECKPOINTING = ("off", "blocks")
-
-
 class UNetBlock(nn.Module):
     """Residual block with optional resampling and self-attention: [N, in, H, W], [N, emb] -> [N, out, H', W']."""
 
@@ -315,10 +312,3 @@ class UNetBlock(nn.Module):
         a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
         weight, bias = self.proj.cast(x.dtype)
         return F.linear(a, weight.flatten(1), bias).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def set_checkpointing(net: nn.Module, mode: str) -> None:
-    """What a forward keeps for backward: "off", every activation it wants; "blocks", only what enters each block."""
-    for module in net.modules():
-        if isinstance(module, UNetBlock):
-            module.checkpoint = mode == "blocks"

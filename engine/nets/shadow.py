@@ -84,7 +84,7 @@ def give_shadows(nets: Iterable[nn.Module]) -> list[Tensor]:
     for net in nets:
         for denoiser in net.modules():
             dtype = getattr(denoiser, "compute_dtype", None)
-            if dtype not in SIXTEEN_BIT:
+            if dtype not in SIXTEEN_BIT or not getattr(denoiser, "casts_weights", False):
                 continue
             for p in _cast_parameters(denoiser):
                 key = (p.device, p.data_ptr(), p.shape, p.stride())

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.layers import FourierEmbedding, Init, Linear, PositionalEmbedding, UNetBlock
 
 FREQUENCIES = "model.map_steps.waves.freqs"  # in a weight file: one without is of a potstill that embedded otherwise
@@ -54,7 +54,7 @@ class StepAffine(nn.Module):
         return torch.cat([scale + scale_2 + scale * scale_2, shift * (1 + scale_2) + shift_2], 1)
 
 
-def add_step_condition(net: Denoiser, *, zero: bool = False) -> Denoiser:
+def add_step_condition(net: EDMDenoiser, *, zero: bool = False) -> EDMDenoiser:
     """The same net, which from now on wants `steps=`; `zero` makes its new maps 0, so that it starts as what it was.
 
     Released code: Xavier's law and zero biases for SongUNet, ADM's own law for DhariwalUNet, neither of them 0.

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 from torch.overrides import TorchFunctionMode
 
+from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.ops import definitions
 from potstill.kernels import Estimate
@@ -33,10 +34,10 @@ class WeightSpace(nn.Module):
         self.net, self.guidance = net.requires_grad_(), guidance
         self.theta = dict(self.named_parameters())
 
-    def estimate(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> Estimate:
+    def estimate(self, z: Tensor, sigma: Tensor, labels: Condition | None) -> Estimate:
         return self.net.estimate(z, sigma, labels, guidance=self.guidance)
 
-    def forward(self, z: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, sigma: Tensor, labels: Condition | None) -> Tensor:
         return self.estimate(z, sigma, labels).denoised()
 
     def gradient(self, loss: Tensor) -> list[Tensor]:
@@ -44,7 +45,7 @@ class WeightSpace(nn.Module):
         return list(torch.autograd.grad(loss, list(self.theta.values()), materialize_grads=True))
 
     @torch.no_grad()
-    def derivative(self, nu: list[Tensor], z: Tensor, sigma: Tensor, labels: Tensor | None, mode: str = "forward") -> Tensor:
+    def derivative(self, nu: list[Tensor], z: Tensor, sigma: Tensor, labels: Condition | None, mode: str = "forward") -> Tensor:
         """∂g_θ/∂θ · ν [N, C, H, W].
 
         mode: "forward" differentiates in forward mode; "difference" takes a central difference of relative width 1e-3,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sigmas import digit_reversal
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.conditions import Condition
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
 from potstill.engine.skipping.blocks import SkippableDenoiser
@@ -42,7 +43,7 @@ class Skipping(SkippableDenoiser):
     is the full teacher, bit for bit.
     """
 
-    def __init__(self, net: Denoiser, plan: Plan | None, levels: Levels | None = None, cache: int = 1):
+    def __init__(self, net: EDMDenoiser, plan: Plan | None, levels: Levels | None = None, cache: int = 1):
         super().__init__(net)
         self.law, self.cache, self.active = levels, cache, True
         self.memory = Memory()
@@ -65,30 +66,30 @@ class Skipping(SkippableDenoiser):
         """A new walk begins: nothing is remembered of the last."""
         self.evaluations = 0
 
-    def levels(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> list[Tensor]:
+    def levels(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> list[Tensor]:
         """Of the full net: a plan says what D may do without. What a walk remembers is overwritten, so a new one begins."""
         self.memory.reuse = False
         self.follow(None)
         self.restart()
-        return super().levels(x, sigma, class_labels)
+        return super().levels(x, sigma, condition)
 
-    def estimate(
-        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, guidance: float = 1.0, steps: int | None = None
-    ) -> Estimate:
+    def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0, **how: Any) -> Estimate:
         self.repeats = 1 if guidance == 1.0 else 2  # a guided batch is the samples twice
         try:
-            return super().estimate(x, sigma, class_labels, guidance=guidance, steps=steps)
+            return super().estimate(x, sigma, condition, guidance=guidance, **how)
         finally:
             self.repeats = 1
 
-    def _raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None, augment_labels: Tensor | None, steps: int | None):
+    def _raw(
+        self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self.memory.reuse = self.active and self.cache > 1 and sigma.ndim == 0 and self.remembers(x)
         schedule = self.schedule(sigma, len(x)) if self.active else None
         self.follow(schedule)
         if schedule is None or schedule.order is None:
-            return super()._raw(x, sigma, labels, augment_labels, steps)
+            return super()._raw(x, sigma, condition, augment_labels=augment_labels, steps=steps)
         x, c = x.float(), self.coefficients(self._sigmas(sigma, x))
-        order, labels = schedule.order, self._labels(labels, x)
+        order, labels = schedule.order, self._labels(condition, x)
         labels = None if labels is None else labels[order]
         raw = self.model(self._input(x, c)[order], c.c_noise[order], labels, augment_labels, steps)[schedule.back]
         return raw[:, : self.img_channels], x, c.c_skip, c.c_out

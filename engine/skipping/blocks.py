@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.nets.unet import UNet
 
@@ -57,12 +59,12 @@ class Skippable(UNetBlock):
         return torch.addcmul(self.shift.to(s.dtype), s, self.scale.to(s.dtype))
 
 
-class SkippableDenoiser(Denoiser):
+class SkippableDenoiser(EDMDenoiser):
     """A view of a denoiser that shares its weights and whose residual blocks are `Skippable`; the net itself stays as it is."""
 
     parts: dict[str, Skippable]
 
-    def __init__(self, net: Denoiser):
+    def __init__(self, net: EDMDenoiser):
         model = copy.deepcopy(net.model, {id(t): t for t in [*net.model.parameters(), *net.model.buffers()]})
         for layers in (model.enc, model.dec):
             for name, block in layers.items():
@@ -74,6 +76,17 @@ class SkippableDenoiser(Denoiser):
         self.train(net.training)
         self.to(next(net.parameters()).device)
         self.compute_dtype, self.parts = net.compute_dtype, blocks_of(model)
+
+    def blocks(self) -> list[nn.Module]:
+        """What is left out or not: the wrappers stay."""
+        return [part.block for part in self.parts.values()]
+
+
+def with_unet(net: Denoiser) -> EDMDenoiser:
+    """The net, if it is one whose layers can be left out. UserError for others."""
+    if not isinstance(net, EDMDenoiser):
+        raise UserError(f"skipping leaves out blocks of EDM's U-Nets, got {type(net.model).__name__}: do without a plan and skipping.cache")
+    return net
 
 
 def blocks_of(model: UNet) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from potstill.engine.common.kinds import DICT, NUMBER, TEXT, Kind, check, count,
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
 from potstill.engine.models.weights import same_weights, weights_hash
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.skipping.blocks import blocks_of
 
 FORMAT = "potstill-plan-1"
@@ -159,7 +159,7 @@ def _calibrates(one: Any, bins: int) -> bool:
     return len({len(row) for rows in one.values() for row in rows}) == 1
 
 
-def check_plan(plan: Plan, net: Denoiser, source: str) -> None:
+def check_plan(plan: Plan, net: EDMDenoiser, source: str) -> None:
     """UserError if the plan was not made for this very net."""
     if plan.resolution != net.img_resolution:
         raise UserError(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.models.weights import weights_hash
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.skipping.blocks import Skippable, SkippableDenoiser
 from potstill.engine.skipping.plan import Plan, corrected_prefixes, free_choice, kl_budget, latency_saved, nested_order, prefixes
 
@@ -89,7 +89,7 @@ class ProbeResult:
 class Probed(SkippableDenoiser):
     """A frozen view of a denoiser whose blocks can be watched and left out."""
 
-    def __init__(self, net: Denoiser):
+    def __init__(self, net: EDMDenoiser):
         super().__init__(net)
         self.eval().requires_grad_(False)
 
@@ -112,14 +112,14 @@ class Probed(SkippableDenoiser):
             block.watch = block.rows = block.scale = block.shift = None
 
 
-def bin_edges(net: Denoiser, bins: int) -> list[float]:
+def bin_edges(net: EDMDenoiser, bins: int) -> list[float]:
     """bins + 1 noise levels, equal in log σ, over what the teacher was trained for between 0.002 and 80."""
     low, high = max(LOWEST, net.sigma_min), min(HIGHEST, net.sigma_max)
     low, high = min(low, net.round_sigma(low)), max(high, net.round_sigma(high))  # where EDM's sampler asks an iDDPM net
     return np.geomspace(low, high, bins + 1).tolist()
 
 
-def probe(net: Denoiser, data: Material, bins: int, say: Callable[[str], None] = lambda text: None) -> ProbeResult:
+def probe(net: EDMDenoiser, data: Material, bins: int, say: Callable[[str], None] = lambda text: None) -> ProbeResult:
     """Measure a teacher (in eval mode, on the device of the images)."""
     if bins < 1:
         raise UserError(f"wanted at least 1 bin of noise levels, got {bins}")
@@ -197,7 +197,7 @@ def observe(probed: Probed, data: Material, low: float, high: float) -> dict[str
 
 
 @torch.no_grad()
-def denoising_loss(net: Denoiser, data: Material, low: float, high: float) -> float:
+def denoising_loss(net: EDMDenoiser, data: Material, low: float, high: float) -> float:
     """E|D - y|² of a sample."""
     total = sum(float((net(x_t, sigma, labels) - y).double().square().sum()) for x_t, sigma, y, labels in data.noised(low, high))
     return total / len(data.images)
@@ -223,7 +223,7 @@ def taylor(probed: Probed, data: Material, low: float, high: float, affine: Affi
 
 @torch.no_grad()
 def sample_deviations(
-    net: Denoiser, probed: Probed, data: Material, low: float, high: float, ways: Sequence[Callable[[], None]]
+    net: EDMDenoiser, probed: Probed, data: Material, low: float, high: float, ways: Sequence[Callable[[], None]]
 ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
     """Per way to leave blocks out |D_skip - D|² and |D_skip - y|² of every sample; then |D - y|² and σ. float64."""
     far: list[list[Tensor]] = [[] for _ in ways]
@@ -289,7 +289,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def make_plan(net: Denoiser, data: Material, result: ProbeResult, budget: float) -> Plan:
+def make_plan(net: EDMDenoiser, data: Material, result: ProbeResult, budget: float) -> Plan:
     """The plan that saves the most within `budget` per bin, verified with all its blocks left out together on held-out images."""
     latency = result.latency
     order = nested_order(result.alone, latency, budget)
@@ -320,7 +320,7 @@ def make_plan(net: Denoiser, data: Material, result: ProbeResult, budget: float)
     return Plan(weights_hash(net), net.img_resolution, result.edges, named, prefix, budget, rounded, report)
 
 
-def joint(net: Denoiser, probed: Probed, data: Material, result: ProbeResult, names: list[str], k: int) -> dict[str, float]:
+def joint(net: EDMDenoiser, probed: Probed, data: Material, result: ProbeResult, names: list[str], k: int) -> dict[str, float]:
     """What leaving these blocks out together costs in bin k.
 
     deviation: E|D_skip - D|² over the loss; rise: of the denoising loss itself, signed; excess: the larger of the two.

@@ -1,6 +1,6 @@
-"""torch.compile of a method's U-Nets as one switch, in place: `nn.Module.compile()` changes neither keys nor modules.
+"""torch.compile of a method's nets as one switch, in place: `nn.Module.compile()` changes neither keys nor modules.
 
-blocks: each residual block by itself. Blocks of one shape share a graph, so this is the shorter wait. net: each U-Net in one
+blocks: each block (`Denoiser.blocks`) by itself. Blocks of one shape share a graph, so this is the shorter wait. net: each net in one
 graph, which lets the compiler see across blocks. Both compute what the eager net does up to the order of sums in float32
 and below; dropout draws other masks. Frozen views are compiled as well; the EMA, which is only sampled from, is not.
 """
@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.nets.layers import UNetBlock
-from potstill.engine.nets.unet import UNet
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels._triton import INSTALLED
 
-MODES: dict[str, type[nn.Module] | None] = {"off": None, "blocks": UNetBlock, "net": UNet}
+MODES = ("off", "blocks", "net")
 
 #: Graphs a module may want: training or not, with gradients or without, and what differs between a net and its views.
 VARIANTS = 8
@@ -34,11 +33,12 @@ def check_compile(mode: str, device: torch.device, where: str) -> None:
 
 
 def compile_nets(nets: Iterable[nn.Module], mode: str, device: torch.device, *, backend: str = "inductor") -> int:
-    """Compile the U-Nets in these modules in place; how many modules that made. Work is done at their first call."""
-    kind = MODES[mode]
-    if kind is None:
+    """Compile the denoisers' nets in these modules in place; how many modules that made. Work is done at their first call."""
+    if mode == "off":
         return 0
-    found = list({id(m): m for net in nets for m in net.modules() if isinstance(m, kind)}.values())
+    denoisers = [module for net in nets for module in net.modules() if isinstance(module, Denoiser)]
+    parts = [part for one in denoisers for part in ([one.model] if mode == "net" else one.blocks())]
+    found = list({id(part): part for part in parts}.values())
     options: dict[str, Any] = {}
     if backend == "inductor" and device.type == "cuda":
         # One convolution with fewer channels out than half of those in vetoes NHWC for a whole training graph, and a

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from potstill.engine.common.checks import BadSetting, above, at_least, finite, one_of, wants
-from potstill.engine.nets.layers import CHECKPOINTING
+from potstill.engine.nets.denoiser import CHECKPOINTING
 from potstill.engine.training.compile import MODES as COMPILED
 from potstill.engine.training.graphs import MODES as GRAPHS
 from potstill.engine.training.optim import IMPLEMENTATIONS, OptimConfig

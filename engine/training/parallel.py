@@ -29,7 +29,6 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
-from potstill.engine.nets.layers import UNetBlock
 from potstill.engine.training.optim import Trained
 from potstill.engine.training.ranks import Ranks
 from potstill.kernels.total_norm import total_norm
@@ -265,10 +264,10 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
         low = denoiser.compute_dtype if cfg.mixed and denoiser.compute_dtype is not torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model = denoiser.model
-        blocks = [b for b in (*model.enc.values(), *model.dec.values()) if isinstance(b, UNetBlock)]
-        parts += [fully_shard(block, mp_policy=policy, **options) for block in blocks]
+        parts += [fully_shard(block, mp_policy=policy, **options) for block in denoiser.blocks()]
         parts.append(fully_shard(model, **options))  # the embedding stays float32, as in a run on one rank
-        register_fsdp_forward_method(model, "levels")
+        for name in denoiser.forwards:
+            register_fsdp_forward_method(model, name)
     heads = [m.head.layers for m in net.modules() if isinstance(m, Critic) and m.head is not None]
     parts += [fully_shard(head, **options) for head in heads]
     assert all(hasattr(p, "device_mesh") for p in net.parameters()), "a parameter is in no part"
