@@ -27,7 +27,7 @@ from potstill.engine.training.checkpoint import checkpoints, load_newest
 from potstill.engine.training.memory import fitting_micro_batch, peak_memory, sizes
 from potstill.engine.training.parallel import FSDPConfig, check_shares, largest_part
 from potstill.engine.training.ranks import ALONE
-from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.run import Run, Share, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs/digits.yaml")
@@ -302,7 +302,7 @@ def test_parallel_auto_micro_batch_leaves_a_run_as_it_was():
         if micro == "auto":
             before = [t.clone() for net in method.nets.values() for t in net.state_dict().values()]
             assert fitting_micro_batch(run, images, print) == (None if REHEARSING else 8)
-            peak_memory(run, *images, 4)
+            peak_memory(run, Share(*images), 4)
             after = [t for net in method.nets.values() for t in net.state_dict().values()]
             torch.testing.assert_close(after, before, rtol=0, atol=0)
         run.take(*images)

@@ -47,7 +47,7 @@ from potstill.engine.skipping.plan import (
 from potstill.engine.skipping.probe import Material, Probed, bin_edges, joint, make_plan, spearman
 from potstill.engine.skipping.probe import probe as probed
 from potstill.engine.training.optim import OptimConfig
-from potstill.engine.training.run import Run, TrainConfig
+from potstill.engine.training.run import Run, Share, TrainConfig
 
 CPU = torch.device("cpu")
 SONG = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0}
@@ -546,7 +546,7 @@ def test_the_guards_cosine_is_that_of_two_runs(plan_file):
     light.take(*blank())  # step 0: no comparison
     state = light.state_dict()
     full.load_state_dict(copy.deepcopy(state) | {"step": 1, "meter": {"sums": {}, "counts": {}}})
-    a, b = (run.product_gradient(*blank()).double() for run in (light, full))
+    a, b = (run.product_gradient(Share(*blank())).double() for run in (light, full))
     light.meter.read()
     light.take(*blank())
     logs = light.meter.read()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import record_function
 
 from potstill.engine.common.signals import Interrupted, collected
@@ -23,7 +22,7 @@ from potstill.engine.training.run import Run
 from potstill.engine.training.saver import Saver
 from potstill.engine.training.states import NotFinite
 
-BatchAt = Callable[[int], tuple[torch.Tensor, torch.Tensor | None]]  # iteration -> this rank's images [n, C, H, W] and labels or None
+BatchAt = Callable[[int], tuple[Any, ...]]  # iteration -> this rank's `Share`, or a tuple of its first parts
 
 
 @dataclass

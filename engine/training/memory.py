@@ -1,34 +1,34 @@
 """`micro_batch: auto`: how many images a GPU takes at once, found by trying, and what each net takes before the first image."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import OneRank, modules_of
-from potstill.engine.training.run import Run
+from potstill.engine.training.run import Run, Share
 
 SPARE = 0.9  # of the memory: fragments, the allocator of the libraries, a larger batch in an evaluation
 
 
-def fitting_micro_batch(run: Run, images_and_labels: tuple[Tensor, Tensor | None], say: Callable[[str], None]) -> int | None:
-    """The most images of this rank's share that forward and backward of every turn have room for; None: all of them.
+def fitting_micro_batch(run: Run, share: tuple[Any, ...], say: Callable[[str], None]) -> int | None:
+    """The most images of this rank's share (a `Share`, or a tuple of its first parts) that forward and backward of every turn have room for; None: all of them.
 
     Weights, optimisers and all state are afterwards as before. Every rank tries the same sizes and takes what fits on all.
     UserError if not even one image fits.
     """
     for line in estimate(run):
         say(line)
-    images, labels = images_and_labels
+    own = Share(*share)
     if run.device.type != "cuda":
-        say(f"train.micro_batch=auto: on a {run.device.type} nothing is tried, the whole share of {len(images)} images is taken")
+        say(f"train.micro_batch=auto: on a {run.device.type} nothing is tried, the whole share of {len(own.images)} images is taken")
         return None
-    for size in sizes(len(images)):
-        peak = run.ranks.least(-peak_memory(run, images, labels, size))
+    for size in sizes(len(own.images)):
+        peak = run.ranks.least(-peak_memory(run, own, size))
         room = SPARE * torch.cuda.get_device_properties(run.device).total_memory
         if peak and -peak <= room:
-            say(f"train.micro_batch=auto: {size} of {len(images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)")
+            say(f"train.micro_batch=auto: {size} of {len(own.images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)")
             return size
     raise UserError(
         "train.micro_batch=auto: not even one image fits into the GPU's memory: use train.parallel=fsdp, more GPUs or a smaller net"
@@ -44,7 +44,7 @@ def sizes(share: int) -> Iterator[int]:
             last = size
 
 
-def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> int:
+def peak_memory(run: Run, own: Share, size: int) -> int:
     """Bytes of one micro-batch through every turn, with gradients and the optimisers' state to come; 0 for too much."""
     method, ranks = run.method, run.method.ranks
     # what losses may change without an optimiser
@@ -54,9 +54,9 @@ def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> i
     method.ranks = OneRank()  # a rank without memory must not leave the others waiting
     try:
         if torch.backends.cudnn.benchmark:
-            every_turn(run, images, labels, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
+            every_turn(run, own, size)  # whose convolutions take more memory while cuDNN tries than the one it takes
         torch.cuda.reset_peak_memory_stats(run.device)
-        every_turn(run, images, labels, size)
+        every_turn(run, own, size)
         return torch.cuda.max_memory_allocated(run.device) + 2 * moments  # which the first step makes
     except torch.OutOfMemoryError:
         return 0
@@ -69,10 +69,10 @@ def peak_memory(run: Run, images: Tensor, labels: Tensor | None, size: int) -> i
         torch.cuda.empty_cache()
 
 
-def every_turn(run: Run, images: Tensor, labels: Tensor | None, size: int) -> None:
+def every_turn(run: Run, own: Share, size: int) -> None:
     """Forward and backward of each on one micro-batch; no step."""
     for turn in run.method.turns:
-        shared = run.method.begin(run.batches.part(images, labels, run.step, 0, size))
+        shared = run.method.begin(run.batches.part(own, run.step, 0, size))
         if (result := turn.loss(shared)) is not None:
             result[0].backward()
         run.forget_gradients()

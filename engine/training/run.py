@@ -7,12 +7,13 @@ is the whole state of data and noise, and a run that was killed repeats itself f
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from potstill.engine.methods.base import Batch, Draws, Logs, Method, modules_of
+from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.shadow import renew_stale
 from potstill.engine.training.capture import default_generator
 from potstill.engine.training.compile import compile_nets
@@ -22,6 +23,19 @@ from potstill.engine.training.optim import learning_rate, set_learning_rate
 from potstill.engine.training.parallel import largest_part
 from potstill.engine.training.ranks import ALONE, Ranks
 from potstill.engine.training.state import State, ema_decay
+
+
+class Share(NamedTuple):
+    """This rank's part of a batch: images [n, C, H, W], what they show (rows or None), and n prompts for each time the method asks."""
+
+    images: Tensor
+    labels: Condition | None
+    prompts: tuple[Text, ...] = ()
+
+    def part(self, window: slice) -> "Share":
+        """Some of its rows."""
+        labels = None if self.labels is None else self.labels[window]
+        return Share(self.images[window], labels, tuple(text[window] for text in self.prompts))
 
 
 class Run(State):
@@ -51,17 +65,17 @@ class Run(State):
         if self.graphs is not None:
             self.graphs.forget()  # they hold what has been replaced: PyTorch's moments and rates, the teacher's plan
 
-    def take(self, images: Tensor, labels: Tensor | None) -> None:
-        """One iteration on this rank's images [n, C, H, W] and labels [n, label_dim] (or None).
+    def take(self, images: Tensor, labels: Condition | None, prompts: tuple[Text, ...] = ()) -> None:
+        """One iteration on this rank's share of the batch (`Share`).
 
         This is the one place where nets alternate. It never reads a tensor's value, so nothing waits for the GPU.
         """
-        method, graphs = self.method, self.graphs
+        method, graphs, own = self.method, self.graphs, Share(images, labels, prompts)
         logs: Logs = {}
         decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
         with graphs.backend.stream() if graphs else nullcontext():
-            self._prepare(images, labels, decay)
-            shared: list[Any] = self.batches.cut(images, labels, self.batch_number(self.step))
+            self._prepare(own, decay)
+            shared: list[Any] = self.batches.cut(own, self.batch_number(self.step))
             if type(method).begin is not Method.begin:
 
                 def begin(batches: list[Any]) -> tuple[list[Any], Logs]:
@@ -103,12 +117,12 @@ class Run(State):
             self.ema.update(decay, weights=not averaged)
             self.meter.add(logs)
 
-    def _prepare(self, images: Tensor, labels: Tensor | None, decay: float) -> None:
+    def _prepare(self, own: Share, decay: float) -> None:
         """What comes before the turns: shadows, the guard's look, seeds, learning rates, the decay of the average."""
         renew_stale(self.weights_with_shadows)
         if self.guard is not None:
             before = self.guard.state
-            self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(images, labels)))
+            self.meter.add(self.guard.before(self.step, self.total, lambda: self.product_gradient(own)))
             if self.graphs and self.guard.state != before:
                 self.graphs.forget()  # those of a teacher that left out something else
         self.batches.seed_dropout(self.batch_number(self.step))
@@ -117,11 +131,11 @@ class Run(State):
         if self.averaging_optimizer is not None:
             self.averaging_optimizer.set_ema_decay(decay)
 
-    def product_gradient(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def product_gradient(self, own: Share) -> Tensor:
         """The gradient for the product's parameters at this iteration, as one vector; changes nothing."""
         number = self.batch_number(self.step)
         self.batches.seed_dropout(number)
-        name, batches = self.method.product, self.batches.cut(images, labels, number)
+        name, batches = self.method.product, self.batches.cut(own, number)
         parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
         for shared in map(self.method.begin, batches):
@@ -174,21 +188,22 @@ class Batches:
             return slice(start, stop)
         return slice(start * ranks + rank, stop * ranks, ranks) if self.together else slice(rank * share + start, rank * share + stop)
 
-    def cut(self, images: Tensor, labels: Tensor | None, step: int) -> list[Batch]:
-        """The micro-batches of batch number `step`, from this rank's images [n, C, H, W] and labels [n, label_dim]."""
-        size = self.size or len(images)
-        return [self.part(images, labels, step, start, size) for start in range(0, len(images), size)]
+    def cut(self, own: Share, step: int) -> list[Batch]:
+        """The micro-batches of batch number `step`."""
+        size = self.size or len(own.images)
+        return [self.part(own, step, start, size) for start in range(0, len(own.images), size)]
 
-    def part(self, images: Tensor, labels: Tensor | None, step: int, start: int, size: int) -> Batch:
+    def part(self, own: Share, step: int, start: int, size: int) -> Batch:
         """The micro-batch of `size` images from number `start` on."""
-        window, share = slice(start, start + size), len(images)
+        share = len(own.images)
         if (number := start // size) == len(self.generators):
             self.generators.append(torch.Generator(self.device))
         generator = self.generators[number].manual_seed(seed_of(self.seed, step, 0))
         host = random.Random(seed_of(self.seed, step, 2))
         samples = self._samples(start, min(start + size, share), share)
         draws = Draws(generator, share * self.ranks.count, samples, host, self.classes, self.method.stratified)
-        return Batch(images[window], labels[window] if labels is not None else None, draws)
+        images, labels, prompts = own.part(slice(start, start + size))
+        return Batch(images, labels, draws, prompts)
 
     def seed_dropout(self, step: int) -> None:
         """Dropout of iteration `step` draws other masks on every rank."""
