@@ -1,7 +1,7 @@
 """What a net is told besides noise levels: classes, a tensor of one-hot rows [N, K], or embedded prompts (Text)."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,26 +36,35 @@ class Text:
         """On a device, with its floating-point tensors in `dtype`."""
         return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
+    def filled(self, length: int) -> "Text":
+        """With zeros, which its mask hides, up to so many tokens; itself if it has no mask, or is as long."""
+        if self.mask is None or self.embeds.shape[1] >= length:
+            return self
+        more = length - self.embeds.shape[1]
+        embeds, mask = torch.nn.functional.pad(self.embeds, (0, 0, 0, more)), torch.nn.functional.pad(self.mask, (0, more))
+        return replace(self, embeds=embeds, mask=mask)
+
 
 Condition = Tensor | Text
 
 
 def cat(first: Condition, *others: Condition) -> Condition:
-    """All rows one below another. UserError for texts of which one has what another lacks, or that differ in length or width."""
+    """All rows one below another; masked prompts are filled up to the longest.
+
+    UserError for texts of which one has what another lacks, of other widths, or of other lengths where no mask hides what is filled up.
+    """
     if isinstance(first, Tensor):
         return torch.cat([first, *others])  # pyright: ignore[reportArgumentType]
-    leaves, form = _pytree.tree_flatten(first)
-    all_leaves = [leaves]
-    for other in others:
-        more, its_form = _pytree.tree_flatten(other)
-        shapes = [(tuple(a.shape[1:]), tuple(b.shape[1:])) for a, b in zip(leaves, more, strict=False)]
-        if its_form != form or any(a != b for a, b in shapes):
-            raise UserError(
-                f"embedded prompts of one batch want the same tensors of the same sizes, got {_told(first)} and {_told(other)}: "
-                "encode them with one text encoder and one number of tokens"
-            )
-        all_leaves.append(more)
-    return _pytree.tree_unflatten([torch.cat(each) for each in zip(*all_leaves, strict=True)], form)
+    texts = [text for text in (first, *others) if isinstance(text, Text)]
+    longest = max(text.embeds.shape[1] for text in texts)
+    leaves, forms = zip(*(_pytree.tree_flatten(text.filled(longest)) for text in texts), strict=True)
+    shapes = {tuple(t.shape[1:] for t in each) for each in leaves}
+    if len(texts) <= len(others) or len(shapes) > 1 or any(form != forms[0] for form in forms):
+        raise UserError(
+            f"embedded prompts of one batch want the same tensors of the same sizes, got {' and '.join(map(_told, (first, *others)))}: "
+            "encode them with one text encoder and one number of tokens"
+        )
+    return _pytree.tree_unflatten([torch.cat(each) for each in zip(*leaves, strict=True)], forms[0])
 
 
 def expanded(row: Condition, n: int) -> Condition:

@@ -1,0 +1,67 @@
+"""What a folder of a diffusers pipeline says about its denoiser: the class, where its weights are, and the scheme it was trained by."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.packages import installed
+from potstill.engine.diffusion.tables import scheme_of
+from potstill.engine.nets.families import family_of
+
+
+def diffusers() -> Any:
+    """The library. UserError where it is not installed."""
+    if not installed("diffusers"):
+        raise UserError("package diffusers, for a denoiser of its classes: pip install 'potstill[diffusers]'")
+    import diffusers
+
+    return diffusers
+
+
+def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
+    """The denoiser's class, its own folder, and its scheme. UserError where any is missing, not known, or not as safetensors."""
+    index = _json(folder / "model_index.json")
+    found = [part for part in ("unet", "transformer") if _class_in(index, part)]
+    scheduler = _class_in(index, "scheduler")
+    if not found or not scheduler:
+        named = ", ".join(part for part in index if _class_in(index, part)) or "nothing"
+        raise UserError(
+            f"{folder} wants a unet or transformer and a scheduler in its model_index.json, got {named}: choose another pipeline"
+        )
+    part = found[0]
+    if _class_in(index, f"{part}_2"):
+        raise UserError(f"{folder} has two denoisers, {part} and {part}_2, each for half of the noise levels: choose a pipeline of one")
+    name = str(_class_in(index, part))
+    family_of(name)
+    if not list((folder / part).glob("*.safetensors")):
+        raise UserError(f"{folder / part} has no weights as safetensors, and no pickle is read: download the model as safetensors")
+    return name, folder / part, scheme_of(scheduler, _settings(scheduler, folder / "scheduler"))
+
+
+def _settings(scheduler: str, folder: Path) -> Mapping[str, Any]:
+    """A scheduler's settings, with its class's defaults for those that the file leaves out."""
+    kind = getattr(diffusers(), scheduler, None)
+    if kind is None:
+        return {}
+    try:
+        return kind.from_pretrained(folder, local_files_only=True).config
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{folder} cannot be read as {scheduler}: {' '.join(str(error).split()):.300}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent} is no folder of a diffusers pipeline: {path.name} cannot be read ({error})") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{path} holds no settings of a pipeline: wanted those that diffusers writes")
+    return read
+
+
+def _class_in(index: Mapping[str, Any], part: str) -> str | None:
+    """The class that model_index.json names for a part; None for none."""
+    named = index.get(part)
+    return named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else None
