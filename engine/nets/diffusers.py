@@ -259,7 +259,7 @@ class DiffusersDenoiser(Denoiser):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be read as {name}: {' '.join(str(error).split()):.300}") from error
-        return cls(model.eval(), scheme, size=size, fixed=fixed)
+        return cls(model, scheme, size=size, fixed=fixed).eval()
 
     def _low(self) -> torch.dtype | None:
         """The 16 bits of the weights, but for those that the model's class keeps in float32."""
@@ -283,7 +283,7 @@ class DiffusersDenoiser(Denoiser):
 
     def _nearest(self, sigma: Tensor) -> Tensor:
         """The index of the nearest level of the table, by bisection of the middles between levels."""
-        return torch.searchsorted((self.table[1:] + self.table[:-1]) / 2, sigma.float())
+        return torch.searchsorted((self.table[1:] + self.table[:-1]) / 2, sigma.float().contiguous())
 
     def _raw(self, x: Tensor, sigma: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.float()
