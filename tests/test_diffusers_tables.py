@@ -105,7 +105,7 @@ def test_our_euler_is_theirs_on_a_table(spacing, steps):
     ours = walked(net, scheduler.sigmas, z, condition)
     assert (ours - x).abs().max() <= 1e-5 * x.abs().max()
     if spacing == "trailing":
-        assert net.schedule(steps) == pytest.approx(scheduler.sigmas.tolist(), rel=1e-6)
+        assert torch.allclose(net.sampling_levels(steps).float(), scheduler.sigmas[:-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("first", "error"), [(0.98, 1e-5), (1.0, 1e-4)])  # at t = 1 our σ is the cap
@@ -126,7 +126,7 @@ def test_our_euler_is_theirs_on_a_flow(shift, first, error):
 
 
 def times_of(net, steps):
-    sigmas = torch.tensor(net.schedule(steps))
+    sigmas = net.sampling_levels(steps).float()
     return sigmas / (1 + sigmas)
 
 
@@ -136,12 +136,22 @@ def test_a_flows_own_schedule_has_its_shift(steps):
     for shift in (1.0, 3.0):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(sigmas=even)
-        assert torch.allclose(times_of(flow_net(shift=shift), steps), scheduler.sigmas, atol=2e-5)
+        assert torch.allclose(times_of(flow_net(shift=shift), steps), scheduler.sigmas[:-1], atol=2e-5)
     for kind in ("exponential", "linear"):
         settings = {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.3, "time_shift_type": kind, "base_image_seq_len": 10}
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
         scheduler.set_timesteps(sigmas=even, mu=diffusers.pipelines.flux.pipeline_flux.calculate_shift(16, 10, 4096, 0.4, 1.3))
-        assert torch.allclose(times_of(flow_net(**settings), steps), scheduler.sigmas, atol=2e-5)
+        assert torch.allclose(times_of(flow_net(**settings), steps), scheduler.sigmas[:-1], atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "steps"), [((8, 8), 4), ((64, 64), 50), ((80, 80), 50)])
+def test_flux2_has_a_shift_of_its_own(size, steps):
+    settings = {"use_dynamic_shifting": True}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+    mu = diffusers.pipelines.flux2.pipeline_flux2.compute_empirical_mu(math.prod(size), steps)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+    net = DiffusersDenoiser(diffusers_models.model("flux2"), scheme_of("FlowMatchEulerDiscreteScheduler", settings), size=size)
+    assert torch.allclose(times_of(net, steps), scheduler.sigmas[:-1], atol=2e-5)
 
 
 def test_a_shift_is_a_factor_and_a_logit_normal_a_log_normal():

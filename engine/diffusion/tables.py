@@ -101,6 +101,12 @@ def shift_of(scheme: Mapping[str, Any], tokens: int) -> float:
     return mu if shift.get("time_shift_type") == "linear" else math.exp(mu)
 
 
+def flux2_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's µ: fitted by its authors at 10 and 200 steps, as lines in the number of tokens, and linear in the steps between them."""
+    few, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return many if tokens > 4300 else many + (many - few) / 190 * (steps - 200)
+
+
 def flow_level(t: Tensor) -> Tensor:
     """σ = t/(1-t) of times t in [0, 1], at most CAP."""
     return (t / (1 - t)).clamp(max=CAP)

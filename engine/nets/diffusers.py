@@ -25,12 +25,10 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.diffusion.tables import CAP, flow_level, shift_of, sigmas_of
 from potstill.engine.nets import pipelines
-from potstill.engine.nets.conditions import Condition, Text, cat, expanded
-from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.conditions import Condition, Text, expanded
+from potstill.engine.nets.denoiser import Denoiser, per_sample
 from potstill.engine.nets.families import family_of
-from potstill.engine.nets.taps import tapped
-from potstill.kernels import Estimate
-from potstill.kernels.estimate import per_sample
+from potstill.engine.nets.taps import depths, tapped
 
 HALVES = (torch.bfloat16, torch.float16)
 TEXT = ("embeds", "mask", "pooled")
@@ -61,13 +59,14 @@ class DiffusersDenoiser(Denoiser):
         fixed: Mapping[str, float] | None = None,
         null: Text | None = None,
     ):
-        nn.Module.__init__(self)
-        self.name, config = type(model).__name__, cast(Any, model).config
+        super().__init__(model)
+        self.name, self.scheme, self.config = type(model).__name__, dict(scheme), dict(cast(Any, model).config)
         self.family = family_of(self.name)
-        self.model, self.scheme, self.config = model, dict(scheme), dict(config)
         self.fixed = dict(self.family.fixed if fixed is None else fixed)
         self.shape = self.family.shape(self.name, self.config, size)
-        self.text, self.label_dim = self.family.text, config.get(self.family.classes) or 0
+        self.text, self.label_dim = self.family.text, self.config.get(self.family.classes) or 0
+        if self.config.get("guidance_embeds") and "guidance" not in self.fixed:
+            raise UserError(f'this {self.name} is told a scale of guidance: fix one, such as {{"guidance": 3.5}}')
         for module in model.modules():
             if type(module).__name__ == "LabelEmbedding":  # DiT: in training each block would forget a tenth of the labels
                 module.dropout_prob = 0.0  # pyright: ignore[reportArgumentType]
@@ -75,8 +74,8 @@ class DiffusersDenoiser(Denoiser):
         table = torch.empty(0, device="cpu") if self.flow else sigmas_of(self.scheme)
         first = 1 / self.scheme["steps"]
         self.sigma_min, self.sigma_max = (first / (1 - first), CAP) if self.flow else (table[0].item(), table[-1].item())
-        self.known_levels = table.double().numpy()
-        self.register_buffer("table", table, persistent=False)
+        self.known_levels = table  # on the host, wherever the net is
+        self.register_buffer("table", table.clone(), persistent=False)
         for name in TEXT:
             self.register_buffer(f"null_{name}", None, persistent=False)
         self.extra: tuple[str, ...] = ()
@@ -103,30 +102,6 @@ class DiffusersDenoiser(Denoiser):
         for name, t in {"embeds": text.embeds, "mask": text.mask, "pooled": text.pooled, **text.extra}.items():
             self.register_buffer(f"null_{name}", t, persistent=False)
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """D float32 of x's shape. sigma: scalar or [N]; condition: N prompts or one-hot classes [N, label_dim], or one row for all.
-
-        Without one the net is asked for the null prompt or class.
-        """
-        raw, x_t, c_skip, c_out = self._raw(x, sigma, condition)
-        return per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * raw.float()
-
-    def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0) -> Estimate:
-        """D left unformed, for the fused losses; with guidance != 1 the net also runs without the condition, as one batch."""
-        if guidance == 1.0:
-            return Estimate(*self._raw(x, sigma, condition))
-        if condition is None:
-            raise UserError(f"guidance {guidance} wants {'prompts' if self.text else 'class labels'}, got none: set it to 1")
-        n = len(x)
-        condition = expanded(condition, n) if len(condition) == 1 else condition
-        sigma, both = self._sigmas(sigma, x), cat(condition, self.unconditional(condition))
-        raw, x_t, c_skip, c_out = self._raw(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
-        return Estimate(raw[:n], x_t[:n], c_skip[:n], c_out[:n], raw[n:], guidance)
-
-    def features(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
-        """What the net sees in x half way through: [N, C', h, w] float32, the end of a U-Net's encoder or of half of the blocks."""
-        return self.levels(x, sigma, condition)[-1].float()
-
     def levels(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> list[Tensor]:
         """What the first half of the net sees in x: maps [N, C', h, w], of videos [N, C', t, h, w].
 
@@ -139,8 +114,13 @@ class DiffusersDenoiser(Denoiser):
         self._run(view, x.float(), c, told)
         return self._maps(seen, told, x) if self.family.stacks else seen
 
+    def taps(self) -> list[tuple[int, int]]:
+        if self.family.stacks:
+            return [(self.family.channels(self.config), self._tokens(self.shape[1:])[-1])] * len(depths(self.model, self.family))
+        channels = self.config["block_out_channels"]
+        return [(c, self.shape[-1] >> i) for i, c in enumerate(channels)]
+
     def coefficients(self, sigma: Tensor) -> Coefficients:
-        """c_skip, c_out and c_in at σ [N], and the time that the net is told there."""
         one, total = torch.ones_like(sigma), (1 + sigma**2).sqrt()
         match self.scheme["prediction"]:
             case "epsilon":
@@ -164,37 +144,29 @@ class DiffusersDenoiser(Denoiser):
         0.95 … 0.96 are then 4.
         """
         if not self.flow:
-            return self.table[self._nearest(sigma)].to(sigma.dtype)
+            return self._table(sigma)[self._nearest(sigma)].to(sigma.dtype)
         if self._time_dtype is torch.float32:
             return sigma.clamp(max=CAP)
         return flow_level((sigma / (1 + sigma)).to(self._time_dtype).to(sigma.dtype))
 
     def round_sigma(self, sigma: float) -> float:
-        """The same on the host, where a sampler's schedule says σ > 0."""
-        if not self.flow:
-            return float(self.known_levels[abs(self.known_levels - sigma).argmin()])
         return self.told(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
 
     def level(self, u: Tensor) -> Tensor:
         """σ at the quantile u in [0, 1] of the law that is uniform over the net's own times; 1 is all noise."""
         if self.flow:
             return flow_level(0.001 + 0.999 * u)
-        return self.table[(u * (len(self.table) - 1)).round().long()].to(u.dtype)
+        return self._table(u)[(u * (len(self.table) - 1)).round().long()].to(u.dtype)
 
-    def weight(self, sigma: Tensor) -> Tensor:
-        """The loss weight on D that is 1 on the raw output, 1/c_out²."""
-        return 1 / self.coefficients(sigma).c_out ** 2
-
-    def schedule(self, steps: int) -> list[float]:
-        """The levels that the net's own scheduler walks over in so many steps, the last 0: evenly in time, with a flow's shift."""
+    def sampling_levels(self, steps: int) -> Tensor:
+        """Those that the net's own pipeline walks over: even in time from all noise ("trailing"), of a flow with its shift."""
         if self.flow:
-            tokens = math.prod(self._tokens(self.shape[1:]))
             t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64, device="cpu")
-            sigmas = (shift_of(self.scheme, tokens) * t / (1 - t)).clamp(max=CAP)
-        else:
-            n = len(self.known_levels)
-            sigmas = torch.from_numpy(self.known_levels)[[round(n - i * n / steps) - 1 for i in range(steps)]]
-        return [*sigmas.tolist(), 0.0]
+            tokens, dynamic = math.prod(self._tokens(self.shape[1:])), isinstance(self.scheme["shift"], Mapping)
+            shift = math.exp(self.family.mu(tokens, steps)) if self.family.mu and dynamic else shift_of(self.scheme, tokens)
+            return (shift * t / (1 - t)).clamp(max=CAP)
+        n = len(self.known_levels)
+        return self.known_levels.double()[[round(n - i * n / steps) - 1 for i in range(steps)]]
 
     def unconditional(self, condition: Condition) -> Condition:
         """As many rows of the null prompt, or of no class. UserError where the net knows neither."""
@@ -218,9 +190,15 @@ class DiffusersDenoiser(Denoiser):
         found = [block for block in found if id(block) not in inner]
         return found[self.family.entered :]
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Keep only what enters each block for backward, and compute the rest again there."""
-        getattr(self.model, "enable_gradient_checkpointing" if on else "disable_gradient_checkpointing")()
+    def recompute(self, mode: str) -> None:
+        model = cast(Any, self.model)
+        switch = model.enable_gradient_checkpointing if mode == "blocks" else model.disable_gradient_checkpointing
+        switch()
+
+    def set_dropout(self, p: float) -> None:
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
 
     def description(self) -> dict[str, Any]:
         """What `from_description` makes the same net of, with other weights: JSON."""
@@ -279,13 +257,18 @@ class DiffusersDenoiser(Denoiser):
     def _time_dtype(self) -> torch.dtype:
         """What the net rounds t to."""
         rounds = self.family.rounds_time
-        return {"never": None, "16 bit": self.compute_dtype, "16-bit weights": self.low}[rounds] or torch.float32
+        return {"never": None, "16 bit": self.low or self.compute_dtype, "16-bit weights": self.low}[rounds] or torch.float32
+
+    def _table(self, like: Tensor) -> Tensor:
+        """The table on the device of a tensor."""
+        return self.known_levels if like.device.type == "cpu" else self.table
 
     def _nearest(self, sigma: Tensor) -> Tensor:
         """The index of the nearest level of the table, by bisection of the middles between levels."""
-        return torch.searchsorted((self.table[1:] + self.table[:-1]) / 2, sigma.float().contiguous())
+        table = self._table(sigma)
+        return torch.searchsorted((table[1:] + table[:-1]) / 2, sigma.float().contiguous())
 
-    def _raw(self, x: Tensor, sigma: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _raw(self, x: Tensor, sigma: Tensor, condition: Condition | None, **how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.float()
         c = self.coefficients(self._sigmas(sigma, x))
         raw = self._run(self.model, x, c, self._condition(condition, len(x)))

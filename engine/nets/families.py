@@ -1,10 +1,11 @@
 """Families of diffusers' denoisers, the only table of their class names: what each takes, how it is called and how it is built up."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.diffusion.tables import flux2_mu
 from potstill.engine.nets import calls, encoders
 from potstill.engine.nets.conditions import Text
 
@@ -27,6 +28,7 @@ class Family:
     fixed: Mapping[str, float] = field(default_factory=dict)  # its pipeline's defaults of what is fixed
     rounds_time: Literal["never", "16 bit", "16-bit weights"] = "never"  # when does it round t to the precision of its activations?
     images: Literal["last", "first", "after text"] = "last"  # where a block's tokens of the image are
+    mu: Callable[[int, int], float] | None = None  # of a dynamic shift, at (tokens, steps), where its pipeline has a rule of its own
     refused: tuple[str, ...] = ()  # settings that ask for inputs which nothing here gives
 
     @property
@@ -48,6 +50,11 @@ class Family:
         """Latents to a token, along each side."""
         patch = config[self.patch] if isinstance(self.patch, str) else self.patch
         return tuple(patch) if isinstance(patch, list | tuple) else (patch, patch)
+
+    def channels(self, config: calls.Config) -> int:
+        """Of a transformer's tokens."""
+        wide = config.get("hidden_size") or config.get("dim")
+        return wide or config["num_attention_heads"] * config["attention_head_dim"]
 
     def shape(self, name: str, config: calls.Config, size: tuple[int, ...] | None) -> tuple[int, ...]:
         """Of one sample of a net with these settings. UserError for a net of other inputs than a noisy sample, or a size that cannot be."""
@@ -153,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         size=(64, 64),
         fixed={"guidance": 4.0},
         rounds_time="16-bit weights",
+        mu=flux2_mu,
     ),
     "ZImageTransformer2DModel": Family(
         calls.z_image,

@@ -32,6 +32,12 @@ def tapped(model: nn.Module, family: Family) -> tuple[nn.Module, list[Tensor]]:
     return (_half_transformer if family.stacks else _encoder)(model, family, seen), seen
 
 
+def depths(model: nn.Module, family: Family) -> set[int]:
+    """After how many of a transformer's blocks: a quarter of them, and half."""
+    count = sum(len(getattr(model, name)) for name in family.stacks)
+    return {max(count // 4, 1), max(count // 2, 1)}
+
+
 def _encoder(model: nn.Module, family: Family, seen: list[Tensor]) -> nn.Module:
     """A U-Net up to its middle: notes what goes into each downsampling, and what comes out of the middle."""
     view = _shallow(model)
@@ -52,8 +58,7 @@ def _noting(block: nn.Module, seen: list[Tensor]) -> nn.Module:
 def _half_transformer(model: nn.Module, family: Family, seen: list[Tensor]) -> nn.Module:
     """A transformer's first half: notes what comes out of a quarter of its blocks, and of half of them."""
     view, stacks = _shallow(model), {name: list(getattr(model, name)) for name in family.stacks}
-    count = sum(map(len, stacks.values()))
-    wanted = {max(count // 4, 1), max(count // 2, 1)}
+    wanted = depths(model, family)
     starts = accumulate(map(len, stacks.values()), initial=0)
     for start, (name, blocks) in zip(starts, stacks.items(), strict=False):
         kept: list[nn.Module] = []
