@@ -443,7 +443,7 @@ def test_nets_that_are_no_plain_denoisers_are_one_sentence():
 
 
 def test_an_embedded_scale_of_guidance_must_be_fixed():
-    with pytest.raises(UserError, match='FluxTransformer2DModel is told a scale of guidance: fix one'):
+    with pytest.raises(UserError, match="FluxTransformer2DModel is told a scale of guidance: fix one"):
         made("flux", fixed={})
 
 

@@ -374,7 +374,7 @@ def test_instant_learns(settings, iterations, lr):
         ({"levels": "linear"}, "levels wants one of karras, cosine, log_uniform, own, got 'linear'"),
         ({"variant": "both"}, "variant wants one of alternating, instant, got 'both'"),
         ({"jvp": "reverse"}, "jvp wants one of forward, difference, got 'reverse'"),
-        ({"guidance": 1.5}, "wants a teacher that knows classes"),
+        ({"guidance": 1.5}, "wants a teacher that knows classes or prompts"),
         ({"sigma_min": 90.0}, "sigma_max wants more than sigma_min = 90.0, got 80.0"),
         ({"dropout": 1.0}, "dropout wants a probability in [0, 1), got 1.0"),
         ({"measure_every": 0}, "measure_every wants at least 1, got 0"),

@@ -277,7 +277,7 @@ def test_learns(settings, label_dim, iterations):
         ({"c": 0.0}, "c wants more than 0, got 0.0"),
         ({"t_max": 1.5}, "in (0, 1], got 1.5"),
         ({"sigma": 0.0}, "sigma wants more than 0, got 0.0"),
-        ({"guidance": 2.0}, "wants a teacher that knows classes"),
+        ({"guidance": 2.0}, "wants a teacher that knows classes or prompts"),
     ],
 )
 def test_bad_settings_are_refused(settings, wanted):

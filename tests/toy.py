@@ -33,7 +33,7 @@ class Toy(nn.Module):
 
     def __init__(self, label_dim: int):
         super().__init__()
-        self.label_dim, self.conditional = label_dim, bool(label_dim)
+        self.label_dim, self.conditional, self.guidable = label_dim, bool(label_dim), bool(label_dim)
         self.compute_dtype = torch.float32
 
     # what a Denoiser of EDM's says of itself

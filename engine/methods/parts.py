@@ -76,6 +76,8 @@ def noise_like(x: Tensor, draws: Draws) -> Tensor:
 
 
 def check_guidance(guidance: float, teacher: Denoiser, name: str = "guidance") -> None:
-    """UserError if guidance is asked of a teacher that is told nothing."""
-    if guidance != 1 and not teacher.conditional:
-        raise UserError(f"method.{name} = {guidance} wants a teacher that knows classes or prompts, got an unconditional one: set it to 1")
+    """UserError if guidance is asked of a teacher that is told nothing, or never learnt to do without."""
+    if guidance == 1 or teacher.guidable:
+        return
+    got = "an unconditional one" if not teacher.conditional else "one that was never trained without (Flux has its guidance embedded)"
+    raise UserError(f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1")

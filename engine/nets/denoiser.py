@@ -57,6 +57,11 @@ class Denoiser(nn.Module):
         """Is it told what to draw?"""
         return bool(self.label_dim) or self.text
 
+    @property
+    def guidable(self) -> bool:
+        """Can guidance lead away from what it draws when it is told nothing?"""
+        return self.conditional
+
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, **how: Any) -> Tensor:
         """D [N, *shape] float32. sigma: scalar or [N]; condition: N rows, or None for none; how: what else a net of its kind knows."""
         raw, x_t, c_skip, c_out = self._raw(x, sigma, condition, **how)

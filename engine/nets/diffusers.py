@@ -115,6 +115,9 @@ class DiffusersDenoiser(Denoiser):
         return self._maps(seen, told, x) if self.family.stacks else seen
 
     def taps(self) -> list[tuple[int, int]]:
+        """UserError for samples that are not square."""
+        if self.shape[-1] != self.shape[-2] or len(self.shape) != 3:
+            raise UserError(f"heads on a net's features want square samples, {self.name} has {list(self.shape)}: do without")
         if self.family.stacks:
             return [(self.family.channels(self.config), self._tokens(self.shape[1:])[-1])] * len(depths(self.model, self.family))
         channels = self.config["block_out_channels"]
@@ -167,6 +170,11 @@ class DiffusersDenoiser(Denoiser):
             return (shift * t / (1 - t)).clamp(max=CAP)
         n = len(self.known_levels)
         return self.known_levels.double()[[round(n - i * n / steps) - 1 for i in range(steps)]]
+
+    @property
+    def guidable(self) -> bool:
+        """Does it know a null prompt or class? Nets whose scale of guidance is embedded know none."""
+        return not self.config.get("guidance_embeds") if self.text else self.family.null_class
 
     def unconditional(self, condition: Condition) -> Condition:
         """As many rows of the null prompt, or of no class. UserError where the net knows neither."""

@@ -28,7 +28,9 @@ def fitting_micro_batch(run: Run, share: tuple[Any, ...], say: Callable[[str], N
         peak = run.ranks.least(-peak_memory(run, own, size))
         room = SPARE * torch.cuda.get_device_properties(run.device).total_memory
         if peak and -peak <= room:
-            say(f"train.micro_batch=auto: {size} of {len(own.images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)")
+            say(
+                f"train.micro_batch=auto: {size} of {len(own.images)} images at once ({-peak / 2**30:.1f} of {room / SPARE / 2**30:.1f} GiB)"
+            )
             return size
     raise UserError(
         "train.micro_batch=auto: not even one image fits into the GPU's memory: use train.parallel=fsdp, more GPUs or a smaller net"
