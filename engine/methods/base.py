@@ -19,6 +19,7 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.diffusion.sigmas import strata
 from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.lora import LoraConfig, with_adapters
 
 Logs = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -226,8 +227,14 @@ class Method:
         """Called when nets[name] has been updated; for state that follows a net, such as an average of it."""
 
 
-def copied(net: Denoiser) -> Denoiser:
-    """A trainable net with the same weights: students and fake nets start from their teacher."""
+def copied(net: Denoiser, role: str = "student") -> Denoiser:
+    """A trainable net with the same weights: students and fake nets start from their teacher.
+
+    Where the settings `net.lora_of_copies` are for this role (student or fake), the weights are `net`'s own, and adapters train.
+    """
+    lora: LoraConfig | None = getattr(net, "lora_of_copies", None)
+    if lora is not None and lora.trains(role):
+        return with_adapters(frozen(net), lora)
     return copy.deepcopy(net).requires_grad_(True)
 
 

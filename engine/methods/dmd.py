@@ -79,7 +79,7 @@ class DMDConfig(MethodConfig):
         )
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "DMD":
-        return DMD(self, teacher, student=copied(start), fake=copied(teacher))
+        return DMD(self, teacher, student=copied(start), fake=copied(teacher, "fake"))
 
     def unused(self) -> Unused:
         gan: Unused = {} if self.gan else dict.fromkeys(("gan_index", "gan_student", "gan_fake"), "method.gan=false")

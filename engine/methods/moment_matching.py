@@ -83,7 +83,7 @@ class MomentMatchingConfig(MethodConfig):
     def build(self, teacher: Denoiser, start: Denoiser) -> "MomentMatching":
         if self.variant == "instant":
             return Instant(self, teacher, student=copied(start))
-        return Alternating(self, teacher, student=copied(start), fake=copied(teacher))
+        return Alternating(self, teacher, student=copied(start), fake=copied(teacher, "fake"))
 
     def unused(self) -> Unused:
         measured = ("jvp", "measure_every", "measure_batch", "measure_decay", "eps")

@@ -76,7 +76,7 @@ class SIMConfig(MethodConfig):
         return Needs(data=False, classes=self.guidance != 1 or self.fake_guidance != 1)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "SIM":
-        return SIM(self, teacher, student=copied(start), fake=copied(teacher))
+        return SIM(self, teacher, student=copied(start), fake=copied(teacher, "fake"))
 
     def unused(self) -> Unused:
         law = dict.fromkeys(("t_min", "t_max") if self.levels == "lognormal" else ("P_mean", "P_std"), f"method.levels={self.levels}")

@@ -142,13 +142,19 @@ class State:
 
 
 class EMA:
-    """A copy of `net` that follows it; buffers are copied as they are."""
+    """A copy of `net` that follows it; buffers are copied as they are. Weights that do not train, and buffers that belong to no
+    checkpoint, are the net's own.
+    """
 
     def __init__(self, net: nn.Module):
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self._targets: list[Tensor] = list(self.net.parameters())
-        self._sources = [p.detach() for p in net.parameters()]
-        self._buffers = list(zip(self.net.buffers(), net.buffers(), strict=True))
+        kept = net.state_dict().keys()
+        own: list[Tensor] = [p for p in net.parameters() if not p.requires_grad]
+        own += [b for name, b in net.named_buffers() if name not in kept]
+        self.net = copy.deepcopy(net, {id(t): t for t in own}).eval().requires_grad_(False)
+        pairs = [(mine, p.detach()) for mine, p in zip(self.net.parameters(), net.parameters(), strict=True) if mine is not p]
+        self._targets: list[Tensor] = [mine for mine, _ in pairs]
+        self._sources = [p for _, p in pairs]
+        self._buffers = [(mine, b) for mine, b in zip(self.net.buffers(), net.buffers(), strict=True) if mine is not b]
 
     @torch.no_grad()
     def update(self, decay: float, *, weights: bool = True) -> None:
