@@ -11,60 +11,90 @@ from torch import nn
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import shown
+from potstill.engine.models.descriptions import adapters_in, built, check_described, described, scheme_in
 from potstill.engine.models.tensors import FLOATS, Lazily, Stored, hash_of, kinds_of, metadata_of, opened, tensors_of, write_tensors
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.lora import merged, with_adapters
 from potstill.engine.nets.steps import FREQUENCIES
-from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
 
 FORMAT = "potstill-1"
 
 
 def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
-    """Write the net's weights (float32) and, as JSON in the file's metadata, precond, kwargs and `metadata`; atomic."""
+    """Write the net's weights (float32; of a net with adapters these alone) and, as JSON in the file's metadata, how to build it
+    (`descriptions.described`) and `metadata`; atomic.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    meta = {"format": FORMAT, "precond": net.precond, "kwargs": net.kwargs} | metadata
+    meta = {"format": FORMAT} | metadata | described(net)
     write_tensors(path, tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
 
 
-def load_net(path: Path) -> tuple[Denoiser, dict[str, Any]]:
+def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, Any]]:
     """The net in a weight file, in eval mode, and the file's metadata decoded. UserError if it is not such a file.
 
     What the file says about its net is compared with the names and sizes of its tensors before a number of either is in memory.
+
+    Args:
+        base: of a file of adapters (LoRA): the folder or file of the weights that they belong to; None: where the file says.
     """
     with opened(path) as file:
         meta = metadata_of(path, file)
         check_fits(_planned(path, meta, file.keys()), kinds_of(file), str(path))
         tensors = tensors_of(path, file)
-    net = from_kwargs(meta["precond"], **meta["kwargs"])
+    if "lora" in meta:
+        net = _on_base(path, meta, base)
+    else:
+        net = built(meta)
+        net.source = str(path)
     load_strictly(net, tensors, str(path))
     return net.eval(), meta
 
 
 def _planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denoiser:
     """The net that a file describes, without memory for its numbers. UserError for none, and one that cannot be."""
-    if "precond" not in meta or "kwargs" not in meta:
-        raise UserError(
-            f"{path} holds tensors but does not say which net they belong to (no 'precond' and 'kwargs' in its metadata): "
-            "wanted a file written by potstill train or convert"
-        )
     try:
-        for name, value in meta["kwargs"].items():
-            if name != "step_condition" or not isinstance(value, bool):
-                argument(name, value)
+        check_described(path, meta, len(names))
         with torch.device("meta"):
-            net = from_kwargs(meta["precond"], **meta["kwargs"])
+            net = built(meta)
+            net = with_adapters(net, adapters_in(meta)) if "lora" in meta else net
     except Unreadable as error:
         raise Damaged(f"{path} {error}: copy or download it again") from error
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise Damaged(f"{path} describes a net that cannot be built: {' '.join(str(error).split()):.300}") from error
-    if net.knows_steps and FREQUENCIES not in names:
+    if getattr(net, "knows_steps", False) and FREQUENCIES not in names:
         raise UserError(
             f"{path} is an SFD-v student of an earlier potstill, which embedded the number of steps otherwise than the released "
             "code and this version do, so it would make other images here: sample it with that version, or train it again"
         )
     return net
+
+
+def _on_base(path: Path, meta: dict[str, Any], given: Path | None) -> Denoiser:
+    """The weights that a file's adapters belong to, with fresh adapters. UserError where they are not there, or are others."""
+    said = meta["lora"]["base"]
+    source, wanted = Path(said["source"]).expanduser(), said["sha256"]
+    places = [given] if given is not None else [source, path.parent / source.name]
+    place = next((one for one in places if one.name and one.exists()), None)
+    if place is None:
+        raise UserError(
+            f"{path} holds the adapters (LoRA) of {said['source'] or 'another net'}, which is not at {' or '.join(map(str, places))}: "
+            "wanted that folder or file where it was, beside the adapters, or named with them (base=)"
+        )
+    dtype = getattr(torch, said["dtype"])
+    base: Any = DiffusersDenoiser.from_folder(place, dtype=dtype) if place.is_dir() else load_net(place)[0].to(dtype)
+    base = base if base.adapters is None else merged(base)
+    if (found := weights_hash(base)) != wanted:
+        raise UserError(
+            f"{path} holds adapters (LoRA) of the weights {wanted[:12]}, and those in {place} are {found[:12]}: wanted the very net that they "
+            "were trained on, at the same revision"
+        )
+    net = DiffusersDenoiser(base.model, **scheme_in(meta))
+    net.source = str(place)
+    return with_adapters(net, adapters_in(meta))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.nets.conditions import Condition, cat
+from potstill.engine.nets.lora import LoraConfig
 from potstill.kernels import Estimate
 
 CHECKPOINTING = ("off", "blocks")  # what a forward keeps for backward: every activation it wants | what enters each block
@@ -33,6 +34,9 @@ class Denoiser(nn.Module):
     sigma_max: float
     forwards: tuple[str, ...] = ()  # methods of `model` that are called beside its forward
     casts_weights = False  # do its layers ask for weights in `compute_dtype` (`nets.shadow`)?
+    source: str = ""  # the file or folder that its weights, adapters apart, were read from
+    adapters: LoraConfig | None = None  # that it has (`engine.nets.lora`)
+    lora_of_copies: LoraConfig | None = None  # what students and fake nets get that start from it (`engine.methods.base.copied`)
 
     def __init__(self, model: nn.Module):
         super().__init__()
