@@ -66,7 +66,7 @@ def read_tars(text: str) -> tuple["Tars", Reader]:
         raise UserError(f"only {len(shards)} of the shards {text} are there: get the others, or shorten the range")
     columns = _columns(shards)
     images, others = _images_and_columns(columns, text)
-    tars = Tars(Path(text), shards, images)
+    tars = Tars(Path(text), shards, images, others.get("txt", {}))
     return tars, lambda say: _labels(tars, list(images), others, say)
 
 
@@ -159,15 +159,27 @@ def _of_json(values: dict[Key, Any]) -> dict[Key, Any]:
 class Tars:
     """The images of the shards, read as those of a `Folder`."""
 
-    def __init__(self, path: Path, shards: list[Path], images: Column):
+    def __init__(self, path: Path, shards: list[Path], images: Column, texts: Column):
         self.path, self.shards = path, shards
         self.names = [f"{shards[key.shard].name}/{place.name}" for key, place in images.items()]
         self._places = np.array([(key.shard, place.offset, place.size) for key, place in images.items()], np.int64)
+        self._texts = np.array([(key.shard, texts[key].offset, texts[key].size) for key in images if key in texts], np.int64)
         self._bytes = [OpenFile(shard) for shard in shards]
 
     def text(self, key: Key, place: Place) -> bytes:
         """The start of a small file."""
         return self._bytes[key.shard].read(min(place.size, LONGEST), place.offset)
+
+    def captions(self) -> list[str] | None:
+        """KEY.txt of every image; None where there are none, or all are numbers. UserError where some are missing."""
+        texts = [
+            self._bytes[k].read(min(size, LONGEST), offset).decode("utf-8", "replace").strip() for k, offset, size in self._texts.tolist()
+        ]
+        if all(map(NUMBER.fullmatch, texts)):  # also of none
+            return None
+        if len(texts) < len(self.names):
+            raise UserError(f"{self.path} has {len(texts):,} captions (KEY.txt) for {len(self.names):,} images, wanted one for each")
+        return texts
 
     def head(self, i: int, size: int) -> bytes:
         shard, offset, length = self._places[i].tolist()
