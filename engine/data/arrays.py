@@ -38,6 +38,9 @@ class ArraySource:
         _, c, h, w = self.pixels.shape
         return Header(w, h, "L" if c == 1 else "RGB")
 
+    def array(self, i: int) -> np.ndarray:
+        return self.pixels[i]
+
     def picture(self, i: int, *, upright: bool = False) -> Image.Image:
         chw = self.pixels[i]
         return Image.fromarray(chw[0] if len(chw) == 1 else np.ascontiguousarray(chw.transpose(1, 2, 0)))

@@ -1,13 +1,15 @@
-"""A set of images to learn from: square, all of one size and mode, 8 bits, with or without class labels.
+"""A set of images to learn from: square, all of one size and mode, 8 bits, with or without class labels; or latents of such a set.
 
     images = open_images("digits")                   # or a zip, a folder, an .npz, "synthetic:64x3x10"
     images.read(7)                                   # uint8 [C, H, W]
     images.labels                                    # int64 [N], None where there are none
 
 A set that is small once decoded is decoded once (`pixels`); a larger one is read image by image. Pictures of mixed
-sizes are refused with the command that makes them alike (`potstill convert`).
+sizes are refused with the command that makes them alike (`potstill convert`). Of latents "pixels" are floats [C, H, W], which a
+net sees as they are.
 """
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.arrays import ArraySource
 from potstill.engine.data.labels import refuse_holes
+from potstill.engine.data.latents import LatentHeader, LatentSource
 from potstill.engine.data.pictures import Header
 from potstill.engine.data.progress import in_order
-from potstill.engine.data.sources import Source, open_source
+from potstill.engine.data.sources import FileSource, Source, open_source
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 
 
 def open_images(path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True) -> "Images":
-    """The images of `path`: "digits", an EDM zip or folder, a folder of images, .npz, "synthetic:RxC[xCLASSES[xN]]".
+    """The images of `path`: "digits", an EDM zip or folder, a folder of images or latents, .npz, "synthetic:RxC[xCLASSES[xN]]".
 
     resolution: what they must have. label_dim: how many classes a net knows, where these images may show fewer.
     labelled=False ignores labels. Headers of all files are looked at, pixels are not. Raises UserError.
@@ -35,7 +40,8 @@ def open_images(path: str | Path, *, resolution: int | None = None, label_dim: i
     source = open_source(path, labelled=labelled)
     header = _common_header(source, resolution)
     if resolution not in (None, header.width):
-        raise UserError(f"{source.path} holds {header} images, wanted {resolution}x{resolution}: {_advice(source, resolution)}")
+        what = f"{header}" if isinstance(header, LatentHeader) else f"{header} images"
+        raise UserError(f"{source.path} holds {what}, wanted {resolution}x{resolution}: {_advice(source, resolution)}")
     if source.labels and not label_dim:
         refuse_holes(source.labels, source.path)
     labels, dim, classes = source.labels or (None, 0, None)
@@ -51,7 +57,7 @@ class Images:
     """`index` [N]: which pictures of `source` these are. `labels` [N] int64 or None; `classes`: names, where known."""
 
     source: Source
-    header: Header
+    header: Header | LatentHeader
     index: np.ndarray
     labels: np.ndarray | None = None
     label_dim: int = 0
@@ -59,7 +65,8 @@ class Images:
 
     def __post_init__(self):
         self.name = _short(self.source.path)
-        self.resolution, self.channels = self.header.width, len(self.header.mode)  # "L" or "RGB"
+        self.shape, self.dtype = self.header.shape, self.header.dtype  # of one of them: (C, H, W), uint8
+        self.channels, self.resolution = self.shape[0], self.header.width
         self._pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -67,23 +74,32 @@ class Images:
 
     def __str__(self) -> str:
         classes = f"{self.label_dim} classes" if self.label_dim else "no labels"
-        return f"{self.name}: {len(self):,} images {self.header}, {classes}"
+        return f"{self.name}: {len(self):,} {'' if self.latent else 'images '}{self.header}, {classes}"
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_pixels": None}  # a worker process reads files; it needs no copy of what is decoded
 
     @property
+    def latent(self) -> bool:
+        """Are these latents?"""
+        return isinstance(self.source, LatentSource)
+
+    @property
     def nbytes(self) -> int:
         """Size of all of them decoded."""
-        return len(self) * self.channels * self.resolution**2
+        return len(self) * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def seen(self, rows: Tensor) -> Tensor:
+        """What a net sees of some [N, C, H, W] as they were read: float32, images in [-1, 1], latents as they are. A copy."""
+        return rows.to(torch.float32, copy=True) if self.latent else rows.float().div_(127.5).sub_(1)
 
     def read(self, i: int) -> np.ndarray:
-        """Image i, uint8 [C, H, W]. UserError, naming the file, where it is damaged."""
+        """Image i, uint8 [C, H, W]; of latents float16 or float32. UserError, naming the file, where it is damaged."""
         if self._pixels is not None:
             return self._pixels[i]
         at = int(self.index[i])
-        if isinstance(self.source, ArraySource):
-            return self.source.pixels[at]
+        if not isinstance(self.source, FileSource):
+            return self.source.array(at)
         picture = self.source.picture(at)
         if Header(*picture.size, picture.mode) != self.header:
             raise UserError(f"{self.source.title(at)} is no longer {self.header} as when it was opened: start again")
@@ -91,7 +107,7 @@ class Images:
         return hwc.transpose(2, 0, 1)
 
     def pixels(self, limit: int = IN_MEMORY_BYTES) -> np.ndarray | None:
-        """All of them, uint8 [N, C, H, W], decoded at the first call; None where that takes more than `limit` bytes."""
+        """All of them [N, C, H, W], decoded at the first call; None where that takes more than `limit` bytes."""
         if self._pixels is None and self.nbytes <= limit:
             self._pixels = self._decoded()
         return self._pixels
@@ -100,7 +116,7 @@ class Images:
         if isinstance(self.source, ArraySource):
             whole = len(self) == len(self.source)
             return self.source.pixels if whole else self.source.pixels[self.index]
-        pixels = np.empty((len(self), self.channels, self.resolution, self.resolution), np.uint8)
+        pixels = np.empty((len(self), *self.shape), self.dtype)
         for i, image in enumerate(in_order(self.read, len(self), f"decoding {self.name}")):
             pixels[i] = image
         return pixels
@@ -132,7 +148,7 @@ class Images:
 
 
 def data_variance(images: Images | None, classes: Sequence[int] | None = None) -> float | None:
-    """Mean over pixels of the variance of at most 512 images in [-1, 1], of some classes if they are given.
+    """Mean over pixels of the variance of at most 512 images as a net sees them, of some classes if they are given.
 
     None without images, and where they are all the same.
     """
@@ -141,14 +157,16 @@ def data_variance(images: Images | None, classes: Sequence[int] | None = None) -
     some = (images if classes is None else images.subset(classes)).thinned(512)
     total = squares = np.zeros((), np.int64)
     for i in range(len(some)):  # one after the other: all of them together may be gigabytes
-        x = some.read(i).astype(np.int64)
+        x = some.read(i).astype(np.float64 if some.latent else np.int64)
         total, squares = total + x, squares + x * x
     mean, square = total / len(some), squares / len(some)
-    return float((square - mean**2).clip(0).mean() / 127.5**2) or None
+    return float((square - mean**2).clip(0).mean() / (1 if some.latent else 127.5**2)) or None
 
 
-def _common_header(source: Source, resolution: int | None) -> Header:
-    """The header that all pictures share: square, grey or RGB."""
+def _common_header(source: Source, resolution: int | None) -> Header | LatentHeader:
+    """The header that all pictures share: square, grey or RGB; or that of latents."""
+    if isinstance(source, LatentSource):
+        return source.header(0)
     n = 1 if isinstance(source, ArraySource) else len(source)
     first = source.header(0)
     for i, header in enumerate(in_order(source.header, n, f"looking at {source.path}", chunk=256)):
@@ -168,6 +186,8 @@ def _common_header(source: Source, resolution: int | None) -> Header:
 
 def _advice(source: Source, size: int | Header) -> str:
     """The command that makes them alike, at the wanted resolution or else at the largest power of two that fits."""
+    if isinstance(source, LatentSource):
+        return "leave data.resolution out, or convert images of the right size"
     resolution = size if isinstance(size, int) else 2 ** (min(size.width, size.height).bit_length() - 1)
     out = f"{_short(source.path)}-{resolution}x{resolution}.zip"
     files = f"{shlex.quote(source.path)} {shlex.quote(out)}"

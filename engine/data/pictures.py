@@ -5,6 +5,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
@@ -34,6 +35,16 @@ class Header(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height} {self.mode}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels, (C, H, W): "L" is one channel, "RGB" are three."""
+        return len(self.mode), self.height, self.width
+
+    @property
+    def dtype(self) -> type:
+        """Of the pixels."""
+        return np.uint8
 
 
 def png_header(head: bytes) -> Header | None:

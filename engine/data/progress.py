@@ -19,8 +19,10 @@ def cores() -> int:
     return max(1, all_of_them // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def in_order(work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, threads: int | None = None) -> Iterator[T]:
+def in_order(work: Callable[[int], T], n: int, what: str | None, *, chunk: int = 32, threads: int | None = None) -> Iterator[T]:
     """work(0), work(1), … work(n - 1). Threads take `chunk` of them at a time; the first error ends it and is raised.
+
+    what: for the progress bar; None: there is another one already.
 
     Pillow and zlib let go of the interpreter lock while they decode, resize and read, so threads are enough here.
     """
@@ -31,7 +33,8 @@ def in_order(work: Callable[[int], T], n: int, what: str, *, chunk: int = 32, th
         return [work(i) for i in range(start, min(start + chunk, n))]
 
     bar = tqdm(  # on stderr, from one process only; rewritten often on a terminal and every ten seconds in a log file
-        total=n, desc=what, unit=" images", delay=1.0, mininterval=0.1 if sys.stderr.isatty() else 10.0, disable=os.environ.get("RANK", "0") != "0"
+        total=n, desc=what, unit=" images", delay=1.0, mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        disable=what is None or os.environ.get("RANK", "0") != "0",
     )  # fmt: skip
     with ThreadPoolExecutor(threads) as pool, bar:
         waiting = deque(pool.submit(run, start) for start in islice(starts, 2 * threads))

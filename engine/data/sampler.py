@@ -61,7 +61,7 @@ class Order:
 
 
 class Stream:
-    """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W] in [-1, 1], one-hot labels [n, label_dim] or None).
+    """Batches of `images`: `stream.at(s)` is (float32 [n, C, H, W], images in [-1, 1], one-hot labels [n, label_dim] or None).
 
     batch: images of the global batch. window: this process's part of it, a slice, also with a step; default: all. flips: mirror
     half of the images. A set of at most `memory` bytes is decoded once and lies on the device, and batches are gathered there.
@@ -85,7 +85,9 @@ class Stream:
             raise ValueError(f"wanted a window of images of the batch in their order, got {window} of {batch}")
         if seed < 0:
             raise ValueError(f"wanted a seed of at least 0, got {seed}")
-        self.images, self.batch, self.window = images, batch, slice(start, stop, stride)
+        if flips and images.latent:
+            raise UserError(f"{images.name} holds latents, and those of a mirrored image are others: set data.flips=false")
+        self.images, self.batch, self.flips, self.window = images, batch, flips, slice(start, stop, stride)
         self.device = torch.device(device)
         order = partial(Order, len(images), batch=batch, seed=seed, flips=flips, window=self.window)
         self._order = order(device=self.device)
@@ -99,12 +101,17 @@ class Stream:
         """This window of batch `step`. Steps asked for in order come from what the workers have read ahead."""
         indices, mirrored = self._order.at(step)
         if self._pixels is not None:
-            uint8 = self._pixels[indices]
+            rows = self._pixels[indices]
         else:
             assert self._reader is not None
-            uint8 = self._ahead.at(step) if self._ahead else self._reader.at(step).to(self.device)
-        uint8 = torch.where(mirrored[:, None, None, None], uint8.flip(3), uint8)
-        return uint8.float().div_(127.5).sub_(1), self._one_hot(indices)
+            rows = self._ahead.at(step) if self._ahead else self._reader.at(step).to(self.device)
+        if self.flips:
+            rows = torch.where(mirrored[:, None, None, None], rows.flip(3), rows)
+        return self.images.seen(rows), self._one_hot(indices)
+
+    def indices(self, step: int) -> Tensor:
+        """Which images [n] `at(step)` takes: to find their captions."""
+        return self._order.at(step)[0]
 
     def _one_hot(self, indices: Tensor) -> Tensor | None:
         if self._labels is None:

@@ -1,4 +1,4 @@
-"""Pictures of any size with labels, wherever they come from: files in a folder or zip, or arrays held in memory."""
+"""Pictures of any size with labels, wherever they come from: files in a folder or zip, arrays held in memory, or latents of pictures."""
 
 import io
 import os
@@ -12,6 +12,7 @@ from potstill.engine.data import arrays, hugging_face
 from potstill.engine.data.files import METADATA, Folder, Zip, open_files
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
+from potstill.engine.data.latents import LatentSource, is_latents, read_latents
 from potstill.engine.data.pictures import (
     FORMATS,
     NO_IMAGE,
@@ -73,11 +74,11 @@ class FileSource:
         return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
-Source = FileSource | arrays.ArraySource
+Source = FileSource | arrays.ArraySource | LatentSource
 
 
 def open_source(path: str | Path, *, labelled: bool = True) -> Source:
-    """Pictures of "digits", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder, a zip, webdataset's tars, "hf:NAME".
+    """Pictures of "digits", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder, a zip, webdataset's tars, "hf:NAME"; or latents.
 
     labelled=False ignores labels, readable or not, and says so where there are none. UserError if there are no pictures, or
     labels that are no classes.
@@ -110,6 +111,8 @@ def _open(text: str) -> tuple[Source, Reader]:
         )
     if place.suffix.lower() == ".npz":
         return arrays.npz(place)
+    if is_latents(place):
+        return read_latents(place)
     files = open_files(place)
     return FileSource(files), lambda say: file_labels(files, say)
 

@@ -1,0 +1,146 @@
+"""Latents: what a VAE made of pictures, once (`potstill convert latents`), as a data set in a folder of safetensors shards.
+
+A shard holds "latents" [n, C, H, W] (of videos [n, C, T, H, W]) in 16 or 32 bit, shifted and scaled as the denoiser wants them, and
+"labels" [n] where there are classes. A folder of somebody else's safetensors files with these names is read as well.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.data.fingerprint import fingerprint
+from potstill.engine.data.labels import Labels, Reader, checked
+from potstill.engine.data.shards import MANIFEST, Manifest, Shards, read_manifest
+from potstill.engine.models.tensors import Stored, kinds_of, opened
+
+LATENTS, LABELS = "latents", "labels"
+FLOATS = {"float16": np.float16, "float32": np.float32}
+USUAL_STD = 0.5, 2.0  # a denoiser is trained on latents of about unit variance
+LOOKED_AT = 256  # latents whose standard deviation is taken
+ADVICE = "remove it and run the potstill convert latents that made the folder again, which makes what is missing"
+
+
+class LatentHeader(NamedTuple):
+    """What all latents of a set share."""
+
+    shape: tuple[int, ...]
+    dtype: type
+
+    mode = "latents"  # in the place of Pillow's
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def height(self) -> int:
+        return self.shape[-2]
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} latents"
+
+
+class LatentSource:
+    """Latents in the place of pictures; `labels` are given afterwards."""
+
+    labels: Labels | None = None
+
+    def __init__(self, path: Path, shards: Shards, manifest: Manifest | None):
+        self.path, self.shards, self.manifest = str(path), shards, manifest
+        first = self._latents(0)
+        if first.dim() not in (3, 4) or str(first.dtype).removeprefix("torch.") not in FLOATS:
+            raise UserError(f"{path} has latents {list(first.shape)} {first.dtype}, wanted [C, H, W] in float16 or float32")
+        self._header = LatentHeader(tuple(first.shape), FLOATS[str(first.dtype).removeprefix("torch.")])
+        some = np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).astype(int)
+        check_std(torch.from_numpy(np.stack([self.array(i) for i in some])), self.path)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def title(self, i: int) -> str:
+        return f"latent {i} of {self.path}"
+
+    def header(self, i: int) -> LatentHeader:
+        return self._header
+
+    def array(self, i: int) -> np.ndarray:
+        """Latent i [C, H, W]. Damaged where its file is."""
+        latent = self._latents(i).numpy()
+        if (latent.shape, latent.dtype) != self._header:
+            raise UserError(f"{self.title(i)} is {list(latent.shape)} {latent.dtype}, wanted {self._header} {self._header.dtype.__name__}")
+        return latent
+
+    def _latents(self, i: int) -> Tensor:
+        return self.shards.row(int(i))[LATENTS]
+
+    def picture(self, i: int, *, upright: bool = False) -> NoReturn:
+        raise UserError(f"{self.path} holds latents, wanted pictures: give the set that they were made from")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """As of a `FileSource`."""
+        labels = self.labels.of if self.labels else None
+        found = fingerprint([str(i) for i in range(len(self))], None, labels, lambda i: self.array(i).tobytes())
+        made_of = self.manifest.about if self.manifest else {}
+        return found | {"first": str(self._header), "label_dim": self.labels.dim if self.labels else 0, "made_of": made_of}
+
+    @cached_property
+    def vae(self) -> str | None:
+        """The hash of the VAE that made them, where that is known."""
+        return self.manifest.about.get("vae") if self.manifest else None
+
+
+def is_latents(path: Path) -> bool:
+    """A folder of latents, ours or somebody else's?"""
+    if (path / MANIFEST).is_file():
+        return True
+    first = min(path.glob("*.safetensors"), default=None) if path.is_dir() else None
+    return first is not None and LATENTS in _tensors(first)
+
+
+def read_latents(path: Path) -> tuple[LatentSource, Reader]:
+    """The latents of a folder, and how to read their labels. UserError for a damaged or unfinished one, and see `check_std`."""
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path, LATENTS, ADVICE)
+        source = LatentSource(path, Shards.in_folder(path, manifest, ADVICE), manifest)
+    else:
+        files = sorted(path.glob("*.safetensors"))
+        source = LatentSource(path, Shards(files, [_rows(file) for file in files], None, "copy it again"), None)
+    return source, lambda say: _labels(source)
+
+
+def _tensors(file: Path) -> dict[str, Stored]:
+    with opened(file) as tensors:
+        return kinds_of(tensors)
+
+
+def _rows(file: Path) -> int:
+    found = _tensors(file)
+    if LATENTS not in found or not found[LATENTS].shape:
+        raise UserError(f"{file} holds {', '.join(found) or 'nothing'}, wanted a tensor '{LATENTS}' [N, C, H, W]")
+    return found[LATENTS].shape[0]
+
+
+def _labels(source: LatentSource) -> Labels | None:
+    labels = source.shards.column(LABELS)
+    if labels is None:
+        return None
+    if labels.shape != (len(source),) or labels.is_floating_point():
+        raise UserError(f"{source.path} has labels {list(labels.shape)} {labels.dtype}, wanted [{len(source)}] integers")
+    classes = source.manifest.about.get("classes") if source.manifest else None
+    return checked(labels.numpy(), classes, [source.title(i) for i in range(len(source))], source.path)
+
+
+def check_std(latents: Tensor, where: str) -> None:
+    """UserError for latents whose standard deviation a denoiser will not have seen."""
+    std = float(latents.float().std(correction=0))
+    low, high = USUAL_STD
+    if not low <= std <= high:
+        raise UserError(
+            f"the latents of {where} have a standard deviation of {std:.3g}, wanted {low:g} to {high:g}: was the VAE's scaling applied? "
+            "(potstill convert latents does it)"
+        )
