@@ -1,0 +1,217 @@
+"""Embedded prompts: made by a pipeline's own text encoders, and kept in a folder of shards so that a run needs none.
+
+They are kept in 16 bit, and without the tokens that a mask leaves out. What they were made with is written beside them: a cache of
+another encoder, of other prompts or other settings is refused.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property, wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.data.pipelines import hash_of_part, index_of, load_text, quietly
+from potstill.engine.data.shards import (
+    MANIFEST,
+    SHARD_BYTES,
+    Manifest,
+    Shards,
+    begun,
+    is_complete,
+    missing_of,
+    read_manifest,
+    refuse_other,
+    write_shard,
+    write_shards,
+)
+from potstill.engine.nets.conditions import Text
+
+PROMPTS = "prompts"
+MOST = 100_000  # prompts of a cache; as many of T5's are 100 GB
+NULL = "null.safetensors"
+LENGTH = "max_sequence_length"  # as pipelines call their number of tokens
+PRECISIONS = ("auto", "bf16", "fp32")
+STORED = {torch.bfloat16: "bfloat16", torch.float32: "float16"}  # what an encoder computes in, and what is kept of it
+OTHER = "name another folder, or remove it to make it anew"
+AGAIN = "remove it if it is there, and make the cache again (a run, or potstill convert prompts): only what is missing is made"
+
+
+class Encoder:
+    """The text encoders of a pipeline's folder: prompts -> Text on the device, always of the same length.
+
+    precision: bf16, fp32, or auto (bf16 on a GPU). max_length: tokens of a prompt; None: as many as the pipeline takes by itself.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, *, precision: str = "auto", max_length: int | None = None):
+        self.dtype = dtype_of(precision, device)
+        self.pipe, self.family = load_text(folder, device, self.dtype)
+        takes = LENGTH in signature(self.pipe.encode_prompt).parameters
+        if max_length is not None:
+            if not takes:
+                raise UserError(
+                    f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out"
+                )
+            self.pipe.encode_prompt = _shortened(self.pipe.encode_prompt, max_length)
+        default = signature(self.pipe.__call__).parameters.get(LENGTH)
+        self.length = max_length or (default.default if takes and default else 0)  # masks end there, whatever a batch holds
+        self.told = False  # what the libraries have to say, such as of prompts that are too long
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Text:
+        with quietly() if self.told else nullcontext():
+            text = self.family.encode(self.pipe, list(prompts))
+        self.told = True
+        return text.filled(self.length)
+
+    @cached_property
+    def null(self) -> Text | None:
+        """One row; None for families that have no null prompt."""
+        with torch.no_grad(), quietly():
+            null = self.family.encode_null(self.pipe)
+        return null and null.filled(self.length)
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and device.type == "cuda") else torch.float32
+
+
+def _shortened(encode_prompt: Any, length: int) -> Any:
+    @wraps(encode_prompt)
+    def of_length(*arguments: Any, **more: Any) -> Any:
+        return encode_prompt(*arguments, **(more | {LENGTH: length}))
+
+    return of_length
+
+
+def made_of(texts: Sequence[str], pipeline: Path, dtype: torch.dtype, max_length: int | None) -> dict[str, Any]:
+    """What embeddings depend on, for JSON. Nothing is loaded."""
+    index = index_of(pipeline)
+    settings = {
+        name: value for name, value in index.items() if name == "_class_name" or not (name.startswith("_") or isinstance(value, list))
+    }
+    return {
+        "prompts": _hash(list(texts)), "encoder": hash_of_part(pipeline, "text_encoder"),
+        "tokenizer": hash_of_part(pipeline, "tokenizer", "processor"), "pipeline": settings, "precision": STORED[dtype],
+        "max_length": max_length,
+    }  # fmt: skip
+
+
+def write_embeddings(
+    out: Path, texts: Sequence[str], pipeline: Path, device: torch.device, *, precision: str = "auto", max_length: int | None = None,
+    batch: int = 32,
+) -> Manifest:  # fmt: skip
+    """The cache `out` of these prompts, made or completed; where it is whole already no encoder is loaded.
+
+    UserError for a folder that holds something else, for too many prompts, and where the disk has too little room.
+    """
+    found = check_embeddings(out, texts, pipeline, device, precision=precision, max_length=max_length)
+    if found and not missing_of(out, found) and is_complete(out / NULL):
+        return found
+    if found and precision == "auto":
+        precision = {"bfloat16": "bf16", "float16": "fp32"}[found.about["precision"]]
+    encoder = Encoder(pipeline, device, precision=precision, max_length=max_length)
+    size = _bytes_of_one(encoder, texts, batch)
+    _check_room(out, texts, size, found)
+    about = made_of(texts, pipeline, encoder.dtype, max_length)
+    manifest = begun(out, Manifest(PROMPTS, len(texts), max(1, int(SHARD_BYTES / size)), about), OTHER)
+    null = encoder.null
+    write_shard(out / NULL, _packed(null, encoder.dtype) if null else {"none": torch.zeros(1)}, 1, manifest.tag("null"))
+
+    def make(rows: range) -> dict[str, Tensor]:
+        starts = range(rows.start, rows.stop, batch)
+        parts = [_packed(encoder(texts[start : min(start + batch, rows.stop)]), encoder.dtype) for start in starts]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    write_shards(out, manifest, make, "embedding prompts")
+    return manifest
+
+
+def check_embeddings(
+    out: Path, texts: Sequence[str], pipeline: Path, device: torch.device, *, precision: str = "auto", max_length: int | None = None
+) -> Manifest | None:
+    """The manifest of a cache, whole or not; None where there is none. UserError where it is another encoder's, or of other prompts."""
+    if not (out / MANIFEST).exists():
+        return None
+    found = read_manifest(out, PROMPTS, OTHER)
+    wanted = made_of(texts, pipeline, dtype_of(precision, device), max_length)
+    if precision == "auto":
+        wanted["precision"] = found.about.get("precision")
+    refuse_other(out, found, len(texts), wanted, OTHER)
+    return found
+
+
+def _bytes_of_one(encoder: Encoder, texts: Sequence[str], batch: int) -> float:
+    """Of some of the prompts, evenly taken."""
+    n = min(batch, len(texts))
+    some = _packed(encoder([texts[i * len(texts) // n] for i in range(n)]), encoder.dtype)
+    return sum(t.nbytes for t in some.values()) / n
+
+
+def _check_room(out: Path, texts: Sequence[str], size: float, found: Manifest | None) -> None:
+    """UserError for more prompts than a cache is for, or than there is room for on the disk."""
+    n, needed = len(texts), int(size * len(texts))
+    what = f"{n:,} prompts are {needed:,} bytes of embeddings"
+    live = "set text.how=live, which encodes them while the run needs them, or take fewer"
+    if n > MOST:
+        raise UserError(f"{what}, and a cache is for at most {MOST:,} prompts: {live}")
+    place = out
+    while not place.exists():
+        place = place.parent
+    done = sum(path.stat().st_size for path in out.glob("*.safetensors")) if found else 0
+    if needed - done > (free := shutil.disk_usage(place).free):
+        raise UserError(f"{what}, and {place} has {free:,} bytes of room: choose another text.cache, or {live}")
+
+
+def _packed(text: Text, dtype: torch.dtype) -> dict[str, Tensor]:
+    """As a shard holds it: 16 bit, and without masked tokens."""
+    found = {"embeds": text.embeds, "pooled": text.pooled} | {f"extra.{name}": t for name, t in text.extra.items()}
+    tensors = {name: t.cpu() for name, t in found.items() if t is not None}
+    for name in ("embeds", "pooled"):
+        if name in tensors:
+            tensors[name] = tensors[name].to(getattr(torch, STORED[dtype]))
+            if not tensors[name].isfinite().all():
+                raise UserError(
+                    f"the text encoder gives {name} that are no numbers or too large for {STORED[dtype]}: set text.precision=bf16"
+                )
+    if text.mask is not None:
+        mask = text.mask.cpu()
+        tensors |= {"mask": mask, "embeds": tensors["embeds"][mask], "embeds.rows": mask.sum(1)}
+    return tensors
+
+
+def _unpacked(rows: Sequence[dict[str, Tensor]]) -> Text:
+    tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "embeds"}
+    if (mask := tensors.get("mask")) is None:
+        embeds = torch.stack([row["embeds"] for row in rows])
+    else:
+        tokens = torch.cat([row["embeds"] for row in rows])
+        embeds = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+        embeds[mask] = tokens
+    extra = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+    return Text(embeds, mask, tensors.get("pooled"), extra)
+
+
+class Embeddings:
+    """A cache, whose shards are mapped into memory. UserError where it is unfinished or damaged."""
+
+    def __init__(self, folder: Path):
+        self.manifest = read_manifest(folder, PROMPTS, OTHER)
+        self.shards = Shards.in_folder(folder, self.manifest, AGAIN)
+        null = Shards([folder / NULL], [1], [self.manifest.tag("null")], AGAIN).row(0)
+        self.null = None if "none" in null else _unpacked([null])
+
+    def __call__(self, ids: Sequence[int]) -> Text:
+        """These prompts, in the precision of the cache, on the host."""
+        return _unpacked([self.shards.row(i) for i in ids])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
