@@ -1,9 +1,11 @@
-"""Any pictures become a data set (EDM's zip), other people's networks become weight files.
+"""Any pictures become a data set (EDM's zip), pictures and prompts what a pipeline's nets see of them, networks weight files.
 
     potstill convert images SRC OUT.zip --resolution 64
+    potstill convert latents SRC OUT --pipeline FOLDER
+    potstill convert prompts PROMPTS OUT --pipeline FOLDER
     potstill convert edm IN.pkl|URL OUT.safetensors
 
-`potstill convert images --help` and `potstill convert edm --help` say more.
+`potstill convert images --help` and so on say more.
 """
 
 import argparse
@@ -16,12 +18,17 @@ from safetensors import SafetensorError
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import UserError, writing
-from potstill.engine.common.writing import check_free
+from potstill.engine.common.writing import check_free, check_writable
+from potstill.engine.data.captions import captions_of, read_prompts
+from potstill.engine.data.embeddings import PRECISIONS, write_embeddings
+from potstill.engine.data.images import open_images
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
+from potstill.engine.data.vae import write_latents
 from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.formats.edm_pickle import Found, read_net
 from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
+from potstill.engine.models.opening import device_named
 from potstill.engine.models.weights import save_net
 
 IMAGES = """\
@@ -29,6 +36,16 @@ SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdatas
 hf:NAME[:CONFIG][@SPLIT] for a Hugging Face data set, 'digits' or synthetic:RESOLUTIONxCHANNELS.
 Pictures may be of any size and are turned as the camera was held; if all are grey the set is grey, otherwise RGB. EDM's
 own tool resizes with lanczos: add --filter lanczos for a set like those its published teachers were trained on."""
+
+LATENTS = """\
+SRC is a data set whose pictures are alike (`potstill convert images`). The VAE of the pipeline encodes each once; what is kept is
+the mean of its posterior, shifted and scaled as the pipeline's denoiser wants it. A run then learns from data.path=OUT. Captions
+come from --captions, from a folder's metadata.jsonl or from KEY.txt in tars. The same command goes on after it was stopped."""
+
+PROMPTS = """\
+PROMPTS is a text file with one prompt a line, a .jsonl whose lines have a prompt, caption or text, or a folder of latents with
+captions. The pipeline's text encoders embed each once, which a run does as well: this makes the cache ahead, for text.cache=OUT.
+The same command goes on after it was stopped."""
 
 EDM = """\
 IN is a network pickle of EDM, SiD, GDD, ECT or SFD, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
@@ -44,7 +61,7 @@ ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's gen
 
 def main(argv: list[str]) -> None:
     parser = parser_of("convert", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="images|edm", help="what is converted:")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="images|latents|prompts|edm", help="what is converted:")
 
     images = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
     images.set_defaults(call=convert_images)
@@ -62,6 +79,25 @@ def main(argv: list[str]) -> None:
     images.add_argument("--max-images", type=int, metavar="N", help="only the first N in the order of names")
     images.add_argument("--skip-corrupt", action="store_true", help="leave damaged pictures out, and say which")
     images.add_argument("--force", action="store_true", help="overwrite OUT.zip")
+
+    latents = commands.add_parser("latents", help="pictures -> latents of a VAE", description=LATENTS, formatter_class=RAW)
+    latents.set_defaults(call=convert_latents)
+    latents.add_argument("src", metavar="SRC", help="the pictures: whatever data.path takes")
+    latents.add_argument("--bits", type=int, choices=(16, 32), default=16, help="of a number (default 16)")
+    latents.add_argument("--captions", metavar="FILE", type=Path, help=".txt or .jsonl with one caption an image")
+    latents.add_argument("--unlabelled", action="store_true", help="ignore dataset.json and class folders")
+
+    prompts = commands.add_parser("prompts", help="prompts -> embeddings of text encoders", description=PROMPTS, formatter_class=RAW)
+    prompts.set_defaults(call=convert_prompts)
+    prompts.add_argument("src", metavar="PROMPTS", help="the prompts: whatever text.prompts takes")
+    prompts.add_argument("--max-length", type=int, metavar="N", help="tokens of a prompt (default: as many as the pipeline takes)")
+    prompts.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the text encoder (default auto: bf16 on a GPU)")
+
+    for command, batch in ((latents, 8), (prompts, 32)):
+        command.add_argument("out", metavar="OUT", type=Path, help="the folder to be written")
+        command.add_argument("--pipeline", metavar="FOLDER", type=Path, required=True, help="a diffusers pipeline")
+        command.add_argument("--batch", type=int, default=batch, metavar="N", help=f"as many at a time (default {batch})")
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
 
     edm = commands.add_parser("edm", help="network pickle or checkpoint -> weight file", description=EDM, formatter_class=RAW)
     edm.set_defaults(call=convert_edm)
@@ -127,6 +163,35 @@ def _channels(source: Source, n: int, skip_corrupt: bool) -> int:
             raise
 
     return max(in_order(channels, n, f"looking at {source.path}", chunk=256))
+
+
+def convert_latents(arguments: argparse.Namespace) -> None:
+    """Encode and write; prints one line about the folder."""
+    _check_counts(arguments, "batch")
+    images, out = open_images(arguments.src, labelled=not arguments.unlabelled), arguments.out.expanduser()
+    check_writable(out, folder=True)
+    captions = captions_of(images.source, arguments.captions)
+    device, pipeline = device_named(arguments.device), arguments.pipeline.expanduser()
+    write_latents(out, images, pipeline, device, captions=captions, bits=arguments.bits, batch=arguments.batch)
+    print(f"{out}: {str(open_images(out)).partition(': ')[2]}, {'captions' if captions else 'no captions'}")
+
+
+def convert_prompts(arguments: argparse.Namespace) -> None:
+    """Embed and write; prints one line about the folder."""
+    _check_counts(arguments, "batch", "max_length")
+    texts, out = read_prompts(arguments.src), arguments.out.expanduser()
+    check_writable(out, folder=True)
+    device, pipeline = device_named(arguments.device), arguments.pipeline.expanduser()
+    how = {"precision": arguments.precision, "max_length": arguments.max_length, "batch": arguments.batch}
+    write_embeddings(out, texts, pipeline, device, **how)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{out}: {len(texts):,} prompts, {size / 2**20:.1f} MiB")
+
+
+def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"wanted --{name.replace('_', '-')} of at least 1, got {value}")
 
 
 def convert_edm(arguments: argparse.Namespace) -> None:
