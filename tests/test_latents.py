@@ -27,7 +27,7 @@ from potstill.engine.data import vae
 from potstill.engine.data.captions import read_prompts
 from potstill.engine.data.images import data_variance, open_images
 from potstill.engine.data.sampler import Stream
-from potstill.engine.data.vae import VAE, write_latents
+from potstill.engine.data.vae import VAE, check_vae, write_latents
 
 CPU = torch.device("cpu")
 # What libraries warn of while they import one another, and of where they are put together here.
@@ -325,6 +325,14 @@ def test_a_folder_of_something_else_is_refused(latents, pictures, pipeline, tmp_
             converted(source, folder, out, *more)
     with pytest.raises(UserError, match="has no VAE"):
         converted(pictures, diffusers_pipelines.folder("unet", tmp_path / "unet"), tmp_path / "none")
+
+
+def test_latents_of_another_vae(latents, pipeline, tmp_path):
+    check_vae(latents, pipeline)
+    check_vae(open_images("digits"), pipeline)
+    check_vae(open_images(foreign(tmp_path / "theirs", [(3, 4, 6, 6)])), pipeline)
+    with pytest.raises(UserError, match=r"latents of another VAE than that of .*other"):
+        check_vae(latents, scaled(shutil.copytree(pipeline, tmp_path / "other"), 3.6))
 
 
 def test_a_cache_of_prompts_is_no_data_set(pipeline, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,16 @@ def files_of(folder):
 # Against the pipeline itself
 
 
-def alone(folder, text, null):
-    """Embeds [1, L, C], mask and pooled of one prompt (or, with `null`, of none), by diffusers' whole pipeline."""
+@cache
+def whole_pipeline(folder):
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def alone(folder, text, null):
+    """Embeds [1, L, C], mask and pooled of one prompt (or, with `null`, of none), by diffusers' whole pipeline."""
+    pipe = whole_pipeline(folder)
     kind = type(pipe).__name__
     with torch.no_grad():
         if kind == "StableDiffusionPipeline":
@@ -236,6 +242,10 @@ def test_a_folder_with_other_files_is_no_cache(folders, tmp_path):
     with pytest.raises(UserError, match="holds other files"):
         write_embeddings(tmp_path / "mine", TEXTS, folders("sd15"), CPU)
     assert files_of(tmp_path / "mine") == {"notes.txt": b"mine"}
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/shards.json.part").write_text("{")  # at its very beginning
+    write_embeddings(tmp_path / "killed", TEXTS, folders("sd15"), CPU)
+    assert len(Embeddings(tmp_path / "killed")([0, 6])) == 2
 
 
 def test_too_many_prompts_or_too_little_room(folders, tmp_path, monkeypatch):

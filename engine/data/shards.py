@@ -75,7 +75,7 @@ def begun(folder: Path, wanted: Manifest, advice: str) -> Manifest:
     UserError where the folder holds something else, which ends in `advice`.
     """
     if not (folder / MANIFEST).exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(path.suffix != ".part" for path in folder.iterdir())):
             raise UserError(f"{folder} exists and holds other files: wanted an empty folder, or a new name for one")
         wanted.write(folder)
         return wanted

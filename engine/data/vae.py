@@ -18,7 +18,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.data.captions import CAPTIONS, write_captions
 from potstill.engine.data.images import Images
-from potstill.engine.data.latents import LABELS, LATENTS, check_std
+from potstill.engine.data.latents import LABELS, LATENTS, LatentSource, check_std
 from potstill.engine.data.pipelines import hash_of_part, load_vae
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.shards import SHARD_BYTES, Manifest, begun, write_shards
@@ -43,6 +43,13 @@ class VAE:
         """Pictures [N, 3, H, W], about in [-1, 1], of latents as `encode` makes them."""
         pictures = decode_latents(self.net, latents)
         return pictures[:, :, 0] if self.video else pictures
+
+
+def check_vae(images: Images, pipeline: Path) -> None:
+    """UserError for latents that were made by another VAE than this pipeline's, where they say by which."""
+    made_by = images.source.vae if isinstance(images.source, LatentSource) else None
+    if made_by and made_by != hash_of_part(pipeline, "vae"):
+        raise UserError(f"{images.name} holds latents of another VAE than that of {pipeline}: make them anew with potstill convert latents")
 
 
 def write_latents(
