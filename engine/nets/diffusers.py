@@ -135,9 +135,12 @@ class DiffusersDenoiser(Denoiser):
         return Coefficients(1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma), self.time(sigma))
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The scheduler's timestep at σ [N], in σ's dtype: the index of the nearest level of a table, of a flow steps·σ/(1+σ)."""
+        """The scheduler's timestep at σ [N], in σ's dtype: the index of the nearest level of a table, of a flow steps·σ/(1+σ).
+
+        CAP stands for pure noise, and is told as that: a hundredth of a timestep less would be another embedding.
+        """
         if self.flow:
-            return self.scheme["steps"] * (sigma / (1 + sigma))
+            return self.scheme["steps"] * torch.where(sigma < CAP, sigma / (1 + sigma), 1.0)
         return self._nearest(sigma).to(sigma.dtype)
 
     def told(self, sigma: Tensor) -> Tensor:
