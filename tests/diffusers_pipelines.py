@@ -2,7 +2,8 @@
 denoisers of `diffusers_models`, which fit them.
 
 Use it behind `pytest.importorskip("diffusers")`. `folder(kind, path)` writes one as `DiffusionPipeline.from_pretrained` reads it.
-The kinds are those of `diffusers_models`, but for UNet2DModel with classes, for which DDPMPipeline has no argument.
+A picture's sides are 8 times those of its latents, as VAEs have it (Sana's 4 times, FLUX.2's 2 times). The kinds are those of
+`diffusers_models`, but for UNet2DModel with classes, for which DDPMPipeline has no argument.
 """
 
 from pathlib import Path
@@ -32,8 +33,7 @@ def pipeline(kind: str, seed: int = 0, **changes: Any) -> Any:
 
     tiny = diffusers_models.TINY[kind]
     net, scheduler = diffusers_models.model(kind, seed), diffusers_models.scheduler(kind)
-    scheduler.register_to_config(**changes)
-    scheduler = type(scheduler).from_config(scheduler.config)
+    scheduler = type(scheduler).from_config(scheduler.config, **changes)
     if kind in CHANGES:
         weights, net = net.state_dict(), type(net).from_config(net.config | CHANGES[kind]).eval()
         net.load_state_dict(weights)
@@ -139,7 +139,8 @@ def qwen_vl(tokenizer: Any) -> Any:
 def vae(**more: Any) -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, layers_per_block=1, **more)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (4,) * 4}
+    return AutoencoderKL(norm_num_groups=2, latent_channels=4, layers_per_block=1, **blocks, **more)
 
 
 def sana_vae() -> Any:
