@@ -4,7 +4,8 @@
 
 DIR gets a README.md (a model card with method, teacher, data, quality and licence) beside the files of the format:
 safetensors (the weight file itself), hub (model.safetensors, config.json), diffusers (a pipeline that needs nothing of
-potstill), onnx (noise, labels -> images).
+potstill; of a net of diffusers the teacher's own with another denoiser and scheduler, or adapters for it), onnx (noise,
+labels -> images).
 """
 
 import argparse
@@ -22,11 +23,14 @@ from potstill.engine.common.errors import UserError, writing
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
+from potstill.engine.formats.pipeline import write_pipeline
 from potstill.engine.jobs.lock import LOCK, lock
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import STUDENT, open_models, settings
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student, copy_weights, write_hub
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 ONNX = "student.onnx"
@@ -40,6 +44,7 @@ class Subject:
     student: Student
     path: Path
     about: About
+    pipeline: str | None = None  # the teacher's, of a student of diffusers' nets
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> None:
     out = args.out.expanduser()
     if out.exists():
         raise UserError(f"{out} exists: choose a folder that does not, or remove it")
-    subject = found(args.source.expanduser())
+    subject = found(args.source.expanduser(), args.pipeline)
     part = out.with_name(out.name + ".part")
     with lock(part / LOCK), writing(out):
         try:
@@ -77,11 +82,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a finished run, or a student's .safetensors file")
     p.add_argument("--to", choices=list(FORMATS), required=True, help="what shall read it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
+    where = "the teacher's pipeline of diffusers, where it is not at the run's teacher.checkpoint"
+    p.add_argument("--pipeline", metavar="FOLDER", help=where)
     return p
 
 
-def found(source: Path) -> Subject:
-    """The student at `source`. UserError if there is none, or its run is not finished."""
+def found(source: Path, pipeline: str | None = None) -> Subject:
+    """The student at `source`. UserError if there is none, or its run is not finished.
+
+    pipeline: the folder of the teacher's; None: as the run, or a file of adapters, names it.
+    """
     run = source if source.is_dir() else source.parent
     # Of a single file's run: its numbers are about its last student only.
     summary = read_summary(run) if source.is_dir() or source.name == "student.safetensors" else None
@@ -91,11 +101,12 @@ def found(source: Path) -> Subject:
             f"{run} is no finished run (it has no summary.json): repeat its potstill train command to finish it"
             + (", or export the file student.safetensors in it" if has else "")
         )
-    model = open_models(source, STUDENT)[0]
+    model = open_models(source, STUDENT, base=Path(pipeline).expanduser() if pipeline else None)[0]
     student = Student(model.net, model.sampler, model.metadata).eval()
     net = student.net
-    classes = f"{net.label_dim:,} classes" if net.label_dim else "no classes"
-    size = f"{net.img_resolution}x{net.img_resolution}x{net.img_channels}, {classes}, "
+    text = isinstance(net, Denoiser) and net.text
+    told = "prompts" if text else f"{net.label_dim:,} classes" if net.label_dim else "no classes"
+    size = f"{'x'.join(str(side) for side in (*net.shape[1:], net.shape[0]))}, {told}, "
     about = About(
         name=(run if source.is_dir() or summary else source.with_suffix("")).resolve().name,
         metadata=model.metadata,
@@ -104,8 +115,10 @@ def found(source: Path) -> Subject:
         students=len(net.students) if isinstance(net, Router) else 1,
         teacher=_teacher(source, model.metadata),
         summary=summary or {},
+        task="text-to-image" if text else "unconditional-image-generation",
     )
-    return Subject(student, model.path, about)
+    own = net.source if isinstance(net, Denoiser) and net.adapters is not None else None
+    return Subject(student, model.path, about, pipeline or own or _learnt_from(source))
 
 
 def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
@@ -117,8 +130,13 @@ def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
     recipe = settings(source)
     if not recipe:
         return None
-    given = (recipe.get("teacher") or {}).get("checkpoint")
+    given = _learnt_from(source)
     return Path(given).name if given else f"a teacher trained in the same run on {metadata.get('data', 'its data')}"
+
+
+def _learnt_from(source: Path) -> str | None:
+    """The teacher's checkpoint as its run names it."""
+    return (settings(source).get("teacher") or {}).get("checkpoint")
 
 
 # How each format is written into a folder.
@@ -135,17 +153,31 @@ class Written(NamedTuple):
 def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
     where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
-    use = _python(where) + "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
+    use = _python(subject, where)
+    if not isinstance(subject.student.net, DiffusersDenoiser):
+        use += "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
     return Written("weights with their description in their metadata", "potstill", use)
 
 
 def to_hub(subject: Subject, folder: Path) -> Written:
     write_hub(subject.path, folder)
     up = "Upload it with `hf upload USER/NAME DIR`; only safetensors and JSON are ever read."
-    return Written("a folder for the Hugging Face hub", "potstill", _python('"USER/NAME"', "  # or this folder") + "\n\n" + up)
+    return Written("a folder for the Hugging Face hub", "potstill", _python(subject, '"USER/NAME"', "  # or this folder") + "\n\n" + up)
 
 
-def _python(where: str, comment: str = "") -> str:
+def _python(subject: Subject, where: str, comment: str = "") -> str:
+    net = subject.student.net
+    if isinstance(net, DiffusersDenoiser):
+        told = ", prompts" if net.text else ", classes" if net.label_dim else ""
+        note = {", prompts": "; prompts = student.net.family.encode(pipe, [...]) by the teacher's pipeline"}.get(told, "")
+        return f"""\
+```python
+import torch
+from potstill.engine.models.student import Student  # potstill
+
+student = Student.from_pretrained({where}){comment}
+x = student.generate(torch.randn(16, *student.noise_shape){told})  # what its VAE decodes{note}
+```"""
     return f"""\
 ```python
 from potstill.engine.models.student import Student  # potstill
@@ -157,6 +189,13 @@ images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses c
 
 def to_diffusers(subject: Subject, folder: Path) -> Written:
     student = single(subject, "diffusers")
+    if isinstance(student.net, DiffusersDenoiser):
+        if not subject.pipeline:
+            raise UserError(
+                "--to diffusers wants the pipeline that the student learnt from, which its run does not name: --pipeline FOLDER"
+            )
+        told, use = write_pipeline(student.net, student.sampler, folder, Path(subject.pipeline).expanduser(), subject.pipeline)
+        return Written(told, "diffusers", use)
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
     assert isinstance(student.net, EDMDenoiser)
     write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
@@ -174,7 +213,11 @@ images = pipe(seeds=[0, 1, 2, 3]{classes}).images
 
 
 def to_onnx(subject: Subject, folder: Path) -> Written:
-    """The graph and its check. UserError if onnxruntime's images are not PyTorch's."""
+    """The graph and its check. UserError if onnxruntime's images are not PyTorch's, and for what no graph of ours holds."""
+    if isinstance(subject.student.net, DiffusersDenoiser):
+        raise UserError(
+            "--to onnx writes potstill's own nets, and this one is of diffusers, with a text encoder and VAE beside it: --to diffusers"
+        )
     generator = Graph(student := single(subject, "onnx"))
     example, names = generator.example(), generator.names
     write_onnx(generator, example, names, folder / ONNX)

@@ -7,6 +7,7 @@ The seed is all that both have in common: the first numbers after it are the noi
 import functools
 import json
 import re
+import shutil
 
 import pytest
 
@@ -19,10 +20,14 @@ from diffusers_models import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.diffusion.tables import CAP
+from potstill.engine.export import main
 from potstill.engine.formats.pipeline import LORA as LORA_FILE
 from potstill.engine.formats.pipeline import write_pipeline
+from potstill.engine.models.student import Student
+from potstill.engine.models.weights import save_net
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.families import family_of
 from potstill.engine.nets.lora import LoraConfig, with_adapters
@@ -166,6 +171,7 @@ STOCK = {
     "sdxl in four": ("sdxl", unit(999, 749, 499, 249), {}),
     "pixart": ("pixart", lambda net: one_step(2.5), {}),
     "pixart at unit z": ("pixart", unit(400), {}),
+    "pixart that is told the size": ("pixart_1024", unit(400), {}),
     "dit": ("dit", unit(700), {}),
     "dit in two": ("dit", unit(999, 499), {}),
     "unet": ("unet", lambda net: one_step(net.table[500].item()), {}),
@@ -173,6 +179,7 @@ STOCK = {
 }
 for name in ("sd3", "flux", "sana", "qwen", "flux2", "zimage", "lumina2"):
     STOCK[name] = name, flow(1), {}
+for name in ("sd3", "flux", "qwen", "flux2"):
     STOCK[f"{name} in four"] = name, flow(1, 0.75, 0.5, 0.25), {}
 STOCK["flux in four, shifted"] = "flux", flow(1, 0.9, 0.75, 0.5), {}
 STOCK["flux from σ z"] = "flux", flow(1, start="sigma"), {}
@@ -192,7 +199,7 @@ OWN = {
     "pixart for images": ("pixart", lambda net: one_step(2.5), {"prediction_type": "sample"}),
     "wan in four": ("wan", flow(1, 0.75, 0.5, 0.25), {}),
 }
-for name in ("sd3", "flux", "sana", "qwen", "flux2", "zimage", "lumina2", "wan"):
+for name in ("sd3", "flux", "qwen", "flux2", "lumina2", "wan"):
     OWN[f"{name} at σ z"] = name, flow(5 / 7, start="sigma"), {}
 OWN["flux posterior"] = "flux", flow(1, 0.5, solver="ancestral"), {}
 
@@ -244,6 +251,7 @@ LORA = ["sd15", "sdxl", "sd3", "flux", "sana", "qwen", "flux2", "zimage", "lumin
 def adapted(teacher, **settings):
     """A student of adapters alone, whose B are no zeros."""
     net = with_adapters(DiffusersDenoiser.from_folder(teacher, size=(2, 8, 8) if "wan" in teacher.name else (8, 8)), LoraConfig(**settings))
+    net.source = str(teacher)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -291,3 +299,118 @@ def test_adapters_that_no_stock_scheduler_samples_are_added_to_the_weights(teach
     told, lines = exported("sd15", net, sampler, teacher, tmp_path / "out")
     assert "trust_remote_code" in told
     assert distance(called("sd15", lines), expected("sd15", net, sampler, teacher)) <= 1e-5
+
+
+def test_a_picture_is_as_large_as_what_the_student_makes(teachers, tmp_path):
+    teacher = teachers("sdxl")
+    net = student(teacher, (8, 12))
+    _, lines = exported("sdxl", net, unit(399)(net), teacher, tmp_path / "out")
+    assert "height=64, width=96" in lines[-1]
+    assert distance(called("sdxl", lines), expected("sdxl", net, unit(399)(net), teacher)) <= 1e-5
+
+
+def test_our_scheduler_takes_no_other_number_of_steps(teachers, tmp_path):
+    teacher = teachers("sd3")
+    net = student(teacher)
+    _, lines = exported("sd3", net, flow(1, 0.5, solver="ancestral")(net), teacher, tmp_path / "out")
+    with pytest.raises(ValueError, match="num_inference_steps=2, got 28"):
+        called("sd3", [*lines[:-1], lines[-1].replace("num_inference_steps=2, ", "")])
+
+
+# potstill export
+
+
+def run_folder(path, net, sampler, teacher):
+    """What potstill train leaves behind, as far as an export reads it."""
+    path.mkdir()
+    save_net(path / "student.safetensors", net, method="dmd", data="captions", sampler=sampler.to_dict())
+    (path / "config.yaml").write_text(f"teacher:\n  checkpoint: {teacher}\n")
+    return path / "student.safetensors"
+
+
+def export(*arguments):
+    main([str(a) for a in arguments])
+
+
+def test_the_command_writes_a_folder_whose_card_is_true(teachers, tmp_path, capsys):
+    teacher = teachers("sd15")
+    net = student(teacher)
+    file = run_folder(tmp_path / "run", net, unit(999)(net), teacher)
+    export(file, "--to", "diffusers", "--out", tmp_path / "out")
+    assert "a plain StableDiffusionPipeline with LCMScheduler, no code in it" in capsys.readouterr().err
+    card = (tmp_path / "out/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert distance(called("sd15", card_code(card, tmp_path / "out")), expected("sd15", net, unit(999)(net), teacher)) <= 1e-5
+
+
+def test_the_command_knows_the_pipeline_of_adapters(teachers, tmp_path):
+    teacher = teachers("flux")
+    net = adapted(teacher, rank=4, alpha=1)
+    net.source = "elsewhere/flux"
+    file = run_folder(tmp_path / "run", net, flow(1)(net), "elsewhere/flux")
+    assert "which is not at elsewhere/flux" in refused(file, "--to", "diffusers", "--out", tmp_path / "out")
+    export(file, "--to", "diffusers", "--out", tmp_path / "out", "--pipeline", teacher)
+    card = (tmp_path / "out/README.md").read_text()
+    assert distance(called("flux", card_code(card, tmp_path / "out")), expected("flux", net, flow(1)(net), teacher)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sd15", "dit", "unet"])
+def test_weight_files_and_hub_folders_hold_the_same_student(kind, teachers, tmp_path):
+    teacher = teachers(kind)
+    net = student(teacher)
+    file = run_folder(tmp_path / "run", net, unit(999)(net), teacher)
+    wanted = expected(kind, net, unit(999)(net), teacher)
+    for to in ("safetensors", "hub"):
+        export(file, "--to", to, "--out", tmp_path / to)
+        code = card_code((tmp_path / to / "README.md").read_text(), tmp_path / to)
+        assert re.search("prompts" if net.text else "classes" if net.label_dim else r"noise_shape\)\)", code[-1])
+        loaded = Student.from_pretrained(tmp_path / to)
+        condition = embedded(teacher, type(net.model).__name__) if net.text else torch.tensor([0]) if net.label_dim else None
+        torch.manual_seed(0)
+        assert distance(loaded.generate(torch.randn(1, *net.shape), condition), wanted) <= 1e-6
+
+
+# What cannot be
+
+
+def refused(*arguments):
+    with pytest.raises(UserError) as caught:
+        export(*arguments)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_what_cannot_be_exported_is_one_sentence(teachers, tmp_path):
+    teacher = teachers("sd15")
+    net = student(teacher)
+    file = run_folder(tmp_path / "run", net, unit(999)(net), "")
+    to = ("--to", "diffusers", "--out", tmp_path / "out")
+    assert "its run does not name: --pipeline FOLDER" in refused(file, *to)
+    assert "is no folder of a diffusers pipeline" in refused(file, *to, "--pipeline", tmp_path)
+    assert "has 0 parts of the class UNet2DConditionModel" in refused(file, *to, "--pipeline", teachers("sd3"))
+    assert "--to diffusers" in refused(file, "--to", "onnx", "--out", tmp_path / "out")
+    heun = run_folder(tmp_path / "heun", net, Sampler("heun", [10.0, 1.0, 0.0]), teacher)
+    assert "this student by heun" in refused(heun, *to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_that_is_not_whole_is_one_sentence(teachers, tmp_path):
+    net = student(teachers("sd15"))
+    file = run_folder(tmp_path / "run", net, unit(999)(net), tmp_path / "teacher")
+    to = ("--to", "diffusers", "--out", tmp_path / "out")
+
+    def broken(name, change):
+        path = tmp_path / name
+        shutil.copytree(teachers("sd15"), path)
+        index = json.loads((path / "model_index.json").read_text())
+        change(path, index)
+        (path / "model_index.json").write_text(json.dumps(index))
+        return refused(file, *to, "--pipeline", path)
+
+    assert "has no vae, which StableDiffusionPipeline is made of" in broken("a", lambda path, index: index.pop("vae"))
+    assert "has no tokenizer/" in broken("b", lambda path, index: shutil.rmtree(path / "tokenizer"))
+    pickled = broken("c", lambda path, index: (path / "vae/diffusion_pytorch_model.safetensors").rename(path / "vae/vae.bin"))
+    assert "vae has no weights as safetensors (vae.bin is not read)" in pickled
+    assert "code of its own" in broken("d", lambda path, index: index.update(_class_name=["pipeline", "Own"]))
+    assert "which diffusers" in broken("e", lambda path, index: index.update(_class_name="TomorrowPipeline"))

@@ -33,6 +33,7 @@ class About:
     students: int = 1
     teacher: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    task: str = "unconditional-image-generation"  # by the hub's name
 
 
 def card(about: About, library: str, use: str) -> str:
@@ -47,7 +48,7 @@ def licence(metadata: dict[str, Any]) -> str:
 
 
 def _front_matter(about: About, library: str) -> str:
-    lines = ["---", f"library_name: {library}", "pipeline_tag: unconditional-image-generation"]
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {about.task}"]
     if CC_BY_NC_SA in licence(about.metadata):
         lines.append("license: cc-by-nc-sa-4.0")
     tags = ["distillation", "one-step" if about.nfe == 1 else "few-step", str(about.metadata.get("method", "potstill"))]

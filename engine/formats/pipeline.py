@@ -24,7 +24,7 @@ from torch import Tensor
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import save_tensors
-from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
 from potstill.engine.formats.schedulers import Plan, plan
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
@@ -36,6 +36,7 @@ LORA = "pytorch_lora_weights.safetensors"
 PIXELS = "ConsistencyModelPipeline"  # of UNet2DModel: DDPM's takes neither classes nor a scheduler that scales
 OLD = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx*", "*.pb", "*.xml")  # what is not copied of a component
 WARNING = "\n\nA folder cannot store the arguments of a call: with others than these the images are wrong, without a word."
+SEED = "\n\nSeed it by `torch.manual_seed`: some pipelines do not pass `generator` on to the steps, which draw fresh noise."
 
 
 class Made(NamedTuple):
@@ -73,9 +74,9 @@ def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teach
     its = teacher_at(teacher, net, named or str(teacher))
     made = plan(net, sampler, its.pipeline)
     if net.adapters is not None and made.scheduler:
-        return write_lora(net, made, its, folder)
-    whole = net if net.adapters is None else merged(net)
-    whole.model.save_pretrained(folder / its.part)
+        return write_lora(net, sampler, made, its, folder)
+    model: Any = (net if net.adapters is None else merged(net)).model
+    model.save_pretrained(folder / its.part)
     for name, (library, _) in its.components.items():
         if library and name not in (its.part, "scheduler"):
             copied(its.folder / name, folder / name)
@@ -84,7 +85,7 @@ def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teach
     kind = its.pipeline.__name__ if made.scheduler else ["pipeline", "StudentPipeline"]
     write_json(folder / INDEX, its.index | {"_class_name": kind, "_diffusers_version": diffusers().__version__, "scheduler": scheduler})
     load = f"pipe = DiffusionPipeline.from_pretrained(DIR{'' if made.scheduler else ', trust_remote_code=True'})"
-    use = snippet(["from diffusers import DiffusionPipeline", "", load, call_of(net, made, its)])
+    use = snippet(["from diffusers import DiffusionPipeline", "", load, call_of(net, made, its)]) + seeded(sampler)
     if made.scheduler:
         return Made(f"a plain {its.pipeline.__name__} with {made.scheduler}, no code in it", use + WARNING)
     stock = (FILES / "student_pipeline.py").read_text(encoding="utf-8").replace("StableDiffusionPipeline", its.pipeline.__name__)
@@ -142,7 +143,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_lora(net: DiffusersDenoiser, made: Plan, its: Teacher, folder: Path) -> Made:
+def write_lora(net: DiffusersDenoiser, sampler: Sampler, made: Plan, its: Teacher, folder: Path) -> Made:
     """The adapters alone, as the pipeline's `load_lora_weights` reads them, or peft where it has none, and the scheduler."""
     state, config = folded(net.model)
     write_scheduler(made, folder / "scheduler")
@@ -159,7 +160,7 @@ def write_lora(net: DiffusersDenoiser, made: Plan, its: Teacher, folder: Path) -
     lines = [f"from diffusers import {', '.join(sorted({pipeline, made.scheduler}))}", *read, ""]
     lines += [f"pipe = {pipeline}.from_pretrained({its.named!r})  # the teacher"]
     lines += [f'pipe.scheduler = {made.scheduler}.from_pretrained(DIR, subfolder="scheduler")', add, call_of(net, made, its)]
-    return Made(f"adapters (LoRA) for {its.named}, with {made.scheduler}", snippet(lines) + WARNING)
+    return Made(f"adapters (LoRA) for {its.named}, with {made.scheduler}", snippet(lines) + seeded(sampler) + WARNING)
 
 
 def folded(model: Any) -> tuple[dict[str, Tensor], Any]:
@@ -220,6 +221,10 @@ def sizes(net: DiffusersDenoiser, its: Teacher) -> dict[str, int]:
     *frames, height, width = net.shape[1:]
     found = {"height": height * factor, "width": width * factor}
     return found | ({"num_frames": (frames[0] - 1) * pipe.vae_scale_factor_temporal + 1} if frames else {})
+
+
+def seeded(sampler: Sampler) -> str:
+    return SEED if sampler.solver in (RENOISE, ANCESTRAL) and len(sampler.sigmas) > 1 else ""
 
 
 def snippet(lines: list[str]) -> str:

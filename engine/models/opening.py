@@ -94,11 +94,13 @@ def open_models(
     solver: str | None = None,
     of_teacher: dict[str, Any] | None = None,
     device: torch.device | str = "cpu",
+    base: Path | None = None,
 ) -> list[Model]:
     """The nets at `where`, or only the one that is `which`. UserError where there is none such.
 
     `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so;
-    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there.
+    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there. `base`: of adapters (LoRA), where
+    the weights are that they belong to; None: where the file says.
     """
     files = weight_files(where)
     if which and which not in files and "" not in files:
@@ -107,7 +109,7 @@ def open_models(
     for role, path in files.items():
         if which and role not in (which, ""):
             continue
-        net, metadata = load_router(path) if path.suffix == ".json" else load_net(path)
+        net, metadata = load_router(path) if path.suffix == ".json" else load_net(path, base)
         if isinstance(net, Router) and net.label_dim != len(net.partition.student_of):
             raise UserError(f"{path} shares out {len(net.partition.student_of)} classes, its students know {net.label_dim}: make it again")
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)

@@ -26,6 +26,7 @@ from potstill.engine.models.generate import generate
 from potstill.engine.models.opening import STUDENT, open_models
 from potstill.engine.models.router import MANIFEST, Router, read_manifest, student_name
 from potstill.engine.models.weights import read_metadata, save_net
+from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
 
 WEIGHTS = "model.safetensors"  # in a folder as the Hugging Face hub expects it, beside config.json
@@ -89,12 +90,13 @@ class Student(nn.Module):
         save_net(folder / WEIGHTS, self.net, **more | {"sampler": self.sampler.to_dict()})
         write_config(folder, folder / WEIGHTS)
 
-    def generate(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images [N, C, H, W] float32 about in [-1, 1], differentiable in z and in the net's parameters.
+    def generate(self, z: Tensor, labels: Condition | None = None) -> Tensor:
+        """Images [N, C, H, W] float32 about in [-1, 1], or latents, differentiable in z and in the net's parameters.
 
         Args:
             z: standard normals [N, C, H, W], or [N, draws, C, H, W] for a student that draws at every step (`self.draws` > 1).
-            labels: classes [N] of an integer dtype or rows [N, label_dim]; None is "no class", which a net must have learnt.
+            labels: classes [N] of an integer dtype or rows [N, label_dim], or N prompts (`Text`); None is "no class", which a net must have
+                learnt, and of a net of prompts its null prompt.
 
         Raises:
             UserError: noise or labels of another shape.
@@ -147,8 +149,10 @@ class Student(nn.Module):
             raise UserError(f"classes are 0 … {self.label_dim - 1}, got {classes.min()} … {classes.max()}")
         return classes.astype(np.int64)
 
-    def _rows(self, labels: Tensor | None, n: int) -> Tensor | None:
+    def _rows(self, labels: Condition | None, n: int) -> Condition | None:
         """Labels as the net wants them, float32 [N, label_dim]. A class that there is not becomes "no class", without a sync."""
+        if isinstance(labels, Text):
+            return labels.to(self.device)
         if labels is None or not self.label_dim:
             return None
         labels = labels.to(self.device)
