@@ -164,6 +164,7 @@ STOCK = {
     "sd15 in four": ("sd15", unit(999, 749, 499, 249), {}),
     "sd15 in four others": ("sd15", unit(999, 759, 499, 259), {}),
     "sd15 walk": ("sd15", walk(999, 700, 300, end=0.1), {}),
+    "sd15 walk to its net's lowest": ("sd15", lambda net: Sampler("euler", net.table[[800, 2, 1]].tolist()), {}),
     "sd15 walk to 0": ("sd15", walk(900, 100, start="unit"), {}),
     "sd21": ("sd21", unit(999), {}),
     "sd21 without any signal": ("sd21", unit(999, 499), {"rescale_betas_zero_snr": True}),
@@ -189,6 +190,7 @@ STOCK["wan"] = "wan", flow(1), {}
 OWN = {
     "sd15 posterior": ("sd15", lambda net: Sampler("ancestral", [net.table[t].item() for t in (999, 600, 200)]), {}),
     "sd15 in two from σ z": ("sd15", lambda net: Sampler("renoise", [net.table[t].item() for t in (800, 200)]), {}),
+    "sd15 walk from the lowest level": ("sd15", lambda net: Sampler("euler", net.table[[800, 0, 0]].tolist()), {}),
     "sd15 analytical first step": ("sd15", walk(999, 700, 300, end=0.1, afs=True), {}),
     "sdxl posterior": ("sdxl", lambda net: Sampler("ancestral", [net.table[t].item() for t in (999, 200)], start="unit"), {}),
     "dit in uneven ones": ("dit", unit(700, 300), {}),

@@ -49,9 +49,9 @@ def plan(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any) -> Plan:
         )
     sigmas = sampler.levels(net).tolist()
     end = sigmas.pop() if sampler.solver == EULER else 0.0
-    why, made = unfit(net, sampler, pipeline, end), None
+    why, made = unfit(net, sampler, pipeline, sigmas, end), None
     if not why:
-        made = flow_match(sampler, sigmas) if net.flow else from_betas(net, sampler, sigmas, end)
+        made = flow_match(net, sampler, sigmas) if net.flow else from_betas(net, sampler, sigmas, end)
         if missing := set(made.call) - set(inspect.signature(pipeline.__call__).parameters):
             why = f"{pipeline.__name__} takes no {missing.pop()}"
     made = made if made and not why else ours(net, sampler, pipeline, sigmas, end, why)
@@ -59,7 +59,7 @@ def plan(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any) -> Plan:
     return made
 
 
-def unfit(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any, end: float) -> str:
+def unfit(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any, sigmas: list[float], end: float) -> str:
     """What keeps a stock scheduler from sampling this student in its pipeline; "" for nothing."""
     prediction, many = net.scheme["prediction"], len(sampler.sigmas) > 1
     if sampler.solver == ANCESTRAL and many:
@@ -78,7 +78,8 @@ def unfit(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any, end: float) -
         return "LCMScheduler begins with noise of unit variance"
     if prediction == "sample" and (sampler.start == "sigma" or sampler.solver == EULER):
         return "EulerDiscreteScheduler knows no sample prediction"
-    return ""
+    own = times_of(net, sigmas) + [0.0] * (end > 0)  # where the table says at which level a walk ends
+    return "two of its levels have one timestep" if len(set(own)) < len(own) else ""
 
 
 def from_betas(net: DiffusersDenoiser, sampler: Sampler, sigmas: list[float], end: float) -> Plan:
@@ -88,9 +89,8 @@ def from_betas(net: DiffusersDenoiser, sampler: Sampler, sigmas: list[float], en
     levels = sigmas_of(net.scheme)[: first + 1].tolist()
     for time, sigma in zip(times, sigmas, strict=True):
         levels[time] = sigma
-    if end > 0:  # a walk's last level takes the place of the table's first: the net is not asked at any so low
-        below = 1 + sum(level < end for level in levels)
-        levels[:below] = [end] * below
+    if end > 0:  # a walk's last level takes the place of the table's first, and of others so low: the net is asked at none of them
+        levels = [end, *(max(level, end) for level in levels[1:])]
     alphas = [1.0, *(1 / (1 + level**2) for level in levels)]
     betas = [1 - after / before for before, after in pairwise(alphas)]
     # SD's pipelines warn of another offset, and change it. It is used for none of these.
@@ -104,7 +104,7 @@ def from_betas(net: DiffusersDenoiser, sampler: Sampler, sigmas: list[float], en
     return Plan("LCMScheduler", config, {} if times == even else {"timesteps": times})
 
 
-def flow_match(sampler: Sampler, sigmas: list[float]) -> Plan:
+def flow_match(net: DiffusersDenoiser, sampler: Sampler, sigmas: list[float]) -> Plan:
     """FlowMatchEuler, with the shift that makes even times the student's where there is one, so that fewer calls can be wrong."""
     times = [flow_time(sigma) for sigma in sigmas]
     n = len(times)
@@ -113,7 +113,7 @@ def flow_match(sampler: Sampler, sigmas: list[float]) -> Plan:
         found = times[1] * (1 - even[1]) / (even[1] * (1 - times[1]))
         if all(abs(found * u / (1 + (found - 1) * u) - t) < 1e-7 for u, t in zip(even, times, strict=True)):
             times, shift = even, found
-    config = {"num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": False, "shift_terminal": None}
+    config = {"num_train_timesteps": net.scheme["steps"], "shift": shift, "use_dynamic_shifting": False, "shift_terminal": None}
     config["stochastic_sampling"] = sampler.solver == RENOISE and n > 1
     return Plan("FlowMatchEulerDiscreteScheduler", config, {} if times == [1.0] else {"sigmas": times})
 
@@ -126,7 +126,8 @@ def ours(net: DiffusersDenoiser, sampler: Sampler, pipeline: Any, sigmas: list[f
     first *= net.coefficients(torch.tensor(sigmas[:1])).c_in.item()
     solver = RENOISE if sampler.solver == ONE_STEP else sampler.solver
     config = {"prediction": net.scheme["prediction"], "solver": solver, "sigmas": sigmas, "times": times_of(net, sigmas), "end": end}
-    return Plan("", config | {"first": first, "scale_input": not hasattr(pipeline, "prepare_latents")}, {}, why)
+    config |= {"first": first, "scale_input": not hasattr(pipeline, "prepare_latents"), "num_train_timesteps": net.scheme["steps"]}
+    return Plan("", config, {}, why)
 
 
 def times_of(net: DiffusersDenoiser, sigmas: list[float]) -> list[float]:
