@@ -28,9 +28,11 @@ from potstill.engine.common.checks import BadSetting, Unused, above, at_least, f
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
+from potstill.engine.data.prompts import TextConfig
 from potstill.engine.methods.msd import KINDS as PARTITIONS
 from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss
+from potstill.engine.nets.lora import LoraConfig
 from potstill.engine.readers.harmless import check_references
 from potstill.engine.skipping.plan import SkippingConfig
 from potstill.engine.training.loop import LogConfig
@@ -95,15 +97,22 @@ class NetConfig:
 
 @dataclass
 class TeacherConfig:
-    """A weight file to start from, or how to train one."""
+    """A weight file or a pipeline of diffusers to start from, or how to train one."""
 
-    checkpoint: str | None = None  # .safetensors; null: train it, or take the one that is already in the run folder
+    checkpoint: str | None = None  # .safetensors | a pipeline: folder or USER/NAME; null: train it, or take the one in the run folder
+    precision: str = "auto"  # of a pipeline's weights: fp32 | bf16 | auto (bf16 on GPUs where the U-Nets are); trained nets are float32
+    size: list[int] | None = None  # of a pipeline's latents, [H, W]; null: the data's, or what the pipeline says
+    embedded_guidance: float | None = None  # of nets that are told a scale of guidance (FLUX-dev); null: their pipelines' own
     how: str = ""  # how to get the checkpoint: printed when it is missing
     loss: EDMLoss = field(default_factory=EDMLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        wants(self, "checkpoint", self.checkpoint != "", "a weight file, or null to train a teacher")
+        wants(self, "checkpoint", self.checkpoint != "", "a weight file or pipeline, or null to train a teacher")
+        one_of(self, "precision", ("auto", "fp32", "bf16"))
+        good = self.size is None or (len(self.size) in (2, 3) and min(self.size) > 0)
+        wants(self, "size", good, "height and width of latents (before them, frames), or null")
+        finite(self)
 
 
 @dataclass
@@ -163,6 +172,8 @@ class Config:
     student: int | None = None  # of several students train this one only, as a job of its own; null: all in turn
     train: TrainConfig = field(default_factory=TrainConfig)
     skipping: SkippingConfig = field(default_factory=SkippingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

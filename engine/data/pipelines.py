@@ -16,7 +16,7 @@ import torch
 from potstill.engine.common.errors import UserError, reading
 from potstill.engine.common.reading import read_json
 from potstill.engine.nets.families import Family, family_of
-from potstill.engine.nets.pipelines import diffusers
+from potstill.engine.nets.pipelines import diffusers, quietly
 
 INDEX = "model_index.json"
 DENOISERS = ("transformer", "unet")
@@ -49,7 +49,8 @@ def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _has(library: str, word: Any) -> bool:
-    return isinstance(word, str) and isinstance(getattr(_module(library), word, None), type)
+    with quietly():  # transformers says at an import what it would do with torchvision
+        return isinstance(word, str) and isinstance(getattr(_module(library), word, None), type)
 
 
 def _module(library: str) -> Any:
@@ -74,7 +75,7 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     others = {name: None for name in index if isinstance(index[name], list) and not name.startswith(("_", *TEXT))}
     kind = getattr(diffusers(), index["_class_name"])
     with quietly(), _loading(folder):
-        pipe = kind.from_pretrained(folder, **others, torch_dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
+        pipe = kind.from_pretrained(folder, **others, dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
     setattr(pipe, denoiser, SimpleNamespace(config=SimpleNamespace(**read_json(folder / denoiser / "config.json", dict, "copy it again"))))
     return pipe, family
 
@@ -86,7 +87,7 @@ def load_vae(folder: Path, device: torch.device) -> Any:
         raise UserError(f"{folder} has no VAE: its nets work on pixels, which data sets hold as they are")
     with quietly(), _loading(folder / "vae"):
         kind = getattr(diffusers(), name)
-        vae = kind.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        vae = kind.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True, local_files_only=True)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -98,26 +99,6 @@ def _loading(path: Path) -> Iterator[None]:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot load {path} ({reason}): wanted a whole pipeline with weights as safetensors") from error
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the libraries' bars for each part, and without their notes, which come again with every batch."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    loggings = of_diffusers, of_transformers
-    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
-    for one in loggings:
-        one.set_verbosity_error()
-        one.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for one, verbosity, bar in before:
-            one.set_verbosity(verbosity)
-            if bar:
-                one.enable_progress_bar()
 
 
 def hash_of_part(folder: Path, *beginnings: str) -> str:

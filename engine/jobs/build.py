@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import Config, NetConfig
+from potstill.engine.config.tree import Config, NetConfig, TeacherConfig
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
-from potstill.engine.models.weights import load_net, read_metadata
+from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.readers.edm_arguments import argument
@@ -62,11 +62,29 @@ def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     return resolution, channels, 0 if cfg.data.unlabelled else classes
 
 
-def load_teacher(path: Path, images: Images | None) -> Denoiser:
-    """A teacher from a weight file, checked against the data it shall be distilled on."""
-    net, _ = load_net(path)
+def load_teacher(
+    path: Path, images: Images | None, cfg: TeacherConfig | None = None, *, dtype: torch.dtype | None = None, planned: bool = False
+) -> Denoiser:
+    """A teacher from a weight file or pipeline, checked against the data it shall be distilled on.
+
+    dtype: of a pipeline's weights; None: float32. planned: a pipeline's denoiser without numbers.
+    """
+    cfg = cfg or TeacherConfig()
+    size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and images.latent else None
+    net = load_origin(path, dtype=dtype, size=size, guidance=cfg.embedded_guidance, planned=planned)
     if images is None:
         return net
+    if images.latent or net.shape[1] != net.shape[-1] or len(net.shape) != 3:
+        if images.shape != net.shape:
+            raise UserError(
+                f"teacher {path} makes samples {list(net.shape)}, data {images.name} has {list(images.shape)}: potstill convert latents SRC OUT "
+                f"--pipeline {path} makes data that fits, or set teacher.size"
+            )
+    elif is_pipeline(path) and images.channels != net.img_channels:
+        raise UserError(
+            f"teacher {path} makes latents of {net.img_channels} channels, data {images.name} has images of {images.channels}: potstill convert "
+            f"latents {images.name} OUT --pipeline {path} makes data that fits"
+        )
     for what, ours, theirs in (
         ("resolution", net.img_resolution, images.resolution),
         ("number of channels", net.img_channels, images.channels),
@@ -86,13 +104,13 @@ def load_teacher(path: Path, images: Images | None) -> Denoiser:
 
 def teacher_sampler(cfg: Config, teacher: Denoiser) -> Sampler:
     """EDM's Heun; a given teacher that is a student of an earlier stage is sampled as it was trained."""
-    own = taught_sampler(Path(cfg.teacher.checkpoint).expanduser()) if cfg.teacher.checkpoint else None
+    own = taught_sampler(local_path(cfg.teacher.checkpoint)) if cfg.teacher.checkpoint else None
     return own or heun(teacher, cfg.teacher.loss.sampling_steps)
 
 
 def taught_sampler(file: Path) -> Sampler | None:
     """How a teacher is sampled that is a student of an earlier stage; None for one that denoises at every level."""
-    own = read_metadata(file)
+    own = metadata_of_origin(file)
     return own_sampler(own, file) if own.get("method", "teacher") != "teacher" else None
 
 

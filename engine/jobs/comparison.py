@@ -29,6 +29,7 @@ from potstill.engine.jobs.machine import device_title, peak_gib, versions
 from potstill.engine.measure.report import write_report
 from potstill.engine.measure.score import Judge
 from potstill.engine.models.opening import STUDENT, open_models, own_sampler
+from potstill.engine.models.origins import metadata_of_origin
 from potstill.engine.models.router import Router
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
@@ -121,7 +122,7 @@ def floor_and_teacher(job: Job, teacher: Denoiser, judge: Judge, folder: Path) -
     """The start of a summary: real images, the teacher, no method yet, and where it was measured."""
     sampler = build.teacher_sampler(job.cfg, teacher)
     scores = judge.scores(teacher, sampler)
-    meta = read_metadata(Path(job.cfg.teacher.checkpoint or folder / "teacher.safetensors"))
+    meta = metadata_of_origin(job.given_teacher or folder / "teacher.safetensors")
     images, seconds = round(1000 * meta.get("kimg", 0)), meta.get("seconds", 0.0)
     return {
         "floor": {"fd": first_score(judge.floors), "kind": judge.floor_kind, "scores": judge.floors},

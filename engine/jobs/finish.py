@@ -1,5 +1,6 @@
 """The end of a run: the Fréchet distances of teacher, student and real images, their pictures, and the summary."""
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,33 @@ import torch
 
 from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
+from potstill.engine.data.prompts import Prompts
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import save_png, sheet
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import features_by_name
-from potstill.engine.measure.score import Reference, reference, score
-from potstill.engine.models.generate import generate
+from potstill.engine.measure.score import Reference, picture_size, reference, score, shown
+from potstill.engine.models.generate import Decode, generate
+from potstill.engine.models.origins import metadata_of_origin
 from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+
+
+@dataclass
+class Shown:
+    """How samples become pictures: what nets are told, if that is prompts, and the VAE that decodes latents."""
+
+    prompts: Prompts | None = None
+    decode: Decode | None = None
 
 
 class Distance:
     """From these images; nothing is loaded before it is asked for."""
 
-    def __init__(self, cfg: EvalConfig, images: Images, device: torch.device):
-        self.images, self.name, self.device = images, cfg.features, device
+    def __init__(self, cfg: EvalConfig, images: Images, device: torch.device, shown: Shown):
+        self.images, self.name, self.device, self.shown = images, cfg.features, device, shown
         self.settings: dict[str, Any] = {
             "n": cfg.n or min(len(images), 50_000), "seed": cfg.seed, "batch": cfg.batch, "device": device
         }  # fmt: skip
@@ -36,15 +47,15 @@ class Distance:
 
     @cached_property
     def reference(self) -> Reference:
-        return reference(self.images, self.features, **self.settings)
+        return reference(self.images, self.features, **self.settings, decode=self.shown.decode)
 
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
-        self.features.try_on(self.images.channels, self.images.resolution, self.device)
+        self.features.try_on(*picture_size(self.images.shape, self.shown.decode), self.device)
 
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The distance of this net's images, with everything needed to repeat it."""
-        settings = self.settings | {"against": self.reference, "progress": progress}
+        settings = self.settings | {"against": self.reference, "progress": progress} | vars(self.shown)
         return score(net.eval(), sampler, self.images, self.features, **settings)
 
 
@@ -53,18 +64,19 @@ class Gallery:
 
     count = 60  # divides into rows of 10 classes
 
-    def __init__(self, images: Images | None, device: torch.device):
-        self.images, self.device = images, device
+    def __init__(self, images: Images | None, device: torch.device, shown: Shown):
+        self.images, self.device, self.shown = images, device, shown
 
     def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
         """Generated images [60, C, H, W], uint8."""
-        labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else None
-        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device)))
+        labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else self.shown.prompts
+        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device, decode=self.shown.decode)))
 
     def real(self) -> torch.Tensor:
         """As many real images, uint8."""
         assert self.images is not None
-        return torch.from_numpy(np.stack([self.images.read(int(i)) for i in self.real_places()]))
+        rows = torch.from_numpy(np.stack([self.images.read(int(i)) for i in self.real_places()]))
+        return shown(self.images, rows.to(self.device), self.shown.decode)
 
     def real_places(self) -> np.ndarray:
         """Where these lie in the data set; of a labelled one, classes in columns like the samples."""
@@ -110,7 +122,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """summary.json. students: their weight files; found: what was measured; seconds: how long this call has taken."""
     metas = [read_metadata(file) for file in students]
-    meta = read_metadata(place.given_teacher or place.dir / "teacher.safetensors")
+    meta = metadata_of_origin(place.given_teacher or place.dir / "teacher.safetensors")
     return {
         "name": place.dir.name,
         "method": place.cfg.method.name,

@@ -12,7 +12,9 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
+from potstill.engine.data.pipelines import hash_of_part
 from potstill.engine.jobs.folder import write_json
+from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
 
@@ -25,8 +27,13 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None) -> Ma
     marks: Marks = {}
     if images is not None:
         marks["data"] = images.fingerprint()
-    if teacher is not None:
+    given = local_path(cfg.teacher.checkpoint) if cfg.teacher.checkpoint else None
+    if given is not None and is_pipeline(given):
+        marks["teacher"] = {"sha256": hash_of_part(given, "unet", "transformer", "scheduler")}
+    elif teacher is not None:
         marks["teacher"] = {"sha256": weights_hash(teacher)}
+    if cfg.text.prompts and (prompts := Path(cfg.text.prompts).expanduser()).is_file():
+        marks["prompts"] = {"sha256": digest(prompts)}
     if cfg.skipping.plan:
         marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
     return marks

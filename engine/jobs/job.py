@@ -13,8 +13,8 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.images import data_variance
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import grid, save_png
-from potstill.engine.jobs import build, preflight
-from potstill.engine.jobs.finish import Distance, Gallery, Nets, draw, measured, print_result, summary_of
+from potstill.engine.jobs import build, preflight, told
+from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
@@ -24,9 +24,11 @@ from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
+from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.loop import Hook, train
 from potstill.engine.training.profile import Profile
@@ -42,16 +44,20 @@ class Job(Workplace):
         self.began, self.lock = time.perf_counter(), ExitStack()
         preflight.check_settings(cfg, ranks.count)
         if not on_paper:
+            preflight.fetch_teacher(cfg)
             preflight.check_complete(cfg)
         notes = check_folder(cfg)
         super().__init__(cfg, ranks)
         for note in notes:
             self.say(note)
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
-        self.gallery = Gallery(self.images, self.device)
-        self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device)
+        self.shown = Shown()
+        self.gallery = Gallery(self.images, self.device, self.shown)
+        self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device, self.shown)
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
         self.partition = self.on_paper.partition
+        if (vae := told.vae_of(cfg, self.device)) is not None:
+            self.shown.decode = vae.decode
         self.say_unused(self.on_paper.teacher)
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
             ranks.on_first(self.distance.try_features)
@@ -85,6 +91,7 @@ class Job(Workplace):
         with self.shared_work():
             teacher = self.teacher()
             start = self.matched_start(teacher)
+            self.tell(teacher, start)
             self.ranks.on_first(lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher)))
         count = self.cfg.students.count
         for k in range(count) if self.cfg.student is None else (self.cfg.student,):
@@ -125,7 +132,29 @@ class Job(Workplace):
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
         if not given and not self.made(here):
             self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
-        return self.prepared(build.load_teacher(given or here, self.images))
+        return self.prepared(self.loaded(given or here, self.weights_dtype))
+
+    def loaded(self, path: Path, dtype: torch.dtype) -> Denoiser:
+        """A teacher's net, with adapters for its copies where the settings want some."""
+        net = build.load_teacher(path, self.images, self.cfg.teacher, dtype=dtype)
+        net.lora_of_copies = self.cfg.lora if self.cfg.lora.rank else None
+        return net
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of a pipeline's own weights. What is trained is float32, or adapters that are."""
+        auto = torch.bfloat16 if self.device.type == "cuda" and self.dtype is torch.bfloat16 else torch.float32
+        return {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[self.cfg.teacher.precision]
+
+    def tell(self, *nets: Denoiser) -> None:
+        """Embed the prompts of nets that are told some, and give these the null prompt."""
+        if not nets[0].text:
+            return
+        self.told = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
+        self.shown.prompts = self.told.captions or self.told.prompts
+        for net in nets:
+            if isinstance(net, DiffusersDenoiser) and self.told.prompts.null is not None:
+                net.null = self.told.prompts.null
 
     def new_teacher(self) -> Teacher:
         """The training of a teacher that knows nothing yet."""
@@ -138,7 +167,9 @@ class Job(Workplace):
         """What the students start as: the teacher, or a net of another shape that has learnt its scores (TSM)."""
         students = self.cfg.students
         if students.net is None:
-            return teacher
+            whole = not self.cfg.lora.trains("student") and self.weights_dtype is not torch.float32
+            again = whole and self.given_teacher is not None and is_pipeline(self.given_teacher)
+            return self.prepared(self.loaded(self.given_teacher, torch.float32)) if again else teacher  # pyright: ignore[reportArgumentType]
         here = self.dir / "tsm.safetensors"
         if not self.made(here):
             self.fresh()
@@ -194,7 +225,7 @@ class Job(Workplace):
         if cfg.eval_kimg and self.images is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if folder == self.dir else folder.name
-        stream = self.stream(cfg, classes, run.batches.window)
+        stream = self.stream(cfg, classes, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
         train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile, group=group)

@@ -21,12 +21,16 @@ from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
+from potstill.engine.jobs.told import check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.methods.base import Method
+from potstill.engine.models import origins
 from potstill.engine.models.opening import device_named
+from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.models.router import Partition
 from potstill.engine.models.weights import is_whole
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.lora import check_lora
 from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.compile import check_compile
 from potstill.engine.training.graphs import check_graphs
@@ -103,8 +107,11 @@ def missing(cfg: Config) -> list[str]:
         other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
         wants.append(f"data: nothing at {path}. " + (cfg.data.how or other))
     checkpoint = cfg.teacher.checkpoint
-    if checkpoint and not Path(checkpoint).expanduser().is_file():
-        wants.append(f"teacher: no file at {checkpoint}. " + (cfg.teacher.how or "Set teacher.checkpoint to a .safetensors file."))
+    if checkpoint and not origins.is_there(checkpoint):
+        other = "Set teacher.checkpoint to a .safetensors file, or to a pipeline of diffusers."
+        from_hub = "The run downloads the pipeline of this name from the Hugging Face hub, safetensors only."
+        on_hub = origins.HUB_ID.fullmatch(checkpoint) and not checkpoint.endswith(".safetensors")
+        wants.append(f"teacher: no file or pipeline at {checkpoint}. " + (from_hub if on_hub else cfg.teacher.how or other))
     plan = cfg.skipping.plan
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
@@ -113,6 +120,13 @@ def missing(cfg: Config) -> list[str]:
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
     return wants + [sentence for extra in (*cfg.method.needs().extras, *logs) for sentence in extra.missing()]
+
+
+def fetch_teacher(cfg: Config) -> None:
+    """Download a pipeline that is named as on the hub and is not here. UserError where there is none such."""
+    name = cfg.teacher.checkpoint
+    if name and origins.HUB_ID.fullmatch(name) and not name.endswith(".safetensors") and not origins.is_there(name):
+        origins.fetch(name)
 
 
 def check_complete(cfg: Config) -> None:
@@ -143,10 +157,13 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     check_images(cfg, images, ranks.count)
     teacher = teacher_on_paper(cfg, images, folder, ranks)
     trained = all(not p.is_meta for p in teacher.parameters())
+    check_told(cfg, teacher, images)
+    check_lora(cfg.lora, cfg.train.parallel if ranks.count > 1 else "ddp")
     marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None))) or {}
     check_inputs(folder, marks)
     with torch.device("meta"):
         teacher = teacher.to("meta")
+        teacher.lora_of_copies = cfg.lora if cfg.lora.rank else None
         students = cfg.students.net
         start = build.build_net(students, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if students else None
         method = cfg.method.build(teacher, start or teacher)
@@ -176,9 +193,9 @@ def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
 def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Denoiser:
     """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images."""
     given = cfg.teacher.checkpoint
-    file = Path(given).expanduser() if given else folder / "teacher.safetensors"
-    if ranks.agree(ranks.on_first(lambda: file.is_file() and (bool(given) or is_whole(file)))):
-        teacher = build.load_teacher(file, images)
+    file = local_path(given) if given else folder / "teacher.safetensors"
+    if ranks.agree(ranks.on_first(lambda: is_pipeline(file) or (file.is_file() and (bool(given) or is_whole(file))))):
+        teacher = build.load_teacher(file, images, cfg.teacher, planned=True)
         build.own_plan(cfg.skipping, teacher)
         build.taught_sampler(file)
         return teacher

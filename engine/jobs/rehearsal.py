@@ -20,6 +20,7 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.methods.base import Pairs
+from potstill.engine.models.origins import is_there
 from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
@@ -30,14 +31,15 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 def dry_run(cfg: Config) -> None:
     """Make every check that the run makes before it trains, then print the settings and, as comments, sizes and what is missing."""
-    net, method, *_ = Job(cfg, on_paper=True).on_paper
+    job = Job(cfg, on_paper=True)
+    net, method, *_ = job.on_paper
     print(to_yaml(cfg), end="")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
     if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
         print(f"# will be downloaded: {url}")
     checkpoint = cfg.teacher.checkpoint
-    there = checkpoint and Path(checkpoint).expanduser().is_file()
+    there = checkpoint and is_there(checkpoint)
     parameters = sum(p.numel() for p in net.parameters())
     print(f"# teacher: {parameters:,} parameters ({checkpoint if there else 'not there yet' if checkpoint else 'to be trained'})")
     trained = {name: sum(p.numel() for p in one.parameters() if p.requires_grad) for name, one in method.nets.items()}
@@ -45,7 +47,10 @@ def dry_run(cfg: Config) -> None:
         print(f"# {note}")
     print("# trained: " + ", ".join(f"{name} {n:,}" for name, n in trained.items()))
     # weights, gradients, two Adam moments in float32; the teacher's weights; the EMA
-    print(f"# memory without activations: {(16 * sum(trained.values()) + 8 * parameters) / 2**30:.2f} GiB")
+    product = method.nets[method.product]
+    average = trained[method.product] if cfg.lora.rank else sum(p.numel() for p in product.parameters())
+    size = 16 * sum(trained.values()) + 4 * average + job.weights_dtype.itemsize * parameters
+    print(f"# memory without activations: {size / 2**30:.2f} GiB")
     print(f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}")
 
 

@@ -12,10 +12,12 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import heun
 from potstill.engine.jobs import build, machine
+from potstill.engine.jobs.told import TextStream, Told
 from potstill.engine.methods.base import Pairs, PairsNeeded
 from potstill.engine.models.generate import one_hot, write_pairs
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.weights import is_whole, read_metadata, read_tensors, save_net
+from potstill.engine.models.origins import is_pipeline, local_path, metadata_of_origin
+from potstill.engine.models.weights import is_whole, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run, TrainConfig
@@ -26,10 +28,11 @@ class Workplace:
 
     def __init__(self, cfg: Config, ranks: Ranks):
         self.cfg, self.ranks, self.dir = cfg, ranks, Path(cfg.run_dir or "").expanduser()
-        self.given_teacher = Path(cfg.teacher.checkpoint).expanduser() if cfg.teacher.checkpoint else None
+        self.given_teacher = local_path(cfg.teacher.checkpoint) if cfg.teacher.checkpoint else None
         self.device = ranks.connect(device_named(cfg.device))
         self.dtype, self.why_dtype = machine.set_up(cfg, self.device, self.say)
         self.images = build.build_images(cfg)
+        self.told: Told | None = None  # of a teacher that is told prompts
 
     def say(self, text: str) -> None:
         """Print a line on stderr, once for all ranks."""
@@ -52,8 +55,14 @@ class Workplace:
                 module.compute_dtype = self.dtype
         return net.to(self.device)
 
-    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice = slice(None)) -> Any:
-        """This rank's images of every batch; only those of some classes where a student has its share."""
+    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice = slice(None), asks: int = 1) -> Any:
+        """This rank's share of every batch; only of some classes where a student has its share. asks: the method's."""
+        samples = self.samples(cfg, classes, window)
+        if self.told is None:
+            return samples
+        return TextStream(samples, self.told, batch=cfg.batch, asks=asks, seed=self.cfg.seed, window=window)
+
+    def samples(self, cfg: TrainConfig, classes: list[int] | None, window: slice) -> Any:
         if self.images is None:
             return NoImages(len(range(*window.indices(cfg.batch))), self.device)
         data, images = self.cfg.data, self.images if classes is None else self.images.subset(classes)
@@ -89,7 +98,9 @@ class Workplace:
         """What a weight file of this run has from its teacher's: the licence, and which teacher it was."""
         if not (path := self.given_teacher):
             return {}
-        own = read_metadata(path)
+        own = metadata_of_origin(path)
+        if is_pipeline(path):
+            return {"teacher": {"source": str(self.cfg.teacher.checkpoint)}}
         teacher = {key: own[key] for key in ("source", "sha256") if key in own} or own.get("teacher") or {"source": path.name}
         return {"teacher": teacher} | ({"license": own["license"]} if "license" in own else {})
 

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.distances import Gaussian, check_neighbours, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Features
-from potstill.engine.models.generate import generate, labels_for
+from potstill.engine.models.generate import PROMPTS, Decode, Rows, generate, labels_for, to_uint8
 from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
@@ -60,21 +60,21 @@ class Reference:
 
 def reference(
     images: Images, features: Features, *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu",
-    ranks: Ranks = ALONE, keep: bool = False,
+    ranks: Ranks = ALONE, keep: bool = False, decode: Decode | None = None,
 ) -> Reference:  # fmt: skip
     """All real images in these features, and the floor: what images of the very distribution of the data would score.
 
     Where the data allow it, the floor is the distance between two disjoint draws of n images; otherwise that of n images,
-    drawn with replacement, from all. `seed` chooses the draws; `keep` keeps the features of all.
+    drawn with replacement, from all. `seed` chooses the draws; `keep` keeps the features of all; `decode` shows latents.
     """
     rng, total = np.random.default_rng(seed), len(images)
     fingerprint, kept = Fingerprint(), [] if keep else None
 
     def fitted(indices: np.ndarray, kind: str = "real", fingerprint: Fingerprint | None = None, kept: list | None = None):
         mine = indices[share(ranks, len(indices), batch)]
-        return moments(_read(images, mine, batch, device, fingerprint), features, kept=kept, ranks=ranks).gaussian(kind)
+        return moments(_read(images, mine, batch, device, fingerprint, decode), features, kept=kept, ranks=ranks).gaussian(kind)
 
-    features.try_on(images.channels, images.resolution, device)  # a process without a share sees no other image
+    features.try_on(*picture_size(images.shape, decode), device)  # a process without a share sees no other image
     whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept)
     if total >= 2 * n:
         order = rng.permutation(total)
@@ -93,13 +93,13 @@ def score(
     net: Sampled, sampler: Sampler, images: Images | None, features: Features, *,
     n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", against: Reference | None = None,
     labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, ranks: Ranks = ALONE,
-    progress: str | None = None,
+    progress: str | None = None, prompts: Rows | None = None, decode: Decode | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet distance ("fd") of n generated images from all real ones, and what is needed to read and repeat it.
 
     Seeds are seed … seed + n - 1. `labels`: see labels_for. `metrics`: kid and pr (precision and recall) want a reference
     that kept its features. best_of > 1 evaluates as often, every time with the next n seeds, and reports the smallest
-    distance, marked as such. `against` saves computing the real side again; `progress` is the title of a bar on stderr.
+    distance, marked as such. `prompts` are for nets that are told some, each in turn; `decode` shows latents. `against` saves computing the real side again; `progress` is the title of a bar on stderr.
     UserError where net and data do not fit.
     """
     if images is not None:
@@ -108,7 +108,7 @@ def score(
         if images is None:
             raise ValueError("score wants images or a reference")
         keep = set(metrics) != {FD}
-        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=keep)
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=keep, decode=decode)
     if against.n != n:
         raise ValueError(f"wanted a reference for n = {n}, got one whose floor is for {against.n}")
     if PR in metrics:
@@ -116,11 +116,14 @@ def score(
     start, mine = time.perf_counter(), share(ranks, n, batch)
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):
-        classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
-        own = None if classes is None else classes[mine]
-        batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device)
+        if prompts is not None:
+            own, labels_kind = Picked(prompts, (first - seed + mine) % len(prompts)), PROMPTS
+        else:
+            classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
+            own = None if classes is None else classes[mine]
+        batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device, decode=decode)
         kept = None if set(metrics) == {FD} else []
-        features.try_on(net.img_channels, net.img_resolution, device)
+        features.try_on(*picture_size(net.shape, decode), device)
         fake = moments(_with_bar(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
         found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
         if kept is not None:
@@ -152,12 +155,31 @@ def score(
     return found
 
 
+class Picked(NamedTuple):
+    """Some of the prompts, in this order."""
+
+    prompts: Rows
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, indices: Sequence[int]) -> Any:
+        return self.prompts.rows(self.numbers[list(indices)].tolist())
+
+
+def picture_size(shape: tuple[int, ...], decode: Decode | None) -> tuple[int, int]:
+    """Channels and width of what samples of this shape are shown as."""
+    shown = shape if decode is None else decode(torch.zeros(1, *shape)).shape[1:]
+    return shown[0], shown[-1]
+
+
 def check_fit(net: Sampled, images: Images) -> None:
     """UserError unless the net makes images of the data's size, and knows the data's classes."""
-    wanted, got = (images.channels, images.resolution), (net.img_channels, net.img_resolution)
+    wanted, got = images.shape, net.shape
     if wanted != got:
         raise UserError(
-            f"the net makes {got[0]}x{got[1]}x{got[1]} images, {images.name} has {wanted[0]}x{wanted[1]}x{wanted[1]}: "
+            f"the net makes {'x'.join(map(str, got))} images, {images.name} has {'x'.join(map(str, wanted))}: "
             "evaluate it on data of its own size (potstill convert images makes them)"
         )
     if net.label_dim and images.label_dim > net.label_dim:
@@ -176,13 +198,20 @@ def _rows(kept: list[Tensor], features: Features) -> Tensor:
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
 
 
-def _read(images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None) -> Iterator[Tensor]:
+def _read(
+    images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None, decode: Decode | None
+) -> Iterator[Tensor]:
     """Real images [<= batch, C, H, W] uint8 on the device."""
     for start in range(0, len(indices), batch):
         chosen = [images.read(int(i)) for i in indices[start : start + batch]]
         if fingerprint:
             fingerprint.add(chosen)
-        yield torch.from_numpy(np.stack(chosen)).to(device)
+        yield shown(images, torch.from_numpy(np.stack(chosen)).to(device), decode)
+
+
+def shown(images: Images, rows: Tensor, decode: Decode | None) -> Tensor:
+    """Samples of a data set as they were read, [N, C, H, W], as pictures, uint8."""
+    return rows if decode is None else to_uint8(decode(images.seen(rows)))
 
 
 def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:

@@ -235,7 +235,8 @@ def copied(net: Denoiser, role: str = "student") -> Denoiser:
     lora: LoraConfig | None = getattr(net, "lora_of_copies", None)
     if lora is not None and lora.trains(role):
         return with_adapters(frozen(net), lora)
-    return copy.deepcopy(net).requires_grad_(True)
+    own = copy.deepcopy(net)
+    return (own.float() if getattr(own, "low", None) else own).requires_grad_(True)  # of 16-bit weights what is trained has 32
 
 
 def modules_of(method: Method) -> list[nn.Module]:

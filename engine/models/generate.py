@@ -3,9 +3,9 @@
 Also which class each image gets: the data's own, all in turn, a list, or EDM's draw from each image's seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,18 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 from potstill.engine.models.tensors import write_tensors
 
-DATA, BALANCED, RANDOM, NONE = "data", "balanced", "random", "none"  # where classes come from
+DATA, BALANCED, RANDOM, NONE, PROMPTS = "data", "balanced", "random", "none", "prompts"  # where what is told comes from
+
+
+class Rows(Protocol):
+    """Embedded prompts, of which image i gets the (i modulo their number)th."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> Any: ...
+
+
+Decode = Callable[[Tensor], Tensor]  # latents -> pictures, about in [-1, 1]
 
 
 class Between(NamedTuple):
@@ -56,28 +67,35 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 def generate(
     net: Sampled,
     sampler: Sampler,
-    labels: np.ndarray | None,
+    labels: np.ndarray | Rows | None,
     seeds: Sequence[int | Between],
     *,
     batch: int = 256,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.uint8,
+    decode: Decode | None = None,
 ) -> Iterator[Tensor]:
     """Images [n, C, H, W] on the device, n <= batch, one per seed in the order of the seeds; uint8, or of another dtype about in [-1, 1].
 
-    seeds: also points between two seeds. labels: class of each image [len(seeds)], or None. `net` is on the device and in eval
+    seeds: also points between two seeds. labels: class of each image [len(seeds)], prompts, or None. decode: of a net whose samples
+    are latents. `net` is on the device and in eval
     mode. Another batch size can change the order of additions in a convolution or matrix product, and with it the last float32
     bits of a pixel, rarely its 8-bit value by 1. UserError if the net's output is not finite.
     """
     if net.training:
         raise ValueError("generate wants net.eval(), got a net in training mode (its dropout would show)")
-    if labels is not None and len(labels) != len(seeds):
+    if isinstance(labels, np.ndarray) and len(labels) != len(seeds):
         raise ValueError(f"wanted one label per seed, got {len(labels)} labels for {len(seeds)} seeds")
     for start in range(0, len(seeds), batch):
         chosen = seeds[start : start + batch]
-        classes = None if labels is None else one_hot(labels[start : start + batch], net.label_dim).to(device)
+        told: Any = None
+        if isinstance(labels, np.ndarray):
+            told = one_hot(labels[start : start + batch], net.label_dim).to(device)
+        elif labels is not None:
+            told = labels.rows([i % len(labels) for i in range(start, start + len(chosen))])
         with torch.no_grad():
-            images = sampler(net, classes, noise_of(chosen, device))
+            images = sampler(net, told, noise_of(chosen, device))
+            images = images if decode is None else decode(images)
         if not bool(images.isfinite().all()):
             bad = int(images.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
             raise UserError(f"the net's image for seed {chosen[bad]} is not finite: its weights or its noise levels are broken")
@@ -114,6 +132,10 @@ def labels_for(
     known: the data's labels, if there are any. how: data (theirs in their order, thinned out or repeated evenly), balanced (all in turn), random (EDM's), or classes
     such as 3,5 in turn; None is data where there are labelled data, else balanced. UserError for what the net does not know.
     """
+    if getattr(net, "text", False):
+        raise UserError(
+            "this net is told prompts, which are not known here: potstill export RUN --to diffusers makes a pipeline that takes them"
+        )
     if not net.label_dim:
         if how not in (None, NONE):
             raise UserError(f"this net knows no classes, got --labels {how}")

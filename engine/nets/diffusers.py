@@ -236,16 +236,20 @@ class DiffusersDenoiser(Denoiser):
         dtype: torch.dtype | None = None,
         size: tuple[int, ...] | None = None,
         fixed: Mapping[str, float] | None = None,
+        planned: bool = False,
     ) -> Self:
         """The denoiser of a pipeline's folder, in eval mode, on the CPU; nothing else of the folder is read, and no pickle.
 
-        dtype: of the weights; None: float32. UserError for a folder without what is needed.
+        dtype: of the weights; None: float32. planned: without a number, on the meta device. UserError for a folder without what is needed.
         """
         name, path, scheme = pipelines.denoiser_in(folder)
+        kind = getattr(pipelines.diffusers(), name)
         try:
-            model = getattr(pipelines.diffusers(), name).from_pretrained(
-                path, torch_dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True
-            )
+            if planned:
+                with torch.device("meta"):
+                    return cls(kind.from_config(kind.load_config(path)), scheme, size=size, fixed=fixed).eval()
+            with pipelines.quietly():
+                model = kind.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} cannot be read as {name}: {' '.join(str(error).split()):.300}") from error
         return cls(model, scheme, size=size, fixed=fixed).eval()

@@ -1,7 +1,8 @@
 """What a folder of a diffusers pipeline says about its denoiser: the class, where its weights are, and the scheme it was trained by."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ def diffusers() -> Any:
     import diffusers
 
     return diffusers
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the libraries' bars for each part, and without their notes, which come again with every batch."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    loggings = of_diffusers, of_transformers
+    before = [(one, one.get_verbosity(), one.is_progress_bar_enabled()) for one in loggings]
+    for one in loggings:
+        one.set_verbosity_error()
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one, verbosity, bar in before:
+            one.set_verbosity(verbosity)
+            if bar:
+                one.enable_progress_bar()
 
 
 def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:

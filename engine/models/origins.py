@@ -1,0 +1,81 @@
+"""Where a teacher comes from: a weight file, or a pipeline of diffusers, which is a folder or USER/NAME on the Hugging Face hub."""
+
+# diffusers and huggingface_hub are optional.
+# pyright: reportMissingImports=false
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.models.weights import load_net, read_metadata
+from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.pipelines import diffusers
+
+INDEX = "model_index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def local_path(name: str) -> Path:
+    """A teacher's file or folder; what is neither and looks like a name on the hub is its snapshot in the hub's cache, if it has one."""
+    path = Path(name).expanduser()
+    if path.exists() or not HUB_ID.fullmatch(name):
+        return path
+    return _snapshot(name) or path
+
+
+def is_there(name: str) -> bool:
+    """Is there a weight file, or a pipeline?"""
+    path = local_path(name)
+    return path.is_file() or is_pipeline(path)
+
+
+def is_pipeline(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def fetch(name: str) -> None:
+    """Download a pipeline from the hub: safetensors and settings, no pickle and no code. UserError where that is not to be had."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        diffusers().DiffusionPipeline.download(name, use_safetensors=True)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"teacher.checkpoint: no file or folder at {name}, and no pipeline of that name came from the hub ({reason})"
+        ) from error
+    _snapshot.cache_clear()
+
+
+@cache
+def _snapshot(name: str) -> Path | None:
+    """Where the hub's cache has this pipeline whole; None where it has not. Asks no network."""
+    try:
+        return Path(diffusers().DiffusionPipeline.download(name, use_safetensors=True, local_files_only=True))
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def load_origin(
+    path: Path, *, dtype: torch.dtype | None = None, size: tuple[int, ...] | None = None, guidance: float | None = None,
+    planned: bool = False,
+) -> Denoiser:  # fmt: skip
+    """The denoiser of a weight file or pipeline, in eval mode. Of a pipeline: its weights in `dtype` (None: float32), samples of
+    `size` and the `guidance` that is embedded (None: what it says itself); `planned`, it has no numbers.
+    """
+    if not is_pipeline(path):
+        return load_net(path)[0]
+    fixed = None if guidance is None else {"guidance": guidance}
+    net = DiffusersDenoiser.from_folder(path, dtype=dtype, size=size, fixed=fixed, planned=planned)
+    net.source = str(path.resolve())
+    return net
+
+
+def metadata_of_origin(path: Path) -> dict[str, Any]:
+    """What a weight file says about itself; a pipeline says nothing that a run wants to know."""
+    return {} if is_pipeline(path) else read_metadata(path)
