@@ -1,7 +1,9 @@
 """Every family of diffusers' denoisers: its D against the loop of its own pipeline, written out here, and what a run asks of a net."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -338,6 +340,16 @@ def test_levels_are_what_the_whole_net_sees_half_way(name):
     x.requires_grad_()
     frozen(net).features(x, sigma, condition).square().sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
+
+
+def test_a_tapped_net_keeps_nothing_that_it_saw():
+    net = made("sd3")
+    gc.disable()
+    try:
+        seen = [weakref.ref(level) for level in net.levels(*inputs(net, "sd3"))]
+        assert all(each() is None for each in seen)
+    finally:
+        gc.enable()
 
 
 def test_levels_of_a_deep_net_are_a_quarter_and_a_half():

@@ -223,6 +223,7 @@ def test_levels_are_uniform_in_the_nets_own_time():
     assert torch.equal(net.level(u), net.table[[0, 100, 200, 300, 400, 500, 599, 699, 799, 899, 999]])
     sigma = flow_net().level(u)
     assert torch.allclose(sigma / (1 + sigma), 0.001 + 0.999 * u, atol=2e-5) and sigma[-1] == CAP
+    assert flow_net().time(torch.tensor([1.0, CAP])).tolist() == [500, 1000]  # pure noise is told as such
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from potstill.engine.common.packages import installed
 from potstill.engine.nets.conditions import Text
 
 Embed = Callable[[Any, list[str], bool], tuple[Text, Text | None]]
 
-#: Arguments of encode_prompt that a pipeline's call has other defaults for, and is trained with.
+#: Arguments of encode_prompt for which a pipeline's call has defaults of its own.
 DEFAULTS = ("max_sequence_length", "complex_human_instruction", "clean_caption", "text_encoder_out_layers")
 
 
@@ -24,6 +25,8 @@ def _encoded(pipe: Any, prompts: Any, **arguments: Any) -> Any:
     """What encode_prompt returns."""
     taken, call = signature(pipe.encode_prompt).parameters, signature(pipe.__call__).parameters
     defaults = {name: call[name].default for name in DEFAULTS if name in taken and name in call}
+    if "clean_caption" in defaults:  # without these packages a pipeline cleans nothing, and says so for every prompt
+        defaults["clean_caption"] &= installed("bs4") and installed("ftfy")
     with torch.no_grad():
         return pipe.encode_prompt(prompts, **(defaults | arguments))
 

@@ -4,6 +4,7 @@ No hook is set on a block: blocks are sharded and compiled one by one, and a com
 copied shallowly instead, its later blocks are left out, and others, which only note what they are given, put between and after.
 """
 
+from functools import cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -27,9 +28,25 @@ class Noted(nn.Module):
 
 
 def tapped(model: nn.Module, family: Family) -> tuple[nn.Module, list[Tensor]]:
-    """A view of the model without its later half, and the list that a call of it fills; the call's own output means nothing."""
+    """A view of the model without its later half, and the list that a call of it fills; the first of what it returns means nothing.
+
+    A call also returns what it noted: a sharded model gathers its weights for backward when a gradient comes to what it returned.
+    """
     seen: list[Tensor] = []
-    return (_half_transformer if family.stacks else _encoder)(model, family, seen), seen
+    view = (_half_transformer if family.stacks else _encoder)(model, family, seen)
+    view.__class__, view.__dict__["seen"] = _returning(type(model)), seen
+    return view, seen
+
+
+@cache
+def _returning(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class with a forward that also returns what was seen. (One put into a view would be a circle, which keeps what it saw.)"""
+
+    class Tapped(kind):
+        def forward(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+            return (*super().forward(*inputs, **named), *self.__dict__["seen"])
+
+    return Tapped
 
 
 def depths(model: nn.Module, family: Family) -> set[int]:
