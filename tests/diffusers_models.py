@@ -118,7 +118,7 @@ TINY = {
         "SanaTransformer2DModel",
         HEADS
         | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
-        | {"cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8},
+        | {"cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8, "timestep_scale": 0.5},
         "SanaPipeline",
         ("FlowMatchEulerDiscreteScheduler", STATIC),
         text=(7, 12),

@@ -334,7 +334,7 @@ def test_levels_are_what_the_whole_net_sees_half_way(name):
     for mode in ("off", "blocks"):
         net.recompute(mode)
         levels = net.levels(x, sigma, condition)
-        assert [(m.shape[1], m.shape[-1]) for m in levels] == net.taps()
+        assert name == "wan" or [(m.shape[1], m.shape[-1]) for m in levels] == net.taps()
         assert [m.shape for m in levels] == [m.shape for m in wanted] and all(map(torch.equal, levels, wanted))
     assert torch.equal(net.features(x, sigma, condition), levels[-1]) and list(net.state_dict()) == keys
     x.requires_grad_()
@@ -457,6 +457,13 @@ def test_nets_that_are_no_plain_denoisers_are_one_sentence():
 def test_an_embedded_scale_of_guidance_must_be_fixed():
     with pytest.raises(UserError, match="FluxTransformer2DModel is told a scale of guidance: fix one"):
         made("flux", fixed={})
+
+
+def test_heads_want_square_pictures():
+    for name, size in (("wan", (2, 8, 8)), ("flux", (8, 6))):
+        net = DiffusersDenoiser(diffusers_models.model(name), made(name).scheme, size=size)
+        with pytest.raises(UserError, match="heads on a net's features want square samples"):
+            net.taps()
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,6 @@ class DiffusersDenoiser(Denoiser):
         """The repeated modules, none inside of another: what is sharded, compiled and recomputed one by one."""
         kinds = set(self.family.blocks)  # a sharded one's own class comes after FSDP's
         found = [m for m in self.model.modules() if any(kind.__name__ in kinds for kind in type(m).__mro__)]
-        inner = {id(part) for block in found for part in block.modules() if part is not block}
-        found = [block for block in found if id(block) not in inner]
         return found[self.family.entered :]
 
     def recompute(self, mode: str) -> None:
