@@ -16,6 +16,7 @@ peft = pytest.importorskip("peft")
 from potstill.engine.common.errors import UserError  # noqa: E402
 from potstill.engine.methods.base import copied, frozen, modules_of  # noqa: E402
 from potstill.engine.methods.dmd import DMD, DMDConfig  # noqa: E402
+from potstill.engine.methods.moment_matching import MomentMatchingConfig  # noqa: E402
 from potstill.engine.methods.sim import SIM, SIMConfig  # noqa: E402
 from potstill.engine.nets.edm import from_kwargs  # noqa: E402
 from potstill.engine.nets.lora import LoraConfig, base_weights, check_lora, merged, with_adapters  # noqa: E402
@@ -251,6 +252,10 @@ def test_who_has_adapters():
     teacher.lora_of_copies = LoraConfig(rank=4, targets=["linear"], of=["fake"])
     assert all(p.requires_grad for p in copied(teacher).parameters())
     assert copied(teacher, "fake").adapters == LoraConfig(rank=4, alpha=4, targets=["linear"], of=["fake"])
+    for cfg in (SIMConfig(), DMDConfig(), MomentMatchingConfig()):
+        nets = cfg.build(teacher, teacher).nets
+        fake = getattr(nets["fake"], "denoiser", nets["fake"])
+        assert fake.adapters is not None and getattr(nets["student"], "adapters", None) is None
     teacher.lora_of_copies = LoraConfig(rank=0)
     assert all(p.requires_grad for p in copied(teacher, "fake").parameters())
     assert LoraConfig().unused() and not LINEAR.unused()

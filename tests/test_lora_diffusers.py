@@ -1,6 +1,7 @@
 """LoRA on diffusers' nets: the start, the training, and weight files that hold adapters alone and name the net they are for."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,14 @@ from peft import get_peft_model_state_dict  # noqa: E402
 
 from potstill.engine.common.errors import Damaged, UserError  # noqa: E402
 from potstill.engine.methods.base import copied, frozen  # noqa: E402
+from potstill.engine.methods.dmd import DMDConfig  # noqa: E402
+from potstill.engine.methods.sim import SIMConfig  # noqa: E402
 from potstill.engine.models.tensors import write_tensors  # noqa: E402
 from potstill.engine.models.weights import file_hash, load_net, read_metadata, read_tensors, save_net, weights_hash  # noqa: E402
 from potstill.engine.nets.diffusers import DiffusersDenoiser  # noqa: E402
 from potstill.engine.nets.lora import LoraConfig, base_weights, merged, with_adapters  # noqa: E402
+from potstill.engine.training.optim import OptimConfig  # noqa: E402
+from potstill.engine.training.run import Run, TrainConfig  # noqa: E402
 
 LORA = LoraConfig(rank=4, alpha=10)
 #: Known to have no use for some of what attention projects: the last block of a net for text and image drops the text.
@@ -29,7 +34,7 @@ SIGMA = torch.tensor([0.7, 3.0])
 
 def teacher_of(name: str, tmp_path, **options) -> DiffusersDenoiser:
     folder = dm.folder(name, tmp_path / "teacher")
-    net = DiffusersDenoiser.from_folder(folder, **options)
+    net = DiffusersDenoiser.from_folder(folder, size=dm.TINY[name].shape[1:], **options)
     net.source, net.lora_of_copies = str(folder), LORA
     return net
 
@@ -170,6 +175,29 @@ def test_metadata_that_cannot_be(where, value, wanted, tmp_path):
     write_tensors(tmp_path / "b.safetensors", tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
     with pytest.raises((UserError, Damaged), match=wanted):
         load_net(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"), [("sd15", DMDConfig(gan=True, fake_per_student=1)), ("pixart", SIMConfig()), ("flux", SIMConfig())]
+)
+def test_training_moves_adapters_alone(name, cfg, tmp_path):
+    """Five iterations, then what a run saves, the average: its adapters over the teacher's own file."""
+    teacher = teacher_of(name, tmp_path)
+    teacher.lora_of_copies = replace(LORA, dropout=0.1)
+    before = {key: t.clone() for key, t in teacher.state_dict().items()}
+    method = cfg.build(teacher, teacher)
+    run = Run(method, TrainConfig(kimg=0.01, batch=2, optim={"student": OptimConfig(lr=1e-2)}), 0, torch.device("cpu"))
+    for step in range(5):
+        images = torch.randn(2, *dm.TINY[name].shape, generator=torch.Generator().manual_seed(step))
+        run.take(images, prompts := dm.condition(name, 2, seed=step), (prompts,) * method.asks)
+    assert all(torch.equal(t, before[key]) for key, t in teacher.state_dict().items())
+    for net in (*method.nets.values(), run.ema.net):
+        idle = {key for key, t in net.state_dict().items() if "lora_B" in key and not t.any()}
+        assert {key for key in net.state_dict() if "lora_" not in key and not key.startswith("head.")} == idle == set()
+    dropouts = {m.p for m in method.nets["student"].modules() if isinstance(m, torch.nn.Dropout)}
+    assert 0.1 in dropouts  # DMD has set that of the net to 0
+    save_net(tmp_path / "student.safetensors", run.average())
+    assert torch.equal(D(load_net(tmp_path / "student.safetensors")[0], name), D(run.average(), name))
 
 
 CONFIGS = {

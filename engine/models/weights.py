@@ -65,7 +65,7 @@ def _planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denois
         raise
     except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise Damaged(f"{path} describes a net that cannot be built: {' '.join(str(error).split()):.300}") from error
-    if getattr(net, "knows_steps", False) and FREQUENCIES not in names:
+    if net.knows_steps and FREQUENCIES not in names:
         raise UserError(
             f"{path} is an SFD-v student of an earlier potstill, which embedded the number of steps otherwise than the released "
             "code and this version do, so it would make other images here: sample it with that version, or train it again"
@@ -85,14 +85,18 @@ def _on_base(path: Path, meta: dict[str, Any], given: Path | None) -> Denoiser:
             "wanted that folder or file where it was, beside the adapters, or named with them (base=)"
         )
     dtype = getattr(torch, said["dtype"])
-    base: Any = DiffusersDenoiser.from_folder(place, dtype=dtype) if place.is_dir() else load_net(place)[0].to(dtype)
+    own = scheme_in(meta)
+    if place.is_dir():
+        base: Any = DiffusersDenoiser.from_folder(place, dtype=dtype, size=own["size"], fixed=own["fixed"])
+    else:
+        base = load_net(place)[0].to(dtype)
     base = base if base.adapters is None else merged(base)
     if (found := weights_hash(base)) != wanted:
         raise UserError(
             f"{path} holds adapters (LoRA) of the weights {wanted[:12]}, and those in {place} are {found[:12]}: wanted the very net that they "
             "were trained on, at the same revision"
         )
-    net = DiffusersDenoiser(base.model, **scheme_in(meta))
+    net = DiffusersDenoiser(base.model, **own)
     net.source = str(place)
     return with_adapters(net, adapters_in(meta))
 

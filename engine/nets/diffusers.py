@@ -28,6 +28,7 @@ from potstill.engine.nets import pipelines
 from potstill.engine.nets.conditions import Condition, Text, expanded
 from potstill.engine.nets.denoiser import Denoiser, per_sample
 from potstill.engine.nets.families import family_of
+from potstill.engine.nets.lora import ADAPTER
 from potstill.engine.nets.taps import depths, tapped
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -205,8 +206,8 @@ class DiffusersDenoiser(Denoiser):
         switch()
 
     def set_dropout(self, p: float) -> None:
-        for module in self.model.modules():
-            if isinstance(module, nn.Dropout):
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Dropout) and ADAPTER not in name:  # whose dropout is a setting of their own
                 module.p = p
 
     def description(self) -> dict[str, Any]:
