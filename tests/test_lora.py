@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import re
 import socket
 
 import pytest
@@ -20,6 +21,7 @@ from potstill.engine.methods.moment_matching import MomentMatchingConfig  # noqa
 from potstill.engine.methods.sim import SIM, SIMConfig  # noqa: E402
 from potstill.engine.nets.edm import from_kwargs  # noqa: E402
 from potstill.engine.nets.lora import LoraConfig, base_weights, check_lora, merged, with_adapters  # noqa: E402
+from potstill.engine.training import memory  # noqa: E402
 from potstill.engine.training.optim import OptimConfig  # noqa: E402
 from potstill.engine.training.ranks import ALONE, Ranks, meet  # noqa: E402
 from potstill.engine.training.run import Run, TrainConfig  # noqa: E402
@@ -219,8 +221,8 @@ def storages(*nets: nn.Module) -> int:
     return sum(found.values())
 
 
-def test_weights_are_held_once():
-    """Bytes: the teacher's, and of student, fake and average the adapters alone."""
+def test_weights_are_held_once(monkeypatch):
+    """Bytes: the teacher's, and of student, fake and average the adapters alone; and so a run says before it begins."""
     teacher = toy()
     base = storages(teacher)
     method = method_of("sim", teacher)
@@ -230,6 +232,9 @@ def test_weights_are_held_once():
     takes(run, 1)
     moments = sum(t.nbytes for one in run.trained.values() for s in one.optimizer.state.values() for t in s.values() if t.ndim)
     assert moments == 2 * 2 * adapters
+    monkeypatch.setattr(memory, "gib", str)
+    total = sum(int(re.search(r": (\d+) GiB", line)[1]) for line in memory.estimate(run))
+    assert total == sum(p.nbytes for p in teacher.parameters()) + adapters * (3 + 2 + 4)  # gradients and moments of two nets
 
 
 @pytest.mark.parametrize(

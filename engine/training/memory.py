@@ -81,19 +81,19 @@ def every_turn(run: Run, own: Share, size: int) -> None:
 
 
 def estimate(run: Run) -> list[str]:
-    """Memory before the first image, by role, in GiB of this rank."""
-    lines = []
+    """Memory before the first image, by role, in GiB of this rank; what several nets share (LoRA) counts for the first."""
+    lines, counted = [], set()
     for name, one in run.trained.items():
-        weights = sum(p.nbytes for p in one.net.parameters())
+        weights = sum(p.nbytes for p in one.net.parameters() if p.data_ptr() not in counted)
+        counted |= {p.data_ptr() for p in one.net.parameters()}
         trains = sum(p.nbytes for p in one.net.parameters() if p.requires_grad)
-        average = weights if name == run.method.product else 0
+        average = trains if name == run.method.product else 0
         total = weights + 3 * trains + average
         lines.append(
             f"memory, {name}: {gib(total)} GiB (weights {gib(weights)}, gradients {gib(trains)}, moments {gib(2 * trains)}"
             + (f", average {gib(average)})" if average else ")")
         )
-    own = {p.data_ptr() for one in run.trained.values() for p in one.net.parameters()}
-    fixed = {p.data_ptr(): p.nbytes for m in modules_of(run.method) for p in m.parameters() if p.data_ptr() not in own}
+    fixed = {p.data_ptr(): p.nbytes for m in modules_of(run.method) for p in m.parameters() if p.data_ptr() not in counted}
     return [*lines, f"memory, frozen nets: {gib(sum(fixed.values()))} GiB"]
 
 
