@@ -345,6 +345,15 @@ def test_the_command_writes_a_folder_whose_card_is_true(teachers, tmp_path, caps
     assert distance(called("sd15", card_code(card, tmp_path / "out")), expected("sd15", net, unit(999)(net), teacher)) <= 1e-5
 
 
+def test_pickles_beside_safetensors_stay_behind(teachers, tmp_path):
+    net = student(teachers("sd15"))
+    shutil.copytree(teachers("sd15"), tmp_path / "teacher")
+    (tmp_path / "teacher/text_encoder/pytorch_model.bin").write_bytes(b"code")
+    exported("sd15", net, unit(999)(net), tmp_path / "teacher", tmp_path / "out")
+    assert (tmp_path / "out/text_encoder/model.safetensors").is_file()
+    assert not list((tmp_path / "out").rglob("*.bin"))
+
+
 def test_the_command_knows_the_pipeline_of_adapters(teachers, tmp_path):
     teacher = teachers("flux")
     net = adapted(teacher, rank=4, alpha=1)
