@@ -110,8 +110,9 @@ def missing(cfg: Config) -> list[str]:
     if checkpoint and not origins.is_there(checkpoint):
         other = "Set teacher.checkpoint to a .safetensors file, or to a pipeline of diffusers."
         from_hub = "The run downloads the pipeline of this name from the Hugging Face hub, safetensors only."
-        on_hub = origins.HUB_ID.fullmatch(checkpoint) and not checkpoint.endswith(".safetensors")
-        wants.append(f"teacher: no file or pipeline at {checkpoint}. " + (from_hub if on_hub else cfg.teacher.how or other))
+        wants.append(
+            f"teacher: no file or pipeline at {checkpoint}. " + (from_hub if origins.on_hub(checkpoint) else cfg.teacher.how or other)
+        )
     plan = cfg.skipping.plan
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
@@ -125,7 +126,7 @@ def missing(cfg: Config) -> list[str]:
 def fetch_teacher(cfg: Config) -> None:
     """Download a pipeline that is named as on the hub and is not here. UserError where there is none such."""
     name = cfg.teacher.checkpoint
-    if name and origins.HUB_ID.fullmatch(name) and not name.endswith(".safetensors") and not origins.is_there(name):
+    if name and origins.on_hub(name) and not origins.is_there(name):
         origins.fetch(name)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.packages import installed
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
@@ -23,9 +24,12 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def local_path(name: str) -> Path:
     """A teacher's file or folder; what is neither and looks like a name on the hub is its snapshot in the hub's cache, if it has one."""
     path = Path(name).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(name):
-        return path
-    return _snapshot(name) or path
+    return path if path.exists() or not on_hub(name) else _snapshot(name) or path
+
+
+def on_hub(name: str) -> bool:
+    """Can this be a name on the hub?"""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith(".safetensors")
 
 
 def is_there(name: str) -> bool:
@@ -55,9 +59,14 @@ def fetch(name: str) -> None:
 @cache
 def _snapshot(name: str) -> Path | None:
     """Where the hub's cache has this pipeline whole; None where it has not. Asks no network."""
+    if not installed("huggingface_hub"):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
     try:
-        return Path(diffusers().DiffusionPipeline.download(name, use_safetensors=True, local_files_only=True))
-    except (OSError, ValueError, UserError):
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
         return None
 
 
