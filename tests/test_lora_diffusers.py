@@ -16,6 +16,7 @@ from potstill.engine.common.errors import Damaged, UserError  # noqa: E402
 from potstill.engine.methods.base import copied, frozen  # noqa: E402
 from potstill.engine.methods.dmd import DMDConfig  # noqa: E402
 from potstill.engine.methods.sim import SIMConfig  # noqa: E402
+from potstill.engine.models.origins import load_origin  # noqa: E402
 from potstill.engine.models.tensors import write_tensors  # noqa: E402
 from potstill.engine.models.weights import file_hash, load_net, read_metadata, read_tensors, save_net, weights_hash  # noqa: E402
 from potstill.engine.nets.diffusers import DiffusersDenoiser  # noqa: E402
@@ -137,8 +138,8 @@ def test_a_base_in_a_weight_file_with_adapters_of_its_own(tmp_path):
     """A student is the teacher of a second stage: merged, it is a net like any other."""
     first = student_of(teacher_of("dit", tmp_path))
     save_net(tmp_path / "first.safetensors", first)
-    whole = merged(load_net(tmp_path / "first.safetensors")[0])
-    whole.source, whole.lora_of_copies = str(tmp_path / "first.safetensors"), LORA
+    whole = load_origin(tmp_path / "first.safetensors")
+    whole.lora_of_copies = LORA
     second = student_of(whole, seed=1)
     save_net(tmp_path / "second.safetensors", second)
     assert torch.equal(D(load_net(tmp_path / "second.safetensors")[0], "dit"), D(second, "dit"))

@@ -15,6 +15,7 @@ from potstill.engine.common.packages import installed
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.lora import merged
 from potstill.engine.nets.pipelines import diffusers
 
 INDEX = "model_index.json"
@@ -78,7 +79,11 @@ def load_origin(
     `size` and the `guidance` that is embedded (None: what it says itself); `planned`, it has no numbers.
     """
     if not is_pipeline(path):
-        return load_net(path)[0]
+        net = load_net(path)[0]
+        if net.adapters is not None:  # a student as a teacher is a net like any other
+            net = merged(net)
+            net.source = str(path.resolve())
+        return net
     fixed = None if guidance is None else {"guidance": guidance}
     net = DiffusersDenoiser.from_folder(path, dtype=dtype, size=size, fixed=fixed, planned=planned)
     net.source = str(path.resolve())

@@ -47,7 +47,7 @@ def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, 
         net = _on_base(path, meta, base)
     else:
         net = built(meta)
-        net.source = str(path)
+        net.source = str(path.resolve())
     load_strictly(net, tensors, str(path))
     return net.eval(), meta
 
@@ -97,7 +97,7 @@ def _on_base(path: Path, meta: dict[str, Any], given: Path | None) -> Denoiser:
             "were trained on, at the same revision"
         )
     net = DiffusersDenoiser(base.model, **own)
-    net.source = str(place)
+    net.source = str(place.resolve())
     return with_adapters(net, adapters_in(meta))
 
 
