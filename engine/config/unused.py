@@ -10,13 +10,14 @@ import inspect
 from potstill.engine.common.checks import Unused
 from potstill.engine.config.tree import Config, NetConfig, flat
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     """All of them with their reasons, in one sentence; "" where there are none."""
     rules = across(cfg, teacher, ranks)
-    for branch in ("data", "method", "students", "skipping"):
+    for branch in ("data", "method", "students", "skipping", "text", "lora"):
         rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     names: dict[str, list[str]] = {}
     for name in given(cfg):
@@ -39,6 +40,12 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         why = f"teacher.checkpoint={file}"
         rules |= dict.fromkeys([f"net.{name}" for name in contradicted(cfg, teacher)], f"the net in {file} is another")
         rules |= dict.fromkeys(("teacher.train", "teacher.loss.P_mean", "teacher.loss.P_std"), why)
+    if not isinstance(teacher, DiffusersDenoiser):
+        rules |= dict.fromkeys(
+            ("teacher.precision", "teacher.size", "teacher.embedded_guidance"), "the teacher is no pipeline of diffusers"
+        )
+    elif not teacher.config.get("guidance_embeds"):
+        rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
     if "teacher" in cfg.teacher.train.optim:
         rules["teacher.train.optim.student"] = "teacher.train.optim.teacher is given"
     if cfg.students.net is None:
