@@ -2,9 +2,11 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from toy import Mixture
 
 from potstill.engine.diffusion.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras, karras_at, lognormal, with_zero
@@ -323,3 +325,43 @@ def test_other_nets_are_asked_at_the_schedules_levels_to_the_bit(precond):
     known = churned(SOLVERS["heun"], lambda: torch.tensor([[[[0.5]]]]), 4, *churn.churn, known=net.round_sigma)
     t, x = torch.tensor(churn.sigmas, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     assert torch.equal(step(denoise, x, t[1], t[2])[0], known(denoise, x, t[1], t[2])[0])
+
+
+# What text-to-image adds
+
+
+class Given:
+    """Noise that is known: the same tensors for whoever draws."""
+
+    def __init__(self, *drawn):
+        self.drawn = iter(drawn)
+
+    def normal(self, *shape):
+        return next(self.drawn)
+
+
+def test_a_guided_walk_by_hand():
+    """Euler with D = D_none + w (D_class - D_none)."""
+    data, w = Mixture(4), 1.7
+    labels, z = torch.eye(4)[torch.tensor([0, 3, 1])], torch.randn(3, 2, 1, 1)
+    sampler = replace(ode("euler", 3), guidance=w)
+    x = 80.0 * z.double()
+    for s, s_next in zip(sampler.sigmas[:-1], sampler.sigmas[1:], strict=True):
+        sigma = torch.full((3,), s, dtype=torch.float64)
+        none, one = data(x, sigma), data(x, sigma, labels.double())
+        x = x + (s_next - s) * (x - none - w * (one - none)) / s
+    torch.testing.assert_close(sampler(data, labels, Given(z)).double(), x, rtol=1e-4, atol=1e-4)
+    assert Sampler(**json.loads(json.dumps(sampler.to_dict()))) == sampler
+    assert "guidance" not in ode("euler", 3).to_dict()
+
+
+@pytest.mark.parametrize("start", ["sigma", "unit"])
+def test_a_few_steps_with_fresh_noise_by_hand(start):
+    """D at each level, and noise of the next on it; `unit` begins with what makes the net's input z: c_in = 1 / sqrt(σ² + 1/4)."""
+    data, (z, n1, n2) = Mixture(), torch.randn(3, 5, 2, 1, 1)
+    sampler = Sampler("renoise", [80.0, 10.0, 0.5], start=start)
+    x = (80.0 if start == "sigma" else (80.0**2 + 0.25) ** 0.5) * z
+    for level, noise in ((80.0, 10.0 * n1), (10.0, 0.5 * n2)):
+        x = data(x, torch.full((5,), level)) + noise
+    torch.testing.assert_close(sampler(data, None, Given(z, n1, n2)), data(x, torch.full((5,), 0.5)), rtol=1e-5, atol=1e-5)
+    assert sampler.nfe == 3

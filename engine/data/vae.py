@@ -24,6 +24,7 @@ from potstill.engine.data.progress import in_order
 from potstill.engine.data.shards import SHARD_BYTES, Manifest, begun, write_shards
 from potstill.engine.nets.latents import decode_latents, encode_latents
 
+AT_ONCE = 4  # latents that are decoded together: a VAE of large pictures takes gigabytes for each
 VIDEO = "AutoencoderKLWan"  # its denoiser takes videos [N, C, T, H, W]; a picture is one frame
 
 
@@ -41,7 +42,7 @@ class VAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W], about in [-1, 1], of latents as `encode` makes them."""
-        pictures = decode_latents(self.net, latents)
+        pictures = torch.cat([decode_latents(self.net, some) for some in latents.to(self.device).split(AT_ONCE)])
         return pictures[:, :, 0] if self.video else pictures
 
 

@@ -14,7 +14,17 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.kinds import is_list, is_number, is_whole, shown
 from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.diffusion.sigmas import karras, with_zero
-from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, analytic_first_step, ancestral, churned, renoise, solve, trajectory
+from potstill.engine.diffusion.solvers import (
+    EVALUATIONS,
+    SOLVERS,
+    Denoise,
+    analytic_first_step,
+    ancestral,
+    churned,
+    renoise,
+    solve,
+    trajectory,
+)
 
 ONE_STEP, ANCESTRAL, RENOISE = "one_step", "ancestral", "renoise"
 JUMPS = (ONE_STEP, ANCESTRAL, RENOISE)  # one evaluation a level; all others are ODE walks
@@ -66,6 +76,8 @@ class Sampler:
     noise on D, the stochastic sampler of consistency models and DMD2), which both end with D at the last level, or a name of
     `solvers.SOLVERS` (an ODE walk over `sigmas`, whose last level may be 0).
 
+    guidance: of the net, which is then asked for its estimates with and without what it is told; 1 is none.
+
     start: what comes first: "sigma", x = σ z; "unit", x = z / c_in(σ), so that what enters the net is z.
 
     Of an ODE walk: `afs` makes the first step without the net (SFD's analytical first step), `lower_order_final` lets
@@ -87,10 +99,12 @@ class Sampler:
     churn: tuple[float, float, float, float] | None = None
     rho: float | None = 7.0
     start: str = "sigma"
+    guidance: float = 1.0
 
     def __post_init__(self):
         one_of(self, "solver", (*JUMPS, *SOLVERS))
         one_of(self, "start", STARTS)
+        wants(self, "guidance", is_number(self.guidance), "a finite number")
         least = 2 if self.solver in SOLVERS else 1
         given = list(self.sigmas) if is_list(self.sigmas, lambda s: is_number(s, 0)) else []  # finite, and none of them a text
         falling = given and given[0] > 0 and sorted(given, reverse=True) == given
@@ -129,17 +143,18 @@ class Sampler:
         """
         sigmas = self.levels(net)
         x = first_state(net, noise.normal(*net.shape), sigmas[0].float(), self.start)
+        ask = self._asking(net, labels)
         if self.solver == ONE_STEP:
-            return net(x, sigmas[0].float(), labels)
+            return ask(x, sigmas[0].float())
         normal = lambda: noise.normal(*net.shape)  # noqa: E731
         if self.solver in JUMPS:
             begin_walk(net)
             step = ancestral(normal) if self.solver == ANCESTRAL else renoise(normal)
-            x = solve(step, lambda x, s: net(x, s, labels), x, sigmas)
-            return net(x.float(), sigmas[-1].float(), labels)
+            x = solve(step, ask, x, sigmas)
+            return ask(x.float(), sigmas[-1].float())
         if self.churn:
             step = churned(SOLVERS[self.solver], normal, len(sigmas) - 1, *self.churn, known=partial(nearest_level, net))
-            return solve(step, lambda x, s: net(x, s, labels), x, sigmas).float()
+            return solve(step, ask, x, sigmas).float()
         return self.states(net, x, labels)[-1].float()
 
     def levels(self, net: Sampled) -> Tensor:
@@ -159,8 +174,14 @@ class Sampler:
         if self.afs:
             passed = [x.double()]
             x, sigmas = analytic_first_step(x.double(), sigmas[0], sigmas[1]), sigmas[1:]
-        walk = trajectory(SOLVERS[self.solver], lambda x, s: net(x, s, labels, **told), x, sigmas, lower_final=self.lower_order_final)
+        walk = trajectory(SOLVERS[self.solver], self._asking(net, labels, **told), x, sigmas, lower_final=self.lower_order_final)
         return passed + walk
+
+    def _asking(self, net: Any, labels: Any, **told: Any) -> Denoise:
+        """(x, σ) -> D, guided or not."""
+        if self.guidance == 1.0:
+            return lambda x, s: net(x, s, labels, **told)
+        return lambda x, s: net.estimate(x, s, labels, guidance=self.guidance, **told).denoised()
 
     def with_nfe(self, nfe: int) -> "Sampler":
         """The same walk over as many Karras levels between its ends as cost `nfe` evaluations, one a step. UserError where its
@@ -178,7 +199,7 @@ class Sampler:
 
     def to_dict(self) -> dict[str, Any]:
         """For a weight file: JSON's types. What is usual has no word: older readers know it all."""
-        usual = {"churn": None, "rho": 7.0, "start": "sigma"}
+        usual = {"churn": None, "rho": 7.0, "start": "sigma", "guidance": 1.0}
         return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
 
 

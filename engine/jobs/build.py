@@ -15,6 +15,7 @@ from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
@@ -103,9 +104,14 @@ def load_teacher(
 
 
 def teacher_sampler(cfg: Config, teacher: Denoiser) -> Sampler:
-    """EDM's Heun; a given teacher that is a student of an earlier stage is sampled as it was trained."""
+    """EDM's Heun; a given teacher that is a student of an earlier stage is sampled as it was trained.
+
+    A pipeline's is guided as the student sees it (`method.guidance`).
+    """
     own = taught_sampler(local_path(cfg.teacher.checkpoint)) if cfg.teacher.checkpoint else None
-    return own or heun(teacher, cfg.teacher.loss.sampling_steps)
+    walk = heun(teacher, cfg.teacher.loss.sampling_steps)
+    guided = isinstance(teacher, DiffusersDenoiser) and teacher.guidable
+    return own or (dataclasses.replace(walk, guidance=getattr(cfg.method, "guidance", 1.0)) if guided else walk)
 
 
 def taught_sampler(file: Path) -> Sampler | None:

@@ -11,6 +11,7 @@ import torch
 from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
+from potstill.engine.data.vae import AT_ONCE
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import save_png, sheet
 from potstill.engine.jobs.machine import device_title, versions
@@ -70,7 +71,9 @@ class Gallery:
     def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
         """Generated images [60, C, H, W], uint8."""
         labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else self.shown.prompts
-        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device, decode=self.shown.decode)))
+        decode = self.shown.decode
+        how: dict[str, Any] = {"batch": AT_ONCE, "decode": decode} if decode else {}
+        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device, **how)))
 
     def real(self) -> torch.Tensor:
         """As many real images, uint8."""

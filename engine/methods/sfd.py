@@ -29,7 +29,7 @@ from potstill.engine.diffusion.sampling import Sampler, few_step
 from potstill.engine.diffusion.sigmas import karras
 from potstill.engine.diffusion.solvers import EVALUATIONS, analytic_first_step
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import conditions
+from potstill.engine.methods.parts import check_guidance, conditions
 from potstill.engine.methods.vitals import variance
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
@@ -50,6 +50,7 @@ class SFDConfig(MethodConfig):
     solver: str = "dpmpp_3m"  # the teacher's ODE solver; euler in the second stage
     afs: bool = True  # the student's first step without an evaluation (analytical first step)
     teacher_afs: bool = False  # the teacher's first step likewise: true in the second stage
+    guidance: float = 1.0  # of the teacher's walk, which the student then makes without; 1 is none. Ours: the paper has none
     sigma_min: float = 0.006  # instead of EDM's 0.002; of teacher and student
     sigma_max: float = 80.0  # where sampling starts
     rho: float = 7.0  # of Karras' levels
@@ -73,7 +74,9 @@ class SFDConfig(MethodConfig):
         at_least(self, 0, "lpips")
 
     def needs(self) -> Needs:
-        return Needs(data=False, extras=[lpips_extra("method.lpips", "set method.lpips=0")] if self.lpips else [])
+        return Needs(
+            data=False, classes=self.guidance != 1, extras=[lpips_extra("method.lpips", "set method.lpips=0")] if self.lpips else []
+        )
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "SFD":
         return SFD(self, teacher, student=copied(start))
@@ -99,6 +102,7 @@ class SFD(Method):
     """One turn per student step, all of the same net."""
 
     def __init__(self, cfg: SFDConfig, teacher: Denoiser, student: Denoiser):
+        check_guidance(cfg.guidance, teacher)
         self.cfg, self.teacher = cfg, frozen(teacher)
         if cfg.step_condition and not student.knows_steps:
             if not isinstance(student, EDMDenoiser):
@@ -135,6 +139,7 @@ class SFD(Method):
             afs=cfg.teacher_afs,
             lower_order_final=True,
             step_condition=levels if self.teacher.knows_steps else None,
+            guidance=cfg.guidance,
         )
 
     def begin(self, batch: Batch) -> Walk:
