@@ -29,6 +29,7 @@ from potstill.engine.diffusion.sampling import Sampler, one_step
 from potstill.engine.formats.edm_pickle import Found, read_net
 from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
 from potstill.engine.models.opening import device_named
+from potstill.engine.models.origins import fetched
 from potstill.engine.models.weights import save_net
 
 IMAGES = """\
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
 
     for command, batch in ((latents, 8), (prompts, 32)):
         command.add_argument("out", metavar="OUT", type=Path, help="the folder to be written")
-        command.add_argument("--pipeline", metavar="FOLDER", type=Path, required=True, help="a diffusers pipeline")
+        command.add_argument("--pipeline", metavar="FOLDER|USER/NAME", required=True, help="a diffusers pipeline, also of the hub")
         command.add_argument("--batch", type=int, default=batch, metavar="N", help=f"as many at a time (default {batch})")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1 (default auto)")
 
@@ -171,7 +172,7 @@ def convert_latents(arguments: argparse.Namespace) -> None:
     images, out = open_images(arguments.src, labelled=not arguments.unlabelled), arguments.out.expanduser()
     check_writable(out, folder=True)
     captions = captions_of(images.source, arguments.captions)
-    device, pipeline = device_named(arguments.device), arguments.pipeline.expanduser()
+    device, pipeline = device_named(arguments.device), fetched(arguments.pipeline)
     write_latents(out, images, pipeline, device, captions=captions, bits=arguments.bits, batch=arguments.batch)
     print(f"{out}: {str(open_images(out)).partition(': ')[2]}, {'captions' if captions else 'no captions'}")
 
@@ -181,7 +182,7 @@ def convert_prompts(arguments: argparse.Namespace) -> None:
     _check_counts(arguments, "batch", "max_length")
     texts, out = read_prompts(arguments.src), arguments.out.expanduser()
     check_writable(out, folder=True)
-    device, pipeline = device_named(arguments.device), arguments.pipeline.expanduser()
+    device, pipeline = device_named(arguments.device), fetched(arguments.pipeline)
     how = {"precision": arguments.precision, "max_length": arguments.max_length, "batch": arguments.batch}
     write_embeddings(out, texts, pipeline, device, **how)
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -109,10 +109,12 @@ def missing(cfg: Config) -> list[str]:
     checkpoint = cfg.teacher.checkpoint
     if checkpoint and not origins.is_there(checkpoint):
         other = "Set teacher.checkpoint to a .safetensors file, or to a pipeline of diffusers."
-        from_hub = "The run downloads the pipeline of this name from the Hugging Face hub, safetensors only."
-        wants.append(
-            f"teacher: no file or pipeline at {checkpoint}. " + (from_hub if origins.on_hub(checkpoint) else cfg.teacher.how or other)
-        )
+        from_hub = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only."
+        sentences = [from_hub, cfg.teacher.how] if origins.on_hub(checkpoint) else [cfg.teacher.how or other]
+        wants.append(f"teacher: no file or pipeline at {checkpoint}. " + " ".join(filter(None, sentences)))
+    prompts = cfg.text.prompts
+    if prompts and not Path(prompts).expanduser().exists():
+        wants.append(f"prompts: nothing at {prompts}. Give text.prompts=FILE, a .txt with one prompt a line or a .jsonl with one in each")
     plan = cfg.skipping.plan
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
@@ -120,14 +122,20 @@ def missing(cfg: Config) -> list[str]:
     if (earlier := earlier_folder(cfg, cfg.student or 0)) and not checkpoints(earlier / "checkpoints"):
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
-    return wants + [sentence for extra in (*cfg.method.needs().extras, *logs) for sentence in extra.missing()]
+    pipelines = [Extra("diffusers", f"teacher.checkpoint={checkpoint}", "give a .safetensors file")] if to_come(cfg) else []
+    return wants + [sentence for extra in (*cfg.method.needs().extras, *logs, *pipelines) for sentence in extra.missing()]
+
+
+def to_come(cfg: Config) -> str:
+    """The teacher that is named as pipelines on the hub are, and is not here; "" for any other."""
+    name = cfg.teacher.checkpoint or ""
+    return name if origins.on_hub(name) and not origins.is_there(name) else ""
 
 
 def fetch_teacher(cfg: Config) -> None:
-    """Download a pipeline that is named as on the hub and is not here. UserError where there is none such."""
-    name = cfg.teacher.checkpoint
-    if name and origins.on_hub(name) and not origins.is_there(name):
-        origins.fetch(name)
+    """Download the teacher from the hub, once nothing else is missing. UserError where there is none such."""
+    if (name := to_come(cfg)) and len(missing(cfg)) == 1:
+        origins.fetch(name, cfg.teacher.how)
 
 
 def check_complete(cfg: Config) -> None:
@@ -158,13 +166,14 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     check_images(cfg, images, ranks.count)
     teacher = teacher_on_paper(cfg, images, folder, ranks)
     trained = all(not p.is_meta for p in teacher.parameters())
-    check_told(cfg, teacher, images)
+    if not to_come(cfg):
+        check_told(cfg, teacher, images)
     check_lora(cfg.lora, cfg.train.parallel if ranks.count > 1 else "ddp")
     marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None))) or {}
     check_inputs(folder, marks)
     with torch.device("meta"):
         teacher = teacher.to("meta")
-        teacher.lora_of_copies = cfg.lora if cfg.lora.rank else None
+        teacher.lora_of_copies = cfg.lora if cfg.lora.rank and not to_come(cfg) else None
         students = cfg.students.net
         start = build.build_net(students, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if students else None
         method = cfg.method.build(teacher, start or teacher)
@@ -176,7 +185,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         raise UserError("students.net is trained on real images first: set data.path")
     known = images is not None or not cfg.data.path  # else which classes there are is not known yet
     partition = partition_of(cfg, teacher.label_dim, images) if known else None
-    if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints"):
+    if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints") and not to_come(cfg):
         earlier_weights(method, earlier)
     return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)
 
@@ -192,7 +201,10 @@ def check_images(cfg: Config, images: Images | None, ranks: int) -> None:
 
 
 def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ranks) -> Denoiser:
-    """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images."""
+    """The net of the file that is given or that was trained in `folder` before; else a new one, as large as the images.
+
+    A pipeline that is still on the hub says nothing of its net: one of EDM's, which knows classes, shows what the method makes of it.
+    """
     given = cfg.teacher.checkpoint
     file = local_path(given) if given else folder / "teacher.safetensors"
     if ranks.agree(ranks.on_first(lambda: is_pipeline(file) or (file.is_file() and (bool(given) or is_whole(file))))):
@@ -205,6 +217,6 @@ def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ra
             f"skipping.plan={cfg.skipping.plan} was made for one teacher, and this run would train another: give teacher.checkpoint=FILE, or "
             "train the teacher first and probe it (potstill probe)"
         )
-    size = build.rehearsal_size(cfg) if images is None else (images.resolution, images.channels, images.label_dim)
+    size = build.rehearsal_size(cfg) if images is None or to_come(cfg) else (images.resolution, images.channels, images.label_dim)
     with torch.device("meta"):
         return build.build_net(cfg.net, *size)

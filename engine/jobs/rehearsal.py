@@ -20,7 +20,7 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.methods.base import Pairs
-from potstill.engine.models.origins import is_there
+from potstill.engine.models.origins import is_pipeline, is_there, local_path
 from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
@@ -38,6 +38,9 @@ def dry_run(cfg: Config) -> None:
         print(f"# missing {line}")
     if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
         print(f"# will be downloaded: {url}")
+    iterations = f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}"
+    if preflight.to_come(cfg):
+        return print(f"# teacher: not there yet, so sizes and memory are not known\n{iterations}")
     checkpoint = cfg.teacher.checkpoint
     there = checkpoint and is_there(checkpoint)
     parameters = sum(p.numel() for p in net.parameters())
@@ -51,11 +54,15 @@ def dry_run(cfg: Config) -> None:
     average = trained[method.product] if cfg.lora.rank else sum(p.numel() for p in product.parameters())
     size = 16 * sum(trained.values()) + 4 * average + job.weights_dtype.itemsize * parameters
     print(f"# memory without activations: {size / 2**30:.2f} GiB")
-    print(f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}")
+    print(iterations)
 
 
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
+    checkpoint = cfg.teacher.checkpoint
+    if checkpoint and (is_pipeline(local_path(checkpoint)) or preflight.to_come(cfg)):
+        short = f"train.kimg={cfg.train.batch / 100:g} run_dir=runs/short"
+        raise UserError(f"rehearse=true makes nets of EDM's, and {checkpoint} is a pipeline: {short} is a run of ten iterations")
     preflight.check_settings(cfg)
     place = Workplace(cfg, ALONE)
     images, device, dtype = place.images, place.device, place.dtype

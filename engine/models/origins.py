@@ -43,8 +43,8 @@ def is_pipeline(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def fetch(name: str) -> None:
-    """Download a pipeline from the hub: safetensors and settings, no pickle and no code. UserError where that is not to be had."""
+def fetch(name: str, how: str = "") -> None:
+    """Download a pipeline from the hub: safetensors and settings, no pickle and no code. UserError, which ends with `how`, without one."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -52,9 +52,16 @@ def fetch(name: str) -> None:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"teacher.checkpoint: no file or folder at {name}, and no pipeline of that name came from the hub ({reason})"
+            f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason})" + f". {how}" * bool(how)
         ) from error
     _snapshot.cache_clear()
+
+
+def fetched(name: str) -> Path:
+    """`local_path`, after a download where it has the name of a pipeline on the hub and is not here."""
+    if on_hub(name) and not is_there(name):
+        fetch(name)
+    return local_path(name)
 
 
 @cache
