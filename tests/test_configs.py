@@ -6,6 +6,7 @@ A recipe that changes on purpose, and a new one, are written into it by `python 
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import yaml
 
 from potstill.engine import train
-from potstill.engine.config.library import find, names, text_of
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
 from potstill.engine.methods.table import METHODS
+from potstill.engine.models import origins
 from potstill.engine.training.optim import OptimConfig
 
 SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"
@@ -93,7 +96,7 @@ def test_recipe_opens_with_its_command(name):
     assert all(line.startswith("#") for line in head.splitlines() if line)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [name for name in names() if "net" in groups_of(find(name))])
 def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, capsys, monkeypatch):
     jobs = []
     monkeypatch.setattr(rehearsal, "Job", lambda *given, **more: jobs.append(Job(*given, **more)) or jobs[-1])
@@ -109,6 +112,28 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, 
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if "net" not in groups_of(find(name))])
+def test_dry_run_of_a_recipe_for_a_pipeline_says_what_is_missing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(origins, "_snapshot", lambda name: None)
+    train.main([name, "--dry-run", f"run_dir={tmp_path}/run"])
+    said, cfg = capsys.readouterr(), load(name, [])
+    missing = "".join(line for line in said.out.splitlines() if line.startswith("# missing"))
+    assert f"no file or pipeline at {cfg.teacher.checkpoint}. potstill train downloads it from the Hugging Face hub" in missing
+    assert f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}" in said.out
+    assert "memory without activations" not in said.out, "of a stand-in"
+    assert ("nothing at data/prompts.txt. Give text.prompts=FILE" in missing) == (cfg.text.prompts is not None)
+    told = f"potstill convert latents data/pictures-.* {cfg.data.path} --pipeline {cfg.teacher.checkpoint} --captions"
+    assert bool(re.search(told, missing)) == bool(cfg.data.path) == cfg.method.needs().data
+    assert ("no checkpoint in runs/" in missing) == (cfg.students.start is not None)
+    assert "do nothing" not in said.err, "the recipe sets something in vain"
+    with pytest.raises(UserError, match=r"things are missing:\n.*downloads it from") as refused:
+        Job(cfg)
+    assert len(str(refused.value).splitlines()) == 1 + len(missing.split("# missing")[1:])
+    with pytest.raises(UserError, match="rehearse=true makes nets of EDM's"):
+        rehearsal.rehearse(cfg)
 
 
 if __name__ == "__main__":
