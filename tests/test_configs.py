@@ -129,7 +129,7 @@ def test_dry_run_of_a_recipe_for_a_pipeline_says_what_is_missing(name, tmp_path,
     assert bool(re.search(told, missing)) == bool(cfg.data.path) == cfg.method.needs().data
     assert ("no checkpoint in runs/" in missing) == (cfg.students.start is not None)
     assert "do nothing" not in said.err, "the recipe sets something in vain"
-    with pytest.raises(UserError, match="(?s)things are missing:.*downloads it from") as refused:
+    with pytest.raises(UserError, match=r"(?s)things are missing:.*downloads it from") as refused:
         Job(cfg)
     assert len(str(refused.value).splitlines()) == 1 + len(missing.split("# missing")[1:])
     with pytest.raises(UserError, match="rehearse=true makes nets of EDM's"):
