@@ -9,6 +9,7 @@ import inspect
 
 from potstill.engine.common.checks import Unused
 from potstill.engine.config.tree import Config, NetConfig, flat
+from potstill.engine.models.origins import to_come
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
@@ -40,11 +41,11 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         why = f"teacher.checkpoint={file}"
         rules |= dict.fromkeys([f"net.{name}" for name in contradicted(cfg, teacher)], f"the net in {file} is another")
         rules |= dict.fromkeys(("teacher.train", "teacher.loss.P_mean", "teacher.loss.P_std"), why)
-    if not isinstance(teacher, DiffusersDenoiser):
+    if not isinstance(teacher, DiffusersDenoiser) and not (file and to_come(file)):
         rules |= dict.fromkeys(
             ("teacher.precision", "teacher.size", "teacher.embedded_guidance"), "the teacher is no pipeline of diffusers"
         )
-    elif not teacher.config.get("guidance_embeds"):
+    elif isinstance(teacher, DiffusersDenoiser) and not teacher.config.get("guidance_embeds"):
         rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
     if "teacher" in cfg.teacher.train.optim:
         rules["teacher.train.optim.student"] = "teacher.train.optim.teacher is given"

@@ -129,7 +129,7 @@ def missing(cfg: Config) -> list[str]:
 def to_come(cfg: Config) -> str:
     """The teacher that is named as pipelines on the hub are, and is not here; "" for any other."""
     name = cfg.teacher.checkpoint or ""
-    return name if origins.on_hub(name) and not origins.is_there(name) else ""
+    return name if origins.to_come(name) else ""
 
 
 def fetch_teacher(cfg: Config) -> None:

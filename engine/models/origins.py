@@ -39,6 +39,11 @@ def is_there(name: str) -> bool:
     return path.is_file() or is_pipeline(path)
 
 
+def to_come(name: str) -> bool:
+    """Is it the name of a pipeline on the hub that is not here?"""
+    return on_hub(name) and not is_there(name)
+
+
 def is_pipeline(path: Path) -> bool:
     return (path / INDEX).is_file()
 
@@ -59,7 +64,7 @@ def fetch(name: str, how: str = "") -> None:
 
 def fetched(name: str) -> Path:
     """`local_path`, after a download where it has the name of a pipeline on the hub and is not here."""
-    if on_hub(name) and not is_there(name):
+    if to_come(name):
         fetch(name)
     return local_path(name)
 
