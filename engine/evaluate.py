@@ -24,13 +24,14 @@ from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import check_writable
 from potstill.engine.data.images import Images, open_images
+from potstill.engine.jobs.shown import shown_of
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
-from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, reference, score, tools
+from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, picture_size, reference, score, tools
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models import presets
-from potstill.engine.models.generate import RANDOM, parse_classes
+from potstill.engine.models.generate import RANDOM, Decode, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
 from potstill.engine.models.weights import file_hash
 from potstill.engine.training.ranks import Ranks, meet, one_voice
@@ -103,13 +104,17 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     check_numbers(n, seed, batch, args.best_of)
     for model in models:
         check_model(model, images, args.labels)
+    shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device)) for model in models}
+    decode = next((one.decode for one in shown.values() if one.decode), None)
+    if decode is None and images is not None and images.latent:
+        raise UserError(f"{images.name} holds latents, and no run with the pipeline that decodes them is named: name pictures as --data")
     features = in_turn(ranks, lambda: features_by_name(chosen["features"], command=args.command)).to(device)
     metrics = args.metrics.split(",")
     if args.reference:
-        against = in_turn(ranks, lambda: reference_from_file(args.reference, features, models, device, n, args.command))
+        against = in_turn(ranks, lambda: reference_from_file(args.reference, features, models, device, n, args.command, decode))
     else:
         assert images is not None
-        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=metrics != [FD])
+        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=metrics != [FD], decode=decode)
     if args.save_reference and ranks.first:
         write_reference(args.save_reference, against.gaussian)
         print(f"{args.save_reference}: mu and sigma of {against.images} images of {against.data}", file=sys.stderr)
@@ -127,7 +132,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         found[model.role] = one = score(
             model.net, model.sampler, images, features, n=n, seed=seed, batch=batch, device=device, against=against,
             labels=labels, metrics=metrics, best_of=args.best_of, ranks=ranks,
-            progress=model.role if ranks.first else None,
+            progress=model.role if ranks.first else None, **vars(shown[model.role]),
         )  # fmt: skip
         one |= about(model)
         say(sentence(model.role, one))
@@ -180,12 +185,15 @@ def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
     return found if ranks.first else work()
 
 
-def reference_from_file(where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str) -> Reference:
+def reference_from_file(
+    where: str, features: Features, models: Iterable[Model], device: torch.device, n: int, command: str,
+    decode: Decode | None = None,
+) -> Reference:  # fmt: skip
     """The Gaussian of a file or address, if it is one of these features."""
     path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
     net = next(iter(models)).net
-    features.try_on(net.img_channels, net.img_resolution, device)
+    features.try_on(*picture_size(net.shape, decode), device)
     if len(gaussian.mu) != features.num_features:
         raise UserError(
             f"{path} is of {len(gaussian.mu)} features, {features.title} has {features.num_features}: "

@@ -3,6 +3,7 @@
     potstill sample runs/digits --seeds 0-63 --out grid.png
     potstill sample runs/digits --seeds 0-9999 --out images.zip          an EDM data set; also .npz, or a folder of PNGs
     potstill sample runs/digits --beside --out pair.png                  student and teacher from the same noise
+    potstill sample runs/sd15 --prompts "a cat" --out cats.png            of nets that are told prompts
     potstill sample TEACHER.safetensors --preset imagenet64 --out g.png  a teacher as EDM's authors sampled it
 
 A seed gives the same image on every machine.
@@ -18,7 +19,9 @@ import numpy as np
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.data.captions import read_prompts
 from potstill.engine.formats.pictures import columns_for, open_output, out_kind, save_png, sheet
+from potstill.engine.jobs.shown import shown_of
 from potstill.engine.models import presets
 from potstill.engine.models.generate import Between, generate, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
@@ -39,9 +42,11 @@ def main(argv: list[str]) -> None:
     models[-1] = with_skipping(models[-1], args.plan, args.cache)
     labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
     columns = args.frames if args.strip else None
+    shown = shown_of(args.source, models[0], device, prompts_in(args.prompts))
 
     def made(model: Model) -> Iterator[np.ndarray]:
-        for batch in generate(model.net, model.sampler, labels, seeds, batch=args.batch, device=device):
+        told = shown.prompts if labels is None else labels
+        for batch in generate(model.net, model.sampler, told, seeds, batch=args.batch, device=device, decode=shown.decode):
             yield batch.cpu().numpy()
 
     if args.beside is not None:
@@ -67,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
         "--labels",
         help="classes such as 0,1,2, or all: given to the images (or strips) in turn (default: seed s has class s mod classes)",
     )
+    prompts = "of a net that is told some: a file (.txt, .jsonl) or one prompt, given to the images in turn (default: the run's)"
+    p.add_argument("--prompts", metavar="FILE|TEXT", help=prompts)
     p.add_argument(
         "--beside", nargs="?", const="", metavar="TEACHER",
         help="a PNG of these images and those of this teacher (default: the run's own) from the same noise",
@@ -179,6 +186,15 @@ def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: a
     each = args.frames if args.strip else 1
     classes = range(label_dim) if text == "all" else parse_classes(text, label_dim)
     return np.resize(list(classes), len(seeds) // each).repeat(each)
+
+
+def prompts_in(text: str | None) -> list[str] | None:
+    """The prompts of a file, or the one that `text` is; None for none."""
+    if text is None:
+        return None
+    if not text.strip():
+        raise UserError("--prompts wants a file or a prompt, got neither")
+    return read_prompts(text) if Path(text).suffix in (".txt", ".jsonl") or Path(text).exists() else [text]
 
 
 def title(model: Model) -> str:

@@ -18,7 +18,7 @@ from potstill.engine.nets.edm_denoiser import EDMDenoiser
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     """All of them with their reasons, in one sentence; "" where there are none."""
     rules = across(cfg, teacher, ranks)
-    for branch in ("data", "method", "students", "skipping", "text", "lora"):
+    for branch in ("data", "method", "students", "skipping", "lora", *([] if teacher.text else ["text"])):
         rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     names: dict[str, list[str]] = {}
     for name in given(cfg):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.data.pipelines import hash_of_part, index_of, load_text, quietly
+from potstill.engine.data.pipelines import hash_of_part, index_of, load_text, parts_of, quietly
 from potstill.engine.data.shards import (
     MANIFEST,
     SHARD_BYTES,
@@ -33,6 +33,7 @@ from potstill.engine.data.shards import (
     write_shards,
 )
 from potstill.engine.nets.conditions import Text
+from potstill.engine.nets.pipelines import diffusers
 
 PROMPTS = "prompts"
 MOST = 100_000  # prompts of a cache; as many of T5's are 100 GB
@@ -55,10 +56,7 @@ class Encoder:
         self.pipe, self.family = load_text(folder, device, self.dtype)
         takes = LENGTH in signature(self.pipe.encode_prompt).parameters
         if max_length is not None:
-            if not takes:
-                raise UserError(
-                    f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out"
-                )
+            _check_length(folder, type(self.pipe))
             self.pipe.encode_prompt = _shortened(self.pipe.encode_prompt, max_length)
         default = signature(self.pipe.__call__).parameters.get(LENGTH)
         self.length = max_length or (default.default if takes and default else 0)  # masks end there, whatever a batch holds
@@ -77,6 +75,24 @@ class Encoder:
         with torch.no_grad(), quietly():
             null = self.family.encode_null(self.pipe)
         return null and null.filled(self.length)
+
+
+def check_encoder(folder: Path, max_length: int | None) -> None:
+    """UserError for a pipeline without text encoders in safetensors, or whose prompts have one length only. Nothing is loaded."""
+    index = index_of(folder)
+    encoders = [name for name in parts_of(index) if name.startswith("text_encoder")]
+    if not encoders:
+        raise UserError(f"{folder} has no text encoder, and so takes no prompts: name another pipeline")
+    for name in encoders:
+        if not list((folder / name).glob("*.safetensors")):
+            raise UserError(f"{folder / name} has no weights as safetensors, and no pickle is read: download the model as safetensors")
+    if max_length is not None:
+        _check_length(folder, getattr(diffusers(), index["_class_name"]))
+
+
+def _check_length(folder: Path, kind: Any) -> None:
+    if LENGTH not in signature(kind.encode_prompt).parameters:
+        raise UserError(f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out")
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

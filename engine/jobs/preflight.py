@@ -167,7 +167,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     teacher = teacher_on_paper(cfg, images, folder, ranks)
     trained = all(not p.is_meta for p in teacher.parameters())
     if not to_come(cfg):
-        check_told(cfg, teacher, images)
+        check_told(cfg, teacher, images, folder)
     check_lora(cfg.lora, cfg.train.parallel if ranks.count > 1 else "ddp")
     marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None))) or {}
     check_inputs(folder, marks)

@@ -11,12 +11,14 @@ import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
-from potstill.engine.data.captions import CAPTIONS
+from potstill.engine.data.captions import CAPTIONS, read_prompts
+from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import index_of, parts_of
 from potstill.engine.data.prompts import Prompts, PromptStream, open_prompts, prepare_prompts
 from potstill.engine.data.sampler import Stream
-from potstill.engine.data.vae import VAE
+from potstill.engine.data.vae import VAE, check_vae
+from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.ranks import Ranks
@@ -44,9 +46,13 @@ class TextStream:
         return samples, labels, self.prompts.at(step)
 
 
-def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
-    """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; nothing is encoded."""
+def check_told(cfg: Config, teacher: Denoiser, images: Images | None, folder: Path) -> None:
+    """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; where prompts, text encoder
+    or the caches in the run's `folder` are none or another's. Nothing is loaded or encoded.
+    """
     given = cfg.teacher.checkpoint
+    if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
+        check_vae(images, local_path(given))
     if not teacher.text:
         if cfg.text.prompts is not None:
             raise UserError(f"text.prompts is for teachers that are told prompts, and {given or 'this one'} is not: set it to null")
@@ -70,6 +76,12 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         raise UserError(
             "students of several or of another shape are for teachers of classes, and this one is told prompts: leave students. out"
         )
+    pipeline, text = local_path(given), cfg.text
+    check_encoder(pipeline, text.max_length)
+    for file, cache in prompt_files(cfg, images, folder):
+        texts = read_prompts(file)
+        if text.how == "cached":
+            check_embeddings(cache, texts, pipeline, device_named(cfg.device), precision=text.precision, max_length=text.max_length)
 
 
 def captions_file(images: Images | None) -> Path | None:
@@ -79,20 +91,28 @@ def captions_file(images: Images | None) -> Path | None:
     return path if (path := Path(images.source.path) / CAPTIONS).is_file() else None
 
 
+def prompt_files(cfg: Config, images: Images | None, folder: Path) -> list[tuple[str | Path, Path]]:
+    """What the prompts and, where the method looks at real samples that have some of their own, the captions are read from; and their caches."""
+    captions = captions_file(images)
+    cache = Path(cfg.text.cache).expanduser() if cfg.text.cache else folder / "text"
+    files: list[tuple[str | Path, Path]] = [(cfg.text.prompts or captions or "", cache)]
+    if cfg.text.prompts and captions is not None and cfg.method.needs().data:
+        files.append((captions, cache.with_name(f"{cache.name}-captions")))
+    return files
+
+
 def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.device, ranks: Ranks) -> Told:
     """Everything embedded, on one rank and once, or the text encoder that will do it."""
-    pipeline, captions = local_path(cfg.teacher.checkpoint or ""), captions_file(images)
-    cache = Path(cfg.text.cache).expanduser() if cfg.text.cache else folder / "text"
+    pipeline = local_path(cfg.teacher.checkpoint or "")
 
     def opened(file: str | Path, cache: Path) -> Prompts:
         text = replace(cfg.text, prompts=str(file))
         ranks.on_first(lambda: prepare_prompts(text, pipeline, cache, device))
         return open_prompts(text, pipeline, cache, device)
 
-    prompts = opened(cfg.text.prompts or captions or "", cache)
-    if not cfg.method.needs().data or captions is None:
-        return Told(prompts, None)
-    return Told(prompts, opened(captions, cache.with_name(f"{cache.name}-captions")) if cfg.text.prompts else prompts)
+    prompts, *others = (opened(file, cache) for file, cache in prompt_files(cfg, images, folder))
+    looks = cfg.method.needs().data and captions_file(images) is not None
+    return Told(prompts, (others or [prompts])[0] if looks else None)
 
 
 def vae_of(cfg: Config, device: torch.device) -> VAE | None:

@@ -71,7 +71,10 @@ class Family:
             raise UserError(f"the settings of this {name} do not say the size of its samples: give one")
         sides, patches = tuple(sides) if isinstance(sides, list | tuple) else (sides, sides), self.patches(config)
         if len(sides) != len(patches) or any(side < 1 or side % patch for side, patch in zip(sides, patches, strict=True)):
-            raise UserError(f"{name} takes samples whose {len(patches)} sides are multiples of {list(patches)}, got {list(sides)}")
+            raise UserError(
+                f"{name} takes samples whose {len(patches)} sides are multiples of {list(patches)}, got {list(sides)}: choose other sizes "
+                "(teacher.size, or the data's)"
+            )
         return channels // self.packed, *sides
 
     def check(self, name: str, config: calls.Config, text: Text) -> None:
