@@ -7,8 +7,11 @@ import json
 import os
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.convert import main as convert
 from potstill.engine.data import embeddings
-from potstill.engine.data.embeddings import Embeddings, write_embeddings
+from potstill.engine.data.embeddings import Embeddings, Encoder, write_embeddings
 from potstill.engine.data.prompts import Prompts, PromptStream, TextConfig, open_prompts, prepare_prompts
 from potstill.engine.nets.conditions import Text
 
@@ -408,6 +411,24 @@ def test_a_stream_of_a_pipelines_prompts(how, folders, tmp_path):
                 assert len(text) == 9 and torch.equal(text.mask, wanted.mask)
                 torch.testing.assert_close(text.embeds[text.mask], wanted.embeds[wanted.mask], rtol=2e-6, atol=2e-6)
         stream.close()
+
+
+def test_an_encoder_serves_one_thread_at_a_time(folders, monkeypatch):
+    encoder, busy, most = Encoder(folders("pixart"), CPU), [], []
+    encode = encoder.family.encode
+
+    def watched(pipe, prompts):
+        busy.append(prompts)
+        most.append(len(busy))
+        time.sleep(0.01)  # the other thread's turn
+        text = encode(pipe, prompts)
+        busy.remove(prompts)
+        return text
+
+    monkeypatch.setattr(encoder, "family", SimpleNamespace(encode=watched))
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(encoder, [[text] for text in TEXTS]))
+    assert most == [1] * len(TEXTS) and [len(text) for text in found] == most
 
 
 # Settings and the command

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import cached_property, wraps
 from inspect import signature
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,11 +61,12 @@ class Encoder:
             self.pipe.encode_prompt = _shortened(self.pipe.encode_prompt, max_length)
         default = signature(self.pipe.__call__).parameters.get(LENGTH)
         self.length = max_length or (default.default if takes and default else 0)  # masks end there, whatever a batch holds
+        self.lock = Lock()  # a tokenizer's padding and truncation are set for each call: two threads would have each other's, or an error
         self.told = False  # what the libraries have to say, such as of prompts that are too long
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Text:
-        with quietly() if self.told else nullcontext():
+        with self.lock, quietly() if self.told else nullcontext():
             text = self.family.encode(self.pipe, list(prompts))
         self.told = True
         return text.filled(self.length)
