@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ PARAGRAPHS = {
     "build": "before all else, some of which comes as source",
     "cpu": "PyTorch without CUDA, for Linux, where pip finds one",
     "run": "potstill, its tests and the demo",
+    "diffusers": "`make diffusers`, the extra of that name",
     "lint": "`make lint`",
     "cuda": "what PyPI's PyTorch for Linux asks for besides, and no other",
 }
@@ -70,28 +72,28 @@ def cpu_builds(torch: str, before: dict[str, str]) -> str:
         return before[exact]
 
 
-def paragraph(package: str, run: dict[str, str]) -> str:
-    """The one that a package stands in; `run` are those that `make test` wants."""
+def paragraphs(package: str, wanted: dict[str, dict[str, str]]) -> list[str]:
+    """Those that a package stands in; `wanted` are the packages of each extra that has one, and of "run", which all begin with."""
     if package.startswith(("setuptools==", "ninja==")):
-        return "build"
+        return ["build"]
     if package.startswith(("nvidia-", "cuda-")):
-        return "cuda"
-    return "run" if package in run else "lint"
+        return ["cuda"]
+    return ["run"] if package in wanted["run"] else [title for title, packages in wanted.items() if package in packages]
 
 
 def main(newer: list[str]) -> None:
     before = packages(LOCK.read_text())
     (torch,) = [name for name in newer if name.startswith("torch==")] or [p for p in before if re.fullmatch(r"torch==[\d.]+", p)]
     upgrades = ["--upgrade"] if newer == ["all"] else [word for name in newer for word in ("--upgrade-package", name)]
-    of_extras = ["pyproject.toml", "--extra", "test"]
-    text = resolved(LOCK.read_text(), *of_extras, "--extra", "lint", *upgrades, requirements=[torch, *BUILD])
-    run = packages(resolved(text, *of_extras, requirements=[torch]))
-    homes = {package: paragraph(package, run) for package in packages(text)}
+    sources, extras = ["pyproject.toml", "--extra", "test"], {title: ["--extra", title] for title in ("diffusers", "lint")}
+    text = resolved(LOCK.read_text(), *sources, *chain(*extras.values()), *upgrades, requirements=[torch, *BUILD])
+    wanted = {title: packages(resolved(text, *sources, *extra, requirements=[torch])) for title, extra in ({"run": []} | extras).items()}
+    homes = {package: paragraphs(package, wanted) for package in packages(text)}
     entries = packages(text) | {(cpu := f"{torch}+cpu"): cpu_builds(torch.partition("==")[2], before)}
-    homes[cpu] = "cpu"
+    homes[cpu] = ["cpu"]
     text = HEAD
     for title, use in PARAGRAPHS.items():
-        text += "\n".join([f"\n# {title}: {use}", *(entry for package, entry in entries.items() if homes[package] == title)]) + "\n"
+        text += "\n".join([f"\n# {title}: {use}", *(entry for package, entry in entries.items() if title in homes[package])]) + "\n"
     LOCK.write_text(text)
 
 
