@@ -50,10 +50,11 @@ def is_pipeline(path: Path) -> bool:
 
 def fetch(name: str, how: str = "") -> None:
     """Download a pipeline from the hub: safetensors and settings, no pickle and no code. UserError, which ends with `how`, without one."""
+    library = diffusers()
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        diffusers().DiffusionPipeline.download(name, use_safetensors=True)
+        library.DiffusionPipeline.download(name, use_safetensors=True)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -13,9 +13,10 @@ from potstill.engine.nets.families import family_of
 
 
 def diffusers() -> Any:
-    """The library. UserError where it is not installed."""
-    if not installed("diffusers"):
-        raise UserError("package diffusers, for a denoiser of its classes: pip install 'potstill[diffusers]'")
+    """The library. UserError where it is not installed, or lacks what its pipelines want."""
+    for package in ("diffusers", "transformers"):
+        if not installed(package):
+            raise UserError(f"package {package}, for pipelines of diffusers and their nets: pip install 'potstill[diffusers]'")
     import diffusers
 
     return diffusers
