@@ -44,6 +44,18 @@ def test_the_name_alone_brings_nothing():
     assert brought("import potstill", "sys", {"torch", "triton", "numpy"}) == "[]"
 
 
+def test_commands_begin_without_the_libraries_of_pipelines():
+    """Seconds each."""
+    extra = {"diffusers", "transformers", "peft", "accelerate", "tokenizers", "huggingface_hub"}
+    imports = "import potstill, potstill.__main__ as entry; entry.main(['--help'])"
+    assert (
+        run(f"import sys; {imports}; print(sorted({{m.split('.')[0] for m in sys.modules}} & {extra | {'torch'}}))").splitlines()[-1]
+        == "[]"
+    )
+    imports = "import potstill.__main__ as entry, importlib; [importlib.import_module(f'potstill.engine.{c}') for c in entry.COMMANDS]"
+    assert brought(imports, "torch", extra) == "[]"
+
+
 def test_a_run_begins_without_what_only_its_end_wants():
     """Plots, Fréchet and kernel distances: seconds of imports, and packages that may be broken where nobody asks for them."""
     assert (

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill import kernels
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.packages import installed
 from potstill.engine.models import opening as source
 from potstill.engine.training import compile as switch
 from potstill.kernels import compat, cuda, reference
@@ -57,6 +58,13 @@ def test_the_ops_that_cuda_serves_are_those_of_csrc():
 
 def test_everything_is_imported_and_nothing_of_triton():
     assert printed(HIDDEN + IMPORTS) == "[]"
+
+
+@pytest.mark.skipif(not installed("diffusers"), reason="diffusers is not installed: pip install 'potstill[diffusers]'")
+def test_diffusers_is_imported_from_a_checkout():
+    """transformers asks any package named `kernels` for its version, ours too, and so imports it."""
+    code = "import peft, diffusers; from diffusers import StableDiffusionPipeline as P; print(P.__name__, sys.modules['kernels'].__name__)"
+    assert printed(HIDDEN + code) == "StableDiffusionPipeline potstill.kernels"
 
 
 @pytest.mark.parametrize(
