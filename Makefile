@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test fuzz soak bench kernels-aot csrc-torches gpu lint lock clean .venv
+.PHONY: demo test diffusers fuzz soak bench kernels-aot csrc-torches gpu lint lock clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -12,6 +12,10 @@ demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one ste
 # One thread a worker: the nets of the tests are too small for more, and threads that share a core wait for each other.
 test: $(STAMP)  ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+diffusers: $(STAMP)  ## the extra of that name, 40 MB, into .venv: without it `make test` skips what wants diffusers
+	$(call LOCKED,diffusers)
+	$(RUN) -m pip check
 
 fuzz: $(STAMP)  ## damaged and hostile files for every reader, N=10000 new ones; SEED=n makes the same again
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(RUN) -m fuzz $(or $(N),10000) $(if $(SEED),--seed $(SEED))
