@@ -18,14 +18,14 @@ import numpy as np
 
 from potstill.engine import convert, train
 from potstill.engine.common.reading import read_json
-from potstill.engine.config.library import find, groups_of, names
+from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import load
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.methods.table import METHODS
 from potstill.engine.models.weights import read_tensors
 
 RECIPES = [name for name in names() if "net" not in groups_of(find(name))]
-RECIPES.sort(key=lambda name: load(name, []).students.start is not None)  # after the recipe that they go on from
+RECIPES.sort(key=lambda name: "runs/" in text_of(find(name)))  # after the recipe that they go on from
 KINDS = {"sd15": "sd15", "sdxl": "sdxl", "pixart512": "pixart", "sd35_medium": "sd3", "flux_dev": "flux"}  # by the group teacher
 #: Where a student begins and passes: timesteps of the table, of flows too (t = (1 + timestep) / 1000).
 STEPS = {
@@ -58,6 +58,7 @@ def test_recipe_runs_on_a_tiny_pipeline_of_its_class(name, place, monkeypatch, c
     cfg, kind = load(name, []), KINDS[groups_of(find(name))["teacher"]]
     changes = [f"teacher.checkpoint={place / kind}", "teacher.size=null", f"run_dir={place / 'runs' / name}", "device=cpu"]
     changes += ["train.batch=2", "train.micro_batch=null", "train.kimg=0.004", "teacher.loss.sampling_steps=2"]
+    changes += ["text.max_length=16"] if kind in ("pixart", "sd3", "flux") else []  # those of CLIP's alone have as many anyway
     changes += ["eval.n=2", "eval.batch=2"] if cfg.data.path else []
     changes += [f"text.prompts={place / 'prompts.txt'}"] if cfg.text.prompts else []
     changes += [f"data.path={place / kind}-latents"] if cfg.data.path else []
@@ -73,7 +74,6 @@ def test_recipe_runs_on_a_tiny_pipeline_of_its_class(name, place, monkeypatch, c
         assert about["sampler"].get("start", "sigma") == ("sigma" if cfg.method.name == "sim" and not cfg.method.steps else "unit")
     else:
         assert len(about["sampler"]["sigmas"]) == 8
-    assert type(cfg.method) in METHODS.values()
 
 
 def levels(kind: str, steps: list[int]) -> list[float]:
