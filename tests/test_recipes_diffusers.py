@@ -21,7 +21,6 @@ from potstill.engine.common.reading import read_json
 from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import load
 from potstill.engine.jobs.finish import Gallery
-from potstill.engine.methods.table import METHODS
 from potstill.engine.models.weights import read_tensors
 
 RECIPES = [name for name in names() if "net" not in groups_of(find(name))]
