@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from functools import cache
 
 import numpy as np
@@ -19,15 +20,20 @@ import diffusers_pipelines
 import torch
 from killing import killed, needs_fork
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_pipeline_export import called, card_code, distance, embedded, expected
 
 from potstill.__main__ import main as potstill
+from potstill.engine.common.errors import UserError
 from potstill.engine.export import main as export
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.jobs.job import Job
 from potstill.engine.models.student import Student
+from potstill.engine.models.weights import save_net
+from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.lora import LoraConfig, check_lora
 from potstill.engine.train import main as train
+from potstill.engine.training.run import Run
 
 # What libraries warn of while they import one another, and of where they are put together here.
 pytestmark = [
@@ -45,7 +51,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "prompts.txt").write_text("\n".join(WORDS) + "\n")
     (folder / "tiny.yaml").write_text(
-        "defaults: [schema, _self_, {method: dmd}]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
+        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
         "method: {steps: [999], fake_per_student: 2}\ntrain: {batch: 2, kimg: 0.008, grid_kimg: 0.008, checkpoint_kimg: 0.004}\n"
     )
     return folder
@@ -65,6 +71,14 @@ def pipelines(tmp_path_factory):
         return made[kind]
 
     return folder
+
+
+def recipe_of(place, method, **settings):
+    """The same recipe with another method and settings of its own."""
+    own = json.dumps(settings)
+    text = (place / "tiny.yaml").read_text().replace("method: dmd", f"method: {method}")
+    (place / f"{method}.yaml").write_text(text.replace("method: {steps: [999], fake_per_student: 2}", f"method: {own}"))
+    return place / f"{method}.yaml"
 
 
 def run(place, name, teacher, *more, text=True):
@@ -91,16 +105,18 @@ def finished(place, pipelines):
     def folder(kind):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Gallery, "count", 10)
-            return run(place, kind, pipelines(kind), *KINDS[kind], text=kind not in ("dit", "unet"))
+            teacher = pipelines("sd15" if kind == "lora" else kind)
+            return run(place, kind, teacher, *KINDS[kind], text=kind not in ("dit", "unet"))
 
     return folder
 
 
 UNIT = ["method.start=unit"]
 KINDS = {"sd15": ["method.guidance=2"], "dit": [], "unet": [], "pixart": ["method.steps=[400]", *UNIT], "sd3": UNIT, "flux": UNIT}
+KINDS["lora"] = ["lora.rank=2", "lora.alpha=5"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lora"])
 def test_a_run_ends_as_a_pipeline_that_plain_diffusers_loads(kind, place, pipelines, finished):
     folder, out = finished(kind), place / f"{kind}-out"
     export([str(folder), "--to", "diffusers", "--out", str(out)])
@@ -131,7 +147,7 @@ def test_a_finished_run_does_nothing(place, pipelines, finished):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     files = load_file(folder / "student.safetensors")
     run(place, "sd15", pipelines("sd15"), *KINDS["sd15"])
-    assert before.keys() == {path for path in folder.rglob("*.safetensors")}
+    assert before.keys() == set(folder.rglob("*.safetensors"))
     assert all((files[name] == tensor).all() for name, tensor in load_file(folder / "student.safetensors").items())
     assert before[folder / "text/null.safetensors"] == (folder / "text/null.safetensors").stat().st_mtime_ns
 
@@ -165,8 +181,7 @@ def test_a_run_is_drawn_and_measured_by_its_folder(place, finished, tmp_path, ca
         print(said)
 
 
-@pytest.mark.parametrize("how", ["live"])
-def test_prompts_that_are_embedded_as_the_run_goes_give_the_same_student(how, place, pipelines):
+def test_prompts_that_are_embedded_as_the_run_goes_give_the_same_student(place, pipelines):
     """A cache keeps 16 bit, which bfloat16's embeddings are: the two are the same numbers."""
     students = []
     for how in ("cached", "live"):
@@ -182,12 +197,10 @@ def same(one, other):
 
 
 @needs_fork
-@pytest.mark.parametrize("more", [["method.guidance=2"], ["lora.rank=2", "lora.alpha=5"]], ids=["whole", "lora"])
-def test_a_run_that_is_killed_goes_on_exactly(more, place, pipelines, monkeypatch):
-    from potstill.engine.training.run import Run
-
-    straight = run(place, f"straight-{len(more)}", pipelines("sd15"), *more)
-    folder, take, taken = place / f"killed-{len(more)}", Run.take, []
+@pytest.mark.parametrize("kind", ["sd15", "lora"])
+def test_a_run_that_is_killed_goes_on_exactly(kind, place, pipelines, finished, monkeypatch):
+    straight, more = finished(kind), KINDS[kind]
+    folder, take, taken = place / f"killed-{kind}", Run.take, []
 
     def dying(self, *batch):
         taken.append(1)
@@ -218,10 +231,10 @@ def test_a_run_that_is_killed_while_it_embeds_goes_on(place, pipelines, finished
     assert same(finished("sd15"), folder)
 
 
-def test_adapters_are_a_small_file_and_a_start_for_others(place, pipelines):
-    first = run(place, "lora", pipelines("sd15"), "lora.rank=2", "lora.alpha=5", "lora.of=[student,fake]")
+def test_adapters_are_a_small_file_and_a_start_for_others(place, pipelines, finished):
+    first = finished("lora")
     with safe_open(first / "student.safetensors", "pt") as file:
-        assert all("lora_" in name for name in file.keys())
+        assert all("lora_" in name for name in file.keys())  # noqa: SIM118
     second = run(place, "lora-2", pipelines("sd15"), "lora.rank=2", "lora.alpha=5", f"students.start={first}")
     assert not same(first, second)
     export([str(second), "--to", "diffusers", "--out", str(place / "lora-out")])
@@ -267,16 +280,15 @@ def latents(place, pipelines):
 
 LOOKING = {
     "dmd2": ["method.gan=true"],
-    "moments": ["method=moment_matching", "method.levels=own", "method.weight=own", "method.guidance=2"],
+    "moments": [],
     "captions alone": ["method.gan=true", "text.prompts=null"],
 }
 
 
 @pytest.mark.parametrize("case", LOOKING)
 def test_a_run_on_latents_is_measured_on_pictures(case, place, pipelines, latents, capsys):
-    recipe = place / "moments.yaml"
-    recipe.write_text((place / "tiny.yaml").read_text().replace("steps: [999], fake_per_student: 2", "steps: 2"))
-    name, more = (recipe if case == "moments" else place / "tiny.yaml"), LOOKING[case]
+    moments = recipe_of(place, "moment_matching", steps=2, levels="own", weight="own", guidance=2)
+    name, more = (moments if case == "moments" else place / "tiny.yaml"), LOOKING[case]
     folder, prompts = place / f"on-{case.replace(' ', '-')}", f"text.prompts={place}/prompts.txt"
     train(
         [str(name), f"run_dir={folder}", f"teacher.checkpoint={pipelines('sd15')}", f"data.path={latents}", "eval.batch=8", prompts, *more]
@@ -284,7 +296,7 @@ def test_a_run_on_latents_is_measured_on_pictures(case, place, pipelines, latent
     summary = json.loads((folder / "summary.json").read_text())
     for role in ("student", "teacher"):
         assert 0 < summary[role]["fd"] < float("inf")
-        assert summary[role]["num_features"] == 3 * 64 * 64 and summary[role]["labels"] == "prompts"
+        assert summary[role]["num_features"] == 3 * 16 * 16 and summary[role]["labels"] == "prompts"
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.width > 10 * 64
     assert (folder / "text-captions").is_dir() == (case == "dmd2" or case == "moments")
@@ -295,11 +307,39 @@ def test_a_run_on_latents_is_measured_on_pictures(case, place, pipelines, latent
 
 
 def test_a_data_free_run_of_sim(place, pipelines):
-    recipe = place / "sim.yaml"
-    recipe.write_text((place / "tiny.yaml").read_text().replace("method: dmd", "method: sim"))
+    recipe = recipe_of(place, "sim", levels="own")
     folder = place / "sim"
     train([str(recipe), f"run_dir={folder}", f"teacher.checkpoint={pipelines('sd15')}", f"text.prompts={place}/prompts.txt"])
     assert all(t.isfinite().all() for t in load_file(folder / "student.safetensors").values())
+
+
+# Inputs that are others by now
+
+
+def test_a_run_goes_on_with_the_prompts_and_the_pipeline_it_began_with(place, pipelines, tmp_path):
+    teacher = shutil.copytree(pipelines("sd15"), tmp_path / "sd15")
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(WORDS))
+    given = (tmp_path, "run", teacher, f"text.prompts={words}")
+    (tmp_path / "tiny.yaml").write_text((place / "tiny.yaml").read_text())
+    run(*given, text=False)
+    finished_as = (tmp_path / "run/student.safetensors").read_bytes()
+    words.write_text("\n".join(reversed(WORDS)))
+    with pytest.raises(UserError, match="prompts"):
+        run(*given, text=False)
+    words.write_text("\n".join(WORDS))
+    for part in ("unet", "text_encoder", "tokenizer"):
+        other = diffusers_pipelines.pipeline("sd15", seed=5)
+        shutil.move(teacher / part, tmp_path / "kept")
+        getattr(other, part).save_pretrained(teacher / part)
+        if part == "tokenizer":
+            (teacher / part / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(UserError, match="another teacher" if part == "unet" else "holds prompts"):
+            run(*given, text=False)
+        shutil.rmtree(teacher / part)
+        shutil.move(tmp_path / "kept", teacher / part)
+    assert (tmp_path / "run/student.safetensors").read_bytes() == finished_as
+    run(*given, text=False)
 
 
 # What cannot be
@@ -309,11 +349,13 @@ def test_a_data_free_run_of_sim(place, pipelines):
 def refused(place, tmp_path, capsys):
     """The sentence of a run that ends with exit code 2 and has written nothing."""
 
-    def sentence(teacher, *more, text=True):
+    def sentence(teacher, *more, text=True, recipe=None):
         given = [f"text.prompts={place}/prompts.txt"] if text else []
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as stopped:
-            potstill(["train", str(place / "tiny.yaml"), f"run_dir={tmp_path}/run", f"teacher.checkpoint={teacher}", *given, *more])
+            potstill(
+                ["train", str(recipe or place / "tiny.yaml"), f"run_dir={tmp_path}/run", f"teacher.checkpoint={teacher}", *given, *more]
+            )
         assert stopped.value.code == 2
         said = capsys.readouterr().err.splitlines()
         (line,) = [i for i, one in enumerate(said) if one.startswith("error: ")]
@@ -390,3 +432,72 @@ def test_settings_that_cannot_be(case, pipelines, refused):
     kind, more, words = SETTINGS[case]
     sentence = refused(pipelines(kind), *more)
     assert words in sentence
+
+
+def test_data_that_cannot_be(place, pipelines, latents, changed, refused, tmp_path_factory):
+    sd, folder = pipelines("sd15"), tmp_path_factory.mktemp("data")
+
+    def made(name, *shape, factor=1.0):
+        (folder / name).mkdir()
+        save_file({"latents": factor * torch.randn(4, *shape)}, folder / name / "a.safetensors")
+        return f"data.path={folder / name}"
+
+    assert "has no captions: potstill convert latents" in refused(sd, "method.gan=true", f"data.path={place / 'plain'}")
+    assert "standard deviation of 9" in refused(sd, made("loud", 4, 8, 8, factor=9.2))
+    assert "standard deviation of 0.2" in refused(sd, made("quiet", 4, 8, 8, factor=0.2))
+    assert "makes samples [4, 8, 8]" in refused(sd, made("large", 4, 16, 16))
+    assert "teacher.size" in refused(sd, made("channels", 16, 8, 8))
+
+    def scaled(path):
+        file = path / "vae/config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 3.4}))
+
+    assert "latents of another VAE" in refused(changed(scaled), f"data.path={latents}")
+
+
+def test_prompts_that_cannot_be(pipelines, refused, tmp_path_factory, place, finished):
+    sd, folder = pipelines("sd15"), tmp_path_factory.mktemp("prompts")
+    (folder / "empty.txt").write_text("\n")
+    assert "is empty, wanted at least one prompt" in refused(sd, f"text.prompts={folder}/empty.txt", text=False)
+    assert "no prompts at" in refused(sd, f"text.prompts={folder}/none.txt", text=False)
+    assert "holds prompts" in refused(pipelines("sd3"), f"text.cache={finished('sd15')}/text")
+    assert "holds prompts" in refused(sd, f"text.cache={finished('sd15')}/text", "text.precision=bf16")
+
+
+def test_what_is_for_nets_of_another_kind(pipelines, refused, tmp_path_factory, place, monkeypatch):
+    sd, folder = pipelines("sd15"), tmp_path_factory.mktemp("others")
+    edm = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1,
+                      attn_resolutions=[])  # fmt: skip
+    save_net(folder / "edm.safetensors", edm, kimg=1.0)
+    assert "lora" in refused(folder / "edm.safetensors", "lora.rank=2", "method.steps=[]", text=False)
+    assert "text.prompts is for teachers" in refused(folder / "edm.safetensors", "method.steps=[]")
+    (folder / "plan.json").write_text("{}")
+    assert "plan" in refused(sd, f"skipping.plan={folder}/plan.json")
+    for method, words in {"sfd_v": "step_condition", "gdd": "data.path", "moment_matching_instant": "jvp"}.items():
+        sentence = refused(sd, recipe=recipe_of(place, method))
+        print(sentence)
+
+
+def test_a_hub_that_is_not_to_be_had(refused, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    sentence = refused("nobody/nothing")
+    assert "no file or folder at nobody/nothing, and no pipeline of that name came from the hub" in sentence
+
+
+@pytest.mark.parametrize("package", ["diffusers", "peft", "transformers"])
+def test_without_the_extra(package, pipelines, refused, monkeypatch):
+    teacher = pipelines("sd15")
+    for place in ("nets.pipelines", "nets.lora"):
+        monkeypatch.setattr(f"potstill.engine.{place}.installed", lambda name: name != package)
+    sentence = refused(teacher, "lora.rank=2")
+    assert f"package {package}" in sentence and "pip install 'potstill[diffusers]'" in sentence
+    if package == "diffusers":  # which the hub's own package comes with
+        monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+        assert "package diffusers" in refused("nobody/nothing")
+
+
+def test_shards_of_adapters():
+    """Ranks are others' matter (test_parallel.py); the sentence is the one that they print."""
+    with pytest.raises(UserError, match=r"train.parallel=fsdp cannot be had with lora.rank=2"):
+        check_lora(LoraConfig(rank=2), "fsdp")
