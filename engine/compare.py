@@ -30,6 +30,7 @@ from potstill.engine.jobs.rehearsal import kimg_in
 from potstill.engine.measure.comparison import markdown, plain, plot_comparison
 from potstill.engine.measure.networks import features_by_names
 from potstill.engine.measure.score import Judge
+from potstill.engine.models.origins import is_pipeline, local_path
 
 
 def main(arguments: list[str]) -> None:
@@ -37,8 +38,14 @@ def main(arguments: list[str]) -> None:
     check(flags)
     recipe = find(flags.recipe)
     recipes = siblings(recipe, flags.methods)
-    folder = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *flags.overrides]).run_dir
+    cfg = load(recipe, [f"run_dir=runs/compare-{recipe.stem}", *flags.overrides])
+    folder, given = cfg.run_dir, cfg.teacher.checkpoint
     assert folder
+    if given and is_pipeline(local_path(given)):
+        raise UserError(
+            f"compare trains methods for nets of EDM, and the teacher {given} is a pipeline of diffusers: potstill train each recipe, and "
+            "compare their summary.json"
+        )
     place = Path(folder).expanduser()
     with stoppable(load(recipe, flags.overrides).max_hours), lock(place / COMPARE):
         compare(recipe, recipes, flags, place)
