@@ -171,7 +171,7 @@ def test_a_run_is_drawn_and_measured_by_its_folder(place, pipelines, finished, t
         ("evaluate", str(finished("sd15"))): "wanted --data",
         ("probe", str(finished("sd15") / "student.safetensors"), "--data", "digits", "--out", str(tmp_path / "plan.json")): "EDM's U-Nets",
         ("compare", str(place / "tiny.yaml"), f"run_dir={tmp_path}/c", f"teacher.checkpoint={pipelines('sd15')}"): "potstill train each recipe",
-        ("train", str(place / "tiny.yaml"), "rehearse=true", f"teacher.checkpoint={pipelines('sd15')}"): "--dry-run",
+        ("train", str(place / "tiny.yaml"), "rehearse=true", f"teacher.checkpoint={pipelines('sd15')}"): "is a pipeline",
     }.items():  # fmt: skip
         with pytest.raises(SystemExit) as stopped:
             potstill(list(arguments))
@@ -458,7 +458,7 @@ def test_prompts_that_cannot_be(pipelines, refused, tmp_path_factory, place, fin
     sd, folder = pipelines("sd15"), tmp_path_factory.mktemp("prompts")
     (folder / "empty.txt").write_text("\n")
     assert "is empty, wanted at least one prompt" in refused(sd, f"text.prompts={folder}/empty.txt", text=False)
-    assert "no prompts at" in refused(sd, f"text.prompts={folder}/none.txt", text=False)
+    assert "prompts: nothing at" in refused(sd, f"text.prompts={folder}/none.txt", text=False)
     assert "holds prompts" in refused(pipelines("sd3"), f"text.cache={finished('sd15')}/text")
     assert "holds prompts" in refused(sd, f"text.cache={finished('sd15')}/text", "text.precision=bf16")
 

@@ -64,11 +64,6 @@ def rehearse(cfg: Config) -> None:
         short = f"train.kimg={cfg.train.batch / 100:g} run_dir=runs/short"
         raise UserError(f"rehearse=true makes nets of EDM's, and {checkpoint} is a pipeline: {short} is a run of ten iterations")
     preflight.check_settings(cfg)
-    if cfg.teacher.checkpoint and is_pipeline(local_path(cfg.teacher.checkpoint)):
-        raise UserError(
-            f"rehearse=true makes nets of EDM with random weights, and the teacher {cfg.teacher.checkpoint} is a pipeline of diffusers: see "
-            "--dry-run, and train it with a small train.kimg in another run_dir"
-        )
     place = Workplace(cfg, ALONE)
     images, device, dtype = place.images, place.device, place.dtype
     assert images is not None
