@@ -3,6 +3,9 @@
 Only safetensors files and classes of diffusers and transformers themselves are loaded, never what a folder brings along.
 """
 
+# diffusers and transformers are optional.
+# pyright: reportMissingImports=false
+
 import hashlib
 import re
 from collections.abc import Iterator

@@ -1,5 +1,8 @@
 """What a folder of a diffusers pipeline says about its denoiser: the class, where its weights are, and the scheme it was trained by."""
 
+# diffusers and transformers are optional.
+# pyright: reportMissingImports=false
+
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
