@@ -12,6 +12,7 @@ from potstill.engine.jobs import machine
 from potstill.engine.models.weights import read_tensors
 from potstill.engine.training import memory
 from potstill.engine.training.ranks import ALONE
+from potstill.engine.training.run import Share
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DIGITS = str(Path(__file__).parent.parent / "configs/digits.yaml")
@@ -81,7 +82,7 @@ def test_memory_is_measured_once_cudnn_has_chosen(switches, searches, monkeypatc
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: seen.append("read") or 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     switches.benchmark = searches
-    memory.peak_memory(cases.new_run("tsm", ALONE), torch.zeros(8, 1, 4, 4), None, 8)
+    memory.peak_memory(cases.new_run("tsm", ALONE), Share(torch.zeros(8, 1, 4, 4), None), 8)
     assert seen == ["turns"] * searches + ["reset", "turns", "read"]
 
 
