@@ -36,7 +36,10 @@ class Patience:
 def family(pid: int) -> Iterator[int]:
     """A process, if it is still there, and its descendants."""
     yield pid
-    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+    files = []
+    with suppress(*GONE):  # it may end while its threads are listed
+        files = list(Path(f"/proc/{pid}/task").glob("*/children"))
+    for file in files:
         with suppress(*GONE):
             for child in file.read_text().split():
                 yield from family(int(child))
