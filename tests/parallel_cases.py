@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import os
 import pickle
 import signal
@@ -175,7 +176,10 @@ def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dic
 
 
 def process(rank: int, count: int, port: int, out: str, work: str, arguments: tuple, beats: tuple | None = None) -> None:
-    """One of `count` processes: does work(ranks, *arguments); rank 0 leaves the result, or any its error, in `out`."""
+    """One of `count` processes: does work(ranks, *arguments); rank 0 leaves the result, or any its error, in `out`.
+
+    work: a function of this module, or MODULE.FUNCTION.
+    """
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     os.dup2(os.open(f"{out}.{rank}.stderr", os.O_WRONLY | os.O_CREAT), 2)
@@ -186,7 +190,8 @@ def process(rank: int, count: int, port: int, out: str, work: str, arguments: tu
             return command(speech.ALONE, *arguments)
         ranks = meet()
         ranks.connect(CPU)
-        result = globals()[work](ranks, *arguments)
+        module, _, function = work.rpartition(".")
+        result = getattr(importlib.import_module(module or __name__), function)(ranks, *arguments)
         if rank == 0:
             Path(out).write_bytes(pickle.dumps(result))
         ranks.close()

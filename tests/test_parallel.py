@@ -58,11 +58,11 @@ class Ended:
     result: object
 
 
-def world(tmp: Path, count: int, work: str, *arguments, quiet: float = 60, beats=None, ends: bool = False) -> Ended:
+def world(tmp: Path, count: int, work: str, *arguments, quiet: float = 60, beats=None, ends: bool = False, preload=()) -> Ended:
     """Run work(ranks, *arguments) in `count` processes. When all stand still for `quiet` seconds those that are left are killed;
-    unless `ends`, a test fails."""
+    unless `ends`, a test fails. preload: what the server imports besides."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["parallel_cases", "potstill.engine.train"])
+    context.set_forkserver_preload(["parallel_cases", "potstill.engine.train", *preload])
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

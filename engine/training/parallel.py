@@ -165,7 +165,9 @@ class Sharded(Trained):
         self.modules = [m for one in (net, *views) for m in shard(one, mesh, cfg)]
         self.full, self.views = net, list(views)
         self.names, self.parameters = zip(*net.named_parameters(), strict=True)
-        self.buffers = dict(net.named_buffers())
+        kept, buffers = self.skeleton.state_dict().keys(), dict(net.named_buffers())
+        self.buffers = {name: b for name, b in buffers.items() if name in kept}
+        self.constants = {name: b for name, b in buffers.items() if name not in kept}  # which belong to no checkpoint
         super().__init__(Shards(self.parameters, self.buffers.values()), ranks)
         self.trained = [p for p in self.parameters if p.requires_grad]
         self.copies = [[_local(p) for p in view.parameters()] for view in self.views]
@@ -230,7 +232,7 @@ class Sharded(Trained):
     @torch.no_grad()
     def whole(self, own: nn.Module) -> nn.Module:
         net = copy.deepcopy(self.skeleton).to_empty(device=_local(self.parameters[0]).device)
-        mine = self.state(own)
+        mine: dict[str, Any] = self.state(own) | self.constants
         for name, p in [*net.named_parameters(), *net.named_buffers()]:
             p.copy_(mine[name].full_tensor() if name in self.names else mine[name])
         return net.train(own.training)
