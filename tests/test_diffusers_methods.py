@@ -12,9 +12,11 @@ import diffusers_models  # noqa: E402
 from diffusers_models import TINY  # noqa: E402
 from toy import draws  # noqa: E402
 
+from potstill.engine.common.errors import UserError  # noqa: E402
 from potstill.engine.diffusion.tables import scheme_of  # noqa: E402
 from potstill.engine.methods.base import Batch  # noqa: E402
 from potstill.engine.methods.dmd import DMDConfig  # noqa: E402
+from potstill.engine.methods.gdd import GDDConfig  # noqa: E402
 from potstill.engine.methods.moment_matching import MomentMatchingConfig  # noqa: E402
 from potstill.engine.methods.sfd import SFDConfig  # noqa: E402
 from potstill.engine.methods.sim import SIMConfig  # noqa: E402
@@ -59,6 +61,32 @@ def test_every_method_trains_every_family(name):
         moved = method.nets["student"].state_dict()
         assert any(not moved[key].equal(start[key]) for key in start)
         assert all(value.equal(before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["unet", "sd15", "pixart", "sd3"])
+def test_a_gan_by_the_features_of_the_teacher(name):
+    """GDD looks through the teacher's first half; which layers GDD-I freezes is only known of EDM's nets."""
+    net = made(name)
+    method = GDDConfig(sigma=14.6, r1_every=2, width=8).build(net, net)
+    run = Run(method, TrainConfig(batch=4, kimg=1), 0, torch.device("cpu"))
+    for _ in range(3):
+        run.take(torch.randn(4, *net.shape), told(net, name, 4)[0])
+    logs = run.meter.read()
+    assert all(math.isfinite(value) for value in logs.values())
+    assert min(logs["student/grad_norm"], logs["discriminator/r1/grad_norm"]) > 0
+    with pytest.raises(UserError, match=r"^method\.freeze = 1 names layers of EDM's U-Nets, got \w+: set it to 0, [^\n]*$"):
+        GDDConfig(freeze=1).build(net, net)
+
+
+@pytest.mark.parametrize("name", ["sd15", "pixart", "sd3"])
+def test_moments_without_a_second_net(name):
+    """Instant moment matching differentiates the teacher by its weights, forwards and backwards."""
+    net = made(name)
+    cfg = MomentMatchingConfig(variant="instant", steps=2, levels="own", weight="own", measure_every=2, measure_batch=2)
+    run = Run(cfg.build(net, net), TrainConfig(batch=4, kimg=1), 0, torch.device("cpu"))
+    for _ in range(3):
+        run.take(torch.randn(4, *net.shape), told(net, name, 4)[0])
+    assert math.isfinite(run.meter.read()["student/grad_norm"])
 
 
 # The student's gradient

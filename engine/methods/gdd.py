@@ -30,10 +30,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
+from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import Generator, noise_like
 from potstill.engine.methods.vitals import accuracy, variance
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.discriminators import ProjectedDiscriminator
 from potstill.engine.nets.features import FeatureNet, load_feature_net, timm_extras
 from potstill.engine.nets.ops import definitions
@@ -74,6 +76,10 @@ class GDDConfig(MethodConfig):
         return Needs(extras=timm_extras(self.features), batch_statistics=True, whole_teacher=True)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "GDD":
+        if self.freeze and isinstance(start, DiffusersDenoiser):
+            raise UserError(
+                f"method.freeze = {self.freeze} names layers of EDM's U-Nets, got {start.name}: set it to 0, which is GDD itself"
+            )
         dtype = torch.bfloat16 if self.feature_dtype == "bf16" else torch.float32
         features = [load_feature_net(name, frozen(teacher), dtype=dtype) for name in self.features]
         return GDD(self, copied(start).without_augmentation(), features)
