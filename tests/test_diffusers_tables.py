@@ -215,6 +215,8 @@ def test_time_in_16_bits_has_few_levels(name, weights, levels):
     if levels == 4:  # what the net can be told is what makes a difference to it, but for roundings of its input
         assert len(again) == 4 and len(outs) < 20
     assert net.told(torch.tensor([1e9])).item() == pytest.approx(CAP)
+    own = net.level(torch.linspace(0, 1, 101))  # at which methods add noise
+    assert torch.equal(net.told(own), own)
 
 
 def test_levels_are_uniform_in_the_nets_own_time():

@@ -79,14 +79,14 @@ def flux2(net: Any, x: Tensor, time: Tensor, text: Text, fixed: Config) -> Tenso
 
 
 def z_image(net: Any, x: Tensor, time: Tensor, text: Text, fixed: Config) -> Tensor:
-    """Its time runs the other way. Reads the prompts' lengths on the host: a wait for the device."""
+    """Its time runs the other way. Reads the prompts' lengths on the host: a wait for the device (`Family.waits`)."""
     rows = text.embeds.unbind(0) if text.mask is None else [row[mask] for row, mask in zip(text.embeds, text.mask, strict=True)]
     out = net(list(x.unsqueeze(2).unbind(0)), (1000 - time) / 1000, list(rows), return_dict=False)[0]
     return -torch.stack(out).squeeze(2)
 
 
 def lumina2(net: Any, x: Tensor, time: Tensor, text: Text, fixed: Config) -> Tensor:
-    """Its time runs the other way. Reads the prompts' lengths on the host: a wait for the device."""
+    """Its time runs the other way. Reads the prompts' lengths on the host: a wait for the device (`Family.waits`)."""
     mask = text.embeds.new_ones(text.embeds.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
     return -net(x, 1 - time / 1000, text.embeds, mask, return_dict=False)[0]
 

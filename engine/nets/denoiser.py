@@ -33,6 +33,7 @@ class Denoiser(nn.Module):
     sigma_min: float
     sigma_max: float
     forwards: tuple[str, ...] = ()  # methods of `model` that are called beside its forward
+    waits: str = ""  # why a call of it waits for the device, so that no CUDA graph can hold it; "": it does not
     casts_weights = False  # do its layers ask for weights in `compute_dtype` (`nets.shadow`)?
     source: str = ""  # the file or folder that its weights, adapters apart, were read from
     adapters: LoraConfig | None = None  # that it has (`engine.nets.lora`)

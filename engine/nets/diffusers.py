@@ -63,6 +63,7 @@ class DiffusersDenoiser(Denoiser):
         super().__init__(model)
         self.name, self.scheme, self.config = type(model).__name__, dict(scheme), dict(cast(Any, model).config)
         self.family = family_of(self.name)
+        self.waits = self.family.waits
         self.fixed = dict(self.family.fixed if fixed is None else fixed)
         self.shape = self.family.shape(self.name, self.config, size)
         self.text, self.label_dim = self.family.text, self.config.get(self.family.classes) or 0
@@ -160,9 +161,9 @@ class DiffusersDenoiser(Denoiser):
         return self.told(torch.tensor(sigma, dtype=torch.float64, device="cpu")).item()
 
     def level(self, u: Tensor) -> Tensor:
-        """σ at the quantile u in [0, 1] of the law that is uniform over the net's own times; 1 is all noise."""
+        """σ at the quantile u in [0, 1] of the law that is uniform over the times that the net can be told; 1 is all noise."""
         if self.flow:
-            return flow_level(0.001 + 0.999 * u)
+            return self.told(flow_level(0.001 + 0.999 * u))
         return self._table(u)[(u * (len(self.table) - 1)).round().long()].to(u.dtype)
 
     def sampling_levels(self, steps: int) -> Tensor:

@@ -30,6 +30,7 @@ class Family:
     images: Literal["last", "first", "after text"] = "last"  # where a block's tokens of the image are
     mu: Callable[[int, int], float] | None = None  # of a dynamic shift, at (tokens, steps), where its pipeline has a rule of its own
     refused: tuple[str, ...] = ()  # settings that ask for inputs which nothing here gives
+    waits: str = ""  # why a call of it waits for the device, so that no CUDA graph can hold it
 
     @property
     def text(self) -> bool:
@@ -151,6 +152,7 @@ FAMILIES: dict[str, Family] = {
         packed=4,
         size=(128, 128),
         rounds_time="16 bit",
+        waits="its forward copies the prompts' number of tokens to the device",
         refused=("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
     ),
     "Flux2Transformer2DModel": Family(
@@ -175,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         size=(128, 128),
         images="first",
         refused=("siglip_feat_dim",),
+        waits="it takes prompts without padding, whose lengths are read from the device",
     ),
     "Lumina2Transformer2DModel": Family(
         calls.lumina2,
@@ -183,6 +186,7 @@ FAMILIES: dict[str, Family] = {
         widths={"embeds": "cap_feat_dim"},
         embed=encoders.masked,
         images="after text",
+        waits="its forward reads the prompts' lengths from the device",
     ),
     "WanTransformer3DModel": Family(
         calls.wan,

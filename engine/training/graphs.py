@@ -254,17 +254,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_graphs(mode: str, device: torch.device, where: str, ranks: int = 1) -> None:
-    """UserError for `on` where there is no CUDA or where there are several ranks."""
+def check_graphs(mode: str, device: torch.device, where: str, ranks: int = 1, waits: str = "") -> None:
+    """UserError for `on` where there is no CUDA, where there are several ranks, or for a net that waits for the device and why."""
     if mode == "on" and device.type != "cuda":
         raise UserError(f"{where}.graphs=on wants a CUDA device, and this run is on {device.type}: use auto or off")
     if mode == "on" and ranks > 1:
         raise UserError(f"{where}.graphs=on wants one process, got {ranks}: what ranks tell one another is not captured; use auto or off")
+    if mode == "on" and waits:
+        raise UserError(f"{where}.graphs=on wants nets that do not wait for the device, got {waits}: use auto or off")
 
 
-def build_graphs(mode: str, device: torch.device) -> Graphs | None:
-    """As train.graphs says; None: everything is eager. `auto` is on where there are CUDA graphs."""
-    check_graphs(mode, device, "train")
-    if mode == "off" or device.type != "cuda":
+def build_graphs(mode: str, device: torch.device, waits: str = "") -> Graphs | None:
+    """As train.graphs says; None: everything is eager. `auto` is on where there are CUDA graphs. waits: the net that does, and why."""
+    check_graphs(mode, device, "train", waits=waits)
+    if mode == "off" or device.type != "cuda" or waits:
         return None
     return Graphs(CUDA(device), strict=mode == "on")

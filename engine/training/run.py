@@ -5,15 +5,16 @@ is the whole state of data and noise, and a run that was killed repeats itself f
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from potstill.engine.methods.base import Batch, Draws, Logs, Method, modules_of
 from potstill.engine.nets.conditions import Condition, Text
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.shadow import renew_stale
 from potstill.engine.training.capture import default_generator
 from potstill.engine.training.compile import compile_nets
@@ -52,7 +53,8 @@ class Run(State):
         super().__init__(method, cfg, device, ranks, together=self.batches.together)
         self.compiled = compile_nets(modules_of(method), cfg.compile, device)
         self.graphs: Graphs | None = None
-        if not ranks.several and (graphs := build_graphs(cfg.graphs, device)):
+        self.waits = waiting(modules_of(method))
+        if not ranks.several and (graphs := build_graphs(cfg.graphs, device, self.waits)):
             self.use(graphs)
 
     def use(self, graphs: Graphs) -> None:
@@ -151,8 +153,15 @@ class Run(State):
         """How much of this run was replayed, and what was not, and why."""
         if self.graphs is not None:
             return self.graphs.report()
-        why = "train.graphs=off" if self.cfg.graphs == "off" else f"there are none on {self.device.type}"
+        there = f"there are none on {self.device.type}" if self.device.type != "cuda" else self.waits
+        why = "train.graphs=off" if self.cfg.graphs == "off" else there
         return {"mode": "off", "why": f"{self.ranks.count} ranks" if self.ranks.several else why}
+
+
+def waiting(nets: Iterable[nn.Module]) -> str:
+    """The first denoiser in them that waits for the device, and why; "": none does."""
+    found = (m for net in nets for m in net.modules() if isinstance(m, Denoiser) and m.waits)
+    return next((f"{type(m.model).__name__} ({m.waits})" for m in found), "")
 
 
 def add(logs: Logs, name: str, value: Tensor) -> None:
