@@ -13,6 +13,7 @@ from yaml import SafeLoader, YAMLError
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, flat, to_yaml
+from potstill.engine.methods.table import METHODS
 from potstill.engine.readers.harmless import check_text
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
@@ -66,8 +67,11 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 def check_settings(before: str, now: str, folder: Path) -> list[str]:
     """What to say of settings that differ between two files of them. UserError for those that may not."""
-    unset = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    old, new = (flat(OmegaConf.to_container(tree)) for tree in (OmegaConf.merge(unset, _tree(before, folder)), OmegaConf.create(now)))
+    tree = _tree(before, folder)
+    unset: Any = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
+    if (method := METHODS.get(OmegaConf.select(tree, "method.name", default=""))) is not None:
+        unset["method"] = OmegaConf.to_container(OmegaConf.structured(method))
+    old, new = (flat(OmegaConf.to_container(one)) for one in (OmegaConf.merge(unset, tree), OmegaConf.create(now)))
     for key in old | new:
         if old.get(key) != new.get(key) and not _free(key):
             raise UserError(
