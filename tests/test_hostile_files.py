@@ -14,6 +14,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.measure.report import write_report
 from potstill.engine.models import weights
+from potstill.engine.models.descriptions import built
 from potstill.engine.models.generate import write_pairs
 from potstill.engine.models.opening import open_models, settings
 from potstill.engine.models.router import Partition, load_router, student_folder, write_manifest
@@ -88,18 +89,18 @@ def test_a_net_that_no_image_passes_is_not_built(file, more):
 
 def test_a_small_file_cannot_ask_for_a_large_net(file, monkeypatch):
     """Its sizes are compared while the net is a plan: nothing of gigabytes is ever built."""
-    built = []
+    devices = []
 
-    def watched(*args, **kwargs):
-        built.append(torch.get_default_device().type)
-        return from_kwargs(*args, **kwargs)
+    def watched(meta):
+        devices.append(torch.get_default_device().type)
+        return built(meta)
 
-    monkeypatch.setattr(weights, "from_kwargs", watched)
+    monkeypatch.setattr(weights, "built", watched)
     load_net(file)
-    assert built == ["meta", "cpu"]
+    assert devices == ["meta", "cpu"]
     rewritten(file, kwargs=KWARGS | {"model_channels": 4096, "channel_mult": [8, 8]})  # 40 GB
     refusal(lambda: load_net(file), "is of another architecture", "shapes differ")
-    assert built == ["meta", "cpu", "meta"]
+    assert devices == ["meta", "cpu", "meta"]
 
 
 @pytest.mark.parametrize("precond", ["EDMPrecond", "iDDPMPrecond"])
