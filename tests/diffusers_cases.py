@@ -3,7 +3,6 @@
 Use it behind `pytest.importorskip("diffusers")`.
 """
 
-import math
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import diffusers_models
 import torch
 from diffusers_models import TINY
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from potstill.engine.data.prompts import Prompts, PromptStream
 from potstill.engine.diffusion.tables import scheme_of
+from potstill.engine.methods.base import frozen
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.moment_matching import MomentMatchingConfig
 from potstill.engine.methods.sfd import SFDConfig
@@ -21,6 +22,7 @@ from potstill.engine.methods.sim import SIMConfig
 from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.parallel import FSDPConfig, shard
 from potstill.engine.training.ranks import ALONE, Ranks
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.engine.training.saver import Saver
@@ -71,15 +73,13 @@ class Feed:
         return images[window], None if labels is None else labels[window], self.stream.at(step) if self.stream else ()
 
 
-def new_run(
-    name: str, method: str, ranks: Ranks = ALONE, *, change=lambda method: None, teacher: DiffusersDenoiser | None = None, **settings
-) -> tuple[Run, Feed]:
-    """change: what is done to the method before. Adam's eps is far above rounding, so that weights without a gradient stay."""
+def new_run(name: str, method: str, ranks: Ranks = ALONE, *, teacher: DiffusersDenoiser | None = None, **settings) -> tuple[Run, Feed]:
+    """teacher: instead of a new one. Adam's eps is far above rounding, so that weights without a gradient stay."""
     net = teacher or denoiser(name)
+    net.recompute(settings.get("activation_checkpointing", "off"))
     with torch.random.fork_rng():
         torch.manual_seed(3)  # of a head
         made = METHODS[method].build(net, net)
-    change(made)
     optim = OptimConfig(lr=1e-3, eps=1e-3, clip=1.0)
     run = Run(made, TrainConfig(**{"kimg": 1, "batch": 4, "optim": {"student": optim}} | settings), 0, CPU, ranks=ranks)
     return run, Feed(name, run)
@@ -109,17 +109,22 @@ def D(net: DiffusersDenoiser, name: str) -> Tensor:
         return net(x * (1 + sigma).reshape(-1, *[1] * (x.ndim - 1)), sigma, diffusers_models.condition(name, 4, seed=6))
 
 
-def spread(values: Tensor) -> float:
-    return math.sqrt(values.double().square().mean().item())
-
-
-def run_all(ranks: Ranks, jobs: list[tuple], parts: list[tuple]) -> tuple[list, list]:
-    """(curve, weights, the average's D) of each job (name, method, iterations, settings), and what `part` says of each."""
+def run_all(ranks: Ranks, jobs: list[tuple], parts: list[tuple], folders: dict[str, str]) -> tuple[list, list, list[str]]:
+    """(curve, weights, the average's D) of each job (name, method, iterations, settings); what `part` says of each; and of the pipelines
+    in `folders` those whose net in 16 bit is another in shards."""
     found = []
     for name, method, steps, settings in jobs:
         run, feed = new_run(name, method, ranks, **settings)
         found.append((advance(run, feed, steps), weights(run), D(run.average(), name)))
-    return found, [part(ranks, *one) for one in parts]
+    return found, [part(ranks, *one) for one in parts], [name for name in folders if changes_in_shards(ranks, name, folders[name])]
+
+
+def changes_in_shards(ranks: Ranks, name: str, folder: str) -> bool:
+    """Does D change by a bit?"""
+    net = frozen(DiffusersDenoiser.from_folder(Path(folder), dtype=torch.bfloat16, size=TINY[name].shape[1:]))
+    before = D(net, name)
+    shard(net, init_device_mesh("cpu", (ranks.count,), mesh_dim_names=("shards",)), FSDPConfig())
+    return not torch.equal(before, D(net, name))
 
 
 def part(ranks: Ranks, name: str, method: str, folder: str, parallel: str, steps: int) -> list[dict[str, float]]:

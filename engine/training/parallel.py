@@ -263,7 +263,8 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
         p.data = p.data.contiguous()  # which fully_shard wants; convolutions then lay their weights out themselves
     parts: list[Any] = []  # of classes that fully_shard makes
     for denoiser in [m for m in net.modules() if isinstance(m, Denoiser)]:
-        low = denoiser.compute_dtype if cfg.mixed and denoiser.compute_dtype is not torch.float32 else None
+        wide = all(p.dtype is torch.float32 for p in denoiser.parameters())  # those of a 16-bit teacher, of which some stay in 32, are not
+        low = denoiser.compute_dtype if cfg.mixed and wide and denoiser.compute_dtype is not torch.float32 else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         model = denoiser.model
         parts += [fully_shard(block, mp_policy=policy, **options) for block in denoiser.blocks()]
