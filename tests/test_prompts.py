@@ -18,12 +18,15 @@ import torch
 
 pytest.importorskip("diffusers")
 
+import diffusers_cases as cases
 import diffusers_pipelines
 from killing import killed, needs_fork
 from safetensors.torch import load_file
 
 from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.config.tree import load
+from potstill.engine.config.unused import sentence
 from potstill.engine.convert import main as convert
 from potstill.engine.data import embeddings
 from potstill.engine.data.embeddings import Embeddings, Encoder, write_embeddings
@@ -441,6 +444,15 @@ def test_settings():
     for bad in ({"how": "both"}, {"max_length": 0}, {"prompts": ""}, {"cache": ""}, {"batch": 0}, {"precision": "fp8"}):
         with pytest.raises(BadSetting, match=next(iter(bad))):
             TextConfig(**bad)
+
+
+def test_settings_of_a_cache_that_is_never_made_are_named():
+    """Also where the prompts are the captions of the data."""
+    teacher = cases.denoiser("sd15")
+    more = ["teacher.checkpoint=pipeline", "text.how=live", "text.cache=x", "text.batch=7"]
+    for given in ("text.prompts=a.txt", "data.path=latents"):
+        assert "text.cache, text.batch (text.how=live)" in sentence(load("dmd2_sd15", ["text.prompts=null", given, *more]), teacher)
+    assert "text." not in sentence(load("dmd2_sd15", ["text.max_length=9", "text.cache=x"]), teacher)
 
 
 def test_the_command_makes_the_cache_of_a_run(folders, tmp_path, capsys, monkeypatch):

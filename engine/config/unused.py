@@ -18,7 +18,9 @@ from potstill.engine.nets.edm_denoiser import EDMDenoiser
 def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     """All of them with their reasons, in one sentence; "" where there are none."""
     rules = across(cfg, teacher, ranks)
-    for branch in ("data", "method", "students", "skipping", "lora", *([] if teacher.text else ["text"])):
+    if teacher.text:  # else by the captions of the data
+        cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, prompts=cfg.text.prompts or cfg.data.path))
+    for branch in ("data", "method", "students", "skipping", "lora", "text"):
         rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     names: dict[str, list[str]] = {}
     for name in given(cfg):
