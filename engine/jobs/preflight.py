@@ -118,7 +118,7 @@ def missing(cfg: Config) -> list[str]:
     plan = cfg.skipping.plan
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
-        wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path}{unlabelled} --out {plan}")
+        wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path or 'DATA'}{unlabelled} --out {plan}")
     if (earlier := earlier_folder(cfg, cfg.student or 0)) and not checkpoints(earlier / "checkpoints"):
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
