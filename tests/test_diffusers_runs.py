@@ -289,9 +289,16 @@ def test_a_run_on_latents_is_measured_on_pictures(case, place, pipelines, latent
     moments = recipe_of(place, "moment_matching", steps=2, levels="own", weight="own", guidance=2)
     name, more = (moments if case == "moments" else place / "tiny.yaml"), LOOKING[case]
     folder, prompts = place / f"on-{case.replace(' ', '-')}", f"text.prompts={place}/prompts.txt"
-    train(
-        [str(name), f"run_dir={folder}", f"teacher.checkpoint={pipelines('sd15')}", f"data.path={latents}", "eval.batch=8", prompts, *more]
-    )
+    given = [
+        str(name),
+        f"run_dir={folder}",
+        f"teacher.checkpoint={pipelines('sd15')}",
+        f"data.path={latents}",
+        "eval.batch=8",
+        prompts,
+        *more,
+    ]
+    train(given)
     summary = json.loads((folder / "summary.json").read_text())
     for role in ("student", "teacher"):
         assert 0 < summary[role]["fd"] < float("inf")
@@ -303,6 +310,17 @@ def test_a_run_on_latents_is_measured_on_pictures(case, place, pipelines, latent
     potstill(["evaluate", str(folder), "--device", "cpu"])
     found = json.loads(capsys.readouterr().out)
     assert found["student"]["fd"] == pytest.approx(summary["student"]["fd"], rel=1e-4)
+    captions = latents / "captions.jsonl"
+    before = captions.read_text()
+    try:
+        captions.write_text(before.replace("cat", "cow"))
+        with pytest.raises(UserError, match=f"begun with another file of {'prompts' if case == 'captions alone' else 'captions'}"):
+            train([*given, "--dry-run"])
+        captions.write_text(before.partition("\n")[2])
+        with pytest.raises(UserError, match=r"captions\.jsonl has 11 captions, wanted one for each of the 12 latents"):
+            train([*given, f"run_dir={folder}-fewer"])
+    finally:
+        captions.write_text(before)
 
 
 def test_a_data_free_run_of_sim(place, pipelines):
@@ -315,16 +333,17 @@ def test_a_data_free_run_of_sim(place, pipelines):
 # Inputs that are others by now
 
 
-def test_a_run_goes_on_with_the_prompts_and_the_pipeline_it_began_with(place, pipelines, tmp_path):
+@pytest.mark.parametrize("how", ["cached", "live"])
+def test_a_run_goes_on_with_the_prompts_and_the_pipeline_it_began_with(how, place, pipelines, tmp_path):
     teacher = shutil.copytree(pipelines("sd15"), tmp_path / "sd15")
     words = tmp_path / "words.txt"
     words.write_text("\n".join(WORDS))
-    given = (tmp_path, "run", teacher, f"text.prompts={words}")
+    given = (tmp_path, "run", teacher, f"text.prompts={words}", f"text.how={how}")
     (tmp_path / "tiny.yaml").write_text((place / "tiny.yaml").read_text())
     run(*given, text=False)
     finished_as = (tmp_path / "run/student.safetensors").read_bytes()
     words.write_text("\n".join(reversed(WORDS)))
-    with pytest.raises(UserError, match="prompts"):
+    with pytest.raises(UserError, match="begun with another file of prompts"):
         run(*given, text=False)
     words.write_text("\n".join(WORDS))
     for part in ("unet", "text_encoder", "tokenizer"):
@@ -333,12 +352,12 @@ def test_a_run_goes_on_with_the_prompts_and_the_pipeline_it_began_with(place, pi
         getattr(other, part).save_pretrained(teacher / part)
         if part == "tokenizer":
             (teacher / part / "tokenizer_config.json").write_text("{}")
-        with pytest.raises(UserError, match="another teacher" if part == "unet" else "holds prompts"):
+        with pytest.raises(UserError, match=f"begun with another {'teacher' if part == 'unet' else 'text encoder'}"):
             run(*given, text=False)
         shutil.rmtree(teacher / part)
         shutil.move(tmp_path / "kept", teacher / part)
     assert (tmp_path / "run/student.safetensors").read_bytes() == finished_as
-    run(*given, text=False)
+    run(*given, "text.batch=3", text=False)
 
 
 # What cannot be

@@ -20,7 +20,7 @@ from potstill.engine.methods.dmd import DMD, DMDConfig  # noqa: E402
 from potstill.engine.methods.moment_matching import MomentMatchingConfig  # noqa: E402
 from potstill.engine.methods.sim import SIM, SIMConfig  # noqa: E402
 from potstill.engine.nets.edm import from_kwargs  # noqa: E402
-from potstill.engine.nets.lora import LoraConfig, base_weights, check_lora, merged, with_adapters  # noqa: E402
+from potstill.engine.nets.lora import LoraConfig, base_weights, check_lora, merged, note_of_rank, with_adapters  # noqa: E402
 from potstill.engine.training import memory  # noqa: E402
 from potstill.engine.training.optim import OptimConfig  # noqa: E402
 from potstill.engine.training.ranks import ALONE, Ranks, meet  # noqa: E402
@@ -250,6 +250,14 @@ def test_weights_are_held_once(monkeypatch):
 def test_settings_that_no_run_can_use(settings, wanted):
     with pytest.raises(UserError, match=wanted):
         LoraConfig(**settings)
+
+
+def test_a_rank_that_no_layer_can_have_is_named():
+    """A convolution of 3 x 3 x 2 inputs and 20 outputs is a matrix of rank 18 at most, a linear layer of 4 to 30 one of 4."""
+    model = nn.ModuleDict({"a": nn.Conv2d(2, 20, 3), "b": nn.Linear(4, 30), "c": nn.Linear(99, 99)})
+    note = note_of_rank(model, LoraConfig(rank=19, targets=["a", "b"]))
+    assert note == "note: lora.rank=19 is more than the rank of any layer that gets an adapter, at most 18: lora.rank=18 can do the same"
+    assert note_of_rank(model, LoraConfig(rank=18, targets=["a", "b"])) == ""
 
 
 def test_who_has_adapters():

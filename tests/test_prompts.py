@@ -257,7 +257,9 @@ def test_a_folder_with_other_files_is_no_cache(folders, tmp_path):
 def test_too_many_prompts_or_too_little_room(folders, tmp_path, monkeypatch):
     each = 2 * 16 * diffusers_pipelines.WIDTH  # bytes: 16 bit, tokens, width
     monkeypatch.setattr(embeddings, "MOST", 6)
-    with pytest.raises(UserError, match=rf"7 prompts are {7 * each:,} bytes of embeddings.*at most 6 prompts: set text.how=live"):
+    with pytest.raises(
+        UserError, match=rf"7 prompts are {7 * each:,} bytes of embeddings.*at most 6 prompts: take fewer, or give text.how=live"
+    ):
         write_embeddings(tmp_path / "cache", TEXTS, folders("sd15"), CPU)
     monkeypatch.setattr(embeddings, "MOST", 7)
     usage = shutil.disk_usage(tmp_path)

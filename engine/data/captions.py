@@ -22,14 +22,20 @@ def read_prompts(path: str | Path) -> list[str]:
 
     UserError, with the number of the line, for what is none.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        if not (path / CAPTIONS).exists():
-            raise UserError(f"{path} has no {CAPTIONS}: wanted latents with captions, a .txt with one prompt a line, or a .jsonl")
-        path /= CAPTIONS
+    path = file_of(path)
     if path.suffix == ".jsonl":
         return [_text_of(one, path, line) for line, one in _objects(path)]
     return [text for _, text in _lines(path)]
+
+
+def file_of(path: str | Path) -> Path:
+    """Where prompts stand: the file itself, or that beside latents. UserError for a folder of something else."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    if not (path / CAPTIONS).exists():
+        raise UserError(f"{path} has no {CAPTIONS}: wanted latents with captions, a .txt with one prompt a line, or a .jsonl")
+    return path / CAPTIONS
 
 
 def write_captions(path: Path, captions: Sequence[str]) -> None:

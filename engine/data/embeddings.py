@@ -177,7 +177,7 @@ def _check_room(out: Path, texts: Sequence[str], size: float, found: Manifest | 
     """UserError for more prompts than a cache is for, or than there is room for on the disk."""
     n, needed = len(texts), int(size * len(texts))
     what = f"{n:,} prompts are {needed:,} bytes of embeddings"
-    live = "set text.how=live, which encodes them while the run needs them, or take fewer"
+    live = "take fewer, or give text.how=live to a new run, which encodes them while it needs them"
     if n > MOST:
         raise UserError(f"{what}, and a cache is for at most {MOST:,} prompts: {live}")
     place = out

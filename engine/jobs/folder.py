@@ -24,6 +24,8 @@ FREE = (
     "data.workers",
     "data.how",
     "teacher.how",
+    "text.cache",
+    "text.batch",
     "device",
     "student",
     "cudnn_benchmark",

@@ -11,9 +11,11 @@ from potstill.engine.common.download import digest
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config
+from potstill.engine.data.captions import file_of
 from potstill.engine.data.images import Images
-from potstill.engine.data.pipelines import hash_of_part
+from potstill.engine.data.pipelines import TEXT, hash_of_part
 from potstill.engine.jobs.folder import write_json
+from potstill.engine.jobs.told import prompt_files
 from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
@@ -22,8 +24,8 @@ FILE = "inputs.json"
 Marks = dict[str, dict[str, Any]]
 
 
-def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None) -> Marks:
-    """What identifies each input. teacher: None where it is still to be trained."""
+def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None, *, text: bool = False) -> Marks:
+    """What identifies each input. teacher: None where it is still to be trained; text: is it told prompts?"""
     marks: Marks = {}
     if images is not None:
         marks["data"] = images.fingerprint()
@@ -32,8 +34,10 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None) -> Ma
         marks["teacher"] = {"sha256": hash_of_part(given, "unet", "transformer", "scheduler")}
     elif teacher is not None:
         marks["teacher"] = {"sha256": weights_hash(teacher)}
-    if cfg.text.prompts and (prompts := Path(cfg.text.prompts).expanduser()).is_file():
-        marks["prompts"] = {"sha256": digest(prompts)}
+    if text and given is not None:
+        marks["text encoder"] = {"sha256": hash_of_part(given, *TEXT)}
+        for name, (file, _) in zip(("file of prompts", "file of captions"), prompt_files(cfg, images, Path()), strict=False):
+            marks[name] = {"sha256": digest(file_of(file))}
     if cfg.skipping.plan:
         marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
     return marks

@@ -29,6 +29,7 @@ from potstill.engine.models.router import MANIFEST, load_router, student_folder,
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.lora import note_of_rank
 from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.loop import Hook, train
 from potstill.engine.training.profile import Profile
@@ -59,6 +60,8 @@ class Job(Workplace):
         if (vae := told.vae_of(cfg, self.device)) is not None:
             self.shown.decode = vae.decode
         self.say_unused(self.on_paper.teacher)
+        if (lora := self.on_paper.teacher.lora_of_copies) and (note := note_of_rank(self.on_paper.teacher.model, lora)):
+            self.say(note)
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
             ranks.on_first(self.distance.try_features)
         if on_paper:

@@ -21,7 +21,7 @@ from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
-from potstill.engine.jobs.told import check_told
+from potstill.engine.jobs.told import check_caches, check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.methods.base import Method
 from potstill.engine.models import origins
@@ -167,10 +167,12 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     teacher = teacher_on_paper(cfg, images, folder, ranks)
     trained = all(not p.is_meta for p in teacher.parameters())
     if not to_come(cfg):
-        check_told(cfg, teacher, images, folder)
+        check_told(cfg, teacher, images)
     check_lora(cfg.lora, cfg.train.parallel if ranks.count > 1 else "ddp")
-    marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None))) or {}
+    marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None, text=teacher.text))) or {}
     check_inputs(folder, marks)
+    if teacher.text:
+        check_caches(cfg, images, folder)
     with torch.device("meta"):
         teacher = teacher.to("meta")
         teacher.lora_of_copies = cfg.lora if cfg.lora.rank and not to_come(cfg) else None

@@ -46,9 +46,9 @@ class TextStream:
         return samples, labels, self.prompts.at(step)
 
 
-def check_told(cfg: Config, teacher: Denoiser, images: Images | None, folder: Path) -> None:
-    """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; where prompts, text encoder
-    or the caches in the run's `folder` are none or another's. Nothing is loaded or encoded.
+def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
+    """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; where prompts, captions or text
+    encoder are none. Nothing is loaded or encoded.
     """
     given = cfg.teacher.checkpoint
     if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
@@ -76,12 +76,19 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None, folder: Pa
         raise UserError(
             "students of several or of another shape are for teachers of classes, and this one is told prompts: leave students. out"
         )
-    pipeline, text = local_path(given), cfg.text
-    check_encoder(pipeline, text.max_length)
-    for file, cache in prompt_files(cfg, images, folder):
-        texts = read_prompts(file)
-        if text.how == "cached":
-            check_embeddings(cache, texts, pipeline, device_named(cfg.device), precision=text.precision, max_length=text.max_length)
+    check_encoder(local_path(given), cfg.text.max_length)
+    for file, _ in prompt_files(cfg, images, Path()):
+        n = len(read_prompts(file))
+        if images is not None and file == captions and n != len(images):
+            raise UserError(f"{file} has {n:,} captions, wanted one for each of the {len(images):,} latents beside it: put the file back")
+
+
+def check_caches(cfg: Config, images: Images | None, folder: Path) -> None:
+    """UserError where the embeddings of a run are another encoder's, or of other prompts."""
+    text, pipeline = cfg.text, local_path(cfg.teacher.checkpoint or "")
+    for file, cache in prompt_files(cfg, images, folder) if text.how == "cached" else []:
+        texts, device = read_prompts(file), device_named(cfg.device)
+        check_embeddings(cache, texts, pipeline, device, precision=text.precision, max_length=text.max_length)
 
 
 def captions_file(images: Images | None) -> Path | None:

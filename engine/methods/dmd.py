@@ -61,7 +61,7 @@ class DMDConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        above(self, 0, "sigma")
+        above(self, 0, "sigma", "guidance", "fake_guidance")
         check_generator(self)
         at_least(self, 1, "fake_per_student", "pairs", "pair_steps")
         at_least(self, 0, "gan_student", "gan_fake", "regression")

@@ -72,7 +72,7 @@ class MomentMatchingConfig(MethodConfig):
         }.items():
             one_of(self, name, known)
         at_least(self, 1, "steps", "measure_every", "measure_batch")
-        above(self, 0, "sigma_min", "rho", "eps")
+        above(self, 0, "sigma_min", "rho", "eps", "guidance")
         wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
         probability(self, "dropout", "measure_decay")
 

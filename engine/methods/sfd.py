@@ -69,7 +69,7 @@ class SFDConfig(MethodConfig):
         at_least(self, 1, "K")
         one_of(self, "solver", EVALUATIONS)
         one_of(self, "metric", ("l1", "l2", "huber"))
-        above(self, 0, "sigma_min", "rho", "huber_c")
+        above(self, 0, "sigma_min", "rho", "huber_c", "guidance")
         wants(self, "sigma_max", self.sigma_max > self.sigma_min, f"more than sigma_min = {self.sigma_min}")
         at_least(self, 0, "lpips")
 

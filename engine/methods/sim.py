@@ -67,7 +67,7 @@ class SIMConfig(MethodConfig):
         one_of(self, "levels", ("karras", "own", "lognormal"))
         check_generator(self)
         wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
-        above(self, 0, "c", "sigma", "scale", "P_std")
+        above(self, 0, "c", "sigma", "scale", "P_std", "guidance", "fake_guidance")
         wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
         wants(self, "t_min", 0 <= self.t_min < self.t_max, f"a share of the noise levels, from 0 and below t_max = {self.t_max}")
         probability(self, "dropout")

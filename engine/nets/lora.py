@@ -10,7 +10,7 @@ with adapters is its adapters alone, and so is what a checkpoint and a weight fi
 
 import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,16 @@ def layers_of(model: nn.Module, targets: list[str] | None) -> dict[str, list[str
         like = f"lora.targets of its own, such as {', '.join(some[:8])}" if some else "a net of diffusers, or lora.rank=null"
         raise UserError(f"lora finds {what} that peft can adapt in {type(model).__name__}: wanted {like}")
     return found
+
+
+def note_of_rank(model: nn.Module, cfg: LoraConfig) -> str:
+    """What to say of a rank that no adapted layer can have; "" of any other."""
+    names = [name for found in layers_of(model, cfg.targets).values() for name in found]
+    weights = [cast(Tensor, model.get_submodule(name).weight) for name in names]
+    most = max(min(len(w), w[0].numel()) for w in weights)
+    if cfg.rank is None or cfg.rank <= most:
+        return ""
+    return f"note: lora.rank={cfg.rank} is more than the rank of any layer that gets an adapter, at most {most}: lora.rank={most} can do the same"
 
 
 def base_weights(net: Any) -> dict[str, Tensor]:
