@@ -1,6 +1,7 @@
 """The loop: resume after kill -9, averages, schedules, and that nothing depends on how a batch is cut."""
 
 import errno
+import gc
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.training.log import Meter, MetricsFile
+from potstill.engine.training.loop import little_garbage
 from potstill.engine.training.optim import OptimConfig, learning_rate
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.engine.training.state import EMA, ema_decay
@@ -159,6 +161,20 @@ def test_divergence_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(UserError, match="student/loss is not finite at iteration 4"):
         train(run, batch, tmp_path, title="x", log=LogConfig(tensorboard=False))
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["00000002.pt"]
+
+
+def test_what_lives_is_left_out_of_garbage_but_for_a_program_that_sees_to_it():
+    gc.unfreeze()
+    try:
+        with little_garbage():
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()  # as conftest.py had it
+    before = gc.get_freeze_count()
+    with little_garbage():
+        assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() == before
 
 
 def test_meter_survives_a_checkpoint():

@@ -95,7 +95,13 @@ def prepare(run: Run, batch_at: BatchAt, folder: Path, profile: Profile | None, 
 
 @contextmanager
 def little_garbage() -> Iterator[None]:
-    """What lives now, nets, data and libraries, is left out when Python looks for garbage: up to a tenth of a small net's step."""
+    """What lives now, nets, data and libraries, is left out when Python looks for garbage: up to a tenth of a small net's step.
+
+    A program that has left out things of its own is left alone.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
