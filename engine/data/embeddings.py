@@ -99,7 +99,9 @@ def _check_length(folder: Path, length: int) -> None:
     if LENGTH not in signature(getattr(diffusers(), name).encode_prompt).parameters:
         raise UserError(f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out")
     if length > (most := next((most for family, most in LONGEST.items() if name.startswith(family)), MOST_TOKENS)):
-        raise UserError(f"{name} takes at most {most:,} tokens of a prompt, got {length:,}: set text.max_length (--max-length) to that or less")
+        raise UserError(
+            f"{name} takes at most {most:,} tokens of a prompt, got {length:,}: set text.max_length (--max-length) to that or less"
+        )
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

@@ -79,24 +79,26 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     others = {name: None for name in index if isinstance(index[name], list) and not name.startswith(("_", *TEXT))}
     kind = getattr(diffusers(), index["_class_name"])
     config = read_json(part_of(folder, denoiser) / "config.json", dict, AGAIN)
-    encoders = {part: _text_encoder(folder / part, word, dtype) for part, (_, word) in parts.items() if part.startswith(TEXT[0])}
+    encoders = {part: _text_encoder(folder / part, word, dtype=dtype) for part, (_, word) in parts.items() if part.startswith(TEXT[0])}
+    for part, encoder in encoders.items():
+        check_finite(encoder, folder / part)
     with quietly(), stumbling(folder, index["_class_name"]):
         pipe = kind.from_pretrained(folder, **(others | encoders), dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
     setattr(pipe, denoiser, SimpleNamespace(config=SimpleNamespace(**config)))
     return pipe, family
 
 
-def _text_encoder(path: Path, name: str, dtype: torch.dtype) -> Any:
-    """Whole and finite: what transformers does not find in the files, and would draw at random, is Damaged."""
-    how = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+def _text_encoder(path: Path, name: str, **how: Any) -> Any:
+    """A text encoder, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random."""
+    how |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quietly(), stumbling(path, name):
-        net, told = getattr(_module("transformers"), name).from_pretrained(path, dtype=dtype, **how)
-    if missing := sorted(told["missing_keys"]):
-        raise Damaged(
-            f"the weights in {path} are not those of the {name} of its config.json: they miss {missing[0]} ({len(missing)} in all); {AGAIN}"
-        )
-    check_finite(net, path)
-    return net.eval()
+        net, told = getattr(_module("transformers"), name).from_pretrained(path, **how)
+    parts = [f"they miss {sorted(missing)[0]} ({len(missing)} in all)"] if (missing := told["missing_keys"]) else []
+    for weight, found, wanted in sorted(told["mismatched_keys"])[:1]:
+        parts.append(f"{weight} is {list(found)}, wanted {list(wanted)}")
+    if parts:
+        raise Damaged(f"the weights in {path} are not those of the {name} of its config.json: {'; '.join(parts)}; {AGAIN}")
+    return net
 
 
 def check_text(folder: Path) -> None:
@@ -108,8 +110,11 @@ def check_text(folder: Path) -> None:
     for part in texts:
         path = part_of(folder, part)
         if part.startswith(TEXT[0]):
-            read_json(path / "config.json", dict, AGAIN)
-            stored_in(path, parts[part][0])
+            library, name = parts[part]
+            config = read_json(path / "config.json", dict, AGAIN)
+            stored_in(path, library)
+            if "quantization_config" not in config:  # whose own packages must load it
+                _text_encoder(path, name, device_map="meta")
     for part in texts:
         if part.startswith(TEXT[1]):
             _check_tokenizer(folder, part, parts[part][1])
