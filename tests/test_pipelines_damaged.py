@@ -252,6 +252,19 @@ def test_whole_pipelines_are_taken(kind, pipelines):
         load_vae(folder, CPU)
 
 
+def test_a_tokenizer_in_the_files_of_earlier_versions_is_taken(pipelines, changed):
+    """Released pipelines have CLIP's words and merges in two files, without a tokenizer.json."""
+
+    def in_two(path):
+        words = json.loads((path / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+        (path / "tokenizer/vocab.json").write_text(json.dumps(words))
+        (path / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+        (path / "tokenizer/tokenizer.json").unlink()
+
+    one, other = (Encoder(folder, CPU)(["a cat"]) for folder in (pipelines("sd15"), changed("sd15", in_two)))
+    assert torch.equal(one.embeds, other.embeds)
+
+
 def test_shards_are_what_one_file_is(pipelines, changed):
     one, several = (DiffusersDenoiser.from_folder(folder, size=(8, 8)) for folder in (pipelines("sd3"), changed("sd3", sharded)))
     assert all(map(torch.equal, one.state_dict().values(), several.state_dict().values()))
