@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.data.pipelines import hash_of_part, index_of, load_text, parts_of, quietly
+from potstill.engine.data.pipelines import check_text, hash_of_part, index_of, load_text, quietly
 from potstill.engine.data.shards import (
     MANIFEST,
     SHARD_BYTES,
@@ -40,6 +40,10 @@ PROMPTS = "prompts"
 MOST = 100_000  # prompts of a cache; as many of T5's are 100 GB
 NULL = "null.safetensors"
 LENGTH = "max_sequence_length"  # as pipelines call their number of tokens
+#: The most tokens that pipelines of these families take, as their `check_inputs` has it. The others have no bound of their own; attention over
+#: more than MOST_TOKENS takes gigabytes for each prompt.
+LONGEST = {"StableDiffusion3": 512, "Flux2": 4096, "Flux": 512, "Lumina2": 512, "QwenImage": 1024}
+MOST_TOKENS = 4096
 PRECISIONS = ("auto", "bf16", "fp32")
 STORED = {torch.bfloat16: "bfloat16", torch.float32: "float16"}  # what an encoder computes in, and what is kept of it
 OTHER = "name another folder, or remove it to make it anew"
@@ -54,10 +58,11 @@ class Encoder:
 
     def __init__(self, folder: Path, device: torch.device, *, precision: str = "auto", max_length: int | None = None):
         self.dtype = dtype_of(precision, device)
+        if max_length is not None:
+            _check_length(folder, max_length)
         self.pipe, self.family = load_text(folder, device, self.dtype)
         takes = LENGTH in signature(self.pipe.encode_prompt).parameters
         if max_length is not None:
-            _check_length(folder, type(self.pipe))
             self.pipe.encode_prompt = _shortened(self.pipe.encode_prompt, max_length)
         default = signature(self.pipe.__call__).parameters.get(LENGTH)
         self.length = max_length or (default.default if takes and default else 0)  # masks end there, whatever a batch holds
@@ -80,21 +85,23 @@ class Encoder:
 
 
 def check_encoder(folder: Path, max_length: int | None) -> None:
-    """UserError for a pipeline without text encoders in safetensors, or whose prompts have one length only. Nothing is loaded."""
-    index = index_of(folder)
-    encoders = [name for name in parts_of(index) if name.startswith("text_encoder")]
-    if not encoders:
-        raise UserError(f"{folder} has no text encoder, and so takes no prompts: name another pipeline")
-    for name in encoders:
-        if not list((folder / name).glob("*.safetensors")):
-            raise UserError(f"{folder / name} has no weights as safetensors, and no pickle is read: download the model as safetensors")
+    """UserError, Damaged for a pipeline whose text encoders or tokenizers are not all there, or whose prompts cannot have that length.
+
+    No weight is read.
+    """
+    check_text(folder)
     if max_length is not None:
-        _check_length(folder, getattr(diffusers(), index["_class_name"]))
+        _check_length(folder, max_length)
 
 
-def _check_length(folder: Path, kind: Any) -> None:
-    if LENGTH not in signature(kind.encode_prompt).parameters:
+def _check_length(folder: Path, length: int) -> None:
+    name = index_of(folder)["_class_name"]
+    if LENGTH not in signature(getattr(diffusers(), name).encode_prompt).parameters:
         raise UserError(f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out")
+    if length > (most := next((most for family, most in LONGEST.items() if name.startswith(family)), MOST_TOKENS)):
+        raise UserError(
+            f"{name} takes at most {most:,} tokens of a prompt, got {length:,}: set text.max_length (--max-length) to that or less"
+        )
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

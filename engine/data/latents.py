@@ -16,7 +16,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import Labels, Reader, checked
 from potstill.engine.data.shards import MANIFEST, Manifest, Shards, read_manifest
-from potstill.engine.models.tensors import Stored, kinds_of, opened
+from potstill.engine.readers.headers import Stored, kinds_of, opened
 
 LATENTS, LABELS = "latents", "labels"
 FLOATS = {"float16": np.float16, "float32": np.float32}

@@ -9,17 +9,17 @@ Only safetensors files and classes of diffusers and transformers themselves are 
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from potstill.engine.common.errors import UserError, reading
+from potstill.engine.common.errors import Damaged, UserError, reading
 from potstill.engine.common.reading import read_json
 from potstill.engine.nets.families import Family, family_of
-from potstill.engine.nets.pipelines import diffusers, quietly
+from potstill.engine.nets.parts import check_finite, loaded, stored_in, stumbling
+from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
 
 INDEX = "model_index.json"
 DENOISERS = ("transformer", "unet")
@@ -67,8 +67,9 @@ def _module(library: str) -> Any:
 def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Family]:
     """The pipeline with nothing but what embeds prompts, on the device, and how that is done. Of its denoiser there is the config alone.
 
-    UserError where it has no text encoder.
+    UserError, Damaged where it has no text encoder, or one that is not whole.
     """
+    check_text(folder)
     index = index_of(folder)
     parts = parts_of(index)
     denoiser = next((name for name in DENOISERS if name in parts), None)
@@ -77,10 +78,65 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     family = family_of(parts[denoiser][1])
     others = {name: None for name in index if isinstance(index[name], list) and not name.startswith(("_", *TEXT))}
     kind = getattr(diffusers(), index["_class_name"])
-    with quietly(), _loading(folder):
-        pipe = kind.from_pretrained(folder, **others, dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
-    setattr(pipe, denoiser, SimpleNamespace(config=SimpleNamespace(**read_json(folder / denoiser / "config.json", dict, "copy it again"))))
+    config = read_json(part_of(folder, denoiser) / "config.json", dict, AGAIN)
+    encoders = {part: _text_encoder(folder / part, word, dtype=dtype) for part, (_, word) in parts.items() if part.startswith(TEXT[0])}
+    for part, encoder in encoders.items():
+        check_finite(encoder, folder / part)
+    with quietly(), stumbling(folder, index["_class_name"]):
+        pipe = kind.from_pretrained(folder, **(others | encoders), dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
+    setattr(pipe, denoiser, SimpleNamespace(config=SimpleNamespace(**config)))
     return pipe, family
+
+
+def _text_encoder(path: Path, name: str, **how: Any) -> Any:
+    """A text encoder, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random."""
+    how |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quietly(), stumbling(path, name):
+        net, told = getattr(_module("transformers"), name).from_pretrained(path, **how)
+    parts = [f"they miss {sorted(missing)[0]} ({len(missing)} in all)"] if (missing := told["missing_keys"]) else []
+    for weight, found, wanted in sorted(told["mismatched_keys"])[:1]:
+        parts.append(f"{weight} is {list(found)}, wanted {list(wanted)}")
+    if parts:
+        raise Damaged(f"the weights in {path} are not those of the {name} of its config.json: {'; '.join(parts)}; {AGAIN}")
+    return net
+
+
+def check_text(folder: Path) -> None:
+    """UserError, Damaged where what embeds prompts is not all there: a folder, a file or its end, a tokenizer's words. No weight is read."""
+    parts = parts_of(index_of(folder))
+    texts = [part for part in parts if part.startswith(TEXT)]
+    if not any(part.startswith(TEXT[0]) for part in texts):
+        raise UserError(f"{folder} has no text encoder, and so takes no prompts: leave text.prompts out, or name another pipeline")
+    for part in texts:
+        path = part_of(folder, part)
+        if part.startswith(TEXT[0]):
+            library, name = parts[part]
+            config = read_json(path / "config.json", dict, AGAIN)
+            stored_in(path, library)
+            if "quantization_config" not in config:  # whose own packages must load it
+                _text_encoder(path, name, device_map="meta")
+    for part in texts:
+        if part.startswith(TEXT[1]):
+            _check_tokenizer(folder, part, parts[part][1])
+
+
+def _check_tokenizer(folder: Path, part: str, name: str) -> None:
+    """Without its files a tokenizer is loaded all the same, and knows no words."""
+    path, kind = folder / part, getattr(_module("transformers"), name)
+    if not (files := getattr(kind, "vocab_files_names", None)):  # a processor
+        return
+    read_json(path / "tokenizer_config.json", dict, AGAIN)
+    one = files.get("tokenizer_file")  # has all in it
+    several = [file for file in files.values() if file != one]
+    if not (one and (path / one).is_file()) and (missing := [file for file in several or [one] if not (path / file).is_file()]):
+        raise UserError(f"{path} has no {missing[0]}, the words of a {name}: {AGAIN}")
+    with quietly(), stumbling(path, name):
+        length = kind.from_pretrained(path, local_files_only=True).model_max_length
+    encoder = folder / part.replace(TEXT[1], TEXT[0])
+    if name.startswith("CLIP") and encoder.is_dir():  # whose prompts all have that length
+        most = read_json(encoder / "config.json", dict, AGAIN).get("max_position_embeddings", 77)
+        if length > most:
+            raise UserError(f"the tokenizer in {path} makes {length:,} tokens of a prompt, and {encoder} takes at most {most}: {AGAIN}")
 
 
 def load_vae(folder: Path, device: torch.device) -> Any:
@@ -88,20 +144,8 @@ def load_vae(folder: Path, device: torch.device) -> Any:
     library, name = parts_of(index_of(folder)).get("vae", ("", ""))
     if library != "diffusers":
         raise UserError(f"{folder} has no VAE: its nets work on pixels, which data sets hold as they are")
-    with quietly(), _loading(folder / "vae"):
-        kind = getattr(diffusers(), name)
-        vae = kind.from_pretrained(folder / "vae", dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    vae = loaded(getattr(diffusers(), name), part_of(folder, "vae"), torch.float32)
     return vae.to(device).eval().requires_grad_(False)
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """UserError for what diffusers and transformers stumble over."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load {path} ({reason}): wanted a whole pipeline with weights as safetensors") from error
 
 
 def hash_of_part(folder: Path, *beginnings: str) -> str:

@@ -22,7 +22,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import DICT, TEXT, check, count
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import save_tensors, whole
-from potstill.engine.models.tensors import opened
+from potstill.engine.readers.headers import opened
 
 MANIFEST, FORMAT = "shards.json", "potstill-shards-1"
 KINDS = {"format": TEXT, "kind": TEXT, "rows": count(1), "size": count(1), "about": DICT}

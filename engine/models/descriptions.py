@@ -13,12 +13,13 @@ import torch
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import DICT, TEXT, Kind, check, count, is_dict, is_list, is_number, is_text, is_whole, number, shown
-from potstill.engine.models.tensors import FLOATS, hash_of
+from potstill.engine.models.tensors import hash_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.lora import LoraConfig, base_weights
 from potstill.engine.readers.edm_arguments import argument
+from potstill.engine.readers.headers import FLOATS
 
 ADVICE = "copy or download it again"
 MOST = 2**20  # of a number in a config of diffusers'; the largest that there are is a vocabulary's

@@ -1,4 +1,4 @@
-"""Safetensors files: what is checked before a file is believed, the hash of its tensors, and the checksum of all that is in it.
+"""Safetensors files: what is checked before their metadata are believed, the hash of the tensors, and the checksum of all that is in one.
 
 A file that we write holds in its metadata `checksum`: the sha256 over the other metadata and the tensors. Files of earlier
 versions and of other programs have none.
@@ -8,34 +8,22 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from potstill.engine.common.errors import Damaged, UserError, reading, what_it_is
+from potstill.engine.common.errors import Damaged
 from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_text, number
 from potstill.engine.common.writing import save_tensors, whole
 
 CHECKSUM = "checksum"
-MOST_HEADER = 2**24  # bytes; the largest of ours, a net's of a thousand layers, has a tenth of one MiB
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and torch's
-FLOATS = tuple(DTYPES.values())
 TEXTS = ("format", "precond", "method", "data", "license", "source", "sha256", "partition")  # also where they look like numbers
 METADATA: dict[str, Kind] = {
     "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
     "kwargs": DICT, "diffusers": DICT, "lora": DICT, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
     "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
 }  # fmt: skip
-
-
-class Stored(NamedTuple):
-    """A tensor as a file's header describes it."""
-
-    dtype: str  # torch's name of a float, else the file's own
-    shape: tuple[int, ...]
 
 
 class Lazily(Mapping[str, torch.Tensor]):
@@ -52,34 +40,6 @@ class Lazily(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file, whose header is complete and without contradictions. UserError, Damaged for what is none."""
-    if not path.is_file():
-        raise UserError(f"no weight file at {path}")
-    try:
-        with reading(path):
-            with path.open("rb") as file:
-                header = int.from_bytes(file.read(8), "little")
-            if MOST_HEADER < header < path.stat().st_size:
-                raise SafetensorError(f"its header has {header:,} bytes, at most {MOST_HEADER:,} are read")
-            with safe_open(path, "pt") as file:
-                yield file
-    except SafetensorError as error:
-        what = what_it_is(path)
-        again = "copy or download it again"
-        wanted = f"wanted a file written by potstill train or convert; {what}"
-        raise Damaged(
-            f"{path} is not a complete safetensors file ({' '.join(str(error).split()):.200}): {again if what == 'it is a safetensors file' else wanted}"
-        ) from error
-
-
-def kinds_of(file: Any) -> dict[str, Stored]:
-    """Dtypes and shapes of all tensors by name, from the header alone."""
-    slices = ((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 (safe_open is no dict)
-    return {name: Stored(DTYPES.get(dtype := str(one.get_dtype()), dtype), tuple(one.get_shape())) for name, one in slices}
 
 
 def metadata_of(path: Path, file: Any) -> dict[str, Any]:

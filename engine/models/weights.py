@@ -12,11 +12,12 @@ from torch import nn
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import shown
 from potstill.engine.models.descriptions import adapters_in, built, check_described, described, scheme_in
-from potstill.engine.models.tensors import FLOATS, Lazily, Stored, hash_of, kinds_of, metadata_of, opened, tensors_of, write_tensors
+from potstill.engine.models.tensors import Lazily, hash_of, metadata_of, tensors_of, write_tensors
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged, with_adapters
 from potstill.engine.nets.steps import FREQUENCIES
+from potstill.engine.readers.headers import FLOATS, Stored, kinds_of, opened
 from potstill.engine.readers.pickles import Unreadable
 
 FORMAT = "potstill-1"

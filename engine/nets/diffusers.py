@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.diffusion.tables import CAP, flow_level, shift_of, sigmas_of
-from potstill.engine.nets import pipelines
+from potstill.engine.nets import parts, pipelines
 from potstill.engine.nets.conditions import Condition, Text, expanded
 from potstill.engine.nets.denoiser import Denoiser, per_sample
 from potstill.engine.nets.families import family_of
@@ -240,19 +240,16 @@ class DiffusersDenoiser(Denoiser):
     ) -> Self:
         """The denoiser of a pipeline's folder, in eval mode, on the CPU; nothing else of the folder is read, and no pickle.
 
-        dtype: of the weights; None: float32. planned: without a number, on the meta device. UserError for a folder without what is needed.
+        dtype: of the weights; None: float32. planned: without a number, on the meta device. UserError for a folder without
+        what is needed, or whose weights are not just those of the class.
         """
         name, path, scheme = pipelines.denoiser_in(folder)
         kind = getattr(pipelines.diffusers(), name)
-        try:
-            if planned:
-                with torch.device("meta"):
-                    return cls(kind.from_config(kind.load_config(path)), scheme, size=size, fixed=fixed).eval()
-            with pipelines.quietly():
-                model = kind.from_pretrained(path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as {name}: {' '.join(str(error).split()):.300}") from error
-        return cls(model, scheme, size=size, fixed=fixed).eval()
+        if planned:
+            model = parts.on_paper(kind, path)
+            with torch.device("meta"):
+                return cls(model, scheme, size=size, fixed=fixed).eval()
+        return cls(parts.loaded(kind, path, dtype or torch.float32), scheme, size=size, fixed=fixed).eval()
 
     def _low(self) -> torch.dtype | None:
         """The 16 bits of the weights, but for those that the model's class keeps in float32."""

@@ -1,4 +1,4 @@
-"""What a folder of a diffusers pipeline says about its denoiser: the class, where its weights are, and the scheme it was trained by."""
+"""What a folder of a diffusers pipeline says about its denoiser: the class, where its folder is, and the scheme it was trained by."""
 
 # diffusers and transformers are optional.
 # pyright: reportMissingImports=false
@@ -13,6 +13,8 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.packages import installed
 from potstill.engine.diffusion.tables import scheme_of
 from potstill.engine.nets.families import family_of
+
+AGAIN = "download the model whole again"
 
 
 def diffusers() -> Any:
@@ -46,7 +48,7 @@ def quietly() -> Iterator[None]:
 
 
 def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
-    """The denoiser's class, its own folder, and its scheme. UserError where any is missing, not known, or not as safetensors."""
+    """The denoiser's class, its own folder, and its scheme. UserError where any is missing or not known."""
     index = _json(folder / "model_index.json")
     found = [part for part in ("unet", "transformer") if _class_in(index, part)]
     scheduler = _class_in(index, "scheduler")
@@ -60,9 +62,15 @@ def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
         raise UserError(f"{folder} has two denoisers, {part} and {part}_2, each for half of the noise levels: choose a pipeline of one")
     name = str(_class_in(index, part))
     family_of(name)
-    if not list((folder / part).glob("*.safetensors")):
-        raise UserError(f"{folder / part} has no weights as safetensors, and no pickle is read: download the model as safetensors")
-    return name, folder / part, scheme_of(scheduler, _settings(scheduler, folder / "scheduler"))
+    path = part_of(folder, part)
+    return name, path, scheme_of(scheduler, _settings(scheduler, part_of(folder, "scheduler")))
+
+
+def part_of(folder: Path, part: str) -> Path:
+    """The folder of a part that model_index.json names. UserError where it is not there."""
+    if not (folder / part).is_dir():
+        raise UserError(f"no {part}/ in {folder}, though its model_index.json names it: {AGAIN}")
+    return folder / part
 
 
 def _settings(scheduler: str, folder: Path) -> Mapping[str, Any]:
