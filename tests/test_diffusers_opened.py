@@ -99,14 +99,14 @@ def test_half_a_download_goes_on(case, hub, pipelines, tmp_path, monkeypatch):
         shutil.copytree(whole, snapshot, dirs_exist_ok=True)
         return snapshot
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     assert origins.fetched("me/sd") == snapshot and origins.is_there("me/sd") and not origins.to_come("me/sd")
 
 
 @pytest.mark.parametrize("kind", diffusers_pipelines.PIPELINES)
 def test_a_whole_snapshot_asks_for_nothing(kind, hub, pipelines, monkeypatch):
     snapshot = hub(pipelines(kind))
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda *_, **__: pytest.fail("a request"))
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", lambda *_, **__: pytest.fail("a request"))
     assert origins.is_there("me/sd") and not origins.to_come("me/sd")
     assert origins.fetched("me/sd") == origins.local_path("me/sd") == snapshot
 

@@ -61,15 +61,17 @@ def fetch(name: str, how: str = "") -> None:
 
     try:
         library.DiffusionPipeline.download(name, use_safetensors=True)
+        _snapshot.cache_clear()
         reason = ""
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, *_broken_lines()) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    _snapshot.cache_clear()
     if not reason and _snapshot(name):
         return
     advice, begun = f". {how}" * bool(how), _cached(name)
     if begun is None:
-        raise UserError(f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason or 'nothing came'})" + advice)
+        raise UserError(
+            f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason or 'nothing came'})" + advice
+        )
     raise UserError(
         f"{name} is not whole in the hub's cache, where {begun} lacks {lacking(begun) or 'nothing'}, and the rest did not come from the hub "
         f"({reason or 'which has no more, or cannot be reached'}): run this again where it can be reached" + advice
