@@ -111,6 +111,9 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     seed, batch = chosen["seed"], chosen["batch"]
     check_numbers(n, seed, batch, args.best_of)
     for model in models:
+        if images is not None:
+            named = (recipe.get("teacher") or {}).get("checkpoint") or (model.path if is_pipeline(model.path) else "FOLDER")
+            check_latents(model, images, str(pipeline or named))
         check_model(model, images, args.labels)
     asked = captions_beside(images) if args.source and is_pipeline(args.source) and getattr(models[0].net, "text", False) else None
     shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device, asked, pipeline)) for model in models}
@@ -181,7 +184,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def check_model(model: Model, images: Images | None, labels: str | None) -> None:
     if images is not None:
-        check_latents(model, images)
         check_fit(model.net, images)
     if labels not in (None, "data", "balanced", RANDOM) and model.net.label_dim:
         parse_classes(labels, model.net.label_dim)
@@ -189,13 +191,13 @@ def check_model(model: Model, images: Images | None, labels: str | None) -> None
         raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
 
 
-def check_latents(model: Model, images: Images) -> None:
-    """UserError for pictures where the net makes latents of another size."""
+def check_latents(model: Model, images: Images, pipeline: str) -> None:
+    """UserError for pictures where the net makes latents of another size. pipeline: whose VAE they are of."""
     if isinstance(model.net, DiffusersDenoiser) and not images.latent and images.shape != model.net.shape:
         size = "x".join(map(str, model.net.shape))
         raise UserError(
             f"{model.path} makes latents {size}, and {images.name} holds pictures {'x'.join(map(str, images.shape))}: potstill convert latents "
-            f"{images.name} OUT --pipeline TEACHER makes latents of them, for --data OUT"
+            f"{images.source.path} OUT --pipeline {pipeline} makes latents of them, for --data OUT"
         )
 
 

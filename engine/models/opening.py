@@ -27,14 +27,15 @@ STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
 MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
 ADVICE = "copy the file again, or mend it"
-PLACES = "places.json"  # in a run folder: where the files lay that its settings name, for whoever opens it from elsewhere
+PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative paths in its settings begin
+PATHS = (("teacher", "checkpoint"), ("data", "path"), ("text", "prompts"), ("text", "cache"))  # settings that may be such
 SECTIONS = {
     name: optional(DICT) for name in ("teacher", "data", "eval", "method", "text")
 }  # of config.yaml, as far as others than a run read it
 SETTINGS = {
     "teacher": {"checkpoint": optional(TEXT), "precision": optional(TEXT), "size": optional(SIZE), "embedded_guidance": optional(number())},
     "method": {"guidance": optional(number())},
-    "text": {"precision": optional(TEXT), "max_length": optional(count(1))},
+    "text": {"prompts": optional(TEXT), "cache": optional(TEXT), "precision": optional(TEXT), "max_length": optional(count(1))},
     "data": {"path": optional(TEXT), "resolution": optional(count(1)), "unlabelled": optional(FLAG)},
     "eval": {"features": optional(TEXT), "n": optional(count(0)), "seed": optional(count(0)), "batch": optional(count(0))},
 }
@@ -76,18 +77,12 @@ def weight_files(where: Path, pipeline: Path | None = None) -> dict[str, Path]:
 
 
 def teacher_elsewhere(where: Path) -> Path | None:
-    """The file or pipeline that the run at `where` (a folder, or a file in one) learnt from: where it found it, else where its settings say.
-
-    None where there is none by now, or the run names none.
-    """
+    """The file or pipeline that the run at `where` (a folder, or a file in one) learnt from. None where it names none, or there is none by now."""
     given = (settings(where).get("teacher") or {}).get("checkpoint")
     if not given:
         return None
-    places = (where if where.is_dir() else where.parent) / PLACES
-    said = read_json(places, dict, f"remove it, and the teacher is looked for at {given}") if places.is_file() else {}
-    check(places, said, {"teacher": optional(TEXT)}, "remove it")
-    found = [Path(said["teacher"])] if said.get("teacher") else []
-    return next((path for path in (*found, local_path(given)) if path.is_file() or is_pipeline(path)), None)
+    path = local_path(given)
+    return path if path.is_file() or is_pipeline(path) else None
 
 
 def pipeline_named(name: str | Path | None) -> Path | None:
@@ -100,7 +95,10 @@ def pipeline_named(name: str | Path | None) -> Path | None:
 
 
 def settings(where: Path) -> dict[str, Any]:
-    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none."""
+    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none.
+
+    Its relative paths lead to what they led to when the run began, while that is there.
+    """
     path = (where if where.is_dir() else where.parent) / "config.yaml"
     if not path.is_file():
         return {}
@@ -116,7 +114,19 @@ def settings(where: Path) -> dict[str, Any]:
     check(path, tree, SECTIONS, ADVICE)
     for name, kinds in SETTINGS.items():
         check(path, tree.get(name) or {}, kinds, ADVICE, inside=f"{name}.")
+    if (place := path.with_name(PLACE)).is_file():
+        found = read_json(place, dict, ADVICE)
+        check(place, found, {"folder": optional(TEXT)}, ADVICE)
+        _seen_from(Path(found.get("folder") or ""), tree)
     return {str(key): value for key, value in tree.items()}
+
+
+def _seen_from(folder: Path, tree: dict[Any, Any]) -> None:
+    """Make the settings that are relative paths those of what lies in a folder, if it does."""
+    for section, name in PATHS:
+        said = tree.get(section) or {}
+        if (given := said.get(name)) and folder.is_absolute() and (folder / given).exists():
+            said[name] = str(folder / given)
 
 
 def open_models(
