@@ -160,8 +160,10 @@ def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
     where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
     use = _python(subject, where)
-    if not isinstance(subject.student.net, DiffusersDenoiser):
-        use += "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
+    more = ""
+    if isinstance(net := subject.student.net, DiffusersDenoiser) and _wants_pipeline(net):
+        more = " --pipeline FOLDER" + ' --prompts "a cat"' * net.text
+    use += f"\n\nOr `potstill sample student.safetensors{more} --seeds 0-63 --out grid.png`."
     return Written("weights with their description in their metadata", "potstill", use)
 
 
@@ -180,7 +182,7 @@ def _python(subject: Subject, where: str, comment: str = "") -> str:
         elif net.label_dim:
             tell, told, condition = f"\nclasses = torch.arange(16) % {net.label_dim}", ", labels=classes", ", classes"
         place, note = "", comment
-        if net.text or net.shape[0] not in (1, 3):
+        if _wants_pipeline(net):
             place, note = ", pipeline=FOLDER", (comment or "  #") + "; FOLDER: the teacher's pipeline, which has the text encoder and VAE"
         return f"""\
 ```python
@@ -198,6 +200,11 @@ from potstill.engine.models.student import Student  # potstill
 student = Student.from_pretrained({where}){comment}
 images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
 ```"""
+
+
+def _wants_pipeline(net: DiffusersDenoiser) -> bool:
+    """Does it take its teacher's text encoder or VAE to make pictures of it?"""
+    return net.text or net.shape[0] not in (1, 3)
 
 
 def to_diffusers(subject: Subject, folder: Path) -> Written:

@@ -86,13 +86,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE|TEXT", help=prompts)
     p.add_argument(
         "--beside", nargs="?", const="", metavar="TEACHER",
-        help="a PNG of these images and those of this teacher (default: the run's own) from the same noise",
+        help="a PNG of these images and those of this teacher (default: the run's own, as the run showed it) from the same noise and prompts",
     )  # fmt: skip
     p.add_argument("--pipeline", metavar="FOLDER", help="the teacher's, of nets of diffusers, where it is not where the run found it")
     presets.add_options(p)
     roles = p.add_mutually_exclusive_group()
     roles.add_argument("--which", choices=ROLES, help=f"of a run folder's nets (default {STUDENT}, else {TEACHER})")
-    roles.add_argument("--teacher", action="store_const", const=TEACHER, dest="which", help="the same as --which teacher")
+    roles.add_argument(
+        "--teacher",
+        action="store_const",
+        const=TEACHER,
+        dest="which",
+        help="the same as --which teacher: a pipeline with the run's guidance",
+    )
     p.add_argument(
         "--out", type=Path, required=True,
         help="grid.png, x.npz (images, labels, seeds), x.zip (an EDM data set), or a folder of PNGs",

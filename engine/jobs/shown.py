@@ -19,6 +19,7 @@ from potstill.engine.jobs.finish import Shown
 from potstill.engine.jobs.inputs import FILE
 from potstill.engine.models.opening import TEACHER, Model, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
+from potstill.engine.models.router import Router
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 
 
@@ -30,7 +31,7 @@ def shown_of(
     The net gets the null prompt that its guidance wants. asked: prompts; None: those of the run. pipeline: the teacher's; None: where the
     run or the file says. UserError where that is not there, for prompts that are missing, and for a teacher that was another in the run.
     """
-    net = model.net
+    net = model.net.students[0] if isinstance(model.net, Router) else model.net  # several, all of one kind
     if not isinstance(net, DiffusersDenoiser):
         for given, option in ((asked, "--prompts"), (pipeline, "--pipeline")):
             if given is not None:

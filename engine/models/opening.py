@@ -162,7 +162,7 @@ def open_models(
                 )
             )
             continue
-        net, metadata = load_router(path) if path.suffix == ".json" else load_net(path, base)
+        net, metadata = load_router(path, base) if path.suffix == ".json" else load_net(path, base)
         if isinstance(net, Router) and net.label_dim != len(net.partition.student_of):
             raise UserError(f"{path} shares out {len(net.partition.student_of)} classes, its students know {net.label_dim}: make it again")
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)

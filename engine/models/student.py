@@ -93,13 +93,14 @@ class Student(nn.Module):
             raise UserError(f"{place} is a diffusers pipeline: load it with DiffusionPipeline.from_pretrained")
         place, given = place / WEIGHTS if (place / WEIGHTS).is_file() else place, pipeline_named(pipeline)
         model = open_models(place, STUDENT, device=device, base=given)[0]
-        if not isinstance(net := model.net, DiffusersDenoiser):
-            return cls(net, model.sampler, model.metadata).eval()
+        net = _one_of(model.net)
+        if not isinstance(net, DiffusersDenoiser):
+            return cls(model.net, model.sampler, model.metadata).eval()
         own = Path(net.source) if net.adapters is not None else None
         found = next((one for one in (given, teacher_elsewhere(place), own) if one is not None and is_pipeline(one)), None)
         said = settings(place).get("text") or {}
         text = {name: said[name] for name in ("precision", "max_length") if said.get(name) is not None}
-        return cls(net, model.sampler, model.metadata, pipeline=found, text=text).eval()
+        return cls(model.net, model.sampler, model.metadata, pipeline=found, text=text).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config.json as `from_pretrained` reads them. `potstill export --to hub` adds the model card.
@@ -198,9 +199,8 @@ class Student(nn.Module):
 
     def _decode(self) -> Decode | None:
         """What makes pictures of latents; None for a net of pictures."""
-        if not isinstance(self.net, DiffusersDenoiser):
-            return None
-        if self.pipeline is None and not self.net.text and self.net.img_channels in (1, 3):
+        net = _one_of(self.net)
+        if not isinstance(net, DiffusersDenoiser) or (self.pipeline is None and not net.text and net.img_channels in (1, 3)):
             return None
         pipeline = self._of_pipeline("decodes latents")
         return self._kept("vae", lambda: VAE(pipeline, self.device)).decode if "vae" in parts_of(index_of(pipeline)) else None
@@ -249,6 +249,11 @@ class Student(nn.Module):
         if labels.shape[1] != self.label_dim:
             raise UserError(f"wanted labels [{n}] or [{n}, {self.label_dim}], got {list(labels.shape)}")
         return labels.float()
+
+
+def _one_of(net: Denoiser | Router) -> Any:
+    """The net, or the first of several, which are all of one kind."""
+    return net.students[0] if isinstance(net, Router) else net
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
