@@ -226,7 +226,11 @@ def title(model: Model) -> str:
 def describe(model: Model, n: int, labels: np.ndarray | None) -> str:
     classes = "" if labels is None else f", {len(np.unique(labels))} classes"
     churn = " with churn" if model.sampler.churn else ""
-    guided = f", guidance {model.sampler.guidance:g}" if is_pipeline(model.path) else ""
+    guided = (
+        f", guidance {model.sampler.guidance:g}"
+        if isinstance(model.net, DiffusersDenoiser) and model.net.guidable and model.role == TEACHER
+        else ""
+    )
     return f"{n} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}{guided}"
 
 
