@@ -23,8 +23,10 @@ from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import check_writable
+from potstill.engine.data.captions import read_prompts
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.jobs.shown import shown_of
+from potstill.engine.jobs.told import captions_file
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
@@ -32,8 +34,10 @@ from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, pic
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models import presets
 from potstill.engine.models.generate import RANDOM, Decode, parse_classes
-from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, settings
-from potstill.engine.models.weights import file_hash
+from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, pipeline_named, settings
+from potstill.engine.models.origins import is_pipeline
+from potstill.engine.models.weights import file_hash, weights_hash
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 
 MOST = 50_000  # images, unless --n asks for more
@@ -56,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p = parser_of("evaluate", __doc__)
     p.add_argument(
         "source", type=Path, nargs="?", metavar="RUN_OR_FILE",
-        help="a run folder or a .safetensors file; may be left out with --data and --save-reference",
+        help="a run folder, a .safetensors file, or a pipeline's folder (diffusers); may be left out with --data and --save-reference",
     )  # fmt: skip
     p.add_argument("--data", help="digits, a zip, a folder, an .npz (default: the data of the run)")
     p.add_argument("--unlabelled", action="store_true", help="ignore the data's labels and class folders")
@@ -79,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, help="images at a time (default: the run's, else 256)")
     presets.add_options(p)
     p.add_argument("--which", choices=ROLES, help="of a run folder's nets (default: all there are)")
+    p.add_argument("--pipeline", metavar="FOLDER", help="the teacher's, of nets of diffusers, where it is not where the run found it")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default auto)")
     return p
 
@@ -87,13 +92,16 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     """Scores by role, and the floor they share."""
     check_arguments(args)
     recipe = settings(args.source) if args.source else {}
+    if args.pipeline is not None and args.source is None:
+        raise UserError("--pipeline is the teacher's of a run or weight file, and none is named: name it, or leave --pipeline out")
+    pipeline = pipeline_named(args.pipeline)
     chosen = {"features": "pixels", "n": None, "seed": 0, "batch": 256}
     kept = ("features", "batch") if args.reference else tuple(chosen)  # a published reference goes with published numbers
     chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in kept and v is not None}
     chosen |= {k: v for k in chosen if (v := getattr(args, k)) is not None}
     check_features_name(chosen["features"])
     how = presets.how(args)
-    models = open_models(args.source, args.which, **how, device=device) if args.source else []
+    models = open_models(args.source, args.which, **how, device=device, base=pipeline) if args.source else []
     needed = not args.reference or args.labels == "data"
     images = open_data(args, recipe.get("data") or {}) if needed or args.data else None
     if images is None and args.unlabelled:
@@ -103,8 +111,12 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     seed, batch = chosen["seed"], chosen["batch"]
     check_numbers(n, seed, batch, args.best_of)
     for model in models:
+        if images is not None:
+            named = (recipe.get("teacher") or {}).get("checkpoint") or (model.path if is_pipeline(model.path) else "FOLDER")
+            check_latents(model, images, str(pipeline or named))
         check_model(model, images, args.labels)
-    shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device)) for model in models}
+    asked = captions_beside(images) if args.source and is_pipeline(args.source) and getattr(models[0].net, "text", False) else None
+    shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device, asked, pipeline)) for model in models}
     decode = next((one.decode for one in shown.values() if one.decode), None)
     if decode is None and images is not None and images.latent:
         raise UserError(f"{images.name} holds latents, and no run with the pipeline that decodes them is named: name pictures as --data")
@@ -179,6 +191,22 @@ def check_model(model: Model, images: Images | None, labels: str | None) -> None
         raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
 
 
+def check_latents(model: Model, images: Images, pipeline: str) -> None:
+    """UserError for pictures where the net makes latents of another size. pipeline: whose VAE they are of."""
+    if isinstance(model.net, DiffusersDenoiser) and not images.latent and images.shape != model.net.shape:
+        size = "x".join(map(str, model.net.shape))
+        raise UserError(
+            f"{model.path} makes latents {size}, and {images.name} holds pictures {'x'.join(map(str, images.shape))}: potstill convert latents "
+            f"{images.source.path} OUT --pipeline {pipeline} makes latents of them, for --data OUT"
+        )
+
+
+def captions_beside(images: Images | None) -> list[str] | None:
+    """The captions of latents, which a pipeline without a run is asked with; None where there are none."""
+    file = captions_file(images)
+    return None if file is None else read_prompts(file)
+
+
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
     """The result of work(), which rank 0 calls first: the other ranks then find its downloads in the cache."""
     found = ranks.on_first(work)
@@ -227,7 +255,10 @@ def check_numbers(n: int, seed: int, batch: int, best_of: int) -> None:
 
 def about(model: Model) -> dict[str, Any]:
     """Of the weights: where they lie, and whether they were chosen by their distance."""
-    sha256 = digest(model.path) if model.path.suffix == ".json" else file_hash(model.path)
+    if is_pipeline(model.path):
+        sha256 = weights_hash(model.net)
+    else:
+        sha256 = digest(model.path) if model.path.suffix == ".json" else file_hash(model.path)
     more = {"churn": list(model.sampler.churn)} if model.sampler.churn else {}
     more |= {"weights_chosen_by": chosen} if (chosen := model.metadata.get("chosen_by")) else {}
     return {"weights": str(model.path), "weights_sha256": sha256} | more

@@ -26,7 +26,8 @@ from potstill.engine.formats.onnx import largest_difference, write_onnx
 from potstill.engine.formats.pipeline import write_pipeline
 from potstill.engine.jobs.lock import LOCK, lock
 from potstill.engine.measure.summary import read_summary
-from potstill.engine.models.opening import STUDENT, open_models, settings
+from potstill.engine.models.opening import STUDENT, open_models, settings, teacher_elsewhere
+from potstill.engine.models.origins import local_path, on_hub
 from potstill.engine.models.router import Router
 from potstill.engine.models.student import Student, copy_weights, write_hub
 from potstill.engine.nets.denoiser import Denoiser
@@ -44,7 +45,8 @@ class Subject:
     student: Student
     path: Path
     about: About
-    pipeline: str | None = None  # the teacher's, of a student of diffusers' nets
+    pipeline: Path | None = None  # the teacher's, of a student of diffusers' nets
+    named: str = ""  # how a card calls it
 
 
 def main(argv: list[str]) -> None:
@@ -101,7 +103,8 @@ def found(source: Path, pipeline: str | None = None) -> Subject:
             f"{run} is no finished run (it has no summary.json): repeat its potstill train command to finish it"
             + (", or export the file student.safetensors in it" if has else "")
         )
-    model = open_models(source, STUDENT, base=Path(pipeline).expanduser() if pipeline else None)[0]
+    given = local_path(pipeline) if pipeline else None
+    model = open_models(source, STUDENT, base=given)[0]
     student = Student(model.net, model.sampler, model.metadata).eval()
     net = student.net
     text = isinstance(net, Denoiser) and net.text
@@ -117,8 +120,11 @@ def found(source: Path, pipeline: str | None = None) -> Subject:
         summary=summary or {},
         task="text-to-image" if text else "unconditional-image-generation",
     )
-    own = net.source if isinstance(net, Denoiser) and net.adapters is not None else None
-    return Subject(student, model.path, about, pipeline or own or _learnt_from(source))
+    own = Path(net.source) if isinstance(net, Denoiser) and net.adapters is not None else None
+    named = _learnt_from(source)
+    place = given or own or teacher_elsewhere(source) or (local_path(named) if named else None)
+    from_hub = named if named and on_hub(named) and not Path(named).exists() else None
+    return Subject(student, model.path, about, place, pipeline or from_hub or str(place))
 
 
 def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
@@ -154,8 +160,10 @@ def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
     where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
     use = _python(subject, where)
-    if not isinstance(subject.student.net, DiffusersDenoiser):
-        use += "\n\nOr `potstill sample student.safetensors --seeds 0-63 --out grid.png`."
+    more = ""
+    if isinstance(net := subject.student.net, DiffusersDenoiser) and _wants_pipeline(net):
+        more = " --pipeline FOLDER" + ' --prompts "a cat"' * net.text
+    use += f"\n\nOr `potstill sample student.safetensors{more} --seeds 0-63 --out grid.png`."
     return Written("weights with their description in their metadata", "potstill", use)
 
 
@@ -168,15 +176,22 @@ def to_hub(subject: Subject, folder: Path) -> Written:
 def _python(subject: Subject, where: str, comment: str = "") -> str:
     net = subject.student.net
     if isinstance(net, DiffusersDenoiser):
-        told = ", prompts" if net.text else ", classes" if net.label_dim else ""
-        note = {", prompts": "; prompts = student.net.family.encode(pipe, [...]) by the teacher's pipeline"}.get(told, "")
+        told, condition, tell = "", "", ""
+        if net.text:
+            tell, told, condition = '\nprompts = ["a cat"] * 16', ", prompts=prompts", ", student.encode(prompts)"
+        elif net.label_dim:
+            tell, told, condition = f"\nclasses = torch.arange(16) % {net.label_dim}", ", labels=classes", ", classes"
+        place, note = "", comment
+        if _wants_pipeline(net):
+            place, note = ", pipeline=FOLDER", (comment or "  #") + "; FOLDER: the teacher's pipeline, which has the text encoder and VAE"
         return f"""\
 ```python
 import torch
 from potstill.engine.models.student import Student  # potstill
 
-student = Student.from_pretrained({where}){comment}
-x = student.generate(torch.randn(16, *student.noise_shape){told})  # what its VAE decodes{note}
+student = Student.from_pretrained({where}{place}){note.replace("#;", "#")}{tell}
+images = student(seeds=range(16){told})  # uint8 [16, C, H, W]
+x = student.generate(torch.randn(16, *student.noise_shape){condition})  # float32; of latents what the VAE decodes
 ```"""
     return f"""\
 ```python
@@ -187,6 +202,11 @@ images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses c
 ```"""
 
 
+def _wants_pipeline(net: DiffusersDenoiser) -> bool:
+    """Does it take its teacher's text encoder or VAE to make pictures of it?"""
+    return net.text or net.shape[0] not in (1, 3)
+
+
 def to_diffusers(subject: Subject, folder: Path) -> Written:
     student = single(subject, "diffusers")
     if isinstance(student.net, DiffusersDenoiser):
@@ -194,7 +214,7 @@ def to_diffusers(subject: Subject, folder: Path) -> Written:
             raise UserError(
                 "--to diffusers wants the pipeline that the student learnt from, which its run does not name: --pipeline FOLDER"
             )
-        told, use = write_pipeline(student.net, student.sampler, folder, Path(subject.pipeline).expanduser(), subject.pipeline)
+        told, use = write_pipeline(student.net, student.sampler, folder, subject.pipeline, subject.named)
         return Written(told, "diffusers", use)
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
     assert isinstance(student.net, EDMDenoiser)

@@ -4,6 +4,7 @@
     potstill sample runs/digits --seeds 0-9999 --out images.zip          an EDM data set; also .npz, or a folder of PNGs
     potstill sample runs/digits --beside --out pair.png                  student and teacher from the same noise
     potstill sample runs/sd15 --prompts "a cat" --out cats.png            of nets that are told prompts
+    potstill sample PIPELINE_FOLDER --prompts "a cat" --out cats.png      a teacher of diffusers, without guidance
     potstill sample TEACHER.safetensors --preset imagenet64 --out g.png  a teacher as EDM's authors sampled it
 
 A seed gives the same image on every machine.
@@ -16,16 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
 from potstill.engine.data.captions import read_prompts
 from potstill.engine.formats.pictures import columns_for, open_output, out_kind, save_png, sheet
-from potstill.engine.jobs.shown import shown_of
+from potstill.engine.jobs.shown import check_teacher, shown_of
 from potstill.engine.models import presets
 from potstill.engine.models.generate import Between, generate, parse_classes
-from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, weight_files
+from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, pipeline_named, weight_files
+from potstill.engine.models.origins import is_pipeline
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import check_plan, load_plan
@@ -38,11 +42,17 @@ def main(argv: list[str]) -> None:
     seeds = parse_strips(args.strip, args.frames) if args.strip else parse_seeds(args.seeds or "0-63")
     check_arguments(args)
     kind, device = out_kind(args.out), device_named(args.device)
-    models = chosen_models(args, device)
+    pipeline = pipeline_named(args.pipeline)
+    models = chosen_models(args, device, pipeline)
     models[-1] = with_skipping(models[-1], args.plan, args.cache)
     labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
     columns = args.frames if args.strip else None
-    shown = shown_of(args.source, models[0], device, prompts_in(args.prompts))
+    shown = shown_of(args.source, models[0], device, prompts_in(args.prompts), pipeline)
+    for model in models[1:]:
+        if args.beside == "" and pipeline is None:
+            check_teacher(args.source, model.path)
+        if isinstance(model.net, DiffusersDenoiser) and shown.prompts is not None and shown.prompts.null is not None:
+            model.net.null = shown.prompts.null
 
     def made(model: Model) -> Iterator[np.ndarray]:
         told = shown.prompts if labels is None else labels
@@ -64,7 +74,7 @@ def main(argv: list[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = parser_of("sample", __doc__)
-    p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a run folder or a .safetensors file")
+    p.add_argument("source", type=Path, metavar="RUN_OR_FILE", help="a run folder, a .safetensors file, or a pipeline's folder (diffusers)")
     p.add_argument("--seeds", help="such as 0-63 or 3,5,10-19: one image per seed (default 0-63)")
     p.add_argument("--strip", metavar="A-B", help="instead: from seed A's image to seed B's; 3-7,8-9 are two strips")
     p.add_argument("--frames", type=int, help=f"images of a strip, its ends among them (default {FRAMES})")
@@ -76,12 +86,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", metavar="FILE|TEXT", help=prompts)
     p.add_argument(
         "--beside", nargs="?", const="", metavar="TEACHER",
-        help="a PNG of these images and those of this teacher (default: the run's own) from the same noise",
+        help="a PNG of these images and those of this teacher (default: the run's own, as the run showed it) from the same noise and prompts",
     )  # fmt: skip
+    p.add_argument("--pipeline", metavar="FOLDER", help="the teacher's, of nets of diffusers, where it is not where the run found it")
     presets.add_options(p)
     roles = p.add_mutually_exclusive_group()
     roles.add_argument("--which", choices=ROLES, help=f"of a run folder's nets (default {STUDENT}, else {TEACHER})")
-    roles.add_argument("--teacher", action="store_const", const=TEACHER, dest="which", help="the same as --which teacher")
+    roles.add_argument(
+        "--teacher",
+        action="store_const",
+        const=TEACHER,
+        dest="which",
+        help="the same as --which teacher: a pipeline with the run's guidance",
+    )
     p.add_argument(
         "--out", type=Path, required=True,
         help="grid.png, x.npz (images, labels, seeds), x.zip (an EDM data set), or a folder of PNGs",
@@ -125,21 +142,26 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.frames = args.frames or FRAMES
 
 
-def chosen_models(args: argparse.Namespace, device) -> list[Model]:
-    """The net to be sampled and, with --beside, its teacher; they must make images of one size and know the same classes."""
+def chosen_models(args: argparse.Namespace, device: torch.device, pipeline: Path | None = None) -> list[Model]:
+    """The net to be sampled and, with --beside, its teacher; they must make images of one size and know the same classes.
+
+    pipeline: the teacher's, of nets of diffusers; None: where the run found it.
+    """
     how = presets.how(args)
-    which = args.which or (STUDENT if STUDENT in weight_files(args.source) else None)
+    which = args.which or (STUDENT if STUDENT in weight_files(args.source, pipeline) else None)
     if args.beside is None:
-        return [open_models(args.source, which, **how, device=device)[0]]
+        return [open_models(args.source, which, **how, device=device, base=pipeline)[0]]
     own = {"steps": how["steps"], "solver": how["solver"]}
-    where = Path(args.beside) if args.beside else args.source
+    where, base = Path(args.beside) if args.beside else args.source, pipeline
+    if is_pipeline(where) and where != args.source:  # sampled at the student's size, and as its run says
+        where, base = args.source, where
     shown = [
-        open_models(args.source, which, **own, device=device)[0],
-        open_models(where, TEACHER, of_teacher=how["of_teacher"], device=device)[0],
+        open_models(args.source, which, **own, device=device, base=pipeline)[0],
+        open_models(where, TEACHER, of_teacher=how["of_teacher"], device=device, base=base)[0],
     ]
-    sizes = [(m.net.img_channels, m.net.img_resolution, m.net.label_dim) for m in shown]
+    sizes = [(m.net.shape, m.net.label_dim, getattr(m.net, "text", False)) for m in shown]
     if sizes[0] != sizes[1]:
-        texts = [f"{c}x{r}x{r} with {k} classes" for c, r, k in sizes]
+        texts = ["x".join(map(str, shape)) + (" told prompts" if text else f" with {k} classes") for shape, k, text in sizes]
         raise UserError(f"nets side by side want images of one size: {shown[0].path} makes {texts[0]}, {shown[1].path} {texts[1]}")
     return shown
 
@@ -204,7 +226,12 @@ def title(model: Model) -> str:
 def describe(model: Model, n: int, labels: np.ndarray | None) -> str:
     classes = "" if labels is None else f", {len(np.unique(labels))} classes"
     churn = " with churn" if model.sampler.churn else ""
-    return f"{n} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}"
+    guided = (
+        f", guidance {model.sampler.guidance:g}"
+        if isinstance(model.net, DiffusersDenoiser) and model.net.guidable and model.role == TEACHER
+        else ""
+    )
+    return f"{n} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}{guided}"
 
 
 if __name__ == "__main__":

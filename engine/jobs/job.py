@@ -24,6 +24,7 @@ from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
+from potstill.engine.models.opening import PLACE
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
@@ -80,6 +81,7 @@ class Job(Workplace):
         with self.shared_files():
             prepare(self.cfg)
             note_inputs(self.dir, self.on_paper.marks)
+            write_json(self.dir / PLACE, {"folder": str(Path.cwd())})
 
     def say_unused(self, teacher: Denoiser) -> None:
         if note := unused.sentence(self.cfg, teacher, self.ranks.count):

@@ -8,40 +8,69 @@ import torch
 
 from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.reading import read_json
 from potstill.engine.data.captions import CAPTIONS
 from potstill.engine.data.embeddings import Encoder
-from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.pipelines import hash_of_part, index_of, parts_of
 from potstill.engine.data.prompts import Prompts, TextConfig, open_prompts
 from potstill.engine.data.shards import MANIFEST
 from potstill.engine.data.vae import VAE
 from potstill.engine.jobs.finish import Shown
-from potstill.engine.models.opening import Model, settings
-from potstill.engine.models.origins import is_pipeline, local_path
+from potstill.engine.jobs.inputs import FILE
+from potstill.engine.models.opening import TEACHER, Model, settings, teacher_elsewhere
+from potstill.engine.models.origins import is_pipeline
+from potstill.engine.models.router import Router
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 
 
-def shown_of(source: Path, model: Model, device: torch.device, asked: list[str] | None = None) -> Shown:
-    """What the net of `source`, a run folder or a file in one, is told, and how its latents are decoded.
+def shown_of(
+    source: Path, model: Model, device: torch.device, asked: list[str] | None = None, pipeline: Path | None = None
+) -> Shown:  # fmt: skip
+    """What the net of `source`, a run folder, a file in one or a pipeline's folder, is told, and how its latents are decoded.
 
-    asked: prompts; None: those of the run. UserError where the run does not name its teacher's pipeline, or prompts that are missing.
+    The net gets the null prompt that its guidance wants. asked: prompts; None: those of the run. pipeline: the teacher's; None: where the
+    run or the file says. UserError where that is not there, for prompts that are missing, and for a teacher that was another in the run.
     """
-    net = model.net
-    if asked is not None and not (isinstance(net, DiffusersDenoiser) and net.text):
-        raise UserError(f"{model.path} is told no prompts: leave --prompts out")
+    net = model.net.students[0] if isinstance(model.net, Router) else model.net  # several, all of one kind
     if not isinstance(net, DiffusersDenoiser):
+        for given, option in ((asked, "--prompts"), (pipeline, "--pipeline")):
+            if given is not None:
+                wants = "is told no prompts" if option == "--prompts" else "is no net of diffusers, and belongs to no pipeline"
+                raise UserError(f"{model.path} {wants}: leave {option} out")
         return Shown()
-    recipe = settings(source)
-    named = (recipe.get("teacher") or {}).get("checkpoint") or net.source
-    pipeline = local_path(named) if named else None
-    if pipeline is None or not is_pipeline(pipeline):
+    if asked is not None and not net.text:
+        raise UserError(f"{model.path} is told no prompts: leave --prompts out")
+    given, recipe = pipeline, {} if is_pipeline(source) else settings(source)
+    if given is None and model.role == TEACHER and is_pipeline(model.path):
+        given = model.path
+        check_teacher(source, given)
+    elsewhere = None if is_pipeline(source) else teacher_elsewhere(source)
+    place = given or elsewhere or (Path(net.source) if net.adapters is not None else None)
+    if place is None or not is_pipeline(place):
         if not net.text and net.img_channels in (1, 3):
             return Shown()  # pictures as they are
+        named = (recipe.get("teacher") or {}).get("checkpoint")
+        where = f"{named}, which is not there: put it back" if named else "which nothing beside it names: name the run folder instead"
+        parts = "prompts and VAE" if net.text else "VAE"
+        raise UserError(f"{model.path} wants the pipeline of its teacher for its {parts}, {where}, or name its folder with --pipeline")
+    decode = VAE(place, device).decode if "vae" in parts_of(index_of(place)) else None
+    prompts = _prompts(source, recipe, place, device, asked) if net.text else None
+    if prompts is not None and prompts.null is not None:
+        net.null = prompts.null
+    return Shown(prompts, decode)
+
+
+def check_teacher(source: Path, pipeline: Path) -> None:
+    """UserError where the run at `source` began with another pipeline in this place."""
+    file = (source if source.is_dir() else source.parent) / FILE
+    if is_pipeline(source) or not is_pipeline(pipeline) or not file.is_file():
+        return
+    marks = read_json(file, dict, "remove it, and nothing is compared with it")
+    before = marks.get("teacher")
+    if isinstance(before, dict) and "sha256" in before and before["sha256"] != hash_of_part(pipeline, "unet", "transformer", "scheduler"):
         raise UserError(
-            f"{model.path} wants the pipeline of its teacher, {named or 'which nothing here names'}, for its prompts and VAE, and it is not "
-            "there: put it back, or name the run folder instead of a file"
+            f"{pipeline} is another pipeline than the one that {source} began with: put that one back, or name its folder with --pipeline"
         )
-    decode = VAE(pipeline, device).decode if "vae" in parts_of(index_of(pipeline)) else None
-    return Shown(_prompts(source, recipe, pipeline, device, asked) if net.text else None, decode)
 
 
 def _prompts(source: Path, recipe: dict[str, Any], pipeline: Path, device: torch.device, asked: list[str] | None) -> Prompts:
@@ -57,7 +86,8 @@ def _prompts(source: Path, recipe: dict[str, Any], pipeline: Path, device: torch
     if captions.is_file() and (text.prompts is None or apart.is_dir()):
         text.prompts, cache = str(captions), apart if text.prompts else cache
     if text.prompts is None:
-        raise UserError(f"{source} does not say which prompts its nets are told: give some with --prompts (potstill sample)")
+        more = "; potstill evaluate asks with the captions of --data, of latents that have some" if is_pipeline(source) else ""
+        raise UserError(f"{source} does not say which prompts its nets are told: give some with --prompts (potstill sample){more}")
     text.how = text.how if (cache / MANIFEST).is_file() else "live"
     return open_prompts(text, pipeline, cache, device)
 

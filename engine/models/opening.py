@@ -1,4 +1,4 @@
-"""Opens what a user names, a run folder or a weight file: its nets, and how each is sampled."""
+"""Opens what a user names, a run folder, a weight file or the pipeline of a teacher: its nets, and how each is sampled."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +10,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import SafeLoader, YAMLError
 
 from potstill.engine.common.errors import Damaged, UserError, reading
-from potstill.engine.common.kinds import DICT, FLAG, TEXT, check, count, optional
-from potstill.engine.diffusion.sampling import CHURNED, Sampler, ode
+from potstill.engine.common.kinds import DICT, FLAG, TEXT, check, count, number, optional
+from potstill.engine.common.reading import read_json
+from potstill.engine.diffusion.sampling import CHURNED, Sampler, heun, ode
 from potstill.engine.diffusion.solvers import SOLVERS
-from potstill.engine.models.router import MANIFEST, Router, load_router
-from potstill.engine.models.weights import load_net
+from potstill.engine.models.descriptions import SIZE, check_described
+from potstill.engine.models.origins import is_pipeline, load_origin, local_path
+from potstill.engine.models.router import MANIFEST, Router, load_router, student_name
+from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.readers.harmless import check_text
 from potstill.kernels import cuda
 
@@ -23,9 +27,15 @@ STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
 MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
 ADVICE = "copy the file again, or mend it"
-SECTIONS = {name: optional(DICT) for name in ("teacher", "data", "eval")}  # of config.yaml, as far as others than a run read it
+PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative paths in its settings begin
+PATHS = (("teacher", "checkpoint"), ("data", "path"), ("text", "prompts"), ("text", "cache"))  # settings that may be such
+SECTIONS = {
+    name: optional(DICT) for name in ("teacher", "data", "eval", "method", "text")
+}  # of config.yaml, as far as others than a run read it
 SETTINGS = {
-    "teacher": {"checkpoint": optional(TEXT)},
+    "teacher": {"checkpoint": optional(TEXT), "precision": optional(TEXT), "size": optional(SIZE), "embedded_guidance": optional(number())},
+    "method": {"guidance": optional(number())},
+    "text": {"prompts": optional(TEXT), "cache": optional(TEXT), "precision": optional(TEXT), "max_length": optional(count(1))},
     "data": {"path": optional(TEXT), "resolution": optional(count(1)), "unlabelled": optional(FLAG)},
     "eval": {"features": optional(TEXT), "n": optional(count(0)), "seed": optional(count(0)), "batch": optional(count(0))},
 }
@@ -43,31 +53,52 @@ class Model:
     metadata: dict[str, Any]
 
 
-def weight_files(where: Path) -> dict[str, Path]:
-    """The weight files of a run folder by role (a teacher elsewhere is found through config.yaml), or the file itself.
+def weight_files(where: Path, pipeline: Path | None = None) -> dict[str, Path]:
+    """The weight files of a run folder by role (a teacher elsewhere, also a pipeline's folder, is found through the run), or the file itself.
 
-    A file's role, which only its metadata tell, is the key "" here.
+    A file's role, which only its metadata tell, is the key "" here. pipeline: a teacher's, wherever the run says that it is.
     """
     if where.is_file():
         return {"": where}
+    if is_pipeline(where):
+        return {TEACHER: where}
     if not where.is_dir():
         raise UserError(f"no run folder or weight file at {where}")
-    given = (settings(where).get("teacher") or {}).get("checkpoint")
-    merged = where / MANIFEST
-    found = {STUDENT: merged if merged.is_file() else where / "student.safetensors", TEACHER: where / "teacher.safetensors"}
-    if given and not found[TEACHER].is_file():
-        found[TEACHER] = Path(given)
-    found = {role: path for role, path in found.items() if path.is_file()}
+    merged, teacher = where / MANIFEST, where / "teacher.safetensors"
+    found = {STUDENT: merged if merged.is_file() else where / "student.safetensors"}
+    found[TEACHER] = teacher if teacher.is_file() else pipeline or teacher_elsewhere(where) or teacher
+    found = {role: path for role, path in found.items() if path.is_file() or is_pipeline(path)}
     if not found:
         raise UserError(
             f"{where} holds neither student.safetensors nor teacher.safetensors: wanted a run folder that "
-            "potstill train has finished, or a .safetensors file"
+            "potstill train has finished, a .safetensors file, or the folder of a pipeline of diffusers"
         )
     return found
 
 
+def teacher_elsewhere(where: Path) -> Path | None:
+    """The file or pipeline that the run at `where` (a folder, or a file in one) learnt from. None where it names none, or there is none by now."""
+    given = (settings(where).get("teacher") or {}).get("checkpoint")
+    if not given:
+        return None
+    path = local_path(given)
+    return path if path.is_file() or is_pipeline(path) else None
+
+
+def pipeline_named(name: str | Path | None) -> Path | None:
+    """What --pipeline names: a folder, or USER/NAME in the hub's cache; None for none. UserError where no pipeline is there."""
+    if name is None:
+        return None
+    if not is_pipeline(path := local_path(str(name))):
+        raise UserError(f"no pipeline at {name}: wanted as --pipeline the folder of one of diffusers, with model_index.json in it")
+    return path
+
+
 def settings(where: Path) -> dict[str, Any]:
-    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none."""
+    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none.
+
+    Its relative paths lead to what they led to when the run began, while that is there.
+    """
     path = (where if where.is_dir() else where.parent) / "config.yaml"
     if not path.is_file():
         return {}
@@ -83,7 +114,19 @@ def settings(where: Path) -> dict[str, Any]:
     check(path, tree, SECTIONS, ADVICE)
     for name, kinds in SETTINGS.items():
         check(path, tree.get(name) or {}, kinds, ADVICE, inside=f"{name}.")
+    if (place := path.with_name(PLACE)).is_file():
+        found = read_json(place, dict, ADVICE)
+        check(place, found, {"folder": optional(TEXT)}, ADVICE)
+        _seen_from(Path(found.get("folder") or ""), tree)
     return {str(key): value for key, value in tree.items()}
+
+
+def _seen_from(folder: Path, tree: dict[Any, Any]) -> None:
+    """Make the settings that are relative paths those of what lies in a folder, if it does."""
+    for section, name in PATHS:
+        said = tree.get(section) or {}
+        if (given := said.get(name)) and folder.is_absolute() and (folder / given).exists():
+            said[name] = str(folder / given)
 
 
 def open_models(
@@ -99,17 +142,27 @@ def open_models(
     """The nets at `where`, or only the one that is `which`. UserError where there is none such.
 
     `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so;
-    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there. `base`: of adapters (LoRA), where
-    the weights are that they belong to; None: where the file says.
+    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there. `base`: the pipeline or weights of the
+    teacher, which adapters (LoRA) belong to; None: where the run or the file says.
     """
-    files = weight_files(where)
+    device = torch.device(device)
+    files = weight_files(where, base if base and is_pipeline(base) else None)
+    if which == TEACHER and "" in files and base and is_pipeline(base):
+        files = {TEACHER: base}
     if which and which not in files and "" not in files:
-        raise UserError(f"{where} holds no {which}.safetensors, only a {next(iter(files))}'s")
+        raise UserError(_without(where, which, next(iter(files))))
     found = []
     for role, path in files.items():
         if which and role not in (which, ""):
             continue
-        net, metadata = load_router(path) if path.suffix == ".json" else load_net(path, base)
+        if is_pipeline(path):
+            found.append(
+                _of_pipeline(
+                    where, path, (of_teacher or {}) | {k: v for k, v in (("steps", steps), ("solver", solver)) if v is not None}, device
+                )
+            )
+            continue
+        net, metadata = load_router(path, base) if path.suffix == ".json" else load_net(path, base)
         if isinstance(net, Router) and net.label_dim != len(net.partition.student_of):
             raise UserError(f"{path} shares out {len(net.partition.student_of)} classes, its students know {net.label_dim}: make it again")
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)
@@ -121,6 +174,61 @@ def open_models(
     if of_teacher and all(model.role != TEACHER for model in found):
         raise UserError(f"presets and churn are for teachers, and {where} holds a student: leave them out")
     return found
+
+
+def _without(where: Path, which: str, there: str) -> str:
+    given = (settings(where).get("teacher") or {}).get("checkpoint")
+    if which == STUDENT or not given:
+        return f"{where} holds no {which}.safetensors, only a {there}'s"
+    return f"the teacher of {where} was {given}, which is not there: put it back, or, if it is a pipeline, name its folder with --pipeline"
+
+
+def _of_pipeline(where: Path, path: Path, how: dict[str, Any], device: torch.device) -> Model:
+    """The teacher of a run at `where`, a folder or a student's file, as the run shows it; or of a pipeline alone, with its own settings.
+
+    how: steps, solver and churn, where they shall be others.
+    """
+    recipe = settings(where) if where != path else {}
+    said, student = recipe.get("teacher") or {}, None
+    if where != path:
+        student = where if where.is_file() else weight_files(where).get(STUDENT)
+    if student and student.name == MANIFEST:
+        student = student.parent / student_name(0)
+    size, guidance = said.get("size"), said.get("embedded_guidance")
+    if student and "diffusers" in (meta := read_metadata(student)):
+        check_described(student, meta, 0)
+        size, guidance = meta["diffusers"]["size"], meta["diffusers"]["fixed"].get("guidance")
+    low = said.get("precision") == "bf16" or (
+        said.get("precision", "auto") == "auto" and recipe.get("precision", "auto") != "fp32" and device.type == "cuda"
+    )
+    net = load_origin(path, dtype=torch.bfloat16 if low else None, size=tuple(size) if size else None, guidance=guidance)
+    steps, solver, churn = how.get("steps"), how.get("solver"), how.get("churn")
+    _check_walk(steps, solver)
+    walk = heun(net, steps or _steps_of(said, path) or _default_steps(net))
+    guided = isinstance(net, DiffusersDenoiser) and net.guidable
+    scale = (recipe.get("method") or {}).get("guidance") if guided else None
+    metadata = {"sampler": replace(walk, solver=solver or walk.solver, guidance=1.0 if scale is None else scale).to_dict()}
+    sampler = sampler_for(TEACHER, net, metadata, steps=None, solver=None, churn=churn, source=path)
+    return Model(TEACHER, path, net.to(device).eval(), sampler, metadata)
+
+
+def _steps_of(teacher: dict[str, Any], path: Path) -> int | None:
+    """How many steps a run samples its teacher with."""
+    loss = teacher.get("loss") or {}
+    check(path, {"loss": loss}, {"loss": DICT}, ADVICE, inside="teacher.")
+    check(path, loss, {"sampling_steps": optional(count(1, MOST_LEVELS))}, ADVICE, inside="teacher.loss.")
+    return loss.get("sampling_steps")
+
+
+def _default_steps(net: Denoiser | Router) -> int:
+    return 18 if net.img_resolution <= 32 else 40  # EDM's for CIFAR-10 and for 64 pixels
+
+
+def _check_walk(steps: int | None, solver: str | None) -> None:
+    if steps is not None and steps < 1:
+        raise UserError(f"wanted at least 1 step, got {steps}")
+    if solver is not None and solver not in SOLVERS:
+        raise UserError(f"solver wants one of {', '.join(SOLVERS)}, got {solver!r}")
 
 
 def sampler_for(
@@ -138,10 +246,7 @@ def sampler_for(
     A student is trained for the noise levels in its file: another number of steps wants the name of an ODE solver too,
     unless the student knows of steps (SFD-v), which are then network evaluations.
     """
-    if steps is not None and steps < 1:
-        raise UserError(f"wanted at least 1 step, got {steps}")
-    if solver is not None and solver not in SOLVERS:
-        raise UserError(f"solver wants one of {', '.join(SOLVERS)}, got {solver!r}")
+    _check_walk(steps, solver)
     own = own_sampler(metadata, source)
     if churn:
         walk = sampler_for(role, net, metadata, steps=steps, solver=solver, source=source)
@@ -167,8 +272,7 @@ def sampler_for(
                 f"{source} was distilled for {len(own.sigmas)} step{'s' * (len(own.sigmas) > 1)}, got {steps}: "
                 "leave steps out, or name a solver to use it as a denoiser"
             )
-    default = 18 if net.img_resolution <= 32 else 40  # EDM's for CIFAR-10 and for 64 pixels
-    count = steps or (len(own.sigmas) - 1 if own and walks else default)
+    count = steps or (len(own.sigmas) - 1 if own and walks else _default_steps(net))
     name = solver or (own.solver if own and walks and role == STUDENT else "heun")
     low, high = (EDM_SIGMAS[0], own.sigmas[0]) if own and walks else EDM_SIGMAS
     walk = ode(name, count, max(low, net.sigma_min), min(high, net.sigma_max))

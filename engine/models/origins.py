@@ -3,6 +3,7 @@
 # diffusers and huggingface_hub are optional.
 # pyright: reportMissingImports=false
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,9 @@ from potstill.engine.nets.pipelines import diffusers
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SETTINGS = {"Scheduler": "scheduler_config.json", "Processor": "preprocessor_config.json", "Extractor": "preprocessor_config.json"}
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of every other part: one of these, or its shards
+WORDS = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["*.model"], ["vocab.txt"])  # of a tokenizer: all of one of these
 
 
 def local_path(name: str) -> Path:
@@ -49,18 +53,38 @@ def is_pipeline(path: Path) -> bool:
 
 
 def fetch(name: str, how: str = "") -> None:
-    """Download a pipeline from the hub: safetensors and settings, no pickle and no code. UserError, which ends with `how`, without one."""
+    """Download a pipeline from the hub, or what a download that was interrupted has left out: safetensors and settings, no pickle and no
+    code. UserError, which ends with `how`, where it is not here whole afterwards.
+    """
     library = diffusers()
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         library.DiffusionPipeline.download(name, use_safetensors=True)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        _snapshot.cache_clear()
+        reason = ""
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, *_broken_lines()) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if not reason and _snapshot(name):
+        return
+    advice, begun = f". {how}" * bool(how), _cached(name)
+    if begun is None:
         raise UserError(
-            f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason})" + f". {how}" * bool(how)
-        ) from error
-    _snapshot.cache_clear()
+            f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason or 'nothing came'})" + advice
+        )
+    raise UserError(
+        f"{name} is not whole in the hub's cache, where {begun} lacks {lacking(begun) or 'nothing'}, and the rest did not come from the hub "
+        f"({reason or 'which has no more, or cannot be reached'}): run this again where it can be reached" + advice
+    )
+
+
+def _broken_lines() -> tuple[type[Exception], ...]:
+    """What newer versions of the hub's package raise where a connection breaks; older ones raise OSErrors."""
+    if not installed("httpx"):
+        return ()
+    import httpx
+
+    return (httpx.HTTPError,)
 
 
 def fetched(name: str) -> Path:
@@ -72,7 +96,13 @@ def fetched(name: str) -> Path:
 
 @cache
 def _snapshot(name: str) -> Path | None:
-    """Where the hub's cache has this pipeline whole; None where it has not. Asks no network."""
+    """Where the hub's cache has this pipeline whole; None where it has not, also where a download was interrupted. Asks no network."""
+    found = _cached(name)
+    return found if found is not None and lacking(found) is None else None
+
+
+def _cached(name: str) -> Path | None:
+    """Where the hub's cache has anything of this name; None where it has not."""
     if not installed("huggingface_hub"):
         return None
     from huggingface_hub import snapshot_download
@@ -81,6 +111,46 @@ def _snapshot(name: str) -> Path | None:
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def lacking(folder: Path) -> str | None:
+    """The first file that a pipeline lacks of what its model_index.json names, weights with all their shards; None where it is whole."""
+    index = _json(folder / INDEX)
+    if not isinstance(index, dict):
+        return INDEX
+    parts = {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and isinstance(kind[1], str)}
+    missing = {name: _lacking_of_part(folder / name, kind) for name, kind in parts.items() if not name.startswith("_")}
+    return next((f"{name}/{file}" for name, file in missing.items() if file), None)
+
+
+def _lacking_of_part(part: Path, kind: str) -> str | None:
+    """kind: its class, whose name tells what is in it."""
+    if "Tokenizer" in kind:
+        words = any(all(list(part.glob(file)) for file in files) for files in WORDS)
+        return "tokenizer_config.json" if not (part / "tokenizer_config.json").is_file() else None if words else WORDS[0][0]
+    file = next((file for end, file in SETTINGS.items() if kind.endswith(end)), None)
+    if file is not None:
+        return None if (part / file).is_file() else file
+    if not (part / "config.json").is_file():
+        return "config.json"
+    if any((part / file).is_file() for file in WEIGHTS):
+        return None
+    indices = [part / f"{file}.index.json" for file in WEIGHTS if (part / f"{file}.index.json").is_file()]
+    if not indices:
+        return " or ".join(WEIGHTS)
+    index = _json(indices[0])
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        return indices[0].name
+    return next((shard for shard in sorted(map(str, shards.values())) if not (part / shard).is_file()), None)
+
+
+def _json(path: Path) -> Any:
+    """What a file says; None where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -22,6 +22,7 @@ from potstill.engine.common.writing import whole
 from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.models.weights import file_hash, load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 
 MANIFEST = "manifest.json"
 MOST_CLASSES, MOST_STUDENTS = 1_000_000, 4096  # a manifest that names more is none of ours
@@ -153,8 +154,8 @@ def _names_a_file(value: Any) -> bool:
 PARTITION = {"kind": TEXT, "hash": TEXT, "student_of": Kind(_each_has_classes, "each class's student, 0, 1 … without a gap")}
 
 
-def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
-    """The students a manifest names, as one net in eval mode, and the metadata of the first.
+def load_router(manifest: Path, base: Path | None = None) -> tuple[Router, dict[str, Any]]:
+    """The students a manifest names, as one net in eval mode, and the metadata of the first. base: as of `load_net`.
 
     UserError if a file is missing, is not the one the manifest was written for, or belongs to another partition.
     """
@@ -169,8 +170,8 @@ def load_router(manifest: Path) -> tuple[Router, dict[str, Any]]:
             )
         if sha256 != file_hash(file) and sha256 != digest(file):  # an earlier potstill took all of the file for the tensors in it
             raise UserError(f"{file} has changed since {manifest} was written: repeat the training command to renew it")
-        net, meta = load_net(file)
-        sizes.append((net.precond, net.img_channels, net.img_resolution, net.label_dim))
+        net, meta = load_net(file, base)
+        sizes.append((net.name if isinstance(net, DiffusersDenoiser) else net.precond, net.img_channels, net.img_resolution, net.label_dim))
         if sizes[k] != sizes[0]:
             raise Damaged(
                 f"{file} is a net of {sizes[k]}, student 0 is one of {sizes[0]} (class, channels, resolution, classes): they do not mix"

@@ -2,6 +2,7 @@
 
 student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
 images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that `potstill sample` makes
+images = student(seeds=[0, 1], prompts=["a cat", "a dog"])  # of a student that is told prompts
 x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
 """
 
@@ -11,7 +12,7 @@ x = student.generate(z, labels)                      # float32 about in [-1, 1],
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.embeddings import Encoder
+from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.prompts import Prompts
+from potstill.engine.data.vae import VAE
 from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
-from potstill.engine.models.generate import generate
-from potstill.engine.models.opening import STUDENT, open_models
+from potstill.engine.models.generate import Decode, Rows, generate
+from potstill.engine.models.opening import STUDENT, open_models, pipeline_named, settings, teacher_elsewhere
+from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import MANIFEST, Router, read_manifest, student_name
 from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
 
 WEIGHTS = "model.safetensors"  # in a folder as the Hugging Face hub expects it, beside config.json
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -45,17 +52,27 @@ class GivenNoise:
 
 
 class Student(nn.Module):
-    """A net (or the router of several) with the way to sample it, and `metadata`, what its weight file says."""
+    """A net (or the router of several) with the way to sample it, and `metadata`, what its weight file says.
 
-    def __init__(self, net: Denoiser | Router, sampler: Sampler, metadata: dict[str, Any] | None = None):
+    pipeline: of a net of diffusers, the folder of its teacher's, which embeds prompts and decodes latents; text: how its encoder works
+    (precision, max_length). None: they are not known, and neither is done.
+    """
+
+    def __init__(
+        self, net: Denoiser | Router, sampler: Sampler, metadata: dict[str, Any] | None = None, *, pipeline: Path | None = None,
+        text: dict[str, Any] | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.net, self.sampler, self.metadata = net, sampler, metadata or {}
+        self.net, self.sampler, self.metadata, self.pipeline, self.text = net, sampler, metadata or {}, pipeline, text or {}
+        self._loaded: dict[tuple[str, torch.device], Any] = {}  # of the pipeline, when it is asked for
         self.label_dim, self.shape = net.label_dim, net.shape
         self.draws = sampler.nfe if sampler.solver in (ANCESTRAL, RENOISE) else 1  # arrays of noise that an image takes
         self.noise_shape = self.shape if self.draws == 1 else (self.draws, *self.shape)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu") -> "Student":
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, device: torch.device | str = "cpu", pipeline: str | Path | None = None
+    ) -> "Student":  # fmt: skip
         """The student of a run folder, of a folder that `potstill export` made, in a weight file, or USER/NAME on the hub.
 
         Only safetensors and JSON are read; nothing of it is executed.
@@ -64,17 +81,26 @@ class Student(nn.Module):
             source: a folder, a file, or a name on the hub, which wants the extra `hub`.
             revision: a branch, tag or commit of the hub.
             device: where the net shall be.
+            pipeline: of a net of diffusers, its teacher's folder, or USER/NAME in the hub's cache; None: where the run found it.
 
         Raises:
-            UserError: nothing of that name, no student in it, or one of a format that is not known.
+            UserError: nothing of that name, no student in it, or one of a format that is not known; adapters of other weights.
         """
         place = Path(source).expanduser()
         if not place.exists() and HUB_ID.fullmatch(str(source)):
             place = _downloaded(str(source), revision)
         if (place / "model_index.json").is_file():
             raise UserError(f"{place} is a diffusers pipeline: load it with DiffusionPipeline.from_pretrained")
-        model = open_models(place / WEIGHTS if (place / WEIGHTS).is_file() else place, STUDENT, device=device)[0]
-        return cls(model.net, model.sampler, model.metadata).eval()
+        place, given = place / WEIGHTS if (place / WEIGHTS).is_file() else place, pipeline_named(pipeline)
+        model = open_models(place, STUDENT, device=device, base=given)[0]
+        net = _one_of(model.net)
+        if not isinstance(net, DiffusersDenoiser):
+            return cls(model.net, model.sampler, model.metadata).eval()
+        own = Path(net.source) if net.adapters is not None else None
+        found = next((one for one in (given, teacher_elsewhere(place), own) if one is not None and is_pipeline(one)), None)
+        said = settings(place).get("text") or {}
+        text = {name: said[name] for name in ("precision", "max_length") if said.get(name) is not None}
+        return cls(model.net, model.sampler, model.metadata, pipeline=found, text=text).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Weights and config.json as `from_pretrained` reads them. `potstill export --to hub` adds the model card.
@@ -99,8 +125,10 @@ class Student(nn.Module):
                 learnt, and of a net of prompts its null prompt.
 
         Raises:
-            UserError: noise or labels of another shape.
+            UserError: noise or labels of another shape; no prompts for a net that has no null prompt.
         """
+        if labels is None and getattr(self.net, "text", False) and getattr(self.net, "null", None) is None:
+            raise UserError('this student is told prompts, got none: student.generate(z, student.encode(["a cat", …])), one for each image')
         if tuple(z.shape[1:]) != self.noise_shape:
             raise UserError(f"this student wants noise {['N', *self.noise_shape]}, got {list(z.shape)}")
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
@@ -111,6 +139,7 @@ class Student(nn.Module):
         seeds: Sequence[int],
         labels: Sequence[int] | np.ndarray | Tensor | None = None,
         *,
+        prompts: Sequence[str] | Text | None = None,
         dtype: torch.dtype = torch.uint8,
         batch: int = 256,
     ) -> Tensor:
@@ -119,26 +148,85 @@ class Student(nn.Module):
         Args:
             seeds: whole numbers; noise is drawn on the CPU.
             labels: one class for each seed; by default seed s has class s mod classes, as in `potstill sample`.
-            dtype: uint8, EDM's rounding to 0 … 255; or float32, as the net gives them, about in [-1, 1].
+            prompts: of a net that is told some, one for each seed, as texts or embedded (`encode`).
+            dtype: uint8, EDM's rounding to 0 … 255; or float32, about in [-1, 1]. Latents are decoded by the VAE of `pipeline`.
             batch: images at a time.
 
         Raises:
-            UserError: classes for a net without, too few of them, or one that there is not; an image that is not finite.
+            UserError: classes or prompts for a net without, too few of them, or a class that there is not; latents or texts without a
+                pipeline; an image that is not finite.
         """
-        classes = self._classes(seeds, labels)
-        found = generate(self.net, self.sampler, classes, list(seeds), batch=batch, device=self.device, dtype=dtype)
-        return torch.cat([torch.empty(0, *self.shape, dtype=dtype, device=self.device), *found])
+        told = self._told(seeds, labels, prompts)
+        decode = self._decode()
+        if not len(seeds):
+            return torch.empty(0, *self.shape, dtype=dtype, device=self.device)
+        return torch.cat(
+            list(generate(self.net, self.sampler, told, list(seeds), batch=batch, device=self.device, dtype=dtype, decode=decode))
+        )
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Prompts as the net is told them, by the text encoders of `pipeline`, which stay on the device.
+
+        Raises:
+            UserError: a net that is told none, or no pipeline.
+        """
+        if not getattr(self.net, "text", False):
+            raise UserError("this student is told no prompts")
+        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(one, str) for one in prompts):
+            raise UserError(f"wanted a list of prompts, got {prompts!r:.60}")
+        pipeline = self._of_pipeline("embeds prompts")
+        return self._kept("encoder", lambda: Encoder(pipeline, self.device, **self.text))(prompts)
 
     @property
     def device(self) -> torch.device:
         """Where the net is; `student.to(device)` moves it."""
         return next(self.net.parameters()).device
 
+    def _of_pipeline(self, does: str) -> Path:
+        if self.pipeline is None:
+            raise UserError(
+                f"the pipeline of this student's teacher, which {does}, is not known or not there: Student.from_pretrained(…, pipeline=FOLDER), or "
+                "student.generate(z, prompts or labels), which takes embedded prompts and gives latents"
+            )
+        return self.pipeline
+
+    def _kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """A part of the pipeline that is loaded once for a device."""
+        key = what, self.device
+        if key not in self._loaded:
+            self._loaded[key] = make()
+        return self._loaded[key]
+
+    def _decode(self) -> Decode | None:
+        """What makes pictures of latents; None for a net of pictures."""
+        net = _one_of(self.net)
+        if not isinstance(net, DiffusersDenoiser) or (self.pipeline is None and not net.text and net.img_channels in (1, 3)):
+            return None
+        pipeline = self._of_pipeline("decodes latents")
+        return self._kept("vae", lambda: VAE(pipeline, self.device)).decode if "vae" in parts_of(index_of(pipeline)) else None
+
+    def _told(self, seeds: Sequence[int], labels: Any, prompts: Sequence[str] | Text | None) -> Rows | np.ndarray | None:
+        """What the net is told for every seed."""
+        if not getattr(self.net, "text", False) or labels is not None:
+            if prompts is not None:
+                raise UserError(
+                    "this student is told " + ("prompts alone: leave labels out" if labels is not None else "no prompts: leave them out")
+                )
+            return self._classes(seeds, labels)
+        if prompts is None:
+            raise UserError('this student is told prompts, got none: student(seeds=[0, 1], prompts=["a cat", "a dog"]), one for each seed')
+        if isinstance(prompts, str) or len(prompts) != len(seeds):
+            raise UserError(f"wanted one prompt for each of {len(seeds)} seeds, got {1 if isinstance(prompts, str) else len(prompts)}")
+        if isinstance(prompts, Text):
+            return Prompts([""] * len(prompts), lambda ids: prompts[torch.tensor(ids, device=prompts.embeds.device)], None, self.device)
+        return Prompts(list(prompts), lambda ids: self.encode([prompts[i] for i in ids]), None, self.device)
+
     def _classes(self, seeds: Sequence[int], labels: Any) -> np.ndarray | None:
         """The class of every seed, int64 [N]; None for a net without classes."""
         if not self.label_dim:
             if labels is not None:
-                raise UserError(f"this student knows no classes, got labels {labels}")
+                instead = ": prompts=[…] tell it what to draw" if getattr(self.net, "text", False) else ""
+                raise UserError(f"this student knows no classes, got labels {labels}{instead}")
             return None
         if labels is None:
             return np.array([seed % self.label_dim for seed in seeds], np.int64)
@@ -161,6 +249,11 @@ class Student(nn.Module):
         if labels.shape[1] != self.label_dim:
             raise UserError(f"wanted labels [{n}] or [{n}, {self.label_dim}], got {list(labels.shape)}")
         return labels.float()
+
+
+def _one_of(net: Denoiser | Router) -> Any:
+    """The net, or the first of several, which are all of one kind."""
+    return net.students[0] if isinstance(net, Router) else net
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -83,7 +83,7 @@ def _on_base(path: Path, meta: dict[str, Any], given: Path | None) -> Denoiser:
     if place is None:
         raise UserError(
             f"{path} holds the adapters (LoRA) of {said['source'] or 'another net'}, which is not at {' or '.join(map(str, places))}: "
-            "wanted that folder or file where it was, beside the adapters, or named with them (base=)"
+            "wanted that folder or file where it was, beside the adapters, or named with them (--pipeline FOLDER; in Python pipeline=)"
         )
     dtype = getattr(torch, said["dtype"])
     own = scheme_in(meta)
