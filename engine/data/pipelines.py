@@ -19,7 +19,7 @@ from potstill.engine.common.errors import Damaged, UserError, reading
 from potstill.engine.common.reading import read_json
 from potstill.engine.nets.families import Family, family_of
 from potstill.engine.nets.parts import check_finite, loaded, stored_in, stumbling
-from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
+from potstill.engine.nets.pipelines import AGAIN, READ, class_now, diffusers, part_of, quietly
 
 INDEX = "model_index.json"
 DENOISERS = ("transformer", "unet")
@@ -31,13 +31,13 @@ BLOCK, BLOCKS = 2**16, 256  # bytes, of a weight file of more than so many block
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """model_index.json. UserError where there is none, or it names a class that is not diffusers' or transformers' own."""
+    """model_index.json. UserError where there is none, or it names a class, of a part that is read, which is not diffusers' or transformers' own."""
     diffusers()
     if not (folder / INDEX).is_file():
         raise UserError(f"no pipeline at {folder}: wanted a folder with {INDEX}, as diffusers' save_pretrained writes it")
     index = read_json(folder / INDEX, dict, "copy or download it again")
-    for name, kind in {"_class_name": ["diffusers", index.get("_class_name")], **parts_of(index)}.items():
-        library, word = kind
+    read = {name: kind for name, kind in parts_of(index).items() if name.startswith(READ)}
+    for name, (library, word) in {"_class_name": ("diffusers", index.get("_class_name")), **read}.items():
         if library not in LIBRARIES or not _has(library, word):
             raise UserError(
                 f"{folder / INDEX} names {word!r} of {library!r} as {name}, wanted a class of {' or '.join(LIBRARIES)}: newer versions may know it"
@@ -75,7 +75,7 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     denoiser = next((name for name in DENOISERS if name in parts), None)
     if denoiser is None or not any(name.startswith(TEXT[0]) for name in parts):
         raise UserError(f"{folder} has no text encoder, and so takes no prompts: leave text.prompts out, or name another pipeline")
-    family = family_of(parts[denoiser][1])
+    family = family_of(class_now(part_of(folder, denoiser), parts[denoiser][1]))
     others = {name: None for name in index if isinstance(index[name], list) and not name.startswith(("_", *TEXT))}
     kind = getattr(diffusers(), index["_class_name"])
     config = read_json(part_of(folder, denoiser) / "config.json", dict, AGAIN)

@@ -28,7 +28,7 @@ from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
 from potstill.engine.formats.schedulers import Plan, plan
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
-from potstill.engine.nets.pipelines import diffusers
+from potstill.engine.nets.pipelines import class_now, diffusers
 
 FILES = Path(__file__).parent / "standalone"
 INDEX = "model_index.json"
@@ -103,10 +103,10 @@ def teacher_at(folder: Path, net: DiffusersDenoiser, named: str) -> Teacher:
     name, kind = its.index.get("_class_name"), type(net.model).__name__
     if not isinstance(name, str) or any((folder / part / f"{library}.py").exists() for part, (library, _) in its.components.items()):
         raise UserError(f"{folder} is a pipeline with code of its own, which an export does not copy: {other}")
-    parts = [part for part, (_, its_kind) in its.components.items() if its_kind == kind]
+    parts = [part for part, (_, its_kind) in its.components.items() if its_kind and class_now(folder / part, its_kind) == kind]
     if len(parts) != 1:
         raise UserError(f"{folder} has {len(parts)} parts of the class {kind}, wanted one that the student replaces: {other}")
-    its.part = parts[0]
+    its.part, its.index[parts[0]] = parts[0], ["diffusers", kind]
     if kind == "UNet2DModel" and set(its.components) <= {its.part, "scheduler"}:
         name = PIXELS
     its.pipeline = getattr(diffusers(), name, None)

@@ -17,11 +17,11 @@ from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
-from potstill.engine.nets.pipelines import diffusers
+from potstill.engine.nets.pipelines import READ, diffusers
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SETTINGS = {"Scheduler": "scheduler_config.json", "Processor": "preprocessor_config.json", "Extractor": "preprocessor_config.json"}
+SETTINGS = {"Scheduler": ("scheduler_config.json",), "Processor": ("processor_config.json", "preprocessor_config.json")}  # one of these
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of every other part: one of these, or its shards
 WORDS = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["*.model"], ["vocab.txt"])  # of a tokenizer: all of one of these
 
@@ -115,12 +115,12 @@ def _cached(name: str) -> Path | None:
 
 
 def lacking(folder: Path) -> str | None:
-    """The first file that a pipeline lacks of what its model_index.json names, weights with all their shards; None where it is whole."""
+    """The first file that a pipeline lacks of what is read of it, weights with all their shards; None where it is whole."""
     index = _json(folder / INDEX)
     if not isinstance(index, dict):
         return INDEX
     parts = {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and isinstance(kind[1], str)}
-    missing = {name: _lacking_of_part(folder / name, kind) for name, kind in parts.items() if not name.startswith("_")}
+    missing = {name: _lacking_of_part(folder / name, kind) for name, kind in parts.items() if name.startswith(READ)}
     return next((f"{name}/{file}" for name, file in missing.items() if file), None)
 
 
@@ -129,9 +129,9 @@ def _lacking_of_part(part: Path, kind: str) -> str | None:
     if "Tokenizer" in kind:
         words = any(all(list(part.glob(file)) for file in files) for files in WORDS)
         return "tokenizer_config.json" if not (part / "tokenizer_config.json").is_file() else None if words else WORDS[0][0]
-    file = next((file for end, file in SETTINGS.items() if kind.endswith(end)), None)
-    if file is not None:
-        return None if (part / file).is_file() else file
+    files = next((files for end, files in SETTINGS.items() if kind.endswith(end)), None)
+    if files is not None:
+        return None if any((part / file).is_file() for file in files) else files[0]
     if not (part / "config.json").is_file():
         return "config.json"
     if any((part / file).is_file() for file in WEIGHTS):

@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -213,7 +214,8 @@ class DiffusersDenoiser(Denoiser):
 
     def description(self) -> dict[str, Any]:
         """What `from_description` makes the same net of, with other weights: JSON."""
-        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        known = signature(type(self.model).__init__).parameters  # older files have more
+        config = {name: value for name, value in self.config.items() if name in known}
         described = {"class": self.name, "config": config, "scheme": self.scheme, "size": self.shape[1:], "fixed": self.fixed}
         return json.loads(json.dumps(described))
 

@@ -11,10 +11,15 @@ from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.packages import installed
+from potstill.engine.common.reading import read_json
 from potstill.engine.diffusion.tables import scheme_of
 from potstill.engine.nets.families import family_of
 
 AGAIN = "download the model whole again"
+#: How the names of the parts begin that anything here reads; others, such as a safety checker, are copied into exports and no more.
+READ = ("unet", "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "processor")
+LEGACY = "Transformer2DModel"  # as older files call two of today's classes, told apart by norm_type
+NOW = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 def diffusers() -> Any:
@@ -49,6 +54,7 @@ def quietly() -> Iterator[None]:
 
 def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """The denoiser's class, its own folder, and its scheme. UserError where any is missing or not known."""
+    diffusers()
     index = _json(folder / "model_index.json")
     found = [part for part in ("unet", "transformer") if _class_in(index, part)]
     scheduler = _class_in(index, "scheduler")
@@ -60,10 +66,17 @@ def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
     part = found[0]
     if _class_in(index, f"{part}_2"):
         raise UserError(f"{folder} has two denoisers, {part} and {part}_2, each for half of the noise levels: choose a pipeline of one")
-    name = str(_class_in(index, part))
-    family_of(name)
     path = part_of(folder, part)
+    name = class_now(path, str(_class_in(index, part)))
+    family_of(name)
     return name, path, scheme_of(scheduler, _settings(scheduler, part_of(folder, "scheduler")))
+
+
+def class_now(path: Path, name: str) -> str:
+    """What diffusers calls the class `name` of the denoiser in the folder `path` today."""
+    if name != LEGACY:
+        return name
+    return NOW.get(str(read_json(path / "config.json", dict, AGAIN).get("norm_type")), name)
 
 
 def part_of(folder: Path, part: str) -> Path:
