@@ -1,9 +1,11 @@
-"""Pipelines whose files name things as those do that people download: SD 1.5's safety checker, and DiT's and PixArt's former class.
+"""Pipelines whose files name things as those do that people download: SD 1.5's safety checker, DiT's and PixArt's former class, DDPM's folder.
 
 What runs here is tiny and random; what model_index.json and config.json say is what these releases say.
 """
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 import diffusers_pipelines
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from potstill.engine.export import main as export
@@ -33,6 +36,18 @@ def edit(file, **changes):
 def released(kind, folder):
     """A tiny pipeline as its release is laid out."""
     diffusers_pipelines.folder(kind, folder)
+    if kind == "unet":  # all in one folder, and attention's layers called as in the first version
+        weights = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        rename = re.compile(rf"attentions\.\d+\.({'|'.join(map(re.escape, old))})\.")
+        named = {rename.sub(lambda m: m[0].replace(m[1], old[m[1]]), name): tensor for name, tensor in weights.items()}
+        assert any("query" in name for name in named)
+        save_file(named, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        for path in ("unet/config.json", "scheduler/scheduler_config.json"):
+            (folder / path).rename(folder / path.partition("/")[2])
+        shutil.rmtree(folder / "unet")
+        shutil.rmtree(folder / "scheduler")
+        return folder
     if kind != "sd15":
         edit(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
         edit(folder / "transformer/config.json", _class_name="Transformer2DModel", **LEGACY)
@@ -51,7 +66,7 @@ def released(kind, folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sd15", "dit", "pixart"])
+@pytest.mark.parametrize("kind", ["sd15", "dit", "pixart", "unet"])
 def test_a_run_and_its_export(kind, tmp_path):
     teacher = released(kind, tmp_path / kind)
     assert lacking(teacher) is None
@@ -60,7 +75,7 @@ def test_a_run_and_its_export(kind, tmp_path):
         "method: {steps: [999], start: unit}\ntrain: {batch: 2, kimg: 0.012}\n"
     )
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    run, told = tmp_path / "run", [] if kind == "dit" else [f"text.prompts={tmp_path}/prompts.txt"]
+    run, told = tmp_path / "run", [] if kind in ("dit", "unet") else [f"text.prompts={tmp_path}/prompts.txt"]
     train([str(tmp_path / "tiny.yaml"), f"run_dir={run}", f"teacher.checkpoint={teacher}", *told])
     export([str(run), "--to", "diffusers", "--out", str(tmp_path / "out")])
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
@@ -68,7 +83,7 @@ def test_a_run_and_its_export(kind, tmp_path):
     assert {name: type(part) for name, part in pipe.components.items() if name != "scheduler"} == {
         name: type(part) for name, part in own.components.items() if name != "scheduler"
     }
-    part = "unet" if kind == "sd15" else "transformer"
+    part = "unet" if kind in ("sd15", "unet") else "transformer"
     mine = DiffusersDenoiser.from_folder(teacher).model
     assert all(torch.equal(a, b) for a, b in zip(mine.state_dict().values(), getattr(own, part).state_dict().values(), strict=True))
     assert any((a - b).any() for a, b in zip(getattr(pipe, part).state_dict().values(), mine.state_dict().values(), strict=True))

@@ -156,8 +156,8 @@ def hash_of_part(folder: Path, *beginnings: str) -> str:
     names = sorted(name for name in parts_of(index_of(folder)) if name.startswith(beginnings))
     digest = hashlib.sha256()
     for part in names:
-        with reading(folder / part):
-            files = sorted(path for path in (folder / part).iterdir() if path.suffix in SMALL or WEIGHTS.fullmatch(path.name))
+        with reading(place := part_of(folder, part)):
+            files = sorted(path for path in place.iterdir() if path.suffix in SMALL or WEIGHTS.fullmatch(path.name))
             for path in files:
                 digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
                 for block in _blocks(path):

@@ -17,7 +17,7 @@ from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
-from potstill.engine.nets.pipelines import READ, diffusers
+from potstill.engine.nets.pipelines import READ, diffusers, place_of
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -120,7 +120,7 @@ def lacking(folder: Path) -> str | None:
     if not isinstance(index, dict):
         return INDEX
     parts = {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and isinstance(kind[1], str)}
-    missing = {name: _lacking_of_part(folder / name, kind) for name, kind in parts.items() if name.startswith(READ)}
+    missing = {name: _lacking_of_part(place_of(folder, name), kind) for name, kind in parts.items() if name.startswith(READ)}
     return next((f"{name}/{file}" for name, file in missing.items() if file), None)
 
 

@@ -81,9 +81,15 @@ def class_now(path: Path, name: str) -> str:
 
 def part_of(folder: Path, part: str) -> Path:
     """The folder of a part that model_index.json names. UserError where it is not there."""
-    if not (folder / part).is_dir():
+    if not (path := place_of(folder, part)).is_dir():
         raise UserError(f"no {part}/ in {folder}, though its model_index.json names it: {AGAIN}")
-    return folder / part
+    return path
+
+
+def place_of(folder: Path, part: str) -> Path:
+    """Where it should be. The first pipelines, of a U-Net and a scheduler, lie in one folder, as of google/ddpm-cat-256."""
+    flat = {"unet": "config.json", "scheduler": "scheduler_config.json"}.get(part)
+    return folder if flat and not (folder / part).is_dir() and (folder / flat).is_file() else folder / part
 
 
 def _settings(scheduler: str, folder: Path) -> Mapping[str, Any]:
