@@ -112,8 +112,8 @@ class TeacherConfig:
         one_of(self, "precision", ("auto", "fp32", "bf16"))
         good = self.size is None or (len(self.size) in (2, 3) and min(self.size) > 0)
         wants(self, "size", good, "height and width of latents (before them, frames), or null")
-        at_least(self, 0, "embedded_guidance")
         finite(self)
+        at_least(self, 0, "embedded_guidance")
 
 
 @dataclass
