@@ -31,7 +31,7 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None, *, te
         marks["data"] = images.fingerprint()
     given = local_path(cfg.teacher.checkpoint) if cfg.teacher.checkpoint else None
     if given is not None and is_pipeline(given):
-        marks["teacher"] = {"sha256": hash_of_part(given, "unet", "transformer", "scheduler")}
+        marks["teacher"] = mark_of(given)
     elif teacher is not None:
         marks["teacher"] = {"sha256": weights_hash(teacher)}
     if text and given is not None:
@@ -41,6 +41,11 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None, *, te
     if cfg.skipping.plan:
         marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
     return marks
+
+
+def mark_of(pipeline: Path) -> dict[str, str]:
+    """What identifies a teacher that is a pipeline."""
+    return {"sha256": hash_of_part(pipeline, "unet", "transformer", "scheduler")}
 
 
 def check_inputs(folder: Path, marks: Marks) -> None:

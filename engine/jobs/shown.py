@@ -11,12 +11,12 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.data.captions import CAPTIONS
 from potstill.engine.data.embeddings import Encoder
-from potstill.engine.data.pipelines import hash_of_part, index_of, parts_of
+from potstill.engine.data.pipelines import index_of, parts_of
 from potstill.engine.data.prompts import Prompts, TextConfig, open_prompts
 from potstill.engine.data.shards import MANIFEST
 from potstill.engine.data.vae import VAE
 from potstill.engine.jobs.finish import Shown
-from potstill.engine.jobs.inputs import FILE
+from potstill.engine.jobs.inputs import FILE, mark_of
 from potstill.engine.models.opening import TEACHER, Model, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import Router
@@ -67,7 +67,7 @@ def check_teacher(source: Path, pipeline: Path) -> None:
         return
     marks = read_json(file, dict, "remove it, and nothing is compared with it")
     before = marks.get("teacher")
-    if isinstance(before, dict) and "sha256" in before and before["sha256"] != hash_of_part(pipeline, "unet", "transformer", "scheduler"):
+    if isinstance(before, dict) and "sha256" in before and before["sha256"] != mark_of(pipeline)["sha256"]:
         raise UserError(
             f"{pipeline} is another pipeline than the one that {source} began with: put that one back, or name its folder with --pipeline"
         )

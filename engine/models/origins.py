@@ -17,12 +17,12 @@ from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
+from potstill.engine.nets.parts import LOADED, wanted_files
 from potstill.engine.nets.pipelines import READ, diffusers, place_of
 
 INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SETTINGS = {"Scheduler": ("scheduler_config.json",), "Processor": ("processor_config.json", "preprocessor_config.json")}  # one of these
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of every other part: one of these, or its shards
 WORDS = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["*.model"], ["vocab.txt"])  # of a tokenizer: all of one of these
 
 
@@ -119,12 +119,13 @@ def lacking(folder: Path) -> str | None:
     index = _json(folder / INDEX)
     if not isinstance(index, dict):
         return INDEX
-    parts = {name: kind[1] for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2 and isinstance(kind[1], str)}
-    missing = {name: _lacking_of_part(place_of(folder, name), kind) for name, kind in parts.items() if name.startswith(READ)}
+    read = {name: kind for name, kind in index.items() if name.startswith(READ) and isinstance(kind, list) and len(kind) == 2}
+    parts = {name: kind for name, kind in read.items() if all(isinstance(word, str) for word in kind) and kind[0] in LOADED}
+    missing = {name: _lacking_of_part(place_of(folder, name), *kind) for name, kind in parts.items()}
     return next((f"{name}/{file}" for name, file in missing.items() if file), None)
 
 
-def _lacking_of_part(part: Path, kind: str) -> str | None:
+def _lacking_of_part(part: Path, library: str, kind: str) -> str | None:
     """kind: its class, whose name tells what is in it."""
     if "Tokenizer" in kind:
         words = any(all(list(part.glob(file)) for file in files) for files in WORDS)
@@ -134,16 +135,7 @@ def _lacking_of_part(part: Path, kind: str) -> str | None:
         return None if any((part / file).is_file() for file in files) else files[0]
     if not (part / "config.json").is_file():
         return "config.json"
-    if any((part / file).is_file() for file in WEIGHTS):
-        return None
-    indices = [part / f"{file}.index.json" for file in WEIGHTS if (part / f"{file}.index.json").is_file()]
-    if not indices:
-        return " or ".join(WEIGHTS)
-    index = _json(indices[0])
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict) or not shards:
-        return indices[0].name
-    return next((shard for shard in sorted(map(str, shards.values())) if not (part / shard).is_file()), None)
+    return next((file.name for file in wanted_files(part, library) if not file.is_file()), None)
 
 
 def _json(path: Path) -> Any:

@@ -31,19 +31,28 @@ QUANTIZED = ("F8_E4M3", "F8_E5M2")  # floats of 8 bits, which both libraries rea
 
 def weight_files(path: Path, library: str) -> list[Path]:
     """The safetensors files that a library reads in the folder of a part. UserError where there are none, Damaged where one is missing."""
-    names = LOADED[library]
-    first = next((name for name in names if (path / name).is_file()), None)
-    if first is None:
-        raise UserError(_none(path, min(names, key=len)))
+    files = wanted_files(path, library)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and _first(path, library) is None:
+        raise UserError(_none(path, missing[0]))
+    if missing:
+        raise Damaged(f"{path} lacks {missing[0]}, 1 of {len(files)} files of weights that its {_first(path, library)} names: {AGAIN}")
+    return files
+
+
+def wanted_files(path: Path, library: str) -> list[Path]:
+    """The same, whether they are there or not. Damaged for a list of shards that is none."""
+    first = _first(path, library) or min(LOADED[library], key=len)
     if not first.endswith(INDEX):
         return [path / first]
     shards = read_json(path / first, dict, AGAIN).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(is_text(one) and Path(one).name == one for one in shards.values()):
         raise Damaged(f"{path / first} does not say which weights are in which file: {AGAIN}")
-    files = [path / name for name in sorted(set(shards.values()))]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise Damaged(f"{path} lacks {missing[0]}, 1 of {len(files)} files of weights that its {first} names: {AGAIN}")
-    return files
+    return [path / name for name in sorted(set(shards.values()))]
+
+
+def _first(path: Path, library: str) -> str | None:
+    return next((name for name in LOADED[library] if (path / name).is_file()), None)
 
 
 def _none(path: Path, wanted: str) -> str:
