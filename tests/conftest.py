@@ -4,6 +4,7 @@ With POTSTILL_REHEARSE=1 (benches/rehearse.py) tests marked gpu run on the CPU, 
 case: kernels under TRITON_INTERPRET=1, by the interpreter and by csrc/ compiled as C++ (test_csrc.py), the rest without it.
 """
 
+import functools
 import gc
 import math
 import socket
@@ -106,6 +107,23 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """folders(kind, seed=0): a tiny pipeline of diffusers, made when it is asked for."""
+    import diffusers_pipelines
+
+    root = tmp_path_factory.mktemp("pipelines")
+    return functools.cache(lambda kind, seed=0: diffusers_pipelines.folder(kind, root / (f"{kind}-{seed}" if seed else kind), seed))
+
+
+@pytest.fixture(scope="module")
+def pipelines(folders):
+    """pipelines(kind): the same, SD's with a scaling that suits its random VAE."""
+    import diffusers_pipelines
+
+    return functools.cache(lambda kind: diffusers_pipelines.scaled(folders(kind), 3.5) if kind == "sd15" else folders(kind))
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@ denoisers of `diffusers_models`, which fit them.
 
 Use it behind `pytest.importorskip("diffusers")`. `folder(kind, path)` writes one as `DiffusionPipeline.from_pretrained` reads it.
 A picture's sides are 8 times those of its latents, as VAEs have it (Sana's 4 times, FLUX.2's 2 times). The kinds are those of
-`diffusers_models`, but for UNet2DModel with classes, for which DDPMPipeline has no argument.
+`diffusers_models`, but for UNet2DModel with classes, for which DDPMPipeline has no argument. The fixtures `folders` and `pipelines`
+(conftest.py) make them when they are asked for; `write_recipe` is what runs on them are begun with.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 
 PIPELINES = tuple(kind for kind in diffusers_models.TINY if kind != "unet_classes")
 TOKENS = 16  # of CLIP's prompts
+WORDS = ["a cat", "a dog", "seven birds on a wire", "rain", "an old stone bridge", "snow", "a red bicycle"]
 WIDTH, POOLED = 12, 10  # of what the denoisers read
 # Of the denoisers' configs: PixArtAlphaPipeline tells the resolution to nets of this sample_size only, and Lumina2Pipeline's prompts
 # have 256 tokens.
@@ -25,6 +28,23 @@ def folder(kind: str, path: Path, seed: int = 0, **changes: Any) -> Path:
     """A pipeline's folder. changes: of its scheduler's config."""
     pipeline(kind, seed, **changes).save_pretrained(path, safe_serialization=True)
     return path
+
+
+def scaled(path: Path, factor: float) -> Path:
+    """The folder with another scaling of its latents: what a random VAE makes varies as a trained one's does."""
+    config = path / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": factor}))
+    return path
+
+
+def write_recipe(folder: Path, method: str = "steps: [999], fake_per_student: 2", train: str = "kimg: 0.008") -> Path:
+    """A recipe of a few iterations with two samples each, by DMD on latents of 8 x 8, and prompts, more than a batch."""
+    (folder / "prompts.txt").write_text("\n".join(WORDS) + "\n")
+    (folder / "tiny.yaml").write_text(
+        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
+        f"method: {{{method}}}\ntrain: {{batch: 2, {train}}}\n"
+    )
+    return folder / "tiny.yaml"
 
 
 def pipeline(kind: str, seed: int = 0, **changes: Any) -> Any:

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 import diffusers
 import diffusers_pipelines
 import torch
+from diffusers_pipelines import WORDS
 from safetensors.torch import load_file, save_file
 
 from potstill.__main__ import main as potstill
@@ -37,24 +38,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(?!potstill)", "ignore::FutureWarning:(?!potstill)"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"),
 ]
-
-WORDS = ["a cat", "a dog", "seven birds on a wire", "rain", "an old stone bridge", "snow", "a red bicycle"]
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Pipelines by kind, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = diffusers_pipelines.folder(kind, root / kind)
-            config = made[kind] / "vae/config.json"
-            if kind == "sd15":  # a scaling that suits its random VAE
-                config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 3.5}))
-        return made[kind]
-
-    return folder
 
 
 # The hub's cache
@@ -146,11 +129,7 @@ def test_a_whole_snapshot_of_shards_with_other_precisions(hub, pipelines, tmp_pa
 def place(tmp_path_factory, pipelines):
     """Where all runs here are trained: a recipe, prompts, and the teachers, which the runs name by relative paths."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "prompts.txt").write_text("\n".join(WORDS) + "\n")
-    (folder / "tiny.yaml").write_text(
-        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
-        "method: {steps: [999], fake_per_student: 2}\ntrain: {batch: 2, kimg: 0.008, grid_kimg: 0.008, checkpoint_kimg: 0.004}\n"
-    )
+    diffusers_pipelines.write_recipe(folder, train="kimg: 0.008, grid_kimg: 0.008, checkpoint_kimg: 0.004")
     return folder
 
 

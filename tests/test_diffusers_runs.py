@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 
 import diffusers_pipelines
 import torch
+from diffusers_pipelines import WORDS
 from killing import killed, needs_fork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,34 +43,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers"),
 ]
 
-WORDS = ["a cat", "a dog", "seven birds on a wire", "rain", "an old stone bridge", "snow", "a red bicycle"]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A recipe of four iterations with two samples each, and prompts, more than a batch."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "prompts.txt").write_text("\n".join(WORDS) + "\n")
-    (folder / "tiny.yaml").write_text(
-        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
-        "method: {steps: [999], fake_per_student: 2}\ntrain: {batch: 2, kimg: 0.008, grid_kimg: 0.008, checkpoint_kimg: 0.004}\n"
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Pipelines by kind, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = diffusers_pipelines.folder(kind, root / kind)
-            config = made[kind] / "vae/config.json"
-            if kind == "sd15":  # a scaling that suits its random VAE
-                config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 3.5}))
-        return made[kind]
-
+    diffusers_pipelines.write_recipe(folder, train="kimg: 0.008, grid_kimg: 0.008, checkpoint_kimg: 0.004")
     return folder
 
 

@@ -35,29 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(?!potstill)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Pipelines by kind, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = diffusers_pipelines.folder(kind, root / kind)
-        return made[kind]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pipeline(folders, tmp_path_factory):
     """SD's, with a scaling that suits its random VAE."""
     path = shutil.copytree(folders("sd15"), tmp_path_factory.mktemp("scaled") / "sd15")
-    return scaled(path, 3.5)
-
-
-def scaled(path, factor):
-    config = path / "vae/config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": factor}))
-    return path
+    return diffusers_pipelines.scaled(path, 3.5)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +146,7 @@ def test_a_converted_set_holds_the_mean_of_the_posterior(bits, dtype, tolerance,
 
 
 def test_grey_pictures_without_labels_or_captions(pipeline, tmp_path):
-    pipeline = scaled(shutil.copytree(pipeline, tmp_path / "sd15"), 14)  # of a digit's 8x8 pixels one latent is left
+    pipeline = diffusers_pipelines.scaled(shutil.copytree(pipeline, tmp_path / "sd15"), 14)  # of a digit's 8x8 pixels one latent is left
     write_latents(tmp_path / "latents", open_images("digits", labelled=False).thinned(5), pipeline, CPU)
     found = open_images(tmp_path / "latents")
     grey = torch.from_numpy(np.rint(load_digits().images[[0, 359, 718, 1078, 1437]] * 255 / 16)).float()[:, None] / 127.5 - 1
@@ -277,7 +258,7 @@ def test_two_sizes_in_one_set(tmp_path):
 
 
 def test_a_vae_whose_scaling_is_missing_is_named_before_anything_is_written(pictures, folders, tmp_path):
-    path = scaled(shutil.copytree(folders("sd15"), tmp_path / "sd15"), 1e-3)
+    path = diffusers_pipelines.scaled(shutil.copytree(folders("sd15"), tmp_path / "sd15"), 1e-3)
     with pytest.raises(UserError, match=r"standard deviation of .*was the VAE's scaling applied"):
         converted(pictures, path, tmp_path / "latents")
     assert not list((tmp_path / "latents").glob("*.safetensors"))
@@ -315,7 +296,7 @@ def test_a_damaged_shard_is_named_and_made_again(latents, pictures, pipeline):
 
 def test_a_folder_of_something_else_is_refused(latents, pictures, pipeline, tmp_path):
     out = latents.source.path
-    other = scaled(shutil.copytree(pipeline, tmp_path / "other"), 3.6)
+    other = diffusers_pipelines.scaled(shutil.copytree(pipeline, tmp_path / "other"), 3.6)
     for said, source, folder, more in (
         ("another vae", pictures, other, ["--bits", "32"]),
         ("another dtype", pictures, pipeline, []),
@@ -333,7 +314,7 @@ def test_latents_of_another_vae(latents, pipeline, tmp_path):
     check_vae(open_images("digits"), pipeline)
     check_vae(open_images(foreign(tmp_path / "theirs", [(3, 4, 6, 6)])), pipeline)
     with pytest.raises(UserError, match=r"latents of another VAE than that of .*other"):
-        check_vae(latents, scaled(shutil.copytree(pipeline, tmp_path / "other"), 3.6))
+        check_vae(latents, diffusers_pipelines.scaled(shutil.copytree(pipeline, tmp_path / "other"), 3.6))
 
 
 def test_a_cache_of_prompts_is_no_data_set(pipeline, tmp_path):

@@ -34,22 +34,6 @@ UNET, VAE, CLIP = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pyt
 T5 = "text_encoder_3/model.safetensors"  # SD3's
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Pipelines by kind, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def folder(kind):
-        if kind not in made:
-            made[kind] = diffusers_pipelines.folder(kind, root / kind)
-            config = made[kind] / "vae/config.json"
-            if kind == "sd15":  # a scaling that suits its random VAE
-                config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 3.5}))
-        return made[kind]
-
-    return folder
-
-
 @pytest.fixture
 def changed(pipelines, tmp_path):
     """A copy of a pipeline, with a change to its folder."""
@@ -164,11 +148,7 @@ ON_PAPER = {
 @pytest.fixture
 def refused(tmp_path, capsys):
     """The sentence of a command that ends with exit code 2 and has written nothing."""
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\nrain\n")
-    (tmp_path / "tiny.yaml").write_text(
-        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
-        "method: {steps: [999], fake_per_student: 2, start: unit}\ntrain: {batch: 2, kimg: 0.008, grid_kimg: 0.008}\n"
-    )
+    diffusers_pipelines.write_recipe(tmp_path, "steps: [999], fake_per_student: 2, start: unit", "kimg: 0.008, grid_kimg: 0.008")
 
     def sentence(*command):
         before = sorted(tmp_path.rglob("*"))

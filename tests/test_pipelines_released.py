@@ -70,13 +70,9 @@ def released(kind, folder):
 def test_a_run_and_its_export(kind, tmp_path):
     teacher = released(kind, tmp_path / kind)
     assert lacking(teacher) is None
-    (tmp_path / "tiny.yaml").write_text(
-        "defaults: [schema, {method: dmd}, _self_]\ndata: {path: null}\nteacher: {size: [8, 8], loss: {sampling_steps: 2}}\n"
-        "method: {steps: [999], start: unit}\ntrain: {batch: 2, kimg: 0.012}\n"
-    )
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    recipe = diffusers_pipelines.write_recipe(tmp_path, "steps: [999], start: unit", "kimg: 0.012")
     run, told = tmp_path / "run", [] if kind in ("dit", "unet") else [f"text.prompts={tmp_path}/prompts.txt"]
-    train([str(tmp_path / "tiny.yaml"), f"run_dir={run}", f"teacher.checkpoint={teacher}", *told])
+    train([str(recipe), f"run_dir={run}", f"teacher.checkpoint={teacher}", *told])
     export([str(run), "--to", "diffusers", "--out", str(tmp_path / "out")])
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     own = diffusers.DiffusionPipeline.from_pretrained(teacher)
@@ -96,3 +92,11 @@ def test_a_part_that_nobody_reads_may_be_of_any_class(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     words = [f"run_dir={tmp_path}/run", f"teacher.checkpoint={teacher}", f"text.prompts={tmp_path}/prompts.txt", "--dry-run"]
     train(["sid_lsg_sd15", "teacher.size=null", *words])
+
+
+def test_an_index_that_names_no_class_lacks_nothing_of_it(tmp_path):
+    """Whoever reads the part says what is wrong with it."""
+    teacher = released("dit", tmp_path / "dit")
+    for value in ([["diffusers"], "X"], [{}, {}], [None, None], ["diffusers", 1], "diffusers", ["diffusers"], 7):
+        edit(teacher / "model_index.json", vae=value)
+        assert lacking(teacher) is None

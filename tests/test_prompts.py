@@ -39,19 +39,6 @@ TEXTS = ["a cat", "two dogs", "x", "fish, red", "a house", "no", "tree"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:(?!potstill)", "ignore::FutureWarning:(?!potstill)")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Pipelines by kind, made when they are asked for."""
-    root, made = tmp_path_factory.mktemp("pipelines"), {}
-
-    def folder(kind, seed=0):
-        if (kind, seed) not in made:
-            made[kind, seed] = diffusers_pipelines.folder(kind, root / f"{kind}-{seed}", seed)
-        return made[kind, seed]
-
-    return folder
-
-
 def config(tmp_path, texts=TEXTS, **more):
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     return TextConfig(prompts=str(tmp_path / "prompts.txt"), **more)

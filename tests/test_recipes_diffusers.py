@@ -4,8 +4,6 @@ Only files and sizes are replaced. The nets are random, so what is trained means
 students' noise levels are compared with diffusers' own tables of alphas, or with t / (1 - t) of flows.
 """
 
-import json
-
 import pytest
 import torch
 
@@ -44,8 +42,7 @@ def place(tmp_path_factory):
     (folder / "prompts.txt").write_text("a cat\na dog\ntwo birds\na red house\n")
     np.savez(folder / "pictures.npz", images=torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8).numpy())
     for kind in ("sd15", "sdxl"):
-        vae = folder / kind / "vae/config.json"  # of random weights: what they make is to vary as a trained one's does
-        vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 4.0}))
+        diffusers_pipelines.scaled(folder / kind, 4.0)
         words = ["--pipeline", str(folder / kind), "--captions", str(folder / "prompts.txt"), "--device", "cpu"]
         convert.main(["latents", str(folder / "pictures.npz"), str(folder / f"{kind}-latents"), *words])
     return folder
