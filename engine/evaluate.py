@@ -23,10 +23,8 @@ from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import check_writable
-from potstill.engine.data.captions import read_prompts
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.jobs.shown import shown_of
-from potstill.engine.jobs.told import captions_file
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
@@ -203,8 +201,7 @@ def check_latents(model: Model, images: Images, pipeline: str) -> None:
 
 def captions_beside(images: Images | None) -> list[str] | None:
     """The captions of latents, which a pipeline without a run is asked with; None where there are none."""
-    file = captions_file(images)
-    return None if file is None else read_prompts(file)
+    return None if images is None else images.captions
 
 
 def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:

@@ -18,6 +18,7 @@ from potstill.engine.diffusion.tables import scheme_of  # noqa: E402
 from potstill.engine.methods.base import frozen  # noqa: E402
 from potstill.engine.nets.conditions import Text, cat, expanded  # noqa: E402
 from potstill.engine.nets.diffusers import DiffusersDenoiser  # noqa: E402
+from potstill.engine.nets.discriminators import BottleneckHead, Critic  # noqa: E402
 
 # Torch on RMSNorm of bfloat16 with float32 weights, which is slower.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -334,7 +335,7 @@ def test_levels_are_what_the_whole_net_sees_half_way(name):
     for mode in ("off", "blocks"):
         net.recompute(mode)
         levels = net.levels(x, sigma, condition)
-        assert name == "wan" or [(m.shape[1], m.shape[-1]) for m in levels] == net.taps()
+        assert name == "wan" or [tuple(m.shape[1:]) for m in levels] == net.taps()
         assert [m.shape for m in levels] == [m.shape for m in wanted] and all(map(torch.equal, levels, wanted))
     assert torch.equal(net.features(x, sigma, condition), levels[-1]) and list(net.state_dict()) == keys
     x.requires_grad_()
@@ -459,11 +460,15 @@ def test_an_embedded_scale_of_guidance_must_be_fixed():
         made("flux", fixed={})
 
 
-def test_heads_want_square_pictures():
-    for name, size in (("wan", (2, 8, 8)), ("flux", (8, 6))):
-        net = DiffusersDenoiser(diffusers_models.model(name), made(name).scheme, size=size)
-        with pytest.raises(UserError, match="heads on a net's features want square samples"):
-            net.taps()
+def test_heads_want_pictures_whose_sides_can_be_halved():
+    video = DiffusersDenoiser(diffusers_models.model("wan"), made("wan").scheme, size=(2, 8, 8))
+    with pytest.raises(UserError, match="heads on a net's features want pictures"):
+        video.taps()
+    odd = DiffusersDenoiser(diffusers_models.model("flux"), made("flux").scheme, size=(8, 6))
+    with pytest.raises(UserError, match="powers of two from 2, and at most 4 times one another, got 4x3"):
+        Critic(odd, with_head=True)
+    with pytest.raises(UserError, match="got 2x16"):
+        BottleneckHead(8, 2, 16)
 
 
 @pytest.mark.parametrize(

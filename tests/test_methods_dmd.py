@@ -162,7 +162,7 @@ def test_the_head_has_dmd2s_size():
         )  # fmt: skip
         critic = Critic(adm, with_head=True)
         x, sigma, labels = torch.empty(2, 3, 64, 64), torch.empty(2), torch.empty(2, 1000)
-        assert adm.taps()[-1] == (768, 8)
+        assert adm.taps()[-1] == (768, 8, 8)
         assert adm.features(x, sigma, labels).shape == (2, 768, 8, 8)
         assert critic.logits(x, sigma, labels).shape == (2, 1)
     assert sum(p.numel() for p in critic.head.parameters()) == 2 * (16 * 768**2 + 3 * 768) + 768 + 1  # 18.88 M

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
@@ -48,10 +49,13 @@ MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
 class DataConfig:
     """The real images; they also say resolution, channels and number of classes."""
 
-    path: str | None = "digits"  # digits | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
+    path: str | None = (
+        "digits"  # digits | scenes (of digits, with captions) | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
+    )
     resolution: int | None = None  # wanted; null: as it comes
     unlabelled: bool = False  # ignore class labels and class folders
     flips: bool = False  # mirror half of the images
+    captions: str | None = None  # .txt or .jsonl, one an image, or one a class; null: those beside the images, where there are some
     workers: int = 2  # processes that decode images when they do not fit in memory
     how: str = ""  # how to get the data: printed when it is missing
 
@@ -59,17 +63,23 @@ class DataConfig:
         at_least(self, 1, "resolution")
         at_least(self, 0, "workers")
         wants(self, "path", self.path != "", "a data set, or null for none")
+        wants(self, "captions", self.captions != "", "a file, or null for those beside the images")
 
     def unused(self) -> Unused:
-        return {} if self.path else dict.fromkeys(("resolution", "unlabelled", "flips", "workers"), "data.path=null")
+        return {} if self.path else dict.fromkeys(("resolution", "unlabelled", "flips", "captions", "workers"), "data.path=null")
 
 
 @dataclass
 class NetConfig:
-    """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data."""
+    """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data.
+
+    A class of diffusers takes `config` instead.
+    """
 
     precond: str = "EDMPrecond"  # preconditioning: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond | GDDPrecond | ECMPrecond
-    model_type: str = "SongUNet"  # SongUNet (DDPM++, NCSN++) | DhariwalUNet (ADM)
+    model_type: str = "SongUNet"  # SongUNet (DDPM++, NCSN++) | DhariwalUNet (ADM) | PixArtTransformer2DModel, which is told prompts
+    config: dict[str, Any] | None = None  # settings of a class of diffusers by its own names; null: its defaults
+    prediction: str = "v_prediction"  # of a class of diffusers: v_prediction | epsilon (on DDPM's table) | flow
     conditional: bool = True  # on the class, where the data has classes
     model_channels: int | None = None  # channels that channel_mult multiplies
     channel_mult: list[int] | None = None  # channels of each resolution, the finest first, in units of model_channels
@@ -90,6 +100,9 @@ class NetConfig:
         at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
         at_least(self, 0, "augment_dim")
         probability(self, "dropout", "label_dropout")
+        if self.config:  # of no type that the schema knows: words are what YAML takes them for
+            self.config = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in self.config.items()}
+        one_of(self, "prediction", ("v_prediction", "epsilon", "flow"))
         channels, taps = self.channel_mult, self.resample_filter
         wants(self, "channel_mult", channels is None or min(channels, default=0) >= 1, "a list of numbers from 1, one a resolution")
         wants(self, "resample_filter", taps is None or sum(taps) > 0, "a list of numbers whose sum is above 0")

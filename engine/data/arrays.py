@@ -1,4 +1,4 @@
-"""Pictures that are arrays in memory: scikit-learn's digits, noise for measuring, and what an .npz holds."""
+"""Pictures that are arrays in memory: scikit-learn's digits, scenes of them with captions, noise for measuring, and what an .npz holds."""
 
 import re
 import zipfile
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data import scenes
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, MAX_CLASSES, Labels, Reader, Say, checked, usual
 from potstill.engine.data.pictures import NO_IMAGE, Header, one_line
@@ -25,8 +26,8 @@ class ArraySource:
 
     labels: Labels | None = None
 
-    def __init__(self, path: str, pixels: np.ndarray):
-        self.path, self.pixels = path, pixels
+    def __init__(self, path: str, pixels: np.ndarray, captions: list[str] | None = None):
+        self.path, self.pixels, self.captions = path, pixels, captions
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -52,7 +53,7 @@ class ArraySource:
         return found | {"first": str(self.header(0)), "label_dim": self.labels.dim if self.labels else 0}
 
 
-def digits() -> tuple[ArraySource, Reader]:
+def _digits() -> tuple[ArraySource, Reader]:
     """scikit-learn's 1,797 handwritten digits, 8x8; 0 … 16 becomes 0 … 255."""
     from sklearn.datasets import load_digits  # takes a second to import; other data do without
 
@@ -60,6 +61,16 @@ def digits() -> tuple[ArraySource, Reader]:
     pixels = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     labels = Labels(digit.astype(np.int64), 10, [str(k) for k in range(10)])
     return ArraySource("digits", pixels), lambda say: labels
+
+
+def _scenes() -> tuple[ArraySource, Reader]:
+    """Pictures of one or two digits with captions, 8x16 (`engine.data.scenes`)."""
+    drawn = scenes.drawn_scenes()
+    return ArraySource(scenes.NAME, scenes.pictures_of(drawn), [scenes.caption_of(scene) for scene in drawn]), lambda say: None
+
+
+#: Data sets by name, of what scikit-learn brings along.
+EMBEDDED: dict[str, Callable[[], tuple[ArraySource, Reader]]] = {"digits": _digits, scenes.NAME: _scenes}
 
 
 def synthetic(text: str) -> tuple[ArraySource, Reader]:

@@ -1,12 +1,16 @@
 """Prompts and captions as they stand in files: one a line, JSON lines, or beside images."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from potstill.engine.common.errors import UserError, reading
+from potstill.engine.common.writing import whole
+from potstill.engine.data.arrays import ArraySource
 from potstill.engine.data.files import Folder
+from potstill.engine.data.latents import LatentSource
 from potstill.engine.data.sources import Source
 from potstill.engine.data.tars import Tars
 
@@ -40,15 +44,26 @@ def file_of(path: str | Path) -> Path:
 
 def write_captions(path: Path, captions: Sequence[str]) -> None:
     """As `read_prompts` reads them."""
-    path.write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions), encoding="utf-8")
+    with whole(path) as part:
+        part.write_text("".join(json.dumps({"caption": text}) + "\n" for text in captions), encoding="utf-8")
+
+
+def hash_of_texts(texts: Sequence[str]) -> str:
+    """SHA-256 of them in their order."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def captions_of(source: Source, file: Path | None = None) -> list[str] | None:
-    """One caption an image: of `file`, else of METADATA in a folder or KEY.txt in tars; None where there are none.
+    """One caption an image: of `file`, else those that arrays bring along, of METADATA in a folder, KEY.txt in tars or CAPTIONS beside
+    latents; None where there are none.
 
     A .jsonl that names images (NAME) is read by these names, all else in the images' order. UserError where one is missing.
     """
     files = getattr(source, "files", None)
+    if file is None and isinstance(source, ArraySource):
+        return source.captions
+    if file is None and isinstance(source, LatentSource) and (Path(source.path) / CAPTIONS).is_file():
+        file = Path(source.path) / CAPTIONS
     if file is None and isinstance(files, Tars):
         return files.captions()
     if file is None and isinstance(files, Folder) and (files.path / METADATA).is_file():

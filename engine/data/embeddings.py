@@ -4,8 +4,6 @@ They are kept in 16 bit, and without the tokens that a mask leaves out. What the
 another encoder, of other prompts or other settings is refused.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data.captions import hash_of_texts
 from potstill.engine.data.pipelines import check_text, hash_of_part, index_of, load_text, quietly
 from potstill.engine.data.shards import (
     MANIFEST,
@@ -123,7 +122,7 @@ def made_of(texts: Sequence[str], pipeline: Path, dtype: torch.dtype, max_length
         name: value for name, value in index.items() if name == "_class_name" or not (name.startswith("_") or isinstance(value, list))
     }
     return {
-        "prompts": _hash(list(texts)), "encoder": hash_of_part(pipeline, "text_encoder"),
+        "prompts": hash_of_texts(texts), "encoder": hash_of_part(pipeline, "text_encoder"),
         "tokenizer": hash_of_part(pipeline, "tokenizer", "processor"), "pipeline": settings, "precision": STORED[dtype],
         "max_length": max_length,
     }  # fmt: skip
@@ -236,7 +235,3 @@ class Embeddings:
     def __call__(self, ids: Sequence[int]) -> Text:
         """These prompts, in the precision of the cache, on the host."""
         return _unpacked([self.shards.row(i) for i in ids])
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -13,6 +13,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.data.arrays import ArraySource
+from potstill.engine.data.arrays import EMBEDDED, ArraySource
+from potstill.engine.data.captions import captions_of, read_prompts
 from potstill.engine.data.labels import refuse_holes
 from potstill.engine.data.latents import LatentHeader, LatentSource
 from potstill.engine.data.pictures import Header
@@ -31,11 +33,13 @@ from potstill.engine.data.sources import FileSource, Source, open_source
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 
 
-def open_images(path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True) -> "Images":
-    """The images of `path`: "digits", an EDM zip or folder, a folder of images or latents, .npz, "synthetic:RxC[xCLASSES[xN]]".
+def open_images(
+    path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True, captions: Path | None = None
+) -> "Images":  # fmt: skip
+    """The images of `path`: "digits", "scenes", an EDM zip or folder, a folder of images or latents, .npz, "synthetic:RxC[xCLASSES[xN]]".
 
     resolution: what they must have. label_dim: how many classes a net knows, where these images may show fewer.
-    labelled=False ignores labels. Headers of all files are looked at, pixels are not. Raises UserError.
+    labelled=False ignores labels. captions: a file of them; None: those beside the images, where there are some. Headers of all files are looked at, pixels are not. Raises UserError.
     """
     source = open_source(path, labelled=labelled)
     header = _common_header(source, resolution)
@@ -49,7 +53,7 @@ def open_images(path: str | Path, *, resolution: int | None = None, label_dim: i
         if not 0 < dim <= label_dim:
             raise UserError(f"{source.path} has {dim or 'no'} classes, wanted labels for a net that knows {label_dim}")
         dim = label_dim
-    return Images(source, header, np.arange(len(source)), labels=labels, label_dim=dim, classes=classes)
+    return Images(source, header, np.arange(len(source)), labels=labels, label_dim=dim, classes=classes, captions_in=captions)
 
 
 @dataclass(eq=False, repr=False)
@@ -62,6 +66,7 @@ class Images:
     labels: np.ndarray | None = None
     label_dim: int = 0
     classes: list[str] | None = None
+    captions_in: Path | None = None  # what `captions` are read from; None: from beside the images, where there are some
 
     def __post_init__(self):
         self.name = _short(self.source.path)
@@ -83,6 +88,19 @@ class Images:
     def latent(self) -> bool:
         """Are these latents?"""
         return isinstance(self.source, LatentSource)
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """One for each of them; None where they have none. Where the file has as many as there are classes, each is its class's.
+
+        UserError for a file with another number.
+        """
+        source, file = self.source, self.captions_in
+        if file is not None and self.label_dim not in (0, len(source)) and len(texts := read_prompts(file)) == self.label_dim:
+            assert self.labels is not None
+            return [texts[label] for label in self.labels]
+        found = captions_of(source, file)
+        return None if found is None else [found[i] for i in self.index]
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +197,7 @@ def _common_header(source: Source, resolution: int | None) -> Header | LatentHea
                 f"wanted images that are all alike, got {source.title(0)} ({first}) and {source.title(i)} ({header}): "
                 f"{_advice(source, resolution or first)}"
             )
-    if first.width != first.height:
+    if first.width != first.height and source.path not in EMBEDDED:
         raise UserError(f"{source.title(0)} is {first}, wanted a square: {_advice(source, resolution or first)}")
     return first
 

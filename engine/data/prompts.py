@@ -29,6 +29,7 @@ class TextConfig:
     """The prompts that a teacher of text-to-image is asked with."""
 
     prompts: str | None = None  # .txt (one a line) | .jsonl (prompt, caption or text) | latents with captions; null: no prompts
+    encoder: str | None = None  # of a teacher that is trained here: words | a text encoder's folder, or a pipeline's; null: the teacher's
     how: str = "cached"  # cached (embedded before the training, once) | live (by the text encoder, which stays on the device)
     cache: str | None = None  # folder of the embeddings; null: in the run folder
     max_length: int | None = None  # tokens of a prompt; null: as many as the pipeline takes

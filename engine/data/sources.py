@@ -78,7 +78,7 @@ Source = FileSource | arrays.ArraySource | LatentSource
 
 
 def open_source(path: str | Path, *, labelled: bool = True) -> Source:
-    """Pictures of "digits", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder, a zip, webdataset's tars, "hf:NAME"; or latents.
+    """Pictures of "digits", "scenes", "synthetic:RxC[xCLASSES[xN]]", an .npz, a folder, a zip, webdataset's tars, "hf:NAME"; or latents.
 
     labelled=False ignores labels, readable or not, and says so where there are none. UserError if there are no pictures, or
     labels that are no classes.
@@ -93,8 +93,8 @@ def open_source(path: str | Path, *, labelled: bool = True) -> Source:
 
 def _open(text: str) -> tuple[Source, Reader]:
     """Pictures, and how to read their labels."""
-    if text == "digits":
-        return arrays.digits()
+    if text in arrays.EMBEDDED:
+        return arrays.EMBEDDED[text]()
     if text.startswith("synthetic:"):
         return arrays.synthetic(text)
     if text.startswith(hugging_face.PREFIX):
@@ -106,8 +106,8 @@ def _open(text: str) -> tuple[Source, Reader]:
     place = Path(text).expanduser()
     if not os.path.exists(place):  # Path.exists raises where a folder above is closed to us
         raise UserError(
-            f"no images at {text}, wanted an EDM dataset zip, a folder of images, an .npz file, .tar shards, hf:NAME, 'digits' or "
-            "synthetic:RESOLUTIONxCHANNELS"
+            f"no images at {text}, wanted an EDM dataset zip, a folder of images, an .npz file, .tar shards, hf:NAME, 'digits', "
+            "'scenes' or synthetic:RESOLUTIONxCHANNELS"
         )
     if place.suffix.lower() == ".npz":
         return arrays.npz(place)
@@ -127,7 +127,7 @@ def _has_labels(read_labels: Reader) -> bool:
 
 def is_there(path: str) -> bool:
     """Does a source of this name exist? It is not opened."""
-    if path == "digits" or path.startswith(("synthetic:", hugging_face.PREFIX)):
+    if path in arrays.EMBEDDED or path.startswith(("synthetic:", hugging_face.PREFIX)):
         return True
     return bool(shards_of(path)) if path.endswith(".tar") else os.path.exists(Path(path).expanduser())
 

@@ -25,6 +25,7 @@ from potstill.engine.diffusion.solvers import (
     solve,
     trajectory,
 )
+from potstill.engine.diffusion.tables import CAP
 
 ONE_STEP, ANCESTRAL, RENOISE = "one_step", "ancestral", "renoise"
 JUMPS = (ONE_STEP, ANCESTRAL, RENOISE)  # one evaluation a level; all others are ODE walks
@@ -134,7 +135,8 @@ class Sampler:
         if self.solver in JUMPS:
             return len(self.sigmas)
         steps = len(self.sigmas) - 1 - self.afs
-        return EVALUATIONS[self.solver] * steps - (1 if self.solver == "heun" and self.sigmas[-1] == 0 else 0)
+        once = (self.sigmas[-1] == 0) + (self.sigmas[0] >= CAP and steps > 1) if self.solver == "heun" else 0
+        return EVALUATIONS[self.solver] * steps - once
 
     def __call__(self, net: Sampled, labels: Any, noise: Any) -> Tensor:
         """Images [N, C, H, W] float32 from `noise`, anything with `normal(*shape) -> [N, *shape]` (SeedNoise, Draws).

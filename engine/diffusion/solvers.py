@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from potstill.engine.diffusion.tables import CAP
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,10 +62,12 @@ def analytic_first_step(x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
 
 
 def heun(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, state: None = None) -> tuple[Tensor, None]:
-    """Second order; two evaluations, one on the step to σ = 0."""
+    """Second order; two evaluations, one on the step to σ = 0, and on the step from pure noise, which CAP stands for: what the slope changes
+    at the far end of a step that is infinitely long is no correction of it.
+    """
     d = slope(denoise, x, sigma)
     x_next = x + (sigma_next - sigma) * d
-    if sigma_next.item() > 0:  # a schedule lies on the host: no device is asked
+    if sigma_next.item() > 0 and sigma.item() < CAP:  # a schedule lies on the host: no device is asked
         x_next = x + (sigma_next - sigma) * (d + slope(denoise, x_next, sigma_next)) / 2
     return x_next, None
 

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ CELL = 48  # smallest side of a picture in a grid, in screen pixels
 LINE = 2  # between the pictures of a grid
 CAPTION = 14  # height of the captions' letters
 GAP = 12
+TOLD, SMALL, MOST_LINES = 112, 10, 3  # of pictures with their captions: least width, height of letters, lines
 MOST_COLUMNS = 40  # with more classes than this a grid is square
 KINDS = (".png", ".npz", ".zip")
 
@@ -47,9 +49,40 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, *, scale: int 
     return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
 
 
+def captioned(images: Tensor | np.ndarray, captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """Images [N, C, H, W] uint8 row by row, each with its caption under it: in MOST_LINES lines, what is longer is cut."""
+    pictures = _as_array(images)
+    n, _, height, width = pictures.shape
+    columns, scale = min(columns or default_columns(n), n), max(1, math.ceil(TOLD / width))
+    font = ImageFont.load_default(SMALL)
+    texts = [_wrapped(text, font, width * scale) for text in captions]
+    lines = max(len(text) for text in texts)
+    down, across = height * scale + lines * (SMALL + LINE) + GAP, width * scale + GAP
+    canvas = Image.new("RGB", (columns * across - GAP, math.ceil(n / columns) * down - GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, text in enumerate(texts):
+        left, top = i % columns * across, i // columns * down
+        canvas.paste(grid(pictures[i : i + 1], scale=scale).convert("RGB"), (left, top))
+        draw.multiline_text((left, top + height * scale + LINE), "\n".join(text), fill="black", font=font, spacing=LINE)
+    return canvas
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """A caption in lines that are no wider."""
+    lines, words = [""], "".join(letter if letter.isprintable() else " " for letter in text).split()
+    for word in words:
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width or not lines[-1] else [*lines, word]
+    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], f"{lines[MOST_LINES - 1]} …"]
+
+
 def sheet(rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None) -> Image.Image:
     """One grid per caption, left to right: for example real | teacher | student. Every value is [N, C, H, W] uint8."""
-    grids = {caption: grid(images, columns, scale=scale).convert("RGB") for caption, images in rows.items()}
+    return side_by_side({caption: grid(images, columns, scale=scale) for caption, images in rows.items()})
+
+
+def side_by_side(grids: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures left to right, each under its caption."""
     font = ImageFont.load_default(CAPTION)
     top = CAPTION + GAP
     widths = [max(g.width, math.ceil(font.getlength(caption))) for caption, g in grids.items()]
@@ -58,7 +91,7 @@ def sheet(rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *
     draw, left = ImageDraw.Draw(canvas), GAP
     for (caption, picture), width in zip(grids.items(), widths, strict=True):
         draw.text((left, GAP // 2), caption, fill="black", font=font)
-        canvas.paste(picture, (left, top))
+        canvas.paste(picture.convert("RGB"), (left, top))
         left += width + GAP
     return canvas
 

@@ -9,14 +9,17 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, NetConfig, TeacherConfig
 from potstill.engine.data.images import Images, open_images
+from potstill.engine.data.pipelines import index_of, parts_of
 from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
+from potstill.engine.formats.newborn import WORDS, fresh_net, width_of
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.families import FAMILIES
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.skipping.apply import Guard, Skipping
@@ -26,7 +29,9 @@ from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load
 
 def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) -> Denoiser:
     """A freshly initialised denoiser for such images."""
-    kwargs = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("precond", "conditional")}
+    kwargs = {
+        k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("precond", "conditional", "config", "prediction")
+    }
     label_dim = label_dim if cfg.conditional else 0
     try:
         net = from_kwargs(cfg.precond, img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
@@ -39,13 +44,42 @@ def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) ->
     return net
 
 
+def fresh_teacher(cfg: Config, images: Images) -> Denoiser:
+    """A teacher that knows nothing yet, for these images and, of a class of diffusers, for the captions' encoder."""
+    if is_text(cfg.net):
+        return fresh_net(cfg.net.model_type, cfg.net.config, cfg.net.prediction, images.shape, width_of(encoder_of(cfg)))
+    return build_net(cfg.net, images.resolution, images.channels, images.label_dim)
+
+
+def student_net(cfg: NetConfig, teacher: Denoiser) -> Denoiser:
+    """A fresh net of another shape than the teacher's (TSM). Of a teacher of diffusers: its class, with these settings in place of its own."""
+    if not isinstance(teacher, DiffusersDenoiser):
+        return build_net(cfg, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
+    if cfg.model_type != teacher.name:
+        raise UserError(
+            f"students.net.model_type={cfg.model_type} cannot learn from a {teacher.name}: wanted {teacher.name}, with another config"
+        )
+    own = teacher.description()
+    return DiffusersDenoiser.from_description(own | {"config": own["config"] | (cfg.config or {})})
+
+
+def is_text(cfg: NetConfig) -> bool:
+    """Is it a net of diffusers, which is told prompts?"""
+    return cfg.model_type in FAMILIES
+
+
+def encoder_of(cfg: Config) -> str:
+    return cfg.text.encoder or WORDS
+
+
 def build_images(cfg: Config) -> Images | None:
     """The data set of a run, synthetic for a rehearsal; None for a data-free run, and where there is nothing at its path yet."""
     if cfg.rehearse:
         return open_images(rehearsal_data(cfg))
     if not cfg.data.path or not is_there(cfg.data.path):
         return None
-    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled)
+    captions = Path(cfg.data.captions).expanduser() if cfg.data.captions else None
+    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=captions)
 
 
 def rehearsal_data(cfg: Config) -> str:
@@ -71,11 +105,12 @@ def load_teacher(
     dtype: of a pipeline's weights; None: float32. planned: a pipeline's denoiser without numbers.
     """
     cfg = cfg or TeacherConfig()
-    size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and images.latent else None
+    pictures = is_pipeline(path) and "vae" not in parts_of(index_of(path))  # are what its net works on?
+    size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and (images.latent or pictures) else None
     net = load_origin(path, dtype=dtype, size=size, guidance=cfg.embedded_guidance, planned=planned)
     if images is None:
         return net
-    if images.latent or net.shape[1] != net.shape[-1] or len(net.shape) != 3:
+    if images.latent or images.shape[1] != images.shape[2] or net.shape[1] != net.shape[-1] or len(net.shape) != 3:
         if images.shape != net.shape:
             raise UserError(
                 f"teacher {path} makes samples {list(net.shape)}, data {images.name} has {list(images.shape)}: potstill convert latents SRC OUT "

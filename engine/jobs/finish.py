@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import AT_ONCE
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.pictures import save_png, sheet
+from potstill.engine.formats.pictures import captioned, grid, save_png, side_by_side
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.features import Features
@@ -63,13 +64,29 @@ class Distance:
 class Gallery:
     """What one data set's pictures show; `images` is None for a data-free run."""
 
-    count = 60  # divides into rows of 10 classes
-
     def __init__(self, images: Images | None, device: torch.device, shown: Shown):
         self.images, self.device, self.shown = images, device, shown
 
+    @property
+    def count(self) -> int:
+        """Sixty divide into rows of 10 classes; beside their captions fewer can be looked at."""
+        return 24 if self.shown.prompts else 60
+
+    def grid(self, net: Denoiser, sampler: Sampler) -> Image:
+        """Generated images, each with its prompt where there are some."""
+        images, prompts, columns = self.samples(net, sampler), self.shown.prompts, self.columns(net)
+        if prompts is None:
+            return grid(images, columns)
+        return captioned(images, [prompts.text(i % len(prompts)) for i in range(len(images))], columns)
+
+    def grid_of_real(self, columns: int) -> Image:
+        """As many real images, with their captions."""
+        assert self.images is not None
+        told = self.images.captions if self.shown.prompts else None
+        return captioned(self.real(), [told[i] for i in self.real_places()], columns) if told else grid(self.real(), columns)
+
     def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
-        """Generated images [60, C, H, W], uint8."""
+        """Generated images [count, C, H, W], uint8."""
         labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else self.shown.prompts
         decode = self.shown.decode
         how: dict[str, Any] = {"batch": AT_ONCE, "decode": decode} if decode else {}
@@ -84,6 +101,8 @@ class Gallery:
     def real_places(self) -> np.ndarray:
         """Where these lie in the data set; of a labelled one, classes in columns like the samples."""
         assert self.images is not None
+        if self.shown.prompts is not None and self.images.captions:
+            return np.arange(self.count) % len(self.images)
         if self.images.labels is None:
             return np.linspace(0, len(self.images) - 1, self.count).astype(int)
         of_class = [np.flatnonzero(self.images.labels == c) for c in self.classes(self.images.label_dim)]
@@ -92,6 +111,8 @@ class Gallery:
 
     def columns(self, net: Denoiser) -> int:
         """How many pictures stand side by side."""
+        if self.shown.prompts:
+            return 4
         classes = len(self.classes(net.label_dim))
         return classes if net.label_dim and classes > 1 else 10
 
@@ -114,10 +135,10 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
     """Real images and each net's, one sheet beside the other."""
-    sheets = {} if gallery.images is None else {"real": gallery.real()}
+    grids = {} if gallery.images is None else {"real": gallery.grid_of_real(gallery.columns(nets["student"][0]))}
     for name, (net, sampler) in nets.items():
-        sheets[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = gallery.samples(net, sampler)
-    save_png(sheet(sheets, columns=gallery.columns(nets["student"][0])), path)
+        grids[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = gallery.grid(net, sampler)
+    save_png(side_by_side(grids), path)
 
 
 def summary_of(

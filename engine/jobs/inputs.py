@@ -11,11 +11,11 @@ from potstill.engine.common.download import digest
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config
-from potstill.engine.data.captions import file_of
+from potstill.engine.data.captions import file_of, hash_of_texts
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import TEXT, hash_of_part
 from potstill.engine.jobs.folder import write_json
-from potstill.engine.jobs.told import prompt_files
+from potstill.engine.jobs.told import captions_file, prompt_files, text_place
 from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.models.weights import weights_hash
 from potstill.engine.nets.denoiser import Denoiser
@@ -34,13 +34,20 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None, *, te
         marks["teacher"] = mark_of(given)
     elif teacher is not None:
         marks["teacher"] = {"sha256": weights_hash(teacher)}
-    if text and given is not None:
-        marks["text encoder"] = {"sha256": hash_of_part(given, *TEXT)}
+    if text:
+        marks |= text_marks(cfg)
+        captions = captions_file(images, Path())
         for name, (file, _) in zip(("file of prompts", "file of captions"), prompt_files(cfg, images, Path()), strict=False):
-            marks[name] = {"sha256": digest(file_of(file))}
+            ours = file == captions and images is not None and not images.latent
+            marks[name] = {"sha256": hash_of_texts(images.captions or []) if ours and images else digest(file_of(file))}
     if cfg.skipping.plan:
         marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
     return marks
+
+
+def text_marks(cfg: Config) -> Marks:
+    """What identifies the text encoder, where it is there."""
+    return {"text encoder": {"sha256": hash_of_part(place, *TEXT)}} if is_pipeline(place := text_place(cfg)) else {}
 
 
 def mark_of(pipeline: Path) -> dict[str, str]:

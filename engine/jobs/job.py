@@ -12,11 +12,12 @@ from potstill.engine.config import unused
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import data_variance
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.pictures import grid, save_png
+from potstill.engine.formats.newborn import write_newborn, write_trained
+from potstill.engine.formats.pictures import save_png
 from potstill.engine.jobs import build, preflight, told
 from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
-from potstill.engine.jobs.inputs import marks_of, note_inputs
+from potstill.engine.jobs.inputs import marks_of, note_inputs, text_marks
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
 from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
 from potstill.engine.jobs.workplace import Workplace
@@ -25,7 +26,7 @@ from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.models.opening import PLACE
-from potstill.engine.models.origins import is_pipeline
+from potstill.engine.models.origins import INDEX, OWN, is_pipeline
 from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
@@ -94,10 +95,12 @@ class Job(Workplace):
 
     def all_stages(self) -> dict[str, Any] | None:
         with self.shared_work():
+            self.open_told()
             teacher = self.teacher()
             start = self.matched_start(teacher)
-            self.tell(teacher, start)
-            self.ranks.on_first(lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher)))
+            self.ranks.on_first(
+                lambda: note_inputs(self.dir, marks_of(self.cfg, None, teacher) | (text_marks(self.cfg) if teacher.text else {}))
+            )
         count = self.cfg.students.count
         for k in range(count) if self.cfg.student is None else (self.cfg.student,):
             student, sampler = self.distil(teacher, start, k)
@@ -137,7 +140,10 @@ class Job(Workplace):
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
         if not given and not self.made(here):
             self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
-        return self.prepared(self.loaded(given or here, self.weights_dtype))
+        teacher = self.given_null(self.prepared(self.loaded(given or here, self.weights_dtype)))
+        if not given and isinstance(teacher, DiffusersDenoiser):
+            self.ranks.on_first(lambda: write_trained(self.dir / OWN, teacher))
+        return teacher
 
     def loaded(self, path: Path, dtype: torch.dtype) -> Denoiser:
         """A teacher's net, with adapters for its copies where the settings want some."""
@@ -151,21 +157,33 @@ class Job(Workplace):
         auto = torch.bfloat16 if self.device.type == "cuda" and self.dtype is torch.bfloat16 else torch.float32
         return {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[self.cfg.teacher.precision]
 
-    def tell(self, *nets: Denoiser) -> None:
-        """Embed the prompts of nets that are told some, and give these the null prompt."""
-        if not nets[0].text:
+    def open_told(self) -> None:
+        """Embed the prompts of a teacher that is told some; of one that is trained here its pipeline is made before."""
+        if not self.on_paper.teacher.text:
             return
+        if not self.given_teacher and not self.exists(self.dir / OWN / INDEX):
+            self.ranks.on_first(self.write_pipeline)
         self.told = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
         self.shown.prompts = self.told.captions or self.told.prompts
-        for net in nets:
-            if isinstance(net, DiffusersDenoiser) and self.told.prompts.null is not None:
-                net.null = self.told.prompts.null
+
+    def write_pipeline(self) -> None:
+        assert self.images is not None
+        with torch.device("meta"):
+            net = build.fresh_teacher(self.cfg, self.images)
+        assert isinstance(net, DiffusersDenoiser)
+        write_newborn(self.dir / OWN, net, build.encoder_of(self.cfg), self.images.captions or [])
+
+    def given_null(self, net: Denoiser) -> Any:
+        """A net that is told prompts, told the null prompt as well."""
+        if isinstance(net, DiffusersDenoiser) and self.told is not None and self.told.prompts.null is not None:
+            net.null = self.told.prompts.null
+        return net
 
     def new_teacher(self) -> Teacher:
         """The training of a teacher that knows nothing yet."""
         assert self.images is not None
         self.fresh()
-        net = build.build_net(self.cfg.net, self.images.resolution, self.images.channels, self.images.label_dim)
+        net = self.given_null(build.fresh_teacher(self.cfg, self.images))
         return Teacher(self.cfg.teacher.loss, self.prepared(net, self.cfg.teacher.train))
 
     def matched_start(self, teacher: Denoiser) -> Denoiser:
@@ -174,14 +192,15 @@ class Job(Workplace):
         if students.net is None:
             whole = not self.cfg.lora.trains("student") and self.weights_dtype is not torch.float32
             again = whole and self.given_teacher is not None and is_pipeline(self.given_teacher)
-            return self.prepared(self.loaded(self.given_teacher, torch.float32)) if again else teacher  # pyright: ignore[reportArgumentType]
+            own = self.loaded(self.given_teacher, torch.float32) if again else teacher  # pyright: ignore[reportArgumentType]
+            return self.given_null(self.prepared(own)) if again else teacher
         here = self.dir / "tsm.safetensors"
         if not self.made(here):
             self.fresh()
-            net = build.build_net(students.net, teacher.img_resolution, teacher.img_channels, teacher.label_dim)
+            net = self.given_null(build.student_net(students.net, teacher))
             method = TSM(teacher, self.prepared(net, students.tsm))
             self.save(self.stage(method, students.tsm, self.dir / "tsm"), here)
-        return self.prepared(load_net(here)[0])
+        return self.given_null(self.prepared(load_net(here)[0]))
 
     def distil(self, teacher: Denoiser, start: Denoiser, k: int) -> tuple[Denoiser, Sampler]:
         """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
@@ -241,7 +260,7 @@ class Job(Workplace):
         """A grid of samples from the same noise every time."""
         net, path = run.average(), folder / "samples" / f"{run.images_seen:010d}.png"
         assert isinstance(net, Denoiser)
-        self.ranks.on_first(lambda: save_png(grid(self.gallery.samples(net, run.method.sampler), self.gallery.columns(net)), path))
+        self.ranks.on_first(lambda: save_png(self.gallery.grid(net, run.method.sampler), path))
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:

@@ -180,7 +180,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         teacher = teacher.to("meta")
         teacher.lora_of_copies = cfg.lora if cfg.lora.rank and not to_come(cfg) else None
         students = cfg.students.net
-        start = build.build_net(students, teacher.img_resolution, teacher.img_channels, teacher.label_dim) if students else None
+        start = build.student_net(students, teacher) if students else None
         method = cfg.method.build(teacher, start or teacher)
     build.check_lighten(method, cfg.skipping)
     check_optimizers(cfg, method)
@@ -224,4 +224,4 @@ def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ra
         )
     size = build.rehearsal_size(cfg) if images is None or to_come(cfg) else (images.resolution, images.channels, images.label_dim)
     with torch.device("meta"):
-        return build.build_net(cfg.net, *size)
+        return build.build_net(cfg.net, *size) if given or images is None else build.fresh_teacher(cfg, images)

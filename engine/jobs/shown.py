@@ -81,7 +81,8 @@ def _prompts(source: Path, recipe: dict[str, Any], pipeline: Path, device: torch
         return Prompts(asked, lambda ids: encoder([asked[i] for i in ids]), encoder.null, device)
     run = source if source.is_dir() else source.parent
     cache = Path(text.cache).expanduser() if text.cache else run / "text"
-    captions = Path((recipe.get("data") or {}).get("path") or "").expanduser() / CAPTIONS
+    beside = Path((recipe.get("data") or {}).get("path") or "").expanduser() / CAPTIONS
+    captions = beside if beside.is_file() else run / CAPTIONS
     apart = cache.with_name(f"{cache.name}-captions")
     if captions.is_file() and (text.prompts is None or apart.is_dir()):
         text.prompts, cache = str(captions), apart if text.prompts else cache

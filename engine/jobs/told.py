@@ -11,7 +11,7 @@ import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
-from potstill.engine.data.captions import CAPTIONS, read_prompts
+from potstill.engine.data.captions import CAPTIONS, read_prompts, write_captions
 from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import index_of, parts_of
@@ -19,7 +19,7 @@ from potstill.engine.data.prompts import Prompts, PromptStream, open_prompts, pr
 from potstill.engine.data.sampler import Stream
 from potstill.engine.data.vae import VAE, check_vae
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.origins import is_pipeline, local_path
+from potstill.engine.models.origins import OWN, is_pipeline, local_path
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.ranks import Ranks
 
@@ -57,60 +57,80 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         if cfg.text.prompts is not None:
             raise UserError(f"text.prompts is for teachers that are told prompts, and {given or 'this one'} is not: set it to null")
         return
-    assert given is not None
-    if not is_pipeline(local_path(given)):
+    if given is None:
+        check_newborn(cfg, images)
+    elif not is_pipeline(local_path(given)):
         raise UserError(f"teacher {given} is told prompts, and a weight file has no text encoder: name its pipeline as teacher.checkpoint")
-    captions = captions_file(images)
+    captions = captions_file(images, Path())
     if cfg.text.prompts is None and captions is None:
         raise UserError(
-            f"teacher {given} is told prompts: set text.prompts=FILE (.txt with one a line, .jsonl), or data.path to latents with captions"
+            f"teacher {given} is told prompts: set text.prompts=FILE (.txt with one a line, .jsonl), or data.path to data with captions"
         )
     if cfg.method.needs().data and images is not None and captions is None:
+        how = "potstill convert latents SRC OUT --captions FILE" if images.latent else "set data.captions=FILE"
         raise UserError(
-            f"method {cfg.method.name} looks at real samples and must be told what they show, and {images.name} has no captions: potstill "
-            "convert latents SRC OUT --captions FILE"
+            f"method {cfg.method.name} looks at real samples and must be told what they show, and {images.name} has no captions: {how}"
         )
     if cfg.method.needs().pairs:
         raise UserError("method.regression makes pairs for classes, and this teacher is told prompts: set it to 0")
-    if cfg.students.net is not None or cfg.students.count > 1:
-        raise UserError(
-            "students of several or of another shape are for teachers of classes, and this one is told prompts: leave students. out"
-        )
-    check_encoder(local_path(given), cfg.text.max_length)
+    if cfg.students.count > 1:
+        raise UserError("several students are for teachers of classes, and this one is told prompts: set students.count to 1")
+    if given is not None:
+        check_encoder(local_path(given), cfg.text.max_length)
     for file, _ in prompt_files(cfg, images, Path()):
-        n = len(read_prompts(file))
-        if images is not None and file == captions and n != len(images):
-            raise UserError(f"{file} has {n:,} captions, wanted one for each of the {len(images):,} latents beside it: put the file back")
+        if file != captions:
+            read_prompts(file)
+
+
+def check_newborn(cfg: Config, images: Images | None) -> None:
+    """UserError where a teacher that is told prompts cannot be trained here: for want of captions."""
+    if images is not None and images.captions is None:
+        raise UserError(f"{cfg.net.model_type} is told what its pictures show, and {images.name} has no captions: set data.captions=FILE")
+
+
+def text_place(cfg: Config) -> Path:
+    """The folder of the pipeline that embeds prompts: the teacher's, or that of the teacher that is trained here."""
+    given = cfg.teacher.checkpoint
+    return local_path(given) if given else Path(cfg.run_dir or "").expanduser() / OWN
 
 
 def check_caches(cfg: Config, images: Images | None, folder: Path) -> None:
     """UserError where the embeddings of a run are another encoder's, or of other prompts."""
-    text, pipeline = cfg.text, local_path(cfg.teacher.checkpoint or "")
-    for file, cache in prompt_files(cfg, images, folder) if text.how == "cached" else []:
+    text, pipeline = cfg.text, text_place(cfg)
+    for file, cache in prompt_files(cfg, images, folder) if text.how == "cached" and is_pipeline(pipeline) else []:
+        if file == captions_file(images, folder) and not Path(file).is_file():
+            continue  # of a run that has not begun
         texts, device = read_prompts(file), device_named(cfg.device)
         check_embeddings(cache, texts, pipeline, device, precision=text.precision, max_length=text.max_length)
 
 
-def captions_file(images: Images | None) -> Path | None:
-    """The captions beside latents; None where there are none."""
-    if images is None or not images.latent:
+def captions_file(images: Images | None, folder: Path) -> Path | None:
+    """Where the captions stand: beside latents, or, of pictures, in the run folder; None where there are none."""
+    if images is None or images.captions is None:
         return None
-    return path if (path := Path(images.source.path) / CAPTIONS).is_file() else None
+    return Path(images.source.path if images.latent else folder) / CAPTIONS
+
+
+def keep_captions(images: Images | None, folder: Path) -> None:
+    """Write the captions of pictures into the run folder, unless they are there."""
+    if (file := captions_file(images, folder)) and images and not images.latent and not file.is_file():
+        write_captions(file, images.captions or [])
 
 
 def prompt_files(cfg: Config, images: Images | None, folder: Path) -> list[tuple[str | Path, Path]]:
     """What the prompts and, where the method looks at real samples that have some of their own, the captions are read from; and their caches."""
-    captions = captions_file(images)
+    captions = captions_file(images, folder)
     cache = Path(cfg.text.cache).expanduser() if cfg.text.cache else folder / "text"
     files: list[tuple[str | Path, Path]] = [(cfg.text.prompts or captions or "", cache)]
-    if cfg.text.prompts and captions is not None and cfg.method.needs().data:
+    if cfg.text.prompts and captions is not None and looks(cfg):
         files.append((captions, cache.with_name(f"{cache.name}-captions")))
     return files
 
 
 def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.device, ranks: Ranks) -> Told:
     """Everything embedded, on one rank and once, or the text encoder that will do it."""
-    pipeline = local_path(cfg.teacher.checkpoint or "")
+    pipeline = text_place(cfg)
+    ranks.on_first(lambda: keep_captions(images, folder))
 
     def opened(file: str | Path, cache: Path) -> Prompts:
         text = replace(cfg.text, prompts=str(file))
@@ -118,8 +138,13 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
         return open_prompts(text, pipeline, cache, device)
 
     prompts, *others = (opened(file, cache) for file, cache in prompt_files(cfg, images, folder))
-    looks = cfg.method.needs().data and captions_file(images) is not None
-    return Told(prompts, (others or [prompts])[0] if looks else None)
+    shows = looks(cfg) and captions_file(images, folder) is not None
+    return Told(prompts, (others or [prompts])[0] if shows else None)
+
+
+def looks(cfg: Config) -> bool:
+    """Does anything of this run look at real samples, and so at their captions?"""
+    return cfg.method.needs().data or cfg.teacher.checkpoint is None or cfg.students.net is not None
 
 
 def vae_of(cfg: Config, device: torch.device) -> VAE | None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.data import scenes
 from potstill.engine.measure.clip import Aesthetic, ClipScore, PickScore
 from potstill.engine.measure.features import rgb
+from potstill.engine.measure.scenes import Accuracy
 from potstill.engine.training.ranks import ALONE, Ranks
 
 
@@ -31,7 +33,7 @@ class Score(Protocol):
         ...
 
 
-KINDS: dict[str, Any] = {"clip": ClipScore, "pickscore": PickScore, "aesthetic": Aesthetic}
+KINDS: dict[str, Any] = {scenes.NAME: Accuracy, "clip": ClipScore, "pickscore": PickScore, "aesthetic": Aesthetic}
 
 
 def check_score_name(name: str) -> None:

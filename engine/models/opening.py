@@ -15,7 +15,7 @@ from potstill.engine.common.reading import read_json
 from potstill.engine.diffusion.sampling import CHURNED, Sampler, heun, ode
 from potstill.engine.diffusion.solvers import SOLVERS
 from potstill.engine.models.descriptions import SIZE, check_described
-from potstill.engine.models.origins import is_pipeline, load_origin, local_path
+from potstill.engine.models.origins import OWN, is_pipeline, load_origin, local_path
 from potstill.engine.models.router import MANIFEST, Router, load_router, student_name
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
@@ -77,11 +77,12 @@ def weight_files(where: Path, pipeline: Path | None = None) -> dict[str, Path]:
 
 
 def teacher_elsewhere(where: Path) -> Path | None:
-    """The file or pipeline that the run at `where` (a folder, or a file in one) learnt from. None where it names none, or there is none by now."""
+    """The file or pipeline that the run at `where` (a folder, or a file in one) learnt from, also the pipeline that was made there.
+
+    None where it names none, or there is none by now.
+    """
     given = (settings(where).get("teacher") or {}).get("checkpoint")
-    if not given:
-        return None
-    path = local_path(given)
+    path = local_path(given) if given else (where if where.is_dir() else where.parent) / OWN
     return path if path.is_file() or is_pipeline(path) else None
 
 

@@ -21,6 +21,7 @@ from potstill.engine.nets.parts import LOADED, wanted_files
 from potstill.engine.nets.pipelines import READ, diffusers, place_of
 
 INDEX = "model_index.json"
+OWN = "pipeline"  # in a run folder: that of a teacher of text to image that was trained there
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SETTINGS = {"Scheduler": ("scheduler_config.json",), "Processor": ("processor_config.json", "preprocessor_config.json")}  # one of these
 WORDS = (["tokenizer.json"], ["vocab.json", "merges.txt"], ["*.model"], ["vocab.txt"])  # of a tokenizer: all of one of these

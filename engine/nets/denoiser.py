@@ -97,8 +97,8 @@ class Denoiser(nn.Module):
         """What the encoder sees in x at every resolution, finest first: maps [N, C', h, w] in `compute_dtype`."""
         raise NotImplementedError(f"{type(self).__name__}.levels")
 
-    def taps(self) -> list[tuple[int, int]]:
-        """Channels and side of each map of `levels`, known without running the net."""
+    def taps(self) -> list[tuple[int, int, int]]:
+        """Channels, height and width of each map of `levels`, known without running the net."""
         raise NotImplementedError(f"{type(self).__name__}.taps")
 
     def coefficients(self, sigma: Tensor) -> Coefficients:

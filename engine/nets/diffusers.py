@@ -117,14 +117,15 @@ class DiffusersDenoiser(Denoiser):
         self._run(view, x.float(), c, told)
         return self._maps(seen, told, x) if self.family.stacks else seen
 
-    def taps(self) -> list[tuple[int, int]]:
-        """UserError for samples that are not square."""
-        if self.shape[-1] != self.shape[-2] or len(self.shape) != 3:
-            raise UserError(f"heads on a net's features want square samples, {self.name} has {list(self.shape)}: do without")
+    def taps(self) -> list[tuple[int, int, int]]:
+        """UserError for videos."""
+        if len(self.shape) != 3:
+            raise UserError(f"heads on a net's features want pictures, {self.name} has samples {list(self.shape)}: do without")
         if self.family.stacks:
-            return [(self.family.channels(self.config), self._tokens(self.shape[1:])[-1])] * len(depths(self.model, self.family))
+            height, width = self._tokens(self.shape[1:])
+            return [(self.family.channels(self.config), height, width)] * len(depths(self.model, self.family))
         channels = self.config["block_out_channels"]
-        return [(c, self.shape[-1] >> i) for i, c in enumerate(channels)]
+        return [(c, self.shape[1] >> i, self.shape[2] >> i) for i, c in enumerate(channels)]
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         one, total = torch.ones_like(sigma), (1 + sigma**2).sqrt()

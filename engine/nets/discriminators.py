@@ -18,21 +18,24 @@ from potstill.kernels.estimate import accum
 
 
 class BottleneckHead(nn.Module):
-    """One logit per image from the encoder's last feature map: [N, C, h, h] -> [N, 1], in float32.
+    """One logit per image from the encoder's last feature map: [N, C, h, w] -> [N, 1], in float32.
 
     DMD2's head (2405.14867, released code): halve to 4x4 by strided convolutions, one more down to 1x1, a linear map;
-    GroupNorm and SiLU between.
+    GroupNorm and SiLU between. Of a map that is not square the longer side is halved to 4.
     """
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, height: int, width: int):
         super().__init__()
-        if size < 2 or size & (size - 1):
-            raise ValueError(f"BottleneckHead wants a feature map whose side is a power of two and at least 2, got {size}")
+        if any(side & (side - 1) for side in (height, width)) or min(height, width) < max(2, max(height, width) // 4):
+            raise UserError(
+                f"a GAN head wants a feature map whose sides are powers of two from 2, and at most 4 times one another, got {height}x{width}: "
+                "other sizes of samples (teacher.size, or the data's), or method.gan=false"
+            )
         layers: list[nn.Module] = []
-        while size > 4:
+        while max(height, width) > 4:
             layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), *_norm_silu(channels)]
-            size //= 2
-        layers += [nn.Conv2d(channels, channels, size), *_norm_silu(channels), nn.Conv2d(channels, 1, 1)]
+            height, width = height // 2, width // 2
+        layers += [nn.Conv2d(channels, channels, (height, width)), *_norm_silu(channels), nn.Conv2d(channels, 1, 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -74,13 +77,18 @@ class ProjectedDiscriminator(nn.Module):
 
     def __init__(self, taps: Sequence[Sequence[Tap]], *, width: int = 64, label_dim: int = 0):
         super().__init__()
-        self.projectors = nn.ModuleList([Projector(one, width) for one in taps])
-        self.heads = nn.ModuleList([nn.ModuleList(_heads(one, width, label_dim)) for one in taps])
+        self.parts = [pyramids(one) for one in taps]
+        flat = [one for parts in self.parts for one in parts]
+        self.projectors = nn.ModuleList([Projector(one, width) for one in flat])
+        self.heads = nn.ModuleList([nn.ModuleList(_heads(one, width, label_dim)) for one in flat])
 
     def forward(self, maps: Sequence[Sequence[Tensor]], labels: Tensor | None = None) -> list[Tensor]:
-        """Logits [N, L] of every feature net from its maps; labels [N, label_dim] one-hot."""
-        logits = []
-        for projector, heads, one in zip(self.projectors, self.heads, maps, strict=True):
+        """Logits [N, L] of every pyramid of every feature net from its maps; labels [N, label_dim] one-hot."""
+        logits, flat = [], []
+        for parts, one in zip(self.parts, maps, strict=True):
+            rest = iter(one)
+            flat += [[next(rest) for _ in part] for part in parts]
+        for projector, heads, one in zip(self.projectors, self.heads, flat, strict=True):
             assert isinstance(heads, nn.ModuleList)
             projected = projector(one)
             logits.append(torch.cat([h(x.to(accum(x)), labels) for h, x in zip(heads, projected, strict=True)], 1))
@@ -115,6 +123,13 @@ class Projector(nn.Module):
             x = _conv(csm, F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
             out.append(x)
         return out[::-1]
+
+
+def pyramids(taps: Sequence[Tap]) -> list[list[Tap]]:
+    """A net's maps; those of a transformer, which are all of one size, each by itself."""
+    if len(taps) > 1 and len({tap.side for tap in taps}) == 1:
+        return [[tap] for tap in taps]
+    return [list(taps)]
 
 
 def projected(level: int, width: int) -> int:

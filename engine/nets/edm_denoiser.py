@@ -48,9 +48,9 @@ class EDMDenoiser(Denoiser):
         x, c = x.float(), self.coefficients(self._sigmas(sigma, x))
         return self.model.levels(self._input(x, c), c.c_noise, self._labels(condition, x))
 
-    def taps(self) -> list[tuple[int, int]]:
+    def taps(self) -> list[tuple[int, int, int]]:
         channels = {int(name.partition("x")[0]): channels_of(layer) for name, layer in self.model.enc.items()}
-        return [(channels[side], side) for side in sorted(channels, reverse=True)]
+        return [(channels[side], side, side) for side in sorted(channels, reverse=True)]
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         match self.precond:

@@ -35,7 +35,7 @@ KNOWN = {
 
 
 class Tap(NamedTuple):
-    """One feature map: channels and side."""
+    """One feature map: channels and side, of one that is not square the shorter."""
 
     channels: int
     side: int
@@ -74,7 +74,7 @@ class TeacherEncoder(FeatureNet):
         if not 0 < sigma < math.inf:
             raise UserError(f"teacher features want a noise level above 0, got teacher:{sigma:g}")
         self.net, self.sigma = net, sigma
-        self.taps = [Tap(*tap) for tap in net.taps()]
+        self.taps = [Tap(channels, min(sides)) for channels, *sides in net.taps()]
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> list[Tensor]:
         x = images if noise is None else images + self.sigma * noise

@@ -1,0 +1,162 @@
+"""The pipeline of a teacher of text to image that is trained here: a folder as diffusers' save_pretrained writes it, from the first moment.
+
+model_index.json, scheduler/
+tokenizer/, text_encoder/                   copied from a folder, or of words alone (`WORDS`)
+transformer/config.json                     its weights when it is trained: then the folder is a pipeline like any other, without a VAE
+"""
+
+# diffusers, transformers and tokenizers are optional, and untyped.
+# pyright: reportMissingImports=false
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from potstill.engine.common.errors import UserError
+from potstill.engine.common.reading import read_json
+from potstill.engine.common.writing import save_tensors, whole
+from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.parts import LOADED, stored_in, stumbling
+from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
+
+INDEX = "model_index.json"
+PART = "transformer"
+PIPELINES = {"PixArtTransformer2DModel": "PixArtAlphaPipeline"}  # the classes that can be trained here, and what runs them
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DDPM's and PixArt's table
+PREDICTIONS = ("v_prediction", "epsilon", "flow")
+WORDS = "words"  # the encoder without weights to be had: a vector a word
+WIDTH, LONGEST = 32, 128  # of these vectors; tokens of a prompt
+SPECIAL = ("<pad>", "<unk>", "<s>")
+
+
+def fresh_net(name: str, config: dict[str, Any] | None, prediction: str, shape: tuple[int, ...], width: int) -> DiffusersDenoiser:
+    """A denoiser of random weights for samples [C, H, W] and text of so many numbers a token. prediction: one of PREDICTIONS.
+
+    UserError for a class that is none of PIPELINES, or settings that it does not take.
+    """
+    if name not in PIPELINES:
+        raise UserError(f"net.model_type={name} cannot be trained from nothing here: wanted one of {', '.join(PIPELINES)}")
+    given = dict(config or {})
+    heads, size = given.get("num_attention_heads", 16), given.get("attention_head_dim", 72)
+    own = {"in_channels": shape[0], "out_channels": shape[0], "sample_size": max(shape[1:]), "caption_channels": width}
+    own |= {"cross_attention_dim": heads * size, "norm_num_groups": 1}
+    if taken := sorted(given.keys() & own.keys()):
+        raise UserError(f"net.config.{taken[0]} follows from the data and the text encoder: leave it out")
+    table = {"prediction": prediction, "steps": 1000, "betas": LINEAR}
+    scheme = {"prediction": "flow", "steps": 1000, "shift": 1.0} if prediction == "flow" else table
+    described = {"class": name, "config": own | given, "scheme": scheme, "size": shape[1:], "fixed": {}}
+    return DiffusersDenoiser.from_description(described)
+
+
+def width_of(encoder: str) -> int:
+    """Numbers that a text encoder makes of a token. UserError, Damaged where there is none at this place."""
+    if encoder == WORDS:
+        return WIDTH
+    place, tokenizer = _parts_of(encoder)
+    config = read_json(place / "config.json", dict, AGAIN)
+    stored_in(place, "transformers")
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        raise UserError(f"{tokenizer} has no tokenizer_config.json: wanted the folder of a text encoder with its tokenizer; {AGAIN}")
+    config = config.get("text_config") or config
+    width = next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if isinstance(config.get(name), int)), 0)
+    if width < 1:
+        raise UserError(f"{place} does not say how wide its text encoder is (hidden_size): wanted a text encoder of transformers")
+    return width
+
+
+def _parts_of(encoder: str) -> tuple[Path, Path]:
+    """The folders of a text encoder and its tokenizer: those of a pipeline, or one folder of both. UserError where they are not there."""
+    folder = Path(encoder).expanduser()
+    if (folder / INDEX).is_file():
+        return part_of(folder, "text_encoder"), part_of(folder, "tokenizer")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"text.encoder={encoder} has no config.json: wanted {WORDS}, or the folder of a text encoder or pipeline")
+    return folder, folder
+
+
+def is_born(folder: Path) -> bool:
+    """Is all there but the denoiser's weights, if not these as well?"""
+    return (folder / INDEX).is_file()
+
+
+def write_newborn(folder: Path, net: DiffusersDenoiser, encoder: str, captions: Sequence[str]) -> None:
+    """All but the denoiser's weights, model_index.json last. encoder: WORDS, made of the words of the captions; or a folder."""
+    if folder.exists():  # what was begun, and is not whole
+        shutil.rmtree(folder)
+    tokenizer, text_encoder = _of_words(captions) if encoder == WORDS else _loaded(*_parts_of(encoder))
+    library, prediction = diffusers(), net.scheme["prediction"]
+    flow = library.FlowMatchEulerDiscreteScheduler
+    scheduler = flow(shift=1.0) if net.flow else library.DPMSolverMultistepScheduler(**LINEAR, prediction_type=prediction)
+    model: Any = net.model
+    with quietly():
+        for name, one in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("scheduler", scheduler)):
+            one.save_pretrained(folder / name)
+        model.save_config(folder / PART)
+    index: dict[str, Any] = {"_class_name": PIPELINES[net.name], "_diffusers_version": library.__version__}
+    index |= {"tokenizer": ["transformers", type(tokenizer).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
+    index |= {"scheduler": ["diffusers", type(scheduler).__name__], PART: ["diffusers", net.name], "vae": [None, None]}
+    with whole(folder / INDEX) as part:
+        part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_trained(folder: Path, net: DiffusersDenoiser) -> None:
+    """The weights of its denoiser, which are trained by now."""
+    model: Any = net.model
+    tensors: dict[str, Tensor] = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with whole(folder / PART / min(LOADED["diffusers"], key=len)) as part:
+        save_tensors(tensors, part, {"format": "pt"})
+
+
+def _loaded(encoder: Path, tokenizer: Path) -> tuple[Any, Any]:
+    """Tokenizer and text encoder, of a class of transformers' own."""
+    import transformers
+
+    with quietly(), stumbling(encoder, "a text encoder"):
+        config = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True)
+        kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
+        kind = getattr(transformers, kinds.get(config.model_type.removesuffix("_text_model"), "AutoModel"))
+        net = kind.from_pretrained(encoder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    return words, net
+
+
+def _of_words(captions: Sequence[str]) -> tuple[Any, Any]:
+    """A tokenizer of these words alone, and a CLIPTextModel without a layer: LayerNorm(vector of the word + vector of its place).
+
+    A vector is standard normals seeded by its name, the same in every set of words. Nothing is trained or downloaded.
+    """
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    found = sorted({word for text in set(captions) for word in re.findall(r"\w+|[^\w\s]+", text.lower())})
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *(word for word in found if word not in SPECIAL)])}
+    pad, unknown, begin = SPECIAL
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token=pad, unk_token=unknown, bos_token=begin, model_max_length=LONGEST
+    )
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=0, num_attention_heads=1,
+        max_position_embeddings=LONGEST, bos_token_id=vocabulary[begin], eos_token_id=vocabulary[unknown], pad_token_id=vocabulary[pad],
+    )  # fmt: skip
+    net = transformers.CLIPTextModel(config)
+    vectors = {"token_embedding": list(vocabulary), "position_embedding": [f"place {i}" for i in range(LONGEST)]}
+    with torch.no_grad():
+        for end, names in vectors.items():
+            weight = next(p for name, p in net.named_parameters() if name.endswith(f"{end}.weight"))
+            weight.copy_(torch.from_numpy(np.stack([_vector(name) for name in names])))
+    return tokenizer, net.eval()
+
+
+def _vector(name: str) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(zlib.crc32(name.encode()))).standard_normal(WIDTH, np.float32)
