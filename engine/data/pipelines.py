@@ -79,7 +79,7 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     others = {name: None for name in index if isinstance(index[name], list) and not name.startswith(("_", *TEXT))}
     kind = getattr(diffusers(), index["_class_name"])
     config = read_json(part_of(folder, denoiser) / "config.json", dict, AGAIN)
-    encoders = {part: _text_encoder(folder / part, word, dtype=dtype) for part, (_, word) in parts.items() if part.startswith(TEXT[0])}
+    encoders = {part: transformer(folder / part, word, dtype=dtype) for part, (_, word) in parts.items() if part.startswith(TEXT[0])}
     for part, encoder in encoders.items():
         check_finite(encoder, folder / part)
     with quietly(), stumbling(folder, index["_class_name"]):
@@ -88,8 +88,8 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     return pipe, family
 
 
-def _text_encoder(path: Path, name: str, **how: Any) -> Any:
-    """A text encoder, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random."""
+def transformer(path: Path, name: str, **how: Any) -> Any:
+    """A net of this class, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random."""
     how |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quietly(), stumbling(path, name):
         net, told = getattr(_module("transformers"), name).from_pretrained(path, **how)
@@ -114,24 +114,30 @@ def check_text(folder: Path) -> None:
             config = read_json(path / "config.json", dict, AGAIN)
             stored_in(path, library)
             if "quantization_config" not in config:  # whose own packages must load it
-                _text_encoder(path, name, device_map="meta")
+                transformer(path, name, device_map="meta")
     for part in texts:
         if part.startswith(TEXT[1]):
             _check_tokenizer(folder, part, parts[part][1])
 
 
-def _check_tokenizer(folder: Path, part: str, name: str) -> None:
-    """Without its files a tokenizer is loaded all the same, and knows no words."""
-    path, kind = folder / part, getattr(_module("transformers"), name)
-    if not (files := getattr(kind, "vocab_files_names", None)):  # a processor
-        return
+def tokenizer(path: Path, name: str) -> Any:
+    """A tokenizer of this class. UserError without its files: it would be loaded all the same, and know no words."""
+    kind = getattr(_module("transformers"), name)
     read_json(path / "tokenizer_config.json", dict, AGAIN)
-    one = files.get("tokenizer_file")  # has all in it
-    several = [file for file in files.values() if file != one]
+    one = kind.vocab_files_names.get("tokenizer_file")  # has all in it
+    several = [file for file in kind.vocab_files_names.values() if file != one]
     if not (one and (path / one).is_file()) and (missing := [file for file in several or [one] if not (path / file).is_file()]):
         raise UserError(f"{path} has no {missing[0]}, the words of a {name}: {AGAIN}")
     with quietly(), stumbling(path, name):
-        length = kind.from_pretrained(path, local_files_only=True).model_max_length
+        return kind.from_pretrained(path, local_files_only=True)
+
+
+def _check_tokenizer(folder: Path, part: str, name: str) -> None:
+    """UserError where it has no words, or makes more tokens of a prompt than its encoder takes."""
+    path = folder / part
+    if not hasattr(getattr(_module("transformers"), name), "vocab_files_names"):  # a processor
+        return
+    length = tokenizer(path, name).model_max_length
     encoder = folder / part.replace(TEXT[1], TEXT[0])
     if name.startswith("CLIP") and encoder.is_dir():  # whose prompts all have that length
         most = read_json(encoder / "config.json", dict, AGAIN).get("max_position_embeddings", 77)

@@ -23,6 +23,7 @@ from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.jobs.told import check_caches, check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
+from potstill.engine.measure.scores import check_score_names
 from potstill.engine.methods.base import Method
 from potstill.engine.models import origins
 from potstill.engine.models.opening import device_named
@@ -56,6 +57,8 @@ def check_settings(cfg: Config, ranks: int = 1) -> None:
     machine.check_algorithms(cfg.cudnn_benchmark, cfg.deterministic, device)
     if cfg.data.path and not cfg.rehearse:
         check_features_name(cfg.eval.features)
+    if not cfg.rehearse:
+        check_score_names(cfg.eval.scores)
 
 
 def stages(cfg: Config) -> Iterator[tuple[str, TrainConfig]]:
