@@ -11,7 +11,7 @@ import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
-from potstill.engine.data.captions import CAPTIONS, read_prompts
+from potstill.engine.data.captions import CAPTIONS, captions_of, read_prompts
 from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import index_of, parts_of
@@ -48,7 +48,7 @@ class TextStream:
 
 def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; where prompts, captions or text
-    encoder are none. Nothing is loaded or encoded.
+    encoder are none; and for scores of nets that are told no prompts. Nothing is loaded or encoded.
     """
     given = cfg.teacher.checkpoint
     if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
@@ -56,6 +56,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     if not teacher.text:
         if cfg.text.prompts is not None:
             raise UserError(f"text.prompts is for teachers that are told prompts, and {given or 'this one'} is not: set it to null")
+        if cfg.eval.scores:
+            raise UserError(f"eval.scores are of pictures and their prompts, and {given or 'this teacher'} is told none: set it to []")
         return
     assert given is not None
     if not is_pipeline(local_path(given)):
@@ -96,6 +98,15 @@ def captions_file(images: Images | None) -> Path | None:
     if images is None or not images.latent:
         return None
     return path if (path := Path(images.source.path) / CAPTIONS).is_file() else None
+
+
+def captions_beside(images: Images | None) -> list[str] | None:
+    """One for each image, of latents or pictures; None where there are none. UserError where they are not those of the images."""
+    if images is None:
+        return None
+    file = captions_file(images)
+    texts = captions_of(images.source, file) if file or not images.latent else None
+    return None if texts is None else [texts[i] for i in images.index]
 
 
 def prompt_files(cfg: Config, images: Images | None, folder: Path) -> list[tuple[str | Path, Path]]:
