@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--scores", metavar="NAME,…",
-        help="of nets that are told prompts: clip:FOLDER, pickscore:FOLDER, aesthetic:HEAD.safetensors:FOLDER (default: the run's)",
+        help="of nets that are told prompts: clip:FOLDER, pickscore:FOLDER, aesthetic:HEAD.safetensors:FOLDER (default: the run's; '': none)",
     )  # fmt: skip
     p.add_argument(
         "--prompts", metavar="FILE", help="that nets are told, in turn: .txt, .jsonl, latents with captions (default: the run's)"
@@ -215,8 +215,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.save_reference.suffix != ".npz":
             raise UserError(f"--save-reference wants a name ending in .npz, got {args.save_reference}")
         check_writable(args.save_reference)
-    if args.scores and args.source is None:
-        raise UserError("--scores are of a net's pictures and their prompts, and no net is named: name a run, or leave --scores out")
+    if args.source is None and (args.scores or args.prompts is not None):
+        option = "--scores" if args.scores else "--prompts"
+        raise UserError(f"{option} is about a net that is told prompts, and none is named: name a run, or leave {option} out")
     if args.resize is not None and args.resize < 1:
         raise UserError(f"pictures are at least 1 pixel wide, got --resize {args.resize}")
     if args.reference and args.metrics != FD:

@@ -71,10 +71,11 @@ class Distance:
         assert self.images is not None
         self.features.try_on(*picture_size(self.images.shape, self.shown.decode), self.device)
 
-    def try_scores(self) -> None:
-        """The same of the scores. They are loaded again when they are wanted, and until then take no memory."""
+    def try_scores(self, shape: tuple[int, ...]) -> None:
+        """The same of the scores, with a picture of samples of this shape. Until they are wanted they take no memory again."""
         for name in self.cfg.scores:
-            figures_of(open_score(name, self.device), torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["a picture"])
+            channels, size = picture_size(shape, self.shown.decode)
+            figures_of(open_score(name, self.device), torch.zeros(1, channels, size, size, dtype=torch.uint8), ["a picture"])
 
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The distance of this net's images and their scores, with everything needed to repeat it."""

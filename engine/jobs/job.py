@@ -65,10 +65,10 @@ class Job(Workplace):
         self.say_unused(self.on_paper.teacher)
         if (lora := self.on_paper.teacher.lora_of_copies) and (note := note_of_rank(self.on_paper.teacher.model, lora)):
             self.say(note)
-        if self.distance is not None:
+        if (tried := self.distance) is not None:
             if self.images is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
-                ranks.on_first(self.distance.try_features)
-            ranks.on_first(self.distance.try_scores)
+                ranks.on_first(tried.try_features)
+            ranks.on_first(lambda: tried.try_scores(self.on_paper.teacher.shape))
         if on_paper:
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
