@@ -5,6 +5,7 @@ The CLIPs are tiny, random and made here; what their scores say of a picture mea
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import transformers
 from potstill.__main__ import main as potstill
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
+from potstill.engine.formats.card import _quality
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.measure import scores
 from potstill.engine.measure.report import read_curves
@@ -127,7 +129,14 @@ def test_pictures_are_prepared_as_transformers_and_the_authors_do(folder, size):
 
 def test_grey_pictures_are_repeated_and_others_refused(folder):
     score, grey = open_score(f"clip:{folder}", CPU), pictures(channels=1)
-    assert torch.equal(figures_of(score, grey, PROMPTS)["clip"], score(grey.expand(-1, 3, -1, -1), PROMPTS))
+    seen = []
+
+    def looking(shown, prompts):
+        seen.append(shown)
+        return torch.zeros(3)
+
+    looking.name = "x:y"
+    assert figures_of(looking, grey, PROMPTS).keys() == {"x"} and torch.equal(seen[0], grey.expand(-1, 3, -1, -1))
     with pytest.raises(UserError, match="grey or RGB pictures, got 4 channels"):
         figures_of(score, pictures(channels=4), PROMPTS)
 
@@ -169,7 +178,9 @@ def test_aesthetic_heads(folder, tmp_path):
 def test_the_hash_is_of_weights_words_and_head(folder, copy, tmp_path):
     first = open_score(f"clip:{folder}", CPU).sha256
     assert open_score(f"pickscore:{copy}", CPU).sha256 == first and len(first) == 64
-    (copy / "preprocessor_config.json").write_text((copy / "preprocessor_config.json").read_text().replace("24", "16"))
+    (copy / "preprocessor_config.json").write_text(
+        (copy / "preprocessor_config.json").read_text().replace('"resample": 3', '"resample": 2')
+    )
     assert open_score(f"clip:{copy}", CPU).sha256 != first
     a, b = (open_score(f"aesthetic:{linear(tmp_path / name)}:{folder}", CPU).sha256 for name in ("a.safetensors", "b.safetensors"))
     assert len({a, b, first}) == 3
@@ -231,6 +242,10 @@ def another_model(folder):
     (folder / "config.json").write_text('{"model_type": "clip_text_model", "auto_map": {"AutoModel": "evil.Evil"}}')
 
 
+def another_size(folder):
+    (folder / "preprocessor_config.json").write_text((folder / "preprocessor_config.json").read_text().replace("24", "16"))
+
+
 def without(name):
     return lambda folder: (folder / name).unlink()
 
@@ -238,6 +253,7 @@ def without(name):
 BROKEN = [
     (shutil.rmtree, "no CLIP at"), (no_weights, "no pickle is read"), (nan, "not finite in visual_projection.weight"),
     (incomplete, "they miss visual_projection.weight"), (cut_off, "model.safetensors"), (another_model, "wanted a whole CLIP"),
+    (another_size, "cannot be read as CLIPModel"),
     (without("preprocessor_config.json"), "no preprocessor_config.json"), (without("tokenizer.json"), "the words of a CLIPTokenizer"),
 ]  # fmt: skip
 
@@ -335,6 +351,7 @@ def test_a_run_without_data_is_scored_at_its_end_and_within_it(run, folder, caps
     curve = read_curves(run / "metrics.jsonl")["score/clip"]
     assert [kimg for kimg, _ in curve] == [0.004, 0.008]
     assert curve[-1][1] == summary["student"]["scores"]["clip"]  # the same pictures
+    assert f"the student clip {summary['student']['scores']['clip']:.3f}" in _quality(SimpleNamespace(summary=summary))
     page = (run / "report.html").read_text()
     assert "student, clip" in page and "teacher, clip" in page and "score/clip" in page and "The student reaches clip" in page
 
