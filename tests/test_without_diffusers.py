@@ -123,6 +123,7 @@ def test_what_wants_it_is_refused_in_one_sentence(without, tmp_path):
         ["train", "digits", "lora.rank=4"],
         ["train", "digits", "lora.rank=4", "--dry-run"],
         *(["train", "digits", f"teacher.checkpoint={where}"] for where in (pipeline, weights)),
+        ["train", "digits", "eval.scores=['clip:FOLDER']"],
         ["train", "digits", HUB],
         ["train", "digits", "text.prompts=prompts.txt", f"teacher.checkpoint={pipeline}"],
         ["convert", "prompts", "prompts.txt", "out", "--pipeline", "pipeline"],

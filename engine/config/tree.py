@@ -131,13 +131,13 @@ class TeacherConfig:
 
 @dataclass
 class EvalConfig:
-    """The Frechet distance at the end of a run and, with train.eval_kimg, within it."""
+    """The Frechet distance, and scores, at the end of a run and, with train.eval_kimg, within it."""
 
     features: str = "pixels"  # pixels | inception[:FILE|URL] | dinov2:FILE | clip:FILE | a TorchScript file
     scores: list[str] = field(
         default_factory=list
     )  # of nets of prompts: clip:FOLDER | pickscore:FOLDER | aesthetic:HEAD.safetensors:FOLDER
-    n: int | None = None  # images generated; null: as many as the data has, at most 50,000
+    n: int | None = None  # images generated; null: as many as the data has, or without data prompts, at most 50,000
     batch: int = 512  # images at a time; changes no image
     seed: int = 0  # of the first image; the next one has the next
 

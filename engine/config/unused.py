@@ -54,7 +54,9 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
     if cfg.students.net is None:
         rules["students.tsm"] = "students.net=null"
     if not cfg.data.path:
-        rules |= dict.fromkeys(("eval.features", "eval.n", "eval.seed", "train.eval_kimg"), "data.path=null")
+        rules["eval.features"] = "data.path=null"
+        if not cfg.eval.scores:
+            rules |= dict.fromkeys(("eval.n", "eval.seed", "train.eval_kimg"), "data.path=null")
     for name, stage in (("teacher.train", cfg.teacher.train), ("students.tsm", cfg.students.tsm), ("train", cfg.train)):
         if ranks == 1:
             rules |= dict.fromkeys((f"{name}.parallel", f"{name}.fsdp"), "one process; torchrun starts several")

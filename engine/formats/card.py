@@ -68,7 +68,7 @@ def _quality(about: About) -> str:
     summary = about.summary
     student = summary.get("student") or {}
     if "fd" not in student:
-        return "Not measured. `potstill evaluate` measures a weight file."
+        return _scores(summary) or "Not measured. `potstill evaluate` measures a weight file."
     features, n = student.get("features", "FD"), f"{student['n']:,}" if "n" in student else "?"
     rows = [("real images against themselves (floor)", "", (summary.get("floor") or {}).get("fd"))]
     rows += [(who, (summary.get(who) or {}).get("nfe", ""), (summary.get(who) or {}).get("fd")) for who in ("teacher", "student")]
@@ -84,7 +84,16 @@ def _quality(about: About) -> str:
     for key, title in (("features_sha256", "Features'"), ("reference_sha256", "Reference's")):
         if student.get(key):
             told += f" {title} sha256: `{student[key]}`."
-    return "\n".join(table) + "\n\n" + " ".join([told, *([student["warning"] + "."] if "warning" in student else [])])
+    warning = [student["warning"] + "."] if "warning" in student else []
+    return "\n".join(table) + "\n\n" + " ".join(filter(None, [told, *warning, _scores(summary)]))
+
+
+def _scores(summary: dict[str, Any]) -> str:
+    """The means of a run's scores in a sentence; "" where it has none."""
+    names = {"real": "real pictures with their captions", "teacher": "the teacher", "student": "the student"}
+    found = {name: (summary.get(who) or {}).get("scores") or {} for who, name in names.items()}
+    parts = [f"{name} {', '.join(f'{figure} {_number(mean)}' for figure, mean in means.items())}" for name, means in found.items() if means]
+    return f"Means of scores: {'; '.join(parts)}." if parts else ""
 
 
 def _number(value: float) -> str:

@@ -19,11 +19,14 @@ from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import features_by_name
-from potstill.engine.measure.score import Reference, picture_size, reference, score, shown
+from potstill.engine.measure.score import Reference, picture_shape, picture_size, reference, score, scored, shown
+from potstill.engine.measure.scores import Score, figures_of, open_score
 from potstill.engine.models.generate import Decode, generate
 from potstill.engine.models.origins import metadata_of_origin
 from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+
+MOST = 50_000  # images, unless eval.n asks for more
 
 
 @dataclass
@@ -35,30 +38,53 @@ class Shown:
 
 
 class Distance:
-    """From these images; nothing is loaded before it is asked for."""
+    """From these images, and the scores of pictures and their prompts; nothing is loaded before it is asked for."""
 
-    def __init__(self, cfg: EvalConfig, images: Images, device: torch.device, shown: Shown):
-        self.images, self.name, self.device, self.shown = images, cfg.features, device, shown
-        self.settings: dict[str, Any] = {
-            "n": cfg.n or min(len(images), 50_000), "seed": cfg.seed, "batch": cfg.batch, "device": device
+    def __init__(self, cfg: EvalConfig, images: Images | None, device: torch.device, shown: Shown):
+        self.cfg, self.images, self.device, self.shown = cfg, images, device, shown
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of all that is measured."""
+        known = self.images or self.shown.prompts
+        n = self.cfg.n or min(len(known) if known else MOST, MOST)
+        return {
+            "n": n, "seed": self.cfg.seed, "batch": self.cfg.batch, "device": self.device, "decode": self.shown.decode, "scores": self.scores
         }  # fmt: skip
 
     @cached_property
     def features(self) -> Features:
-        return features_by_name(self.name).to(self.device)
+        return features_by_name(self.cfg.features).to(self.device)
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        return [open_score(name, self.device) for name in self.cfg.scores]
 
     @cached_property
     def reference(self) -> Reference:
-        return reference(self.images, self.features, **self.settings, decode=self.shown.decode)
+        assert self.images is not None
+        captions = self.images.captions if self.cfg.scores else None
+        return reference(self.images, self.features, **self.settings, captions=captions)
 
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
+        assert self.images is not None
         self.features.try_on(*picture_size(self.images.shape, self.shown.decode), self.device)
 
+    def try_scores(self, shape: tuple[int, ...], prompt: str) -> None:
+        """The same of the scores, with a picture of samples of this shape. Until they are wanted they take no memory again."""
+        for name in self.cfg.scores:
+            picture = torch.zeros(1, *picture_shape(shape, self.shown.decode), dtype=torch.uint8)
+            figures_of(open_score(name, self.device), picture, [prompt])
+
     def of(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
-        """The distance of this net's images, with everything needed to repeat it."""
-        settings = self.settings | {"against": self.reference, "progress": progress} | vars(self.shown)
-        return score(net.eval(), sampler, self.images, self.features, **settings)
+        """The distance of this net's images and their scores, with everything needed to repeat it."""
+        prompts = self.shown.prompts
+        settings: dict[str, Any] = self.settings | {"progress": progress}
+        if self.images is not None:
+            return score(net.eval(), sampler, self.images, self.features, **settings, against=self.reference, prompts=prompts)
+        assert prompts is not None
+        return scored(net.eval(), sampler, settings.pop("scores"), prompts, **settings)
 
 
 class Gallery:
@@ -126,11 +152,14 @@ Nets = dict[str, tuple[Denoiser, Sampler]]  # {"teacher": …, "student": …}: 
 
 
 def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
-    """The distance of each net and of real images from the data; without data, the number of evaluations alone."""
+    """The distance of each net and of real images from the data, and their scores; without either, the number of evaluations alone."""
     if distance is None:
         return {name: {"nfe": sampler.nfe} for name, (_, sampler) in nets.items()}
-    floor = {"fd": distance.reference.floor, "kind": distance.reference.floor_kind}
-    return {"floor": floor} | {name: distance.of(*net, progress=f"measuring the {name}") for name, net in nets.items()}
+    found: dict[str, Any] = {}
+    if distance.images is not None:
+        found["floor"] = {"fd": distance.reference.floor, "kind": distance.reference.floor_kind}
+        found |= {"real": real} if (real := distance.reference.scores) else {}
+    return found | {name: distance.of(*net, progress=f"measuring the {name}") for name, net in nets.items()}
 
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
@@ -171,9 +200,12 @@ def summary_of(
 
 def print_result(summary: dict[str, Any], folder: Path) -> None:
     """The run in a few lines on stdout."""
-    for name in ("floor", "teacher", "student"):
-        if "fd" in (one := summary.get(name, {})):
+    for name in ("floor", "real", "teacher", "student"):
+        one = summary.get(name, {})
+        figures = [f"FD {one['fd']:.3f}"] if "fd" in one else []
+        figures += [f"{figure} {mean:.4g}" for figure, mean in one.get("scores", {}).items()]
+        if figures:
             nfe = f"  NFE {one['nfe']:>3}" if "nfe" in one else "         "
-            print(f"{name:8}{nfe}  FD {one['fd']:.3f}")
+            print(f"{name:8}{nfe}  {', '.join(figures)}")
     seconds = summary["seconds"]
     print(f"teacher {seconds['teacher']:.0f} s, student {seconds['student']:.0f} s; look at {folder}/samples.png, {folder}/report.html")

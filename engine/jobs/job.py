@@ -1,5 +1,6 @@
 """One run: the teacher is trained if need be, then the student or students, then it is measured, drawn and reported."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -56,7 +57,8 @@ class Job(Workplace):
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.shown = Shown()
         self.gallery = Gallery(self.images, self.device, self.shown)
-        self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device, self.shown)
+        measured = self.images is not None or cfg.eval.scores
+        self.distance = Distance(cfg.eval, self.images, self.device, self.shown) if measured else None
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
         self.partition = self.on_paper.partition
         if (vae := told.vae_of(cfg, self.device)) is not None:
@@ -64,8 +66,11 @@ class Job(Workplace):
         self.say_unused(self.on_paper.teacher)
         if (lora := self.on_paper.teacher.lora_of_copies) and (note := note_of_rank(self.on_paper.teacher.model, lora)):
             self.say(note)
-        if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
-            ranks.on_first(self.distance.try_features)
+        if (tried := self.distance) is not None:
+            if self.images is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
+                ranks.on_first(tried.try_features)
+            prompt = told.a_prompt(cfg, self.images) if cfg.eval.scores else ""
+            ranks.on_first(lambda: tried.try_scores(self.on_paper.teacher.shape, prompt))
         if on_paper:
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
@@ -246,7 +251,7 @@ class Job(Workplace):
             for net in spare:
                 net.cpu()
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
-        if cfg.eval_kimg and self.images is not None:
+        if cfg.eval_kimg and self.distance is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if folder == self.dir else folder.name
         stream = self.stream(cfg, classes, run.batches.window, method.asks)
@@ -264,16 +269,17 @@ class Job(Workplace):
         return {}
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
-        """The Fréchet distance now, labelled with its n; the best average so far is kept as a weight file."""
+        """The Fréchet distance now, labelled with its n, and the scores; the best average by distance so far is kept as a weight file."""
         assert self.distance is not None
         distance, net = self.distance, run.average()
         assert isinstance(net, Denoiser)
         result: Any = self.ranks.agree(self.ranks.on_first(lambda: distance.of(net, run.method.sampler)))
-        if result["fd"] < run.best:
+        if result.get("fd", math.inf) < run.best:
             run.best = result["fd"]
             chosen = {"metric": f"{result['features']}@{result['n']}", "best_of": run.times(run.cfg.eval_kimg or run.cfg.kimg)}
             self.save(run, folder / "checkpoints" / "best.safetensors", chosen_by=chosen)
-        return {f"fd@{result['n']}": result["fd"]}
+        distances = {f"fd@{result['n']}": result["fd"]} if "fd" in result else {}
+        return distances | {f"score/{figure}": mean for figure, mean in result.get("scores", {}).items()}
 
     # the end
 

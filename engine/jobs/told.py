@@ -48,7 +48,7 @@ class TextStream:
 
 def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     """UserError where a teacher of prompts gets none, or a method that looks at real samples no captions; where prompts, captions or text
-    encoder are none. Nothing is loaded or encoded.
+    encoder are none; and for scores of nets that are told no prompts. Nothing is loaded or encoded.
     """
     given = cfg.teacher.checkpoint
     if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
@@ -56,6 +56,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     if not teacher.text:
         if cfg.text.prompts is not None:
             raise UserError(f"text.prompts is for teachers that are told prompts, and {given or 'this one'} is not: set it to null")
+        if cfg.eval.scores:
+            raise UserError(f"eval.scores are of pictures and their prompts, and {given or 'this teacher'} is told none: set it to []")
         return
     if given is None:
         check_newborn(cfg, images)
@@ -140,6 +142,13 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
     prompts, *others = (opened(file, cache) for file, cache in prompt_files(cfg, images, folder))
     shows = looks(cfg) and captions_file(images, folder) is not None
     return Told(prompts, (others or [prompts])[0] if shows else None)
+
+
+def a_prompt(cfg: Config, images: Images | None) -> str:
+    """One of those that nets are measured with: the first."""
+    captions = None if images is None or (cfg.text.prompts and not looks(cfg)) else images.captions
+    texts = captions or (read_prompts(cfg.text.prompts) if cfg.text.prompts and Path(cfg.text.prompts).expanduser().exists() else [])
+    return texts[0] if texts else "a picture"
 
 
 def looks(cfg: Config) -> bool:

@@ -46,6 +46,8 @@ class Clip:
         check_finite(self.net, folder)
         self.net = self.net.eval().requires_grad_(False).to(device)
         self.tokenizer, self.processor, self.device = tokenizer(folder, "CLIPTokenizer"), _processor(folder), device
+        with stumbling(folder, "CLIPModel"):  # where its parts do not fit one another
+            self.cosines(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a picture"])
         self.sha256 = _digest([*weight_files(folder, "transformers"), *sorted(one for one in folder.iterdir() if one.suffix in SMALL)])
 
     @torch.no_grad()

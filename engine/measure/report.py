@@ -54,7 +54,9 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html from what a run folder holds by now, and return its path. Parts that are missing say so."""
     run_dir = Path(run_dir)
     summary, teacher, path = _summary(run_dir), run_dir / "teacher", run_dir / "report.html"
-    levels = {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}
+    levels = {"fd@": {who: fd for who in ("teacher", "floor") if is_number(fd := summary.get(who, {}).get("fd"))}} | _levels_of_scores(
+        summary
+    )
     curves = read_curves(run_dir / "metrics.jsonl")
     health = {name: curve for name, curve in curves.items() if name.endswith(HEALTH) or "/gap@" in name}
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -81,9 +83,12 @@ def write_report(run_dir: Path) -> Path:
 def _lead(summary: dict[str, Any]) -> str:
     """The result in a sentence."""
     student, nfe, teacher, teacher_nfe = (summary.get(who, {}).get(key) for who in ("student", "teacher") for key in ("fd", "nfe"))
-    if not is_number(student) or not is_number(nfe):
+    scores = summary.get("student", {}).get("scores")
+    if not is_number(nfe) or not (is_number(student) or scores):
         return "This run has not been scored yet."
     evaluations = f"{nfe:g} network evaluation{'' if nfe == 1 else 's'}"
+    if not is_number(student):
+        return f"The student reaches {', '.join(f'{name} {short(mean)}' for name, mean in scores.items())} with {evaluations} per image."
     text = f"The student reaches {summary['student'].get('features') or 'FD'} {short(student)} with {evaluations} per image"
     return f"{text}, its teacher {short(teacher)} with {teacher_nfe:g}." if is_number(teacher) and is_number(teacher_nfe) else f"{text}."
 
@@ -96,6 +101,9 @@ def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield short(fd), f"{who}, {summary[who].get('features') or 'FD'}" + (f" at NFE {nfe:g}" if is_number(nfe) else "")
     if is_number(fd := summary.get("floor", {}).get("fd")):
         yield short(fd), "floor: real against real at the same n"
+    for who, what in (("student", "student"), ("teacher", "teacher"), ("real", "real pictures with their captions")):
+        for figure, mean in summary.get(who, {}).get("scores", {}).items():
+            yield short(mean), f"{what}, {figure}"
     if is_number(images := summary.get("images_seen")):
         yield short(images), "images seen"
     for name, value in summary.get("seconds", {}).items():
@@ -103,10 +111,20 @@ def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield _duration(value), f"time: {name}"
 
 
-def _charts(found: dict[str, Curve], levels: dict[str, float]) -> list[tuple[str, Chart]]:
-    """A chart per metric: distances first, book-keeping last; `levels` belong to the distances, the data's to a ratio to it."""
-    order = sorted(found, key=lambda name: (name.endswith(BOOKKEEPING), not name.startswith("fd@")))
-    return [(name, chart(found[name], levels if name.startswith("fd@") else DATA if name.endswith("_ratio") else None)) for name in order]
+def _levels_of_scores(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By the names of the curves, those of the teacher and of real pictures."""
+    found: dict[str, dict[str, float]] = {}
+    for who in ("teacher", "real"):
+        for figure, mean in summary.get(who, {}).get("scores", {}).items():
+            found.setdefault(f"score/{figure}", {})[who] = mean
+    return found
+
+
+def _charts(found: dict[str, Curve], levels: dict[str, dict[str, float]]) -> list[tuple[str, Chart]]:
+    """A chart per metric: distances and scores first, book-keeping last; `levels`: of distances by "fd@", of others by their names."""
+    order = sorted(found, key=lambda name: (name.endswith(BOOKKEEPING), not name.startswith("fd@"), not name.startswith("score/")))
+    lines = {name: levels.get("fd@" if name.startswith("fd@") else name) for name in order}
+    return [(name, chart(found[name], DATA if name.endswith("_ratio") else lines[name])) for name in order]
 
 
 def _grids(folder: Path) -> list[tuple[str, str]]:

@@ -4,10 +4,11 @@ Beside a number stands what it was measured with: a fingerprint of the real imag
 """
 
 import hashlib
+import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,14 @@ from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.distances import Gaussian, check_neighbours, gathered, kid, moments, precision_recall, share, squared_distance
 from potstill.engine.measure.features import Features
+from potstill.engine.measure.resized import LAW, resized
+from potstill.engine.measure.scores import Score, Tally
 from potstill.engine.models.generate import PROMPTS, Decode, Rows, generate, labels_for, to_uint8
 from potstill.engine.training.ranks import ALONE, Ranks
 
 Device = torch.device | str
 FD, KID, PR = METRICS = ("fd", "kid", "pr")
-PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity")
+PACKAGES = ("potstill", "torch", "torchmetrics", "numpy", "timm", "torch-fidelity", "transformers")
 
 
 class Fingerprint:
@@ -56,26 +59,38 @@ class Reference:
     images: int | None  # how many
     sha256: str  # the Fingerprint of the images, or that of the file
     seen: Tensor | None = None  # the real images' features [N, D], for the metrics that want more than a Gaussian
+    scores: dict[str, Any] = field(default_factory=dict)  # of the images with their captions (`Tally.result`)
 
 
 def reference(
     images: Images, features: Features, *, n: int, seed: int = 0, batch: int = 256, device: Device = "cpu",
-    ranks: Ranks = ALONE, keep: bool = False, decode: Decode | None = None,
+    ranks: Ranks = ALONE, keep: bool = False, decode: Decode | None = None, resize: int | None = None,
+    scores: Sequence[Score] = (), captions: Sequence[str] | None = None,
 ) -> Reference:  # fmt: skip
     """All real images in these features, and the floor: what images of the very distribution of the data would score.
 
     Where the data allow it, the floor is the distance between two disjoint draws of n images; otherwise that of n images,
-    drawn with replacement, from all. `seed` chooses the draws; `keep` keeps the features of all; `decode` shows latents.
+    drawn with replacement, from all. `seed` chooses the draws; `keep` keeps the features of all; `decode` shows latents; `resize`: the
+    size that all are measured at. With `captions`, one for each image, all get the `scores`.
     """
-    rng, total = np.random.default_rng(seed), len(images)
-    fingerprint, kept = Fingerprint(), [] if keep else None
+    rng, total, decode = np.random.default_rng(seed), len(images), decode if images.latent else None
+    fingerprint, kept, tally = Fingerprint(), [] if keep else None, Tally(scores if captions else (), device)
 
-    def fitted(indices: np.ndarray, kind: str = "real", fingerprint: Fingerprint | None = None, kept: list | None = None):
+    def fitted(
+        indices: np.ndarray,
+        kind: str = "real",
+        fingerprint: Fingerprint | None = None,
+        kept: list | None = None,
+        tally: Tally | None = None,
+    ):
         mine = indices[share(ranks, len(indices), batch)]
-        return moments(_read(images, mine, batch, device, fingerprint, decode), features, kept=kept, ranks=ranks).gaussian(kind)
+        pictures = resized(_read(images, mine, batch, device, fingerprint, decode), resize)
+        if tally and captions:
+            pictures = tally.over(pictures, [captions[int(i)] for i in mine])
+        return moments(pictures, features, kept=kept, ranks=ranks).gaussian(kind)
 
-    features.try_on(*picture_size(images.shape, decode), device)  # a process without a share sees no other image
-    whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept)
+    features.try_on(*picture_size(images.shape, decode, resize), device)  # a process without a share sees no other image
+    whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept, tally=tally)
     if total >= 2 * n:
         order = rng.permutation(total)
         first, second = (fitted(np.sort(half)) for half in (order[:n], order[n : 2 * n]))
@@ -86,29 +101,34 @@ def reference(
         kind = f"{n} real images drawn with replacement against all {total}"
     seen = gathered(ranks, _rows(kept, features), total, batch) if kept is not None else None
     sha256 = fingerprint.of_all(ranks, total, batch, features.device)
-    return Reference(whole, n, floor, kind, images.name, total, sha256, seen)
+    return Reference(whole, n, floor, kind, images.name, total, sha256, seen, tally.result(ranks))
 
 
 def score(
     net: Sampled, sampler: Sampler, images: Images | None, features: Features, *,
     n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", against: Reference | None = None,
     labels: str | None = None, metrics: Sequence[str] = (FD,), best_of: int = 1, ranks: Ranks = ALONE,
-    progress: str | None = None, prompts: Rows | None = None, decode: Decode | None = None,
+    progress: str | None = None, prompts: Rows | None = None, decode: Decode | None = None, resize: int | None = None,
+    scores: Sequence[Score] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Fréchet distance ("fd") of n generated images from all real ones, and what is needed to read and repeat it.
 
     Seeds are seed … seed + n - 1. `labels`: see labels_for. `metrics`: kid and pr (precision and recall) want a reference
     that kept its features. best_of > 1 evaluates as often, every time with the next n seeds, and reports the smallest
-    distance, marked as such. `prompts` are for nets that are told some, each in turn; `decode` shows latents. `against` saves computing the real side again; `progress` is the title of a bar on stderr.
+    distance, marked as such. `prompts` are for nets that are told some, each in turn, and `scores` of their pictures; `decode` shows
+    latents, and `resize` is the size that pictures are measured at. `against` saves computing the real side again; `progress` is the
+    title of a bar on stderr.
     UserError where net and data do not fit.
     """
     if images is not None:
-        check_fit(net, images)
+        check_fit(net, images, resize)
     if against is None:
         if images is None:
             raise ValueError("score wants images or a reference")
         keep = set(metrics) != {FD}
-        against = reference(images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=keep, decode=decode)
+        against = reference(
+            images, features, n=n, seed=seed, batch=batch, device=device, ranks=ranks, keep=keep, decode=decode, resize=resize
+        )
     if against.n != n:
         raise ValueError(f"wanted a reference for n = {n}, got one whose floor is for {against.n}")
     if PR in metrics:
@@ -117,23 +137,25 @@ def score(
     tries, labels_kind = [], "none"
     for first in range(seed, seed + best_of * n, n):
         if prompts is not None:
-            own, labels_kind = Picked(prompts, (first - seed + mine) % len(prompts)), PROMPTS
+            own, labels_kind = Picked.of(prompts, first - seed + mine), PROMPTS
         else:
             classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
             own = None if classes is None else classes[mine]
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device, decode=decode)
-        kept = None if set(metrics) == {FD} else []
-        features.try_on(*picture_size(net.shape, decode), device)
-        fake = moments(_with_bar(batches, len(mine), progress), features, kept=kept, ranks=ranks).gaussian("generated")
-        found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)}
+        pictures = _with_bar(resized(batches, resize), len(mine), progress)
+        kept, tally = None if set(metrics) == {FD} else [], Tally(scores, device)
+        if isinstance(own, Picked) and scores:
+            pictures = tally.over(pictures, own.texts)
+        features.try_on(*picture_size(net.shape, decode, resize), device)
+        fake = moments(pictures, features, kept=kept, ranks=ranks).gaussian("generated")
+        found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)} | tally.result(ranks)
         if kept is not None:
             found |= _more(metrics, against, gathered(ranks, _rows(kept, features), n, batch), seed)
         tries.append(found | {"nfe": sampler.nfe, "n": n, "seeds": f"{first}-{first + n - 1}"})
     found = min(tries, key=lambda one: one["fd"])
     if best_of > 1:
         found |= {"best_of": best_of, "fd_all": [one["fd"] for one in tries], "seeds_all": f"{seed}-{seed + best_of * n - 1}"}
-    found |= {
-        "labels": labels_kind,
+    found |= told_and_shown(labels_kind, prompts, resize) | {
         "solver": sampler.solver,
         "features": features.title,
         "features_sha256": features.sha256,
@@ -155,11 +177,49 @@ def score(
     return found
 
 
+def scored(
+    net: Sampled, sampler: Sampler, scores: Sequence[Score], prompts: Rows, *,
+    n: int, seed: int = 0, batch: int = 256, device: Device = "cpu", ranks: Ranks = ALONE, progress: str | None = None,
+    decode: Decode | None = None, resize: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The scores alone, where there are no data to be compared with. Arguments as of `score`."""
+    start, mine, tally = time.perf_counter(), share(ranks, n, batch), Tally(scores, device)
+    own = Picked.of(prompts, mine)
+    batches = generate(net, sampler, own, (seed + mine).tolist(), batch=batch, device=device, decode=decode)
+    for _ in tally.over(_with_bar(resized(batches, resize), len(mine), progress), own.texts):
+        pass
+    found = tally.result(ranks) | {"nfe": sampler.nfe, "n": n, "seeds": f"{seed}-{seed + n - 1}"} | told_and_shown(PROMPTS, prompts, resize)
+    return found | {
+        "solver": sampler.solver, "seconds": round(time.perf_counter() - start, 3), "processes": ranks.count, "tools": tools()
+    }  # fmt: skip
+
+
+def told_and_shown(labels: str, prompts: Rows | None, resize: int | None) -> dict[str, Any]:
+    """What the net was told, and the size its pictures were measured at, for JSON."""
+    found: dict[str, Any] = {"labels": labels}
+    if prompts is not None:
+        texts = json.dumps([prompts.text(i) for i in range(len(prompts))])
+        found["prompts"] = {"number": len(prompts), "sha256": hashlib.sha256(texts.encode()).hexdigest()}
+    return found | ({"resize": {"size": resize, "law": LAW}} if resize else {})
+
+
 class Picked(NamedTuple):
     """Some of the prompts, in this order."""
 
     prompts: Rows
     numbers: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Rows, indices: np.ndarray) -> "Picked":
+        """Image i has the (i modulo their number)th."""
+        return cls(prompts, indices % len(prompts))
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.prompts.text(i) for i in self.numbers]
+
+    def text(self, i: int) -> str:
+        return self.prompts.text(self.numbers[i])
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -168,16 +228,23 @@ class Picked(NamedTuple):
         return self.prompts.rows(self.numbers[list(indices)].tolist())
 
 
-def picture_size(shape: tuple[int, ...], decode: Decode | None) -> tuple[int, int]:
-    """Channels and width of what samples of this shape are shown as."""
-    shown = shape if decode is None else decode(torch.zeros(1, *shape)).shape[1:]
+def picture_size(shape: tuple[int, ...], decode: Decode | None, resize: int | None = None) -> tuple[int, int]:
+    """Channels and width of what samples of this shape are measured as."""
+    if resize:
+        return 3, resize
+    shown = picture_shape(shape, decode)
     return shown[0], shown[-1]
 
 
-def check_fit(net: Sampled, images: Images) -> None:
-    """UserError unless the net makes images of the data's size, and knows the data's classes."""
+def picture_shape(shape: tuple[int, ...], decode: Decode | None) -> tuple[int, ...]:
+    """[C, H, W] of the picture that a sample of this shape is shown as."""
+    return shape if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
+
+
+def check_fit(net: Sampled, images: Images, resize: int | None = None) -> None:
+    """UserError unless the net makes images of the data's size, or all are resized, and knows the data's classes."""
     wanted, got = images.shape, net.shape
-    if wanted != got:
+    if wanted != got and not resize:
         raise UserError(
             f"the net makes {'x'.join(map(str, got))} images, {images.name} has {'x'.join(map(str, wanted))}: "
             "evaluate it on data of its own size (potstill convert images makes them)"
@@ -211,7 +278,7 @@ def _read(
 
 def shown(images: Images, rows: Tensor, decode: Decode | None) -> Tensor:
     """Samples of a data set as they were read, [N, C, H, W], as pictures, uint8."""
-    return rows if decode is None else to_uint8(decode(images.seen(rows)))
+    return to_uint8(decode(images.seen(rows))) if decode and images.latent else rows
 
 
 def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:

@@ -10,12 +10,13 @@ FILE = "summary.json"
 ADVICE = "repeat the training command to renew it"
 SHARE = number(0, 1)
 TEXT = Kind(lambda value: is_text(value) and value.isprintable() and len(value) <= 1000, "a line of text")
+NUMBERS = Kind(lambda value: is_dict(value) and all(TEXT.fits(k) and NUMBER.fits(v) for k, v in value.items()), "numbers by name")
 SCORE: dict[str, Kind] = {
     "fd": NUMBER, "kid": NUMBER, "precision": SHARE, "recall": SHARE, "nfe": count(0), "n": count(0), "best_of": count(1),
     "features": TEXT, "seeds": TEXT, "data": TEXT, "warning": TEXT, "features_sha256": optional(TEXT), "reference_sha256": optional(TEXT),
-    "reference_images": optional(count(0)),
+    "reference_images": optional(count(0)), "scores": NUMBERS,
 }  # fmt: skip
-PARTS: dict[str, dict[str, Kind]] = {"student": SCORE, "teacher": SCORE, "floor": {"fd": optional(NUMBER)}}
+PARTS: dict[str, dict[str, Kind]] = {"student": SCORE, "teacher": SCORE, "real": SCORE, "floor": {"fd": optional(NUMBER)}}
 EACH = {"seconds": number(0), "images_seen": count(0), "versions": TEXT}  # of all that stands in these
 TOP = {name: optional(DICT) for name in (*PARTS, *EACH)} | {"device": TEXT, "precision": TEXT, "seed": count(0)}
 TOP["images_seen"] = Kind(lambda value: TOP["seconds"].fits(value) or count(0).fits(value), "names and values, or one whole number")

@@ -25,6 +25,8 @@ class Rows(Protocol):
 
     def rows(self, indices: Sequence[int]) -> Any: ...
 
+    def text(self, i: int) -> str: ...
+
 
 Decode = Callable[[Tensor], Tensor]  # latents -> pictures, about in [-1, 1]
 
