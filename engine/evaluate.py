@@ -24,6 +24,7 @@ from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import check_writable
+from potstill.engine.data.captions import read_prompts
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.jobs.shown import shown_of
 from potstill.engine.measure.features import Features

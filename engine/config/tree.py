@@ -136,8 +136,9 @@ class EvalConfig:
     features: str = "pixels"  # pixels | inception[:FILE|URL] | dinov2:FILE | clip:FILE | a TorchScript file
     scores: list[str] = field(
         default_factory=list
-    )  # of nets of prompts: clip:FOLDER | pickscore:FOLDER | aesthetic:HEAD.safetensors:FOLDER
+    )  # of nets of prompts: clip:FOLDER | pickscore:FOLDER | aesthetic:HEAD.safetensors:FOLDER | scenes
     n: int | None = None  # images generated; null: as many as the data has, or without data prompts, at most 50,000
+    held_out: str | None = None  # other prompts, scored apart: .txt | .jsonl | scenes (its pairs that no picture shows); null: none
     batch: int = 512  # images at a time; changes no image
     seed: int = 0  # of the first image; the next one has the next
 
@@ -147,6 +148,10 @@ class EvalConfig:
         at_least(self, 1, "batch")
         seed(self, "seed")
         wants(self, "features", self.features != "", "the name or file of a feature net, such as pixels")
+        wants(self, "held_out", self.held_out != "", "a file of prompts, or null for none")
+
+    def unused(self) -> Unused:
+        return {} if self.scores else {"held_out": "eval.scores=[]"}
 
 
 @dataclass

@@ -20,7 +20,7 @@ def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     rules = across(cfg, teacher, ranks)
     if teacher.text:  # else by the captions of the data
         cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, prompts=cfg.text.prompts or cfg.data.path))
-    for branch in ("data", "method", "students", "skipping", "lora", "text"):
+    for branch in ("data", "method", "students", "skipping", "lora", "text", "eval"):
         rules |= {f"{branch}.{name}": why for name, why in getattr(cfg, branch).unused().items()}
     names: dict[str, list[str]] = {}
     for name in given(cfg):

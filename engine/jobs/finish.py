@@ -35,6 +35,7 @@ class Shown:
 
     prompts: Prompts | None = None
     decode: Decode | None = None
+    held_out: Prompts | None = None  # those that are scored apart
 
 
 class Distance:
@@ -85,6 +86,12 @@ class Distance:
             return score(net.eval(), sampler, self.images, self.features, **settings, against=self.reference, prompts=prompts)
         assert prompts is not None
         return scored(net.eval(), sampler, settings.pop("scores"), prompts, **settings)
+
+    def of_held_out(self, net: Denoiser, sampler: Sampler) -> dict[str, Any]:
+        """The scores of as many images of the prompts that are held out."""
+        settings = self.settings
+        assert self.shown.held_out is not None
+        return scored(net.eval(), sampler, settings.pop("scores"), self.shown.held_out, **settings)
 
 
 class Gallery:
@@ -159,7 +166,11 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
     if distance.images is not None:
         found["floor"] = {"fd": distance.reference.floor, "kind": distance.reference.floor_kind}
         found |= {"real": real} if (real := distance.reference.scores) else {}
-    return found | {name: distance.of(*net, progress=f"measuring the {name}") for name, net in nets.items()}
+    for name, net in nets.items():
+        found[name] = distance.of(*net, progress=f"measuring the {name}")
+        if distance.shown.held_out is not None:
+            found[name]["held_out"] = distance.of_held_out(*net)
+    return found
 
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
@@ -204,6 +215,7 @@ def print_result(summary: dict[str, Any], folder: Path) -> None:
         one = summary.get(name, {})
         figures = [f"FD {one['fd']:.3f}"] if "fd" in one else []
         figures += [f"{figure} {mean:.4g}" for figure, mean in one.get("scores", {}).items()]
+        figures += [f"{figure} of held-out prompts {mean:.4g}" for figure, mean in one.get("held_out", {}).get("scores", {}).items()]
         if figures:
             nfe = f"  NFE {one['nfe']:>3}" if "nfe" in one else "         "
             print(f"{name:8}{nfe}  {', '.join(figures)}")

@@ -169,7 +169,7 @@ class Job(Workplace):
         if not self.given_teacher and not self.exists(self.dir / OWN / INDEX):
             self.ranks.on_first(self.write_pipeline)
         self.told = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
-        self.shown.prompts = self.told.captions or self.told.prompts
+        self.shown.prompts, self.shown.held_out = self.told.captions or self.told.prompts, self.told.held_out
 
     def write_pipeline(self) -> None:
         assert self.images is not None

@@ -11,6 +11,7 @@ import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
+from potstill.engine.data import scenes
 from potstill.engine.data.captions import CAPTIONS, read_prompts, write_captions
 from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
@@ -23,13 +24,19 @@ from potstill.engine.models.origins import OWN, is_pipeline, local_path
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.ranks import Ranks
 
+HELD_OUT = "held-out.jsonl"  # in a run folder: the pairs of digits that no picture of `scenes` shows
+
 
 @dataclass
 class Told:
-    """Embedded prompts and captions of a run; captions are None where its method looks at no real samples."""
+    """Embedded prompts and captions of a run; captions are None where its method looks at no real samples.
+
+    held_out: those that are scored apart (`eval.held_out`), None for none.
+    """
 
     prompts: Prompts
     captions: Prompts | None
+    held_out: Prompts | None = None
 
 
 class TextStream:
@@ -82,6 +89,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     for file, _ in prompt_files(cfg, images, Path()):
         if file != captions:
             read_prompts(file)
+    if held_out(cfg) and cfg.eval.held_out != scenes.NAME:
+        read_prompts(str(cfg.eval.held_out))
 
 
 def check_newborn(cfg: Config, images: Images | None) -> None:
@@ -139,9 +148,22 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
         ranks.on_first(lambda: prepare_prompts(text, pipeline, cache, device))
         return open_prompts(text, pipeline, cache, device)
 
-    prompts, *others = (opened(file, cache) for file, cache in prompt_files(cfg, images, folder))
+    files = prompt_files(cfg, images, folder)
+    prompts, *others = (opened(file, cache) for file, cache in files)
     shows = looks(cfg) and captions_file(images, folder) is not None
-    return Told(prompts, (others or [prompts])[0] if shows else None)
+    apart = None
+    if held_out(cfg):
+        file = folder / HELD_OUT if cfg.eval.held_out == scenes.NAME else str(cfg.eval.held_out)
+        if cfg.eval.held_out == scenes.NAME:
+            texts = [scenes.caption_of(scene) for scene in scenes.all_scenes(held_out=True)]
+            ranks.on_first(lambda: write_captions(folder / HELD_OUT, texts))
+        apart = opened(file, files[0][1].with_name(f"{files[0][1].name}-held-out"))
+    return Told(prompts, (others or [prompts])[0] if shows else None, apart)
+
+
+def held_out(cfg: Config) -> bool:
+    """Are there prompts that are scored apart?"""
+    return bool(cfg.eval.held_out and cfg.eval.scores)
 
 
 def a_prompt(cfg: Config, images: Images | None) -> str:
