@@ -18,15 +18,17 @@ from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, me
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
+from potstill.engine.jobs.shares import Shares, keep_shares, read_shares, try_shares
 from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
-from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.jobs.workplace import Share, Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.models.opening import PLACE
 from potstill.engine.models.origins import is_pipeline
-from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
+from potstill.engine.models.partitions import AnyPartition, Partition
+from potstill.engine.models.router import MANIFEST, Router, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
@@ -57,7 +59,8 @@ class Job(Workplace):
         self.gallery = Gallery(self.images, self.device, self.shown)
         self.distance = None if self.images is None else Distance(cfg.eval, self.images, self.device, self.shown)
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
-        self.partition = self.on_paper.partition
+        self.partition: AnyPartition | None = self.on_paper.partition  # of prompts once these are embedded
+        self.shares: Shares | None = None
         if (vae := told.vae_of(cfg, self.device)) is not None:
             self.shown.decode = vae.decode
         self.say_unused(self.on_paper.teacher)
@@ -66,6 +69,8 @@ class Job(Workplace):
         if self.distance is not None and not (on_paper and preflight.unfetched(cfg.eval.features)):
             ranks.on_first(self.distance.try_features)
         if on_paper:
+            if self.on_paper.teacher.text and cfg.students.count > 1:
+                try_shares(cfg, self.images, self.dir, self.device, ranks)
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
             ranks.on_first(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
@@ -109,6 +114,7 @@ class Job(Workplace):
             partition = self.partition
             self.ranks.on_first(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
+            self.give_null(student)
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.on_first(lambda: self.finish(nets))
 
@@ -152,13 +158,21 @@ class Job(Workplace):
         return {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16}[self.cfg.teacher.precision]
 
     def tell(self, *nets: Denoiser) -> None:
-        """Embed the prompts of nets that are told some, and give these the null prompt."""
+        """Embed the prompts of nets that are told some, share them out among several students, and give the nets the null prompt."""
         if not nets[0].text:
             return
-        self.told = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
+        self.told = embedded = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
         self.shown.prompts = self.told.captions or self.told.prompts
+        self.give_null(*nets)
+        if (count := self.cfg.students.count) > 1:
+            self.ranks.on_first(lambda: keep_shares(self.cfg, embedded, self.dir))
+            self.shares = read_shares(self.dir, count, embedded)
+            self.partition = self.shares.partition
+
+    def give_null(self, *nets: Denoiser | Router) -> None:
+        """The null prompt, to nets that know one."""
         for net in nets:
-            if isinstance(net, DiffusersDenoiser) and self.told.prompts.null is not None:
+            if isinstance(net, DiffusersDenoiser | Router) and self.told is not None and self.told.prompts.null is not None:
                 net.null = self.told.prompts.null
 
     def new_teacher(self) -> Teacher:
@@ -184,7 +198,7 @@ class Job(Workplace):
         return self.prepared(load_net(here)[0])
 
     def distil(self, teacher: Denoiser, start: Denoiser, k: int) -> tuple[Denoiser, Sampler]:
-        """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
+        """Student k (the average of its weights), trained on its share of classes or prompts if there are several; how it is sampled."""
         self.fresh(k)
         method = self.cfg.method.build(teacher, start)
         if earlier := earlier_folder(self.cfg, k):
@@ -217,11 +231,11 @@ class Job(Workplace):
 
         spare: nets that wait in host memory meanwhile, where the method has them in shards.
         """
-        classes = self.partition.classes(student) if self.partition and student is not None else None
+        share = self.share(student)
         for net in method.nets.values():
             net.to(self.device)
-        method.data_variance = data_variance(self.images, classes)
-        run = Run(method, cfg, self.seed_of(student or 0), self.device, classes, self.ranks)
+        method.data_variance = data_variance(share.images)
+        run = Run(method, cfg, self.seed_of(student or 0), self.device, share.classes, self.ranks)
         run.guard = guard
         if run.sharded and cfg.fsdp.teacher == "shard":
             for net in spare:
@@ -230,12 +244,23 @@ class Job(Workplace):
         if cfg.eval_kimg and self.images is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if folder == self.dir else folder.name
-        stream = self.stream(cfg, classes, run.batches.window, method.asks)
+        stream = self.stream(cfg, share, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
         train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile, group=group)
         self.graphs[title] = run.graph_report()
         return run
+
+    def share(self, student: int | None = None) -> Share:
+        """Everything there is, or what one of several students has of it."""
+        whole = super().share()
+        if student is None or self.partition is None:
+            return whole
+        if self.shares is not None:
+            return self.shares.of(student, whole)
+        assert isinstance(self.partition, Partition)
+        classes = self.partition.classes(student)
+        return Share(None if self.images is None else self.images.subset(classes), None, classes)
 
     def draw(self, run: Run, folder: Path) -> dict[str, float]:
         """A grid of samples from the same noise every time."""

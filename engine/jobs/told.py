@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from potstill.engine.common.errors import UserError
@@ -30,6 +31,10 @@ class Told:
 
     prompts: Prompts
     captions: Prompts | None
+
+    def subset(self, prompts: np.ndarray, captions: np.ndarray | None) -> "Told":
+        """Only those of these numbers."""
+        return Told(self.prompts.subset(prompts), None if captions is None or self.captions is None else self.captions.subset(captions))
 
 
 class TextStream:
@@ -72,10 +77,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         )
     if cfg.method.needs().pairs:
         raise UserError("method.regression makes pairs for classes, and this teacher is told prompts: set it to 0")
-    if cfg.students.net is not None or cfg.students.count > 1:
-        raise UserError(
-            "students of several or of another shape are for teachers of classes, and this one is told prompts: leave students. out"
-        )
+    if cfg.students.net is not None:
+        raise UserError("students of another shape are for teachers of classes, and this one is told prompts: leave students.net out")
     check_encoder(local_path(given), cfg.text.max_length)
     for file, _ in prompt_files(cfg, images, Path()):
         n = len(read_prompts(file))
