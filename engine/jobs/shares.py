@@ -34,7 +34,7 @@ from potstill.engine.training.ranks import Ranks
 FILE = "partition.json"
 MOST_PARTED, BATCH = 20_000, 32  # different prompts that a partition is made of; all others go by its rule; at a time
 MOST_BYTES = 2**28
-ADVICE = "restore it, or remove it together with the students that were trained by it"
+ADVICE = "restore it, or begin anew with another run_dir="
 OTHERWISE = "take fewer students, more prompts or another students.partition"
 STUDENTS = Kind(lambda value: is_list(value, lambda k: is_whole(k, 0, MOST_STUDENTS), 1), "a list of students")
 
@@ -60,14 +60,26 @@ def check_prompts(cfg: Config, images: Images | None, folder: Path) -> None:
     if (count := cfg.students.count) == 1:
         return
     check_kind(cfg.students.partition, OF_PROMPTS)
-    for file, _ in prompt_files(cfg, images, folder)[:1]:
-        if (n := len(set(read_prompts(file)))) < count:
-            raise UserError(f"{count} students want as many different prompts, {file} has {n:,}: {OTHERWISE}")
+    file, _ = prompt_files(cfg, images, folder)[0]
+    if (n := len(set(read_prompts(file)))) < count:
+        raise UserError(f"{count} students want as many different prompts, {file} has {n:,}: {OTHERWISE}")
     if images is not None and cfg.method.needs().data and len(images) < count:
         raise UserError(f"{count} students want as many real samples, {images.name} has {len(images):,}: take fewer students")
+    if cfg.students.start and (Path(cfg.students.start).expanduser() / FILE).exists():
+        earlier_partition(cfg)
     if (folder / FILE).exists():
         read_shares(folder, count)
         check_inputs(folder, _mark(folder))
+
+
+def earlier_partition(cfg: Config) -> PromptPartition | None:
+    """That of the run whose students go on here. None where they start from the teacher; UserError where its shares are others by kind or number."""
+    if not cfg.students.start:
+        return None
+    start, wanted = Path(cfg.students.start).expanduser(), cfg.students.partition
+    if (found := read_shares(start, cfg.students.count).partition).kind != wanted:
+        raise UserError(f"students.start: {start} has shares by {found.kind}, wanted some by {wanted}: set students.partition={found.kind}")
+    return found
 
 
 def try_shares(cfg: Config, images: Images | None, folder: Path, device: torch.device, ranks: Ranks) -> None:
@@ -106,13 +118,10 @@ def read_shares(folder: Path, count: int, told: Told | None = None) -> Shares:
 def share_out(cfg: Config, told: Told) -> Shares:
     """Embed all prompts, some of them twice, and part them. UserError for a student without prompts or real samples."""
     count = cfg.students.count
-    first: dict[str, int] = {}
-    for i in range(len(told.prompts)):
-        first.setdefault(told.prompts.text(i), i)
-    some = np.array(list(first.values()))
-    some = some[np.arange(n := min(len(some), MOST_PARTED)) * len(some) // n]
-    features = _each(told.prompts, some, Text.feature)
-    partition = part_prompts(cfg.students.partition, features.numpy(), count, cfg.seed)
+    partition = earlier_partition(cfg)
+    if partition is None:
+        features = _each(told.prompts, _different(told.prompts), Text.feature)
+        partition = part_prompts(cfg.students.partition, features.numpy(), count, cfg.seed)
     prompts, captions = (
         None if one is None else _each(one, np.arange(len(one)), partition.of).numpy() for one in (told.prompts, told.captions)
     )
@@ -121,6 +130,16 @@ def share_out(cfg: Config, told: Told) -> Shares:
         if students is not None and (without := np.setdiff1d(np.arange(count), students)).size:
             raise UserError(f"student {without[0]} of {count} has no {what}: {OTHERWISE}")
     return Shares(partition, prompts, captions)
+
+
+def _different(prompts: Prompts) -> np.ndarray:
+    """The first place of every text, at most MOST_PARTED of them, evenly taken."""
+    first: dict[str, int] = {}
+    for i in range(len(prompts)):
+        first.setdefault(prompts.text(i), i)
+    places = np.array(list(first.values()))
+    n = min(len(places), MOST_PARTED)
+    return places[np.arange(n) * len(places) // n]
 
 
 def _each(prompts: Prompts, ids: np.ndarray, say: Callable[[Text], Tensor]) -> Tensor:

@@ -101,8 +101,8 @@ def partition_in(path: Path, said: Any, advice: str) -> AnyPartition:
     if kinds is CLASSES:
         partition = Partition(said["kind"], tuple(said["student_of"]))
     else:
-        vectors, thresholds = [list(map(float, row)) for row in said["vectors"]], list(map(float, said["thresholds"]))
-        partition = PromptPartition(said["kind"], *(torch.tensor(t, dtype=torch.float64, device="cpu") for t in (vectors, thresholds)))
+        vectors, thresholds = (torch.tensor(said[name], dtype=torch.float64, device="cpu") for name in ("vectors", "thresholds"))
+        partition = PromptPartition(said["kind"], vectors, thresholds)
         if (said["kind"], len(thresholds)) not in ((KMEANS, 0), (QUADRANTS, {1: 1, 2: 3}.get(len(vectors)))):
             raise Damaged(f"{path} contradicts itself: it has {said['kind']} of {len(vectors)} vectors and {len(thresholds)} thresholds")
     if partition.hash != said["hash"]:
