@@ -38,6 +38,7 @@ from potstill.engine.models import presets
 from potstill.engine.models.generate import RANDOM, parse_classes
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, pipeline_named, settings
 from potstill.engine.models.origins import is_pipeline
+from potstill.engine.models.router import one_of
 from potstill.engine.models.weights import file_hash, weights_hash
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.training.ranks import Ranks, meet, one_voice
@@ -255,7 +256,7 @@ def check_model(model: Model, images: Images | None, labels: str | None, resize:
 
 def check_latents(model: Model, images: Images, pipeline: str) -> None:
     """UserError for pictures where the net makes latents of another size. pipeline: whose VAE they are of."""
-    if isinstance(model.net, DiffusersDenoiser) and not images.latent and images.shape != model.net.shape:
+    if isinstance(one_of(model.net), DiffusersDenoiser) and not images.latent and images.shape != model.net.shape:
         size = "x".join(map(str, model.net.shape))
         raise UserError(
             f"{model.path} makes latents {size}, and {images.name} holds pictures {'x'.join(map(str, images.shape))}: potstill convert latents "

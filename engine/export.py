@@ -28,9 +28,8 @@ from potstill.engine.jobs.lock import LOCK, lock
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import STUDENT, open_models, settings, teacher_elsewhere
 from potstill.engine.models.origins import local_path, on_hub
-from potstill.engine.models.router import Router
+from potstill.engine.models.router import Router, one_of
 from potstill.engine.models.student import Student, copy_weights, write_hub
-from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
@@ -107,8 +106,7 @@ def found(source: Path, pipeline: str | None = None) -> Subject:
     model = open_models(source, STUDENT, base=given)[0]
     student = Student(model.net, model.sampler, model.metadata).eval()
     net = student.net
-    text = isinstance(net, Denoiser) and net.text
-    told = "prompts" if text else f"{net.label_dim:,} classes" if net.label_dim else "no classes"
+    told = "prompts" if net.text else f"{net.label_dim:,} classes" if net.label_dim else "no classes"
     size = f"{'x'.join(str(side) for side in (*net.shape[1:], net.shape[0]))}, {told}, "
     about = About(
         name=(run if source.is_dir() or summary else source.with_suffix("")).resolve().name,
@@ -118,9 +116,9 @@ def found(source: Path, pipeline: str | None = None) -> Subject:
         students=len(net.students) if isinstance(net, Router) else 1,
         teacher=_teacher(source, model.metadata),
         summary=summary or {},
-        task="text-to-image" if text else "unconditional-image-generation",
+        task="text-to-image" if net.text else "unconditional-image-generation",
     )
-    own = Path(net.source) if isinstance(net, Denoiser) and net.adapters is not None else None
+    own = Path(one_of(net).source) if one_of(net).adapters is not None else None
     named = _learnt_from(source)
     place = given or own or teacher_elsewhere(source) or (local_path(named) if named else None)
     from_hub = named if named and on_hub(named) and not Path(named).exists() else None
@@ -158,12 +156,12 @@ class Written(NamedTuple):
 
 def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
-    where = "DIR" if subject.about.students > 1 else '"student.safetensors"'
-    use = _python(subject, where)
+    where = "DIR" if subject.about.students > 1 else "student.safetensors"
+    use = _python(subject, "DIR" if subject.about.students > 1 else f'"{where}"')
     more = ""
-    if isinstance(net := subject.student.net, DiffusersDenoiser) and _wants_pipeline(net):
+    if isinstance(net := one_of(subject.student.net), DiffusersDenoiser) and _wants_pipeline(net):
         more = " --pipeline FOLDER" + ' --prompts "a cat"' * net.text
-    use += f"\n\nOr `potstill sample student.safetensors{more} --seeds 0-63 --out grid.png`."
+    use += f"\n\nOr `potstill sample {where}{more} --seeds 0-63 --out grid.png`."
     return Written("weights with their description in their metadata", "potstill", use)
 
 
@@ -174,7 +172,7 @@ def to_hub(subject: Subject, folder: Path) -> Written:
 
 
 def _python(subject: Subject, where: str, comment: str = "") -> str:
-    net = subject.student.net
+    net = one_of(subject.student.net)
     if isinstance(net, DiffusersDenoiser):
         told, condition, tell = "", "", ""
         if net.text:

@@ -26,7 +26,8 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.models import student as student_file
 from potstill.engine.models.generate import generate
 from potstill.engine.models.opening import open_models
-from potstill.engine.models.router import Partition, student_folder, write_manifest
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import student_folder, write_manifest
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.edm import from_kwargs

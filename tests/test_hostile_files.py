@@ -17,7 +17,8 @@ from potstill.engine.models import weights
 from potstill.engine.models.descriptions import built
 from potstill.engine.models.generate import write_pairs
 from potstill.engine.models.opening import open_models, settings
-from potstill.engine.models.router import Partition, load_router, student_folder, write_manifest
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import load_router, student_folder, write_manifest
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import file_hash, load_net, read_metadata, read_tensors, save_net, weights_hash
 from potstill.engine.nets.edm import all_kwargs, from_kwargs

@@ -17,7 +17,8 @@ from potstill.engine.diffusion.sampling import SeedNoise, one_step
 from potstill.engine.methods.base import Pairs
 from potstill.engine.methods.dmd import DMD, DMDConfig
 from potstill.engine.methods.msd import TSM, make_partition
-from potstill.engine.models.router import Partition, Router, load_router, student_folder, write_manifest
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import Router, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
 

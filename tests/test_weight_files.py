@@ -15,7 +15,8 @@ from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.models.generate import write_pairs
-from potstill.engine.models.router import Partition, load_router, student_folder, write_manifest
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import load_router, student_folder, write_manifest
 from potstill.engine.models.student import write_hub
 from potstill.engine.models.weights import file_hash, load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs

@@ -156,10 +156,12 @@ class EvalConfig:
 
 @dataclass
 class StudentsConfig:
-    """Multi-student distillation (MSD): every student has its own share of the classes."""
+    """Multi-student distillation (MSD): every student has its own share of the classes or prompts."""
 
     count: int = 1  # how many
-    partition: str = "blocks"  # of the classes among them: blocks | random | kmeans (of the classes' mean images)
+    partition: str = (
+        "blocks"  # of classes: blocks | random | kmeans (of their mean images); of prompts: kmeans | quadrants (2 or 4 equal shares)
+    )
     net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
     tsm: TrainConfig = field(default_factory=TrainConfig)
     start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM; null: from the teacher
@@ -167,6 +169,7 @@ class StudentsConfig:
     def __post_init__(self):
         at_least(self, 1, "count")
         one_of(self, "partition", PARTITIONS)
+        wants(self, "count", self.partition != "quadrants" or self.count in (1, 2, 4), "2 or 4 where students.partition=quadrants")
 
     def unused(self) -> Unused:
         return {"partition": "students.count=1"} if self.count == 1 else {}

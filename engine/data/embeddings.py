@@ -137,7 +137,7 @@ def write_embeddings(
     UserError for a folder that holds something else, for too many prompts, and where the disk has too little room.
     """
     found = check_embeddings(out, texts, pipeline, device, precision=precision, max_length=max_length)
-    if found and not missing_of(out, found) and is_complete(out / NULL):
+    if found and is_made(out):
         return found
     if found and precision == "auto":
         precision = {"bfloat16": "bf16", "float16": "fp32"}[found.about["precision"]]
@@ -156,6 +156,11 @@ def write_embeddings(
 
     write_shards(out, manifest, make, "embedding prompts")
     return manifest
+
+
+def is_made(out: Path) -> bool:
+    """Are all files of a cache there, as long as they say?"""
+    return (out / MANIFEST).exists() and not missing_of(out, read_manifest(out, PROMPTS, OTHER)) and is_complete(out / NULL)
 
 
 def check_embeddings(

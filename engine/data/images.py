@@ -150,29 +150,27 @@ class Images:
         keep = np.flatnonzero(np.isin(self.labels, classes))
         if not len(keep):
             raise UserError(f"{self.name} has no images of classes {list(classes)}, wanted some of its {self.label_dim}")
-        return self._part(keep)
+        return self.part(keep)
 
     def thinned(self, most: int) -> "Images":
         """At most `most` of them, evenly taken from all."""
         n = min(most, len(self))
-        part = self._part(np.arange(n) * len(self) // n)
+        part = self.part(np.arange(n) * len(self) // n)
         part.name = f"{n:,} of {self.name}"
         return part
 
-    def _part(self, keep: np.ndarray) -> "Images":
+    def part(self, keep: np.ndarray) -> "Images":
+        """Only those of these numbers [n], in their order."""
         part = replace(self, index=self.index[keep], labels=None if self.labels is None else self.labels[keep])
         part._pixels = None if self._pixels is None else self._pixels[keep]
         return part
 
 
-def data_variance(images: Images | None, classes: Sequence[int] | None = None) -> float | None:
-    """Mean over pixels of the variance of at most 512 images as a net sees them, of some classes if they are given.
-
-    None without images, and where they are all the same.
-    """
+def data_variance(images: Images | None) -> float | None:
+    """Mean over pixels of the variance of at most 512 images as a net sees them. None without images, and where they are all the same."""
     if images is None:
         return None
-    some = (images if classes is None else images.subset(classes)).thinned(512)
+    some = images.thinned(512)
     total = squares = np.zeros((), np.int64)
     for i in range(len(some)):  # one after the other: all of them together may be gigabytes
         x = some.read(i).astype(np.float64 if some.latent else np.int64)

@@ -75,7 +75,7 @@ class Prompts:
     def text(self, i: int) -> str:
         return self.texts[int(self.index[i])]
 
-    def subset(self, ids: Sequence[int]) -> "Prompts":
+    def subset(self, ids: Sequence[int] | np.ndarray) -> "Prompts":
         """Only those of these numbers: a student's share."""
         if not len(ids):
             raise UserError("no prompts are left, wanted at least one: take fewer students or more prompts")

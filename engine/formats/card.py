@@ -57,7 +57,8 @@ def _front_matter(about: About, library: str) -> str:
 
 def _sentence(about: About) -> str:
     method = str(about.metadata.get("method", "an unknown method"))
-    several = f"{about.students} students, each for its own classes, that together are " if about.students > 1 else ""
+    told = "prompts" if about.task == "text-to-image" else "classes"
+    several = f"{about.students} students, each for its own {told}, that together are " if about.students > 1 else ""
     steps = "one network evaluation" if about.nfe == 1 else f"{about.nfe} network evaluations"
     teacher = f" from {about.teacher}" if about.teacher else ""
     return f"An image generator ({about.size}): {several}distilled by {TITLES.get(method, method)}{teacher}. An image takes {steps}."

@@ -20,15 +20,17 @@ from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, me
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs, text_marks
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
+from potstill.engine.jobs.shares import Shares, keep_shares, read_shares, try_shares
 from potstill.engine.jobs.students import earlier_folder, earlier_weights, listed
-from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.jobs.workplace import Share, Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
 from potstill.engine.models.opening import PLACE
 from potstill.engine.models.origins import INDEX, OWN, is_pipeline
-from potstill.engine.models.router import MANIFEST, load_router, student_folder, write_manifest
+from potstill.engine.models.partitions import AnyPartition, Partition
+from potstill.engine.models.router import MANIFEST, Router, load_router, student_folder, write_manifest
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
@@ -60,7 +62,8 @@ class Job(Workplace):
         measured = self.images is not None or cfg.eval.scores
         self.distance = Distance(cfg.eval, self.images, self.device, self.shown) if measured else None
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
-        self.partition = self.on_paper.partition
+        self.partition: AnyPartition | None = self.on_paper.partition  # of prompts once these are embedded
+        self.shares: Shares | None = None
         if (vae := told.vae_of(cfg, self.device)) is not None:
             self.shown.decode = vae.decode
         self.say_unused(self.on_paper.teacher)
@@ -72,6 +75,8 @@ class Job(Workplace):
             prompt = told.a_prompt(cfg, self.images) if cfg.eval.scores else ""
             ranks.on_first(lambda: tried.try_scores(self.on_paper.teacher.shape, prompt))
         if on_paper:
+            if self.on_paper.teacher.text and cfg.students.count > 1:
+                try_shares(cfg, self.images, self.dir, self.device, ranks)
             return
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
             ranks.on_first(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
@@ -117,6 +122,7 @@ class Job(Workplace):
             partition = self.partition
             self.ranks.on_first(lambda: write_manifest(self.dir, partition))
             student = self.prepared(load_router(self.dir / MANIFEST)[0])
+            self.given_null(student)
         nets = {"teacher": (teacher, build.teacher_sampler(self.cfg, teacher)), "student": (student, sampler)}
         return self.ranks.on_first(lambda: self.finish(nets))
 
@@ -168,8 +174,12 @@ class Job(Workplace):
             return
         if not self.given_teacher and not self.exists(self.dir / OWN / INDEX):
             self.ranks.on_first(self.write_pipeline)
-        self.told = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
-        self.shown.prompts, self.shown.held_out = self.told.captions or self.told.prompts, self.told.held_out
+        self.told = embedded = told.open_told(self.cfg, self.images, self.dir, self.device, self.ranks)
+        self.shown.prompts, self.shown.held_out = embedded.captions or embedded.prompts, embedded.held_out
+        if (count := self.cfg.students.count) > 1:
+            self.ranks.on_first(lambda: keep_shares(self.cfg, embedded, self.dir))
+            self.shares = read_shares(self.dir, count, embedded)
+            self.partition = self.shares.partition
 
     def write_pipeline(self) -> None:
         assert self.images is not None
@@ -178,9 +188,9 @@ class Job(Workplace):
         assert isinstance(net, DiffusersDenoiser)
         write_newborn(self.dir / OWN, net, build.encoder_of(self.cfg), self.images.captions or [])
 
-    def given_null(self, net: Denoiser) -> Any:
+    def given_null(self, net: Denoiser | Router) -> Any:
         """A net that is told prompts, told the null prompt as well."""
-        if isinstance(net, DiffusersDenoiser) and self.told is not None and self.told.prompts.null is not None:
+        if isinstance(net, DiffusersDenoiser | Router) and self.told is not None and self.told.prompts.null is not None:
             net.null = self.told.prompts.null
         return net
 
@@ -208,7 +218,7 @@ class Job(Workplace):
         return self.given_null(self.prepared(load_net(here)[0]))
 
     def distil(self, teacher: Denoiser, start: Denoiser, k: int) -> tuple[Denoiser, Sampler]:
-        """Student k (the average of its weights), trained on its share of the classes if there are several; how it is sampled."""
+        """Student k (the average of its weights), trained on its share of classes or prompts if there are several; how it is sampled."""
         self.fresh(k)
         method = self.cfg.method.build(teacher, start)
         if earlier := earlier_folder(self.cfg, k):
@@ -241,11 +251,11 @@ class Job(Workplace):
 
         spare: nets that wait in host memory meanwhile, where the method has them in shards.
         """
-        classes = self.partition.classes(student) if self.partition and student is not None else None
+        share = self.share(student)
         for net in method.nets.values():
             net.to(self.device)
-        method.data_variance = data_variance(self.images, classes)
-        run = Run(method, cfg, self.seed_of(student or 0), self.device, classes, self.ranks)
+        method.data_variance = data_variance(share.images)
+        run = Run(method, cfg, self.seed_of(student or 0), self.device, share.classes, self.ranks)
         run.guard = guard
         if run.sharded and cfg.fsdp.teacher == "shard":
             for net in spare:
@@ -254,12 +264,23 @@ class Job(Workplace):
         if cfg.eval_kimg and self.distance is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
         title = method.product if folder == self.dir else folder.name
-        stream = self.stream(cfg, classes, run.batches.window, method.asks)
+        stream = self.stream(cfg, share, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
         train(run, stream.at, folder, title=title, log=self.cfg.log, hooks=hooks, profile=profile, group=group)
         self.graphs[title] = run.graph_report()
         return run
+
+    def share(self, student: int | None = None) -> Share:
+        """Everything there is, or what one of several students has of it."""
+        whole = super().share()
+        if student is None or self.partition is None:
+            return whole
+        if self.shares is not None:
+            return self.shares.of(student, whole)
+        assert isinstance(self.partition, Partition)
+        classes = self.partition.classes(student)
+        return Share(None if self.images is None else self.images.subset(classes), None, classes)
 
     def draw(self, run: Run, folder: Path) -> dict[str, float]:
         """A grid of samples from the same noise every time."""

@@ -20,6 +20,7 @@ from potstill.engine.data.images import Images
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
+from potstill.engine.jobs.shares import check_prompts
 from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
 from potstill.engine.jobs.told import check_caches, check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
@@ -28,7 +29,7 @@ from potstill.engine.methods.base import Method
 from potstill.engine.models import origins
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import is_pipeline, local_path
-from potstill.engine.models.router import Partition
+from potstill.engine.models.partitions import Partition
 from potstill.engine.models.weights import is_whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.lora import check_lora
@@ -155,7 +156,7 @@ def unfetched(features: str) -> str | None:
 
 
 class OnPaper(NamedTuple):
-    """Nets without numbers, and which student has which classes; None where there is one student."""
+    """Nets without numbers, and which student has which classes; None where there is one student, and for prompts."""
 
     teacher: Denoiser
     method: Method
@@ -176,6 +177,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     check_inputs(folder, marks)
     if teacher.text:
         check_caches(cfg, images, folder)
+        check_prompts(cfg, images, folder)
     with torch.device("meta"):
         teacher = teacher.to("meta")
         teacher.lora_of_copies = cfg.lora if cfg.lora.rank and not to_come(cfg) else None
@@ -188,8 +190,8 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
     if not cfg.data.path and students:
         raise UserError("students.net is trained on real images first: set data.path")
-    known = images is not None or not cfg.data.path  # else which classes there are is not known yet
-    partition = partition_of(cfg, teacher.label_dim, images) if known else None
+    known = (images is not None or not cfg.data.path) and not to_come(cfg)  # else which classes there are is not known yet
+    partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
     if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints") and not to_come(cfg):
         earlier_weights(method, earlier)
     return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)

@@ -129,7 +129,7 @@ def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> f
             raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
         return before["kimg"]
     job, stage = Job(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
-    stream = job.stream(stage, None)
+    stream = job.stream(stage, job.share())
     if of_teacher:
         method = job.new_teacher()
     else:

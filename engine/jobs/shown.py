@@ -17,9 +17,9 @@ from potstill.engine.data.shards import MANIFEST
 from potstill.engine.data.vae import VAE
 from potstill.engine.jobs.finish import Shown
 from potstill.engine.jobs.inputs import FILE, mark_of
-from potstill.engine.models.opening import TEACHER, Model, settings, teacher_elsewhere
+from potstill.engine.models.opening import TEACHER, Model, run_of, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
-from potstill.engine.models.router import Router
+from potstill.engine.models.router import Router, one_of
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 
 
@@ -31,7 +31,7 @@ def shown_of(
     The net gets the null prompt that its guidance wants. asked: prompts; None: those of the run. pipeline: the teacher's; None: where the
     run or the file says. UserError where that is not there, for prompts that are missing, and for a teacher that was another in the run.
     """
-    net = model.net.students[0] if isinstance(model.net, Router) else model.net  # several, all of one kind
+    net = one_of(model.net)
     if not isinstance(net, DiffusersDenoiser):
         for given, option in ((asked, "--prompts"), (pipeline, "--pipeline")):
             if given is not None:
@@ -55,14 +55,14 @@ def shown_of(
         raise UserError(f"{model.path} wants the pipeline of its teacher for its {parts}, {where}, or name its folder with --pipeline")
     decode = VAE(place, device).decode if "vae" in parts_of(index_of(place)) else None
     prompts = _prompts(source, recipe, place, device, asked) if net.text else None
-    if prompts is not None and prompts.null is not None:
-        net.null = prompts.null
+    if prompts is not None and prompts.null is not None and isinstance(model.net, DiffusersDenoiser | Router):
+        model.net.null = prompts.null
     return Shown(prompts, decode)
 
 
 def check_teacher(source: Path, pipeline: Path) -> None:
     """UserError where the run at `source` began with another pipeline in this place."""
-    file = (source if source.is_dir() else source.parent) / FILE
+    file = run_of(source) / FILE
     if is_pipeline(source) or not is_pipeline(pipeline) or not file.is_file():
         return
     marks = read_json(file, dict, "remove it, and nothing is compared with it")
@@ -79,7 +79,7 @@ def _prompts(source: Path, recipe: dict[str, Any], pipeline: Path, device: torch
     if asked is not None:
         encoder = Encoder(pipeline, device, precision=text.precision, max_length=text.max_length)
         return Prompts(asked, lambda ids: encoder([asked[i] for i in ids]), encoder.null, device)
-    run = source if source.is_dir() else source.parent
+    run = run_of(source)
     cache = Path(text.cache).expanduser() if text.cache else run / "text"
     beside = Path((recipe.get("data") or {}).get("path") or "").expanduser() / CAPTIONS
     captions = beside if beside.is_file() else run / CAPTIONS

@@ -10,7 +10,8 @@ from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import make_partition
-from potstill.engine.models.router import Partition, student_folder
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import student_folder
 from potstill.engine.training.checkpoint import load_newest
 
 
@@ -20,7 +21,7 @@ def partition_of(cfg: Config, label_dim: int, images: Images | None) -> Partitio
     if count == 1:
         return None
     if not label_dim:
-        raise UserError(f"students.count = {count} wants a class-conditional teacher: the classes are what is shared out")
+        raise UserError(f"students.count = {count} wants a class-conditional teacher, or one of prompts: these are what is shared out")
     features = None
     if kind == "kmeans":
         if images is None or images.labels is None:

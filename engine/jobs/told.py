@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from potstill.engine.common.errors import UserError
@@ -37,6 +38,10 @@ class Told:
     prompts: Prompts
     captions: Prompts | None
     held_out: Prompts | None = None
+
+    def subset(self, prompts: np.ndarray, captions: np.ndarray | None) -> "Told":
+        """Only those of these numbers."""
+        return Told(self.prompts.subset(prompts), None if captions is None or self.captions is None else self.captions.subset(captions))
 
 
 class TextStream:
@@ -82,13 +87,10 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         )
     if cfg.method.needs().pairs:
         raise UserError("method.regression makes pairs for classes, and this teacher is told prompts: set it to 0")
-    if cfg.students.count > 1:
-        raise UserError("several students are for teachers of classes, and this one is told prompts: set students.count to 1")
     if given is not None:
         check_encoder(local_path(given), cfg.text.max_length)
     for file, _ in prompt_files(cfg, images, Path()):
-        if file != captions:
-            read_prompts(file)
+        texts_of(file, images, Path())
     if held_out(cfg) and cfg.eval.held_out != scenes.NAME:
         read_prompts(str(cfg.eval.held_out))
 
@@ -109,9 +111,7 @@ def check_caches(cfg: Config, images: Images | None, folder: Path) -> None:
     """UserError where the embeddings of a run are another encoder's, or of other prompts."""
     text, pipeline = cfg.text, text_place(cfg)
     for file, cache in prompt_files(cfg, images, folder) if text.how == "cached" and is_pipeline(pipeline) else []:
-        if file == captions_file(images, folder) and not Path(file).is_file():
-            continue  # of a run that has not begun
-        texts, device = read_prompts(file), device_named(cfg.device)
+        texts, device = texts_of(file, images, folder), device_named(cfg.device)
         check_embeddings(cache, texts, pipeline, device, precision=text.precision, max_length=text.max_length)
 
 
@@ -120,6 +120,12 @@ def captions_file(images: Images | None, folder: Path) -> Path | None:
     if images is None or images.captions is None:
         return None
     return Path(images.source.path if images.latent else folder) / CAPTIONS
+
+
+def texts_of(file: str | Path, images: Images | None, folder: Path) -> list[str]:
+    """The prompts in a file, also of one that will stand in the run folder when the run begins."""
+    ours = file == captions_file(images, folder)
+    return images.captions if ours and images and images.captions else read_prompts(file)
 
 
 def keep_captions(images: Images | None, folder: Path) -> None:

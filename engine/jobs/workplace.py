@@ -3,12 +3,13 @@
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from potstill.engine.config.tree import Config
+from potstill.engine.data.images import Images
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import heun
 from potstill.engine.jobs import build, machine
@@ -21,6 +22,14 @@ from potstill.engine.models.weights import is_whole, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run, TrainConfig
+
+
+class Share(NamedTuple):
+    """What a stage is trained on: real samples, what nets are told beside classes, and the classes to draw from; None: none, none, all."""
+
+    images: Images | None
+    told: Told | None
+    classes: list[int] | None = None
 
 
 class Workplace:
@@ -55,17 +64,21 @@ class Workplace:
                 module.compute_dtype = self.dtype
         return net.to(self.device)
 
-    def stream(self, cfg: TrainConfig, classes: list[int] | None, window: slice = slice(None), asks: int = 1) -> Any:
-        """This rank's share of every batch; only of some classes where a student has its share. asks: the method's."""
-        samples = self.samples(cfg, classes, window)
-        if self.told is None:
-            return samples
-        return TextStream(samples, self.told, batch=cfg.batch, asks=asks, seed=self.cfg.seed, window=window)
+    def share(self, student: int | None = None) -> Share:
+        """Everything there is."""
+        return Share(self.images, self.told)
 
-    def samples(self, cfg: TrainConfig, classes: list[int] | None, window: slice) -> Any:
-        if self.images is None:
+    def stream(self, cfg: TrainConfig, share: Share, window: slice = slice(None), asks: int = 1) -> Any:
+        """This rank's part of every batch of a share. asks: the method's."""
+        samples = self.samples(cfg, share.images, window)
+        if share.told is None:
+            return samples
+        return TextStream(samples, share.told, batch=cfg.batch, asks=asks, seed=self.cfg.seed, window=window)
+
+    def samples(self, cfg: TrainConfig, images: Images | None, window: slice) -> Any:
+        if images is None:
             return NoImages(len(range(*window.indices(cfg.batch))), self.device)
-        data, images = self.cfg.data, self.images if classes is None else self.images.subset(classes)
+        data = self.cfg.data
         return Stream(
             images, batch=cfg.batch, seed=self.cfg.seed, flips=data.flips, workers=data.workers, device=self.device, window=window
         )

@@ -16,6 +16,7 @@ from potstill.engine.diffusion.sampling import CHURNED, Sampler, heun, ode
 from potstill.engine.diffusion.solvers import SOLVERS
 from potstill.engine.models.descriptions import SIZE, check_described
 from potstill.engine.models.origins import OWN, is_pipeline, load_origin, local_path
+from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import MANIFEST, Router, load_router, student_name
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
@@ -82,7 +83,7 @@ def teacher_elsewhere(where: Path) -> Path | None:
     None where it names none, or there is none by now.
     """
     given = (settings(where).get("teacher") or {}).get("checkpoint")
-    path = local_path(given) if given else (where if where.is_dir() else where.parent) / OWN
+    path = local_path(given) if given else run_of(where) / OWN
     return path if path.is_file() or is_pipeline(path) else None
 
 
@@ -95,12 +96,19 @@ def pipeline_named(name: str | Path | None) -> Path | None:
     return path
 
 
+def run_of(where: Path) -> Path:
+    """The folder of the run that this is, or that a weight file lies in, also that of one of several students."""
+    folder = where if where.is_dir() else where.parent
+    several = folder.parent / MANIFEST
+    return folder.parent if where.name == "student.safetensors" and folder.name.startswith("student-") and several.is_file() else folder
+
+
 def settings(where: Path) -> dict[str, Any]:
-    """config.yaml of a run folder, or of the folder a weight file lies in; {} where there is none.
+    """config.yaml of a run folder, or of the run a weight file lies in; {} where there is none.
 
     Its relative paths lead to what they led to when the run began, while that is there.
     """
-    path = (where if where.is_dir() else where.parent) / "config.yaml"
+    path = run_of(where) / "config.yaml"
     if not path.is_file():
         return {}
     try:
@@ -164,8 +172,8 @@ def open_models(
             )
             continue
         net, metadata = load_router(path, base) if path.suffix == ".json" else load_net(path, base)
-        if isinstance(net, Router) and net.label_dim != len(net.partition.student_of):
-            raise UserError(f"{path} shares out {len(net.partition.student_of)} classes, its students know {net.label_dim}: make it again")
+        if isinstance(net, Router):
+            check_shared(path, net)
         role = role or (TEACHER if metadata.get("method", TEACHER) == TEACHER else STUDENT)
         if which and role != which:
             raise UserError(f"{path} is a {role}'s weight file, wanted a {which}'s")
@@ -175,6 +183,15 @@ def open_models(
     if of_teacher and all(model.role != TEACHER for model in found):
         raise UserError(f"presets and churn are for teachers, and {where} holds a student: leave them out")
     return found
+
+
+def check_shared(path: Path, router: Router) -> None:
+    """UserError where a manifest shares out what its students are not told."""
+    partition = router.partition
+    shared = f"{len(partition.student_of)} classes" if isinstance(partition, Partition) else "prompts"
+    known = "prompts" if router.text else f"{router.label_dim} classes"
+    if shared != known:
+        raise UserError(f"{path} shares out {shared}, its students know {known}: make it again")
 
 
 def _without(where: Path, which: str, there: str) -> str:

@@ -1,13 +1,11 @@
-"""Several students, each for its own classes, as one net: the router of multi-student distillation (2410.23274).
+"""Several students, each for its own classes or prompts, as one net: the router of multi-student distillation (2410.23274).
 
-A partition gives every class to one student. Its hash is stored in every student's weight file and in the manifest that
+A partition gives every class or prompt to one student. Its hash is stored in every student's weight file and in the manifest that
 names them; students of different partitions are never put together.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,49 +14,30 @@ from torch import Tensor, nn
 
 from potstill.engine.common.download import digest
 from potstill.engine.common.errors import Damaged, UserError
-from potstill.engine.common.kinds import TEXT, Kind, check, is_dict, is_list, is_text, is_whole, shown
+from potstill.engine.common.kinds import is_dict, is_list, is_text, shown
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
 from potstill.engine.diffusion.precond import Coefficients
+from potstill.engine.models.partitions import MOST_STUDENTS, AnyPartition, partition_in
 from potstill.engine.models.weights import file_hash, load_net, read_metadata
+from potstill.engine.nets.conditions import Condition, Text, expanded
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.kernels import Estimate
 
 MANIFEST = "manifest.json"
-MOST_CLASSES, MOST_STUDENTS = 1_000_000, 4096  # a manifest that names more is none of ours
 ADVICE = f"so it is no manifest of students of ours: wanted the {MANIFEST} of a run or an export"
 
 
-@dataclass(frozen=True)
-class Partition:
-    """student_of[c] is the student, 0 … count - 1, that class c belongs to."""
-
-    kind: str
-    student_of: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        return max(self.student_of) + 1
-
-    @property
-    def hash(self) -> str:
-        """Of the assignment itself; how it was found does not matter."""
-        return hashlib.sha256(json.dumps(self.student_of).encode()).hexdigest()[:16]
-
-    def classes(self, student: int) -> list[int]:
-        """The classes of one student, ascending."""
-        return [c for c, s in enumerate(self.student_of) if s == student]
-
-
 class Router(nn.Module):
-    """Sends every sample of a batch to the student of its class; called and sampled like the one net it stands for."""
+    """Sends every sample of a batch to the student of its class or prompt; called and sampled like the one net it stands for."""
 
-    def __init__(self, students: Sequence[Denoiser], partition: Partition):
+    def __init__(self, students: Sequence[Denoiser], partition: AnyPartition):
         super().__init__()
         self.students, self.partition = nn.ModuleList(students), partition
         first = students[0]
-        self.shape, self.img_channels, self.img_resolution, self.label_dim = (
-            first.shape, first.img_channels, first.img_resolution, first.label_dim
+        self.shape, self.img_channels, self.img_resolution, self.label_dim, self.text = (
+            first.shape, first.img_channels, first.img_resolution, first.label_dim, first.text
         )  # fmt: skip
         self.sigma_min, self.sigma_max = first.sigma_min, first.sigma_max
 
@@ -69,6 +48,17 @@ class Router(nn.Module):
         assert isinstance(first, Denoiser)
         return first
 
+    @property
+    def null(self) -> Text | None:
+        """The null prompt of all students, one row; None where they have none."""
+        return self.first.null if isinstance(self.first, DiffusersDenoiser) else None
+
+    @null.setter
+    def null(self, text: Text) -> None:
+        for student in self.students:
+            assert isinstance(student, DiffusersDenoiser)
+            student.null = text
+
     def round_sigma(self, sigma: float) -> float:
         return self.first.round_sigma(sigma)
 
@@ -78,17 +68,38 @@ class Router(nn.Module):
     def sampling_levels(self, steps: int) -> Tensor:
         return self.first.sampling_levels(steps)
 
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, **how: Any) -> Tensor:
         """D of each sample by its own student: [N, C, H, W] float32."""
-        if class_labels is None:
-            raise ValueError("a router wants class labels: they say which student to ask")
-        student_of = torch.tensor(self.partition.student_of, device=x.device)[class_labels.argmax(1)]
-        sigma, out = sigma.expand(len(x)), torch.empty_like(x, dtype=torch.float32)
+        return self._asked(lambda student, *own: student(*own, **how), x, sigma, condition)
+
+    def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0, **how: Any) -> Estimate:
+        """The same with guidance, of which each student has its own; D is formed already."""
+        return Estimate(self._asked(lambda student, *own: student.estimate(*own, guidance=guidance, **how).denoised(), x, sigma, condition))
+
+    def _asked(self, ask: Callable[..., Tensor], x: Tensor, sigma: Tensor, condition: Condition | None) -> Tensor:
+        """`ask(student, x, sigma, condition)` of every student for its own rows, put together: [N, C, H, W] float32."""
+        condition = self._told(condition, len(x))
+        student_of: Tensor = self.partition.of(condition)  # pyright: ignore[reportArgumentType]
+        each = sigma if sigma.ndim == 0 else sigma.to(x.device).expand(len(x))
+        out = torch.empty_like(x, dtype=torch.float32)
         for k, student in enumerate(self.students):
             rows = (student_of == k).nonzero()[:, 0]
             if len(rows):
-                out[rows] = student(x[rows], sigma[rows], class_labels[rows])
+                out[rows] = ask(student, x[rows], each if each.ndim == 0 else each[rows], condition[rows])
         return out
+
+    def _told(self, condition: Condition | None, n: int) -> Condition:
+        """n rows, by which samples are routed; where none are given, of the null prompt."""
+        condition = self.null if condition is None and self.text else condition
+        if condition is None:
+            what = "prompts, or a null prompt" if self.text else "class labels"
+            raise ValueError(f"a router wants {what}: they say which student to ask")
+        return condition if len(condition) == n else expanded(condition, n)
+
+
+def one_of(net: Denoiser | Router) -> Denoiser:
+    """The net itself, or the first of several, which are all of one kind."""
+    return net.first if isinstance(net, Router) else net
 
 
 def student_folder(run: Path, k: int) -> Path:
@@ -100,11 +111,11 @@ def student_name(k: int) -> str:
     return f"{student_folder(Path(), k)}/student.safetensors"
 
 
-def write_manifest(run: Path, partition: Partition) -> None:
+def write_manifest(run: Path, partition: AnyPartition) -> None:
     """The one file that names all students of a run. Every student's weight file must carry the partition's hash."""
     names = [student_name(k) for k in range(partition.count)]
     text = {
-        "partition": {"kind": partition.kind, "student_of": partition.student_of, "hash": partition.hash},
+        "partition": partition.described(),
         "students": [{"file": name, "sha256": file_hash(run / name)} for name in names],
     }
     with whole(run / MANIFEST) as part:
@@ -112,9 +123,9 @@ def write_manifest(run: Path, partition: Partition) -> None:
 
 
 class Manifest(NamedTuple):
-    """What a manifest says: which student has which classes; the weight files and their hashes, one a student."""
+    """What a manifest says: which student has which classes or prompts; the weight files and their hashes, one a student."""
 
-    partition: Partition
+    partition: AnyPartition
     files: list[Path]
     hashes: list[str]
 
@@ -122,16 +133,12 @@ class Manifest(NamedTuple):
 def read_manifest(manifest: Path) -> Manifest:
     """A manifest, nothing of whose files is read yet. Damaged if it is none; it may name no file but a run's own students beside it."""
     text = read_json(manifest, dict, ADVICE)
-    said, students = text.get("partition"), text.get("students")
-    if not (is_dict(said) and said.keys() >= PARTITION.keys() and is_list(students, _names_a_file, 1, MOST_STUDENTS)):
-        raise Damaged(f"{manifest} lacks its partition, or the file and sha256 of each student, {ADVICE}")
-    check(manifest, said, PARTITION, ADVICE, inside="partition.")
-    partition = Partition(said["kind"], tuple(said["student_of"]))
-    if partition.hash != said["hash"] or len(students) != partition.count:
-        raise Damaged(
-            f"{manifest} contradicts itself: its classes have hash {partition.hash}, it promises {shown(said['hash'])}; "
-            f"it names {len(students)} files for {partition.count} students"
-        )
+    students = text.get("students")
+    if not is_list(students, _names_a_file, 1, MOST_STUDENTS):
+        raise Damaged(f"{manifest} lacks the file and sha256 of each student, {ADVICE}")
+    partition = partition_in(manifest, text.get("partition"), ADVICE)
+    if len(students) != partition.count:
+        raise Damaged(f"{manifest} contradicts itself: it names {len(students)} files for {partition.count} students")
     homes = manifest.parent.resolve(), manifest.resolve().parent  # the second: where the hub's cache keeps what its links lead to
     for k, one in enumerate(students):
         if one["file"] != student_name(k):
@@ -143,15 +150,8 @@ def read_manifest(manifest: Path) -> Manifest:
     return Manifest(partition, [manifest.parent / one["file"] for one in students], [one["sha256"] for one in students])
 
 
-def _each_has_classes(value: Any) -> bool:
-    return is_list(value, lambda student: is_whole(student, 0, MOST_STUDENTS - 1), 1, MOST_CLASSES) and len(set(value)) == max(value) + 1
-
-
 def _names_a_file(value: Any) -> bool:
     return is_dict(value) and is_text(value.get("file")) and is_text(value.get("sha256"))
-
-
-PARTITION = {"kind": TEXT, "hash": TEXT, "student_of": Kind(_each_has_classes, "each class's student, 0, 1 … without a gap")}
 
 
 def load_router(manifest: Path, base: Path | None = None) -> tuple[Router, dict[str, Any]]:

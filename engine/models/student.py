@@ -30,7 +30,7 @@ from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
 from potstill.engine.models.generate import Decode, Rows, generate
 from potstill.engine.models.opening import STUDENT, open_models, pipeline_named, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
-from potstill.engine.models.router import MANIFEST, Router, read_manifest, student_name
+from potstill.engine.models.router import MANIFEST, Router, one_of, read_manifest, student_name
 from potstill.engine.models.weights import read_metadata, save_net
 from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
@@ -93,7 +93,7 @@ class Student(nn.Module):
             raise UserError(f"{place} is a diffusers pipeline: load it with DiffusionPipeline.from_pretrained")
         place, given = place / WEIGHTS if (place / WEIGHTS).is_file() else place, pipeline_named(pipeline)
         model = open_models(place, STUDENT, device=device, base=given)[0]
-        net = _one_of(model.net)
+        net = one_of(model.net)
         if not isinstance(net, DiffusersDenoiser):
             return cls(model.net, model.sampler, model.metadata).eval()
         own = Path(net.source) if net.adapters is not None else None
@@ -199,7 +199,7 @@ class Student(nn.Module):
 
     def _decode(self) -> Decode | None:
         """What makes pictures of latents; None for a net of pictures."""
-        net = _one_of(self.net)
+        net = one_of(self.net)
         if not isinstance(net, DiffusersDenoiser) or (self.pipeline is None and not net.text and net.img_channels in (1, 3)):
             return None
         pipeline = self._of_pipeline("decodes latents")
@@ -249,11 +249,6 @@ class Student(nn.Module):
         if labels.shape[1] != self.label_dim:
             raise UserError(f"wanted labels [{n}] or [{n}, {self.label_dim}], got {list(labels.shape)}")
         return labels.float()
-
-
-def _one_of(net: Denoiser | Router) -> Any:
-    """The net, or the first of several, which are all of one kind."""
-    return net.students[0] if isinstance(net, Router) else net
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -44,6 +44,15 @@ class Text:
         embeds, mask = torch.nn.functional.pad(self.embeds, (0, 0, 0, more)), torch.nn.functional.pad(self.mask, (0, more))
         return replace(self, embeds=embeds, mask=mask)
 
+    def feature(self) -> Tensor:
+        """What says of each prompt where it belongs, [N, D] float32: `pooled` where the net takes one, else the mean over its tokens."""
+        if self.pooled is not None:
+            return self.pooled.float()
+        if self.mask is None:
+            return self.embeds.float().mean(1)
+        tokens = self.embeds.float().where(self.mask[:, :, None], 0)
+        return tokens.sum(1) / self.mask.sum(1, keepdim=True).clamp(min=1)
+
 
 Condition = Tensor | Text
 

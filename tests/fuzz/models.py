@@ -23,7 +23,8 @@ from potstill.engine import export
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.formats.edm_pickle import read_net
 from potstill.engine.models.opening import Model, open_models
-from potstill.engine.models.router import Partition, Router, student_folder, write_manifest
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import Router, student_folder, write_manifest
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import load_net, save_net, weights_hash
 from potstill.engine.nets.edm import from_kwargs
