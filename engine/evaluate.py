@@ -2,7 +2,7 @@
 
     potstill evaluate runs/digits
     potstill evaluate runs/cifar10 --features inception --reference cifar10-32x32.npz      as EDM's fid.py measures
-    potstill evaluate runs/sd15 --prompts coco30k.txt --data val2014 --resize 256 --features inception --n 30000 --scores clip:FOLDER
+    potstill evaluate runs/sd15 --prompts coco30k.txt --data val2014 --resize 256 --features inception --scores clip:FOLDER
     torchrun --nproc-per-node 8 -m potstill evaluate runs/cifar10 --features inception --images 50000
 
 The object is the only thing on stdout: {"student": {"fd": …, "nfe": …, …}, "teacher": {…}, "floor": {"fd": …, …}}. Under
