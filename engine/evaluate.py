@@ -2,7 +2,7 @@
 
     potstill evaluate runs/digits
     potstill evaluate runs/cifar10 --features inception --reference cifar10-32x32.npz      as EDM's fid.py measures
-    potstill evaluate runs/sd15 --prompts coco30k.txt --data val2014 --resize 256 --features inception --n 30000 --scores clip:FOLDER
+    potstill evaluate runs/sd15 --prompts coco30k.txt --data val2014 --resize 256 --features inception --scores clip:FOLDER
     torchrun --nproc-per-node 8 -m potstill evaluate runs/cifar10 --features inception --images 50000
 
 The object is the only thing on stdout: {"student": {"fd": …, "nfe": …, …}, "teacher": {…}, "floor": {"fd": …, …}}. Under
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         help="pixels, inception[:FILE|URL], dinov2:FILE|URL, clip:FILE|URL or a TorchScript file (default: the run's, else pixels)",
     )
     p.add_argument(
-        "--scores", metavar="NAME,…",
+        "--scores", metavar="NAME,…", type=lambda text: [name for name in text.split(",") if name],
         help="of nets that are told prompts: clip:FOLDER, pickscore:FOLDER, aesthetic:HEAD.safetensors:FOLDER (default: the run's; '': none)",
     )  # fmt: skip
     p.add_argument(
@@ -113,8 +113,6 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     kept = ("features", "batch", "scores") if args.reference else tuple(chosen)  # a published reference goes with published numbers
     chosen |= {k: v for k, v in (recipe.get("eval") or {}).items() if k in kept and v is not None}
     chosen |= {k: v for k in chosen if (v := getattr(args, k)) is not None}
-    if isinstance(chosen["scores"], str):
-        chosen["scores"] = [name for name in chosen["scores"].split(",") if name]
     check_features_name(chosen["features"])
     check_score_names(chosen["scores"])
     told = None if args.prompts is None else read_prompts(args.prompts)

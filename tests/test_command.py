@@ -64,7 +64,7 @@ def test_a_typo_names_the_nearest_command(capsys, typed, words):
 FLAGS = {
     "train": ["--dry-run"],
     "sample": ["--seeds", "--strip", "--frames", "--labels", "--beside", "--which", "--teacher", "--out", "--plan", "--cache", "--batch", "--device"],
-    "evaluate": ["--data", "--features", "--metrics", "--reference", "--save-reference", "--images", "--seed", "--labels", "--best-of", "--batch", "--device"],
+    "evaluate": ["--data", "--features", "--scores", "--prompts", "--resize", "--metrics", "--reference", "--save-reference", "--images", "--seed", "--labels", "--best-of", "--batch", "--device"],
     "compare": ["--methods", "--seconds", "--teacher-seconds", "--points", "--teacher-points", "--features", "--real", "--apart", "--no-apart"],
     "probe": ["--data", "--unlabelled", "--out", "--bins", "--budget", "--images", "--batch", "--seed", "--device"],
     "convert images": ["--resolution", "--fit", "--filter", "--unlabelled", "--max-images", "--skip-corrupt", "--force"],
