@@ -22,6 +22,7 @@ from potstill.engine.common.signals import stoppable
 from potstill.engine.config.library import family_of, find
 from potstill.engine.config.tree import Config, load
 from potstill.engine.formats.pictures import save_png
+from potstill.engine.jobs.build import is_text
 from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_teacher, method_measured, sheets, train_apart
 from potstill.engine.jobs.folder import write_atomically, write_json
 from potstill.engine.jobs.job import Job
@@ -44,6 +45,11 @@ def main(arguments: list[str]) -> None:
     if given and is_pipeline(local_path(given)):
         raise UserError(
             f"compare trains methods for nets of EDM, and the teacher {given} is a pipeline of diffusers: potstill train each recipe, and "
+            "compare their summary.json"
+        )
+    if not given and is_text(cfg.net):
+        raise UserError(
+            f"compare trains methods for nets of EDM, and {recipe.stem} is told prompts: potstill train each recipe (potstill recipes), and "
             "compare their summary.json"
         )
     place = Path(folder).expanduser()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import Config, load
+from potstill.engine.data import scenes
 from potstill.engine.jobs import build
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.jobs.job import Job
@@ -88,9 +89,13 @@ class Place:
         cfg.run_dir = str(self.folder / name)
         data = name.partition("_")[0]
         for net in filter(None, (cfg.net, cfg.students.net)):
+            if net.config:  # of a class of diffusers
+                net.config |= {"num_attention_heads": 1, "attention_head_dim": 8} if net is cfg.net else {}
+                net.config["num_layers"] = 2 if net is cfg.net else 1
+                continue
             net.model_channels = 8 if net is cfg.net else 4
             net.num_blocks, net.channel_mult, net.attn_resolutions = 1, [1], []
-        if cfg.data.path != "digits":
+        if cfg.data.path not in ("digits", "scenes"):
             cfg.data.path, cfg.data.resolution = f"synthetic:8x3x{CLASSES.get(data, 0)}x{IMAGES}", 8
             cfg.eval.features = self.inception
         cfg.eval.n, cfg.eval.batch = IMAGES, IMAGES
@@ -161,6 +166,8 @@ def place(tmp_path_factory):
     lpips.LPIPS, lpips.__spec__ = SquaredDifference, object()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "lpips", lpips)
+        drawn = scenes.drawn_scenes
+        patch.setattr(scenes, "drawn_scenes", lambda n=IMAGES, **how: drawn(n, **how))
         yield Place(folder, str(folder / "seen.pt"), f"torchscript:{folder / 'maps.pt'}")
 
 
@@ -198,6 +205,8 @@ def weights(folder: Path) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_runs_to_its_end(recipe, place, monkeypatch):
+    if "captions" in groups_of(find(recipe)).values():
+        pytest.importorskip("diffusers")
     cfg = place.small(recipe)
     folder = Path(cfg.run_dir)
     cut_off(monkeypatch, len(stages(cfg)) // 2)

@@ -46,13 +46,14 @@ STUDENTS: dict[str, list[str]] = {
     "half the blocks": ["captions_small"],
     "dmd, guided": ["captions", "method.guidance=2"],
 }
+SHORT, GUIDED = ["captions_sim"], ["method.guidance=2"]
 #: Guided SIM: each beside the first by what its name says.
 OF_SIM: dict[str, list[str]] = {
-    "unguided": ["captions_sim"],
-    "teacher": ["captions_sim", "method.guidance=2"],
-    "teacher, 4 updates of the fake net": ["captions_sim", "method.guidance=2", "method.fake_per_student=4", "train.kimg=48"],
-    "teacher and fake net": ["captions_sim", "method.guidance=2", "method.fake_guidance=2"],
-    "teacher, Karras' levels": ["captions_sim", "method.guidance=2", "method.levels=karras"],
+    "none": [*SHORT, "train.kimg=6"],
+    "2, of the teacher": [*SHORT, *GUIDED, "train.kimg=6"],
+    "2, of the teacher, four updates of the fake net": [*SHORT, *GUIDED, "method.fake_per_student=4", "train.kimg=24"],
+    "2, of teacher and fake net": [*SHORT, *GUIDED, "method.fake_guidance=2", "train.kimg=6"],
+    "2, of the teacher, Karras' levels": [*SHORT, *GUIDED, "method.levels=karras", "train.kimg=6"],
 }
 TABLES = {"all": STUDENTS, "sim": OF_SIM}
 
@@ -77,7 +78,15 @@ def main(arguments: list[str]) -> None:
     about = {"device": device_title(torch.device("cpu")), "threads": 1, "seeds": args.seeds, "versions": versions()}
     about |= {"judge": judge().own_accuracy, "minutes": round((time.perf_counter() - began) / 60, 1)}
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"{args.table}.json", about | {"rows": found})
+    write_json(args.out / f"{args.table}.json", about | {"means": {name: means(each) for name, each in found.items()}, "rows": found})
+
+
+def means(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds, of every number."""
+    numbers = {key for key, value in each[0].items() if isinstance(value, int | float)}
+    inner = {key: means([one[key] for one in each]) for key, value in each[0].items() if isinstance(value, dict)}
+    last = [v for one in each for v in one.get("variance", []) if v is not None]
+    return {key: sum(one[key] for one in each) / len(each) for key in sorted(numbers)} | inner | ({"variance": sum(last) / len(last)} if last else {})
 
 
 def place(work: Path, table: str, row: str, seed: int) -> Path:

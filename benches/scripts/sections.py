@@ -156,7 +156,50 @@ def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
     return table(rows)
 
 
+ROWS = {
+    "dmd": "DMD", "dmd2": "DMD2, a GAN head", "dmd2, four steps": "DMD2, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
+    "msd, 2 students": "MSD, two students by k-means", "msd, 4 students": "MSD, four students by quadrants",
+    "half the blocks": "DMD, half of the blocks (TSM)", "dmd, guided": "DMD, teacher's guidance 2",
+}  # fmt: skip
+
+
+def captions(run: dict[str, Any]) -> str:
+    """Teacher, students: means over seeds with the least and the greatest."""
+    rows = [["", "evaluations", "FD-pixels, n = 2,000", "right, captions of the set", "right, unseen pairs", "seconds"]]
+    teachers = run["rows"]["teacher"]
+    real = teachers[0]["real"]
+    rows.append(["real pictures", "", short(real["fd"]), f"{real['accuracy']:.3f} (unseen digits)", "", ""])
+    for title, key in (("teacher", None), ("teacher, guidance 2", "guided"), ("teacher, one step", "undistilled")):
+        rows.append(spread(title, [one[key] if key else one for one in teachers]))
+    rows += [spread(ROWS.get(name, name), each) for name, each in run["rows"].items() if name != "teacher"]
+    about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own"
+    return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
+
+
+def spread(title: str, each: list[dict[str, Any]]) -> list[str]:
+    """A row."""
+    distances = [one["fd"] for one in each]
+    middle = [sum(one[key] for one in each) / len(each) for key in ("fd", "accuracy", "held_out")]
+    seconds = f"{sum(one['seconds'] for one in each) / len(each):.0f}" if "seconds" in each[0] else ""
+    fd = f"{middle[0]:.2f} ({min(distances):.2f} … {max(distances):.2f})"
+    return [title, str(each[0]["nfe"]), fd, f"{middle[1]:.3f}", f"{middle[2]:.3f}", seconds]
+
+
+def guided_sim(run: dict[str, Any]) -> str:
+    """What of guided SIM lets it run away: the distance along the run, by seed, and what was said of it."""
+    rows = [["guidance", "FD-pixels along the run, each seed", "accuracy at the end", "variance beside the data's", "alarms"]]
+    for name, each in run["rows"].items():
+        if name != "teacher":
+            curves = "; ".join(" ".join(f"{fd:.2f}" for _, fd in one["curve"]) for one in each)
+            variance = [v for one in each for v in one["variance"] if v is not None]
+            said = sum(bool(one["alarms"]) for one in each)
+            accuracy = f"{min(one['accuracy'] for one in each):.3f}"
+            rows.append([name, curves, accuracy, f"{sum(variance) / len(variance):.2f}", f"{said} of {len(each)}"])
+    return table(rows)
+
+
 KINDS = {
+    "captions": ("all.json", captions), "guided": ("sim.json", guided_sim),
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
     "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),

@@ -40,7 +40,7 @@ from potstill.engine.training.loop import LogConfig
 from potstill.engine.training.run import TrainConfig
 
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
-ABSENT = re.compile(r"\+{0,2}(students\.net|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
+ABSENT = re.compile(r"\+{0,2}(students\.net|net\.config|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
 NOT_IN = re.compile(r"Key '\w+' not in '\w+'\s+full_key: (\S+)")
 MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
 

@@ -49,6 +49,14 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         )
     elif isinstance(teacher, DiffusersDenoiser) and not teacher.config.get("guidance_embeds"):
         rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
+    if not teacher.text:
+        rules["teacher.loss.prompt_dropout"] = rules["text.encoder"] = "the teacher is told no prompts"
+    elif file is not None:
+        rules["text.encoder"] = f"teacher.checkpoint={file}"
+    if file is None:
+        ours = isinstance(teacher, EDMDenoiser)
+        others = ("config", "prediction") if ours else set(vars(cfg.net)) - {"model_type", "config", "prediction"}
+        rules |= dict.fromkeys((f"net.{name}" for name in others), f"net.model_type={cfg.net.model_type}")
     if "teacher" in cfg.teacher.train.optim:
         rules["teacher.train.optim.student"] = "teacher.train.optim.teacher is given"
     if cfg.students.net is None:
@@ -67,6 +75,12 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
 
 def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
     """Settings of the net that are not what the teacher's file says of it, as far as it says anything."""
+    if isinstance(teacher, DiffusersDenoiser):
+        config = {f"config.{name}": value for name, value in (cfg.net.config or {}).items()}
+        given = {name: value for name, value in vars(cfg.net).items() if name != "config" and value != getattr(NetConfig(), name)} | config
+        known = {f"config.{name}": value for name, value in teacher.config.items()}
+        known |= {"model_type": teacher.name, "prediction": teacher.scheme["prediction"]}
+        return [name for name, value in given.items() if name not in known or known[name] != value]
     if not isinstance(teacher, EDMDenoiser):
         return [name for name, value in vars(cfg.net).items() if value != getattr(NetConfig(), name)]
     signature = inspect.signature(type(teacher.model)).parameters

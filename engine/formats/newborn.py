@@ -9,11 +9,13 @@ transformer/config.json                     its weights when it is trained: then
 # diffusers, transformers and tokenizers are optional, and untyped.
 # pyright: reportMissingImports=false
 
+import difflib
 import json
 import re
 import shutil
 import zlib
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,10 +53,23 @@ def fresh_net(name: str, config: dict[str, Any] | None, prediction: str, shape: 
     own |= {"cross_attention_dim": heads * size, "norm_num_groups": 1}
     if taken := sorted(given.keys() & own.keys()):
         raise UserError(f"net.config.{taken[0]} follows from the data and the text encoder: leave it out")
+    check_config(name, given)
     table = {"prediction": prediction, "steps": 1000, "betas": LINEAR}
     scheme = {"prediction": "flow", "steps": 1000, "shift": 1.0} if prediction == "flow" else table
     described = {"class": name, "config": own | given, "scheme": scheme, "size": shape[1:], "fixed": {}}
     return DiffusersDenoiser.from_description(described)
+
+
+def check_config(name: str, given: dict[str, Any], branch: str = "net") -> None:
+    """UserError for settings that this class of diffusers, which passes over such, does not have, or that make no net."""
+    known = [one for one in signature(getattr(diffusers(), name).__init__).parameters if one != "self"]
+    if unknown := next((one for one in given if one not in known), None):
+        near = difflib.get_close_matches(unknown, known, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"wanted some of {', '.join(known)}"
+        raise UserError(f"{branch}.config.{unknown} is no setting of {name}: {hint}")
+    for one in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
+        if one in given and not (isinstance(given[one], int) and given[one] >= 1):
+            raise UserError(f"{branch}.config.{one} wants a whole number from 1, got {given[one]!r:.40}")
 
 
 def width_of(encoder: str) -> int:

@@ -60,6 +60,10 @@ def dry_run(cfg: Config) -> None:
 def rehearse(cfg: Config) -> None:
     """A few iterations of the recipe on random weights and synthetic images: what it costs on this machine."""
     checkpoint = cfg.teacher.checkpoint
+    if not checkpoint and build.is_text(cfg.net):
+        raise UserError(
+            f"rehearse=true makes nets of EDM's, and net.model_type is {cfg.net.model_type}: train it with a small teacher.train.kimg"
+        )
     if checkpoint and (is_pipeline(local_path(checkpoint)) or preflight.to_come(cfg)):
         short = f"train.kimg={cfg.train.batch / 100:g} run_dir=runs/short"
         raise UserError(f"rehearse=true makes nets of EDM's, and {checkpoint} is a pipeline: {short} is a run of ten iterations")
