@@ -55,7 +55,9 @@ class DataConfig:
     resolution: int | None = None  # wanted; null: as it comes
     unlabelled: bool = False  # ignore class labels and class folders
     flips: bool = False  # mirror half of the images
-    captions: str | None = None  # .txt or .jsonl, one an image, or one a class; null: those beside the images, where there are some
+    captions: str | None = (
+        None  # .txt or .jsonl, one an image or one a class | a text with {} for the class's name; null: those beside the images
+    )
     workers: int = 2  # processes that decode images when they do not fit in memory
     how: str = ""  # how to get the data: printed when it is missing
 

@@ -34,12 +34,12 @@ IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 
 
 def open_images(
-    path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True, captions: Path | None = None
+    path: str | Path, *, resolution: int | None = None, label_dim: int | None = None, labelled: bool = True, captions: str | None = None
 ) -> "Images":  # fmt: skip
     """The images of `path`: "digits", "scenes", an EDM zip or folder, a folder of images or latents, .npz, "synthetic:RxC[xCLASSES[xN]]".
 
     resolution: what they must have. label_dim: how many classes a net knows, where these images may show fewer.
-    labelled=False ignores labels. captions: a file of them; None: those beside the images, where there are some. Headers of all files are looked at, pixels are not. Raises UserError.
+    labelled=False ignores labels. captions: a file of them, or a text with {} for the class's name; None: those beside the images, where there are some. Headers of all files are looked at, pixels are not. Raises UserError.
     """
     source = open_source(path, labelled=labelled)
     header = _common_header(source, resolution)
@@ -66,7 +66,7 @@ class Images:
     labels: np.ndarray | None = None
     label_dim: int = 0
     classes: list[str] | None = None
-    captions_in: Path | None = None  # what `captions` are read from; None: from beside the images, where there are some
+    captions_in: str | None = None  # a file of captions, or a text with {} for the name of the class; None: those beside the images
 
     def __post_init__(self):
         self.name = _short(self.source.path)
@@ -95,12 +95,23 @@ class Images:
 
         UserError for a file with another number.
         """
-        source, file = self.source, self.captions_in
+        source, file = self.source, None if self.captions_in is None else Path(self.captions_in).expanduser()
+        if self.captions_in and "{}" in self.captions_in:
+            return self._named(self.captions_in)
         if file is not None and self.label_dim not in (0, len(source)) and len(texts := read_prompts(file)) == self.label_dim:
             assert self.labels is not None
             return [texts[label] for label in self.labels]
         found = captions_of(source, file)
         return None if found is None else [found[i] for i in self.index]
+
+    def _named(self, text: str) -> list[str]:
+        """A text with the name of each one's class in the place of {}. UserError where classes have no names."""
+        if self.labels is None or self.classes is None:
+            raise UserError(
+                f'data.captions="{text}" wants the names of classes, and {self.name} has {"none" if self.labels is not None else "no labels"}: class '
+                'folders have names, and so has a dataset.json with "classes"'
+            )
+        return [text.replace("{}", self.classes[label]) for label in self.labels]
 
     @property
     def nbytes(self) -> int:

@@ -79,8 +79,7 @@ def build_images(cfg: Config) -> Images | None:
         return open_images(rehearsal_data(cfg))
     if not cfg.data.path or not is_there(cfg.data.path):
         return None
-    captions = Path(cfg.data.captions).expanduser() if cfg.data.captions else None
-    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=captions)
+    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=cfg.data.captions)
 
 
 def rehearsal_data(cfg: Config) -> str:

@@ -96,7 +96,11 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
 
 
 def check_newborn(cfg: Config, images: Images | None) -> None:
-    """UserError where a teacher that is told prompts cannot be trained here: for want of captions."""
+    """UserError where a teacher that is told prompts cannot be trained here: on latents, or for want of captions."""
+    if images is not None and images.latent:
+        raise UserError(
+            f"{cfg.net.model_type} is trained here on pictures, and {images.name} holds latents: name a pipeline as teacher.checkpoint"
+        )
     if images is not None and images.captions is None:
         raise UserError(f"{cfg.net.model_type} is told what its pictures show, and {images.name} has no captions: set data.captions=FILE")
 
