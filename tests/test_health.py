@@ -281,6 +281,26 @@ def test_what_is_usual_raises_none(metrics, tmp_path):
     assert kinds(tmp_path, lines_of(**metrics)) == []
 
 
+@pytest.mark.parametrize(
+    ("distances", "said"),
+    [
+        ([4.5, 2.6, 2.3, 2.2], False),  # DMD on captions, as measured
+        ([4.5, 9.3, 8.5], True),  # guided SIM whose fake net lags
+        ([2.1, 4.0, 2.2], False),  # it came back
+        ([2.1, 2.7], False),  # one measurement is none
+        ([2.1, 2.8, 2.9], True),
+    ],
+)
+def test_a_distance_that_rises_and_stays(distances, said, tmp_path):
+    health = Health(tmp_path, 1000, lambda text: None)
+    for i, distance in enumerate(distances):
+        health.write({"step": 10 * i, "kimg": i, "fd@2000": distance, "score/scenes/accuracy": 1.0})
+        assert not list(tmp_path.glob("metrics.jsonl")) or i == len(distances) - 1
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] if said else []
+    assert [one["kind"] for one in found] == ["distance"] * said and said == (tmp_path / "metrics.jsonl").exists()
+    assert not said or f"is {distances[-1]:.3g} and was {min(distances):.3g}" in found[0]["alarm"]
+
+
 def test_a_resumed_run_goes_on_with_its_alarms(tmp_path):
     """The alarm of before the stop is not repeated at once, and comes again REPEAT lines later."""
     lines = lines_of(student__variance_ratio=[1] * 3 + [0.1] * (REPEAT + 4))

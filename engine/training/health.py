@@ -77,7 +77,7 @@ class Health:
         return bool(found)
 
     def _remember(self, line: dict[str, Any]) -> bool:
-        if not (of_training := any("/" in name for name in line)):
+        if not (of_training := any("/" in name and not name.startswith("score/") for name in line)):
             return False
         self.lines.append(line)
         self.count += 1
