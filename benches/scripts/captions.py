@@ -34,16 +34,17 @@ from potstill.engine.models.router import MANIFEST, load_router, write_manifest
 TEACHER = "teacher"
 #: Row -> recipe and settings. All learn from the same teacher.
 STUDENTS: dict[str, list[str]] = {
+    "sim": ["captions_sim"],
     "dmd": ["captions"],
     "dmd2": ["captions_dmd2"],
-    "dmd2, four steps": ["captions_four"],
-    "sim": ["captions_sim"],
-    "moment matching": ["captions_moment_matching"],
-    "sfd": ["captions_sfd"],
     "gdd": ["captions_gdd"],
+    "half the blocks": ["captions_small"],
     "msd, 2 students": ["captions_msd"],
     "msd, 4 students": ["captions_msd", "students.count=4", "students.partition=quadrants"],
-    "half the blocks": ["captions_small"],
+    "dmd2, four steps": ["captions_four"],
+    "sfd": ["captions_sfd"],
+    "moment matching": ["captions_moment_matching"],
+    "sfd, guided": ["captions_sfd", "method.guidance=2"],
     "dmd, guided": ["captions", "method.guidance=2"],
 }
 SHORT, GUIDED = ["captions_sim"], ["method.guidance=2"]

@@ -159,7 +159,7 @@ def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
 ROWS = {
     "dmd": "DMD", "dmd2": "DMD2, a GAN head", "dmd2, four steps": "DMD2, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
     "msd, 2 students": "MSD, two students by k-means", "msd, 4 students": "MSD, four students by quadrants",
-    "half the blocks": "DMD, half of the blocks (TSM)", "dmd, guided": "DMD, teacher's guidance 2",
+    "half the blocks": "DMD, half of the blocks (TSM)", "sfd, guided": "SFD, teacher's guidance 2", "dmd, guided": "DMD, teacher's guidance 2",
 }  # fmt: skip
 
 
