@@ -167,9 +167,9 @@ def test_the_score_of_real_pictures_is_the_judges_own():
 
 def test_what_the_judge_cannot_judge_is_one_sentence():
     score = Accuracy("", CPU)
-    with pytest.raises(UserError, match="^score scenes is for pictures of 8x16, got 16x8$"):
+    with pytest.raises(UserError, match=r"^score scenes is for pictures of 8x16, got 16x8$"):
         score(torch.zeros(1, 3, 16, 8, dtype=torch.uint8), ["a one on the left"])
-    with pytest.raises(UserError, match="^score scenes knows no scene 'a cat': wanted captions such as 'a three and a faint seven'$"):
+    with pytest.raises(UserError, match=r"^score scenes knows no scene 'a cat': wanted captions such as 'a three and a faint seven'$"):
         score(torch.zeros(2, 3, 8, 16, dtype=torch.uint8), ["a one on the left", "a cat"])
-    with pytest.raises(UserError, match="^score scenes takes no file, got 'judge.safetensors'"):
+    with pytest.raises(UserError, match=r"^score scenes takes no file, got 'judge.safetensors'"):
         open_score("scenes:judge.safetensors", CPU)

@@ -20,6 +20,8 @@ from potstill.engine.data.pipelines import index_of, parts_of
 from potstill.engine.data.prompts import Prompts, PromptStream, open_prompts, prepare_prompts
 from potstill.engine.data.sampler import Stream
 from potstill.engine.data.vae import VAE, check_vae
+from potstill.engine.formats.newborn import check_text_encoder
+from potstill.engine.jobs.build import encoder_of
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import OWN, is_pipeline, local_path
 from potstill.engine.nets.denoiser import Denoiser
@@ -87,8 +89,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         )
     if cfg.method.needs().pairs:
         raise UserError("method.regression makes pairs for classes, and this teacher is told prompts: set it to 0")
-    if given is not None:
-        check_encoder(local_path(given), cfg.text.max_length)
+    if is_pipeline(pipeline := text_place(cfg)):
+        check_encoder(pipeline, cfg.text.max_length)
     for file, _ in prompt_files(cfg, images, Path()):
         texts_of(file, images, Path())
     if held_out(cfg) and cfg.eval.held_out != scenes.NAME:
@@ -96,9 +98,11 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
 
 
 def check_newborn(cfg: Config, images: Images | None) -> None:
-    """UserError where a teacher that is told prompts cannot be trained here: for want of captions."""
+    """UserError where a teacher that is told prompts cannot be trained here: for want of captions, or of a text encoder that takes them."""
     if images is not None and images.captions is None:
         raise UserError(f"{cfg.net.model_type} is told what its pictures show, and {images.name} has no captions: set data.captions=FILE")
+    if not is_pipeline(text_place(cfg)):
+        check_text_encoder(encoder_of(cfg), cfg.text.max_length)
 
 
 def text_place(cfg: Config) -> Path:
