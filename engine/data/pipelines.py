@@ -159,6 +159,16 @@ def load_vae(folder: Path, device: torch.device) -> Any:
     return vae.to(device).eval().requires_grad_(False)
 
 
+def decodes(folder: Path) -> bool:
+    """Are the samples of its net latents, which its VAE decodes? Some have no VAE, or one that hands pictures on (`formats.newborn.passing`)."""
+    if "vae" not in (parts := parts_of(index_of(folder))):
+        return False
+    if parts["vae"][1] != "AutoencoderTiny":
+        return True
+    config = read_json(part_of(folder, "vae") / "config.json", dict, AGAIN)
+    return config.get("num_decoder_blocks") != [0]
+
+
 def hash_of_part(folder: Path, *beginnings: str) -> str:
     """SHA-256 over the parts of a pipeline whose names begin so: all that is written beside the weights, and of these evenly taken blocks.
 

@@ -2,7 +2,8 @@
 
 model_index.json, scheduler/
 tokenizer/, text_encoder/                   copied from a folder, or of words alone (`WORDS`)
-transformer/config.json                     its weights when it is trained: then the folder is a pipeline like any other, without a VAE
+vae/                                        which hands pictures on as they are: stock pipelines want one
+transformer/config.json                     its weights when it is trained: then the folder is a pipeline like any other
 """
 
 # diffusers, transformers and tokenizers are optional, and untyped.
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -138,16 +139,40 @@ def write_newborn(folder: Path, net: DiffusersDenoiser, encoder: str, captions: 
     library, prediction = diffusers(), net.scheme["prediction"]
     flow = library.FlowMatchEulerDiscreteScheduler
     scheduler = flow(shift=1.0) if net.flow else library.DPMSolverMultistepScheduler(**LINEAR, prediction_type=prediction)
-    model: Any = net.model
+    model, vae = cast(Any, net.model), passing(net.shape[0])
     with quietly():
-        for name, one in (("tokenizer", words), ("text_encoder", text_encoder), ("scheduler", scheduler)):
+        for name, one in (("tokenizer", words), ("text_encoder", text_encoder), ("scheduler", scheduler), ("vae", vae)):
             one.save_pretrained(folder / name)
         model.save_config(folder / PART)
     index: dict[str, Any] = {"_class_name": PIPELINES[net.name], "_diffusers_version": library.__version__}
     index |= {"tokenizer": ["transformers", type(words).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
-    index |= {"scheduler": ["diffusers", type(scheduler).__name__], PART: ["diffusers", net.name], "vae": [None, None]}
+    index |= {name: ["diffusers", type(one).__name__] for name, one in (("scheduler", scheduler), ("vae", vae), (PART, net.model))}
     with whole(folder / INDEX) as part:
         part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def passing(channels: int) -> Any:
+    """A VAE whose latents are the pictures themselves, [N, C, H, W] in [-1, 1], up to rounding: `data.pipelines.decodes` knows it.
+
+    An AutoencoderTiny of two convolutions with a ReLU between, which x and -x pass. Its decoder begins with 3 tanh(x / 3), which is x where
+    x is small: hence the scale.
+    """
+    wide, scale = 2 * channels, 256.0
+    vae = diffusers().AutoencoderTiny(
+        in_channels=channels, out_channels=channels, latent_channels=channels, encoder_block_out_channels=(wide,), scaling_factor=scale,
+        decoder_block_out_channels=(wide,), num_encoder_blocks=(0,), num_decoder_blocks=(0,),
+    )  # fmt: skip
+    convolutions = [m for half in (vae.encoder, vae.decoder) for m in half.modules() if isinstance(m, torch.nn.Conv2d)]
+    eye = torch.eye(channels)
+    ways = torch.cat([eye, -eye])  # [2C, C]
+    matrices = (torch.cat([eye, 0 * eye]), torch.cat([2 * eye, 0 * eye], 1) / scale, ways, scale / 2 * ways.T)
+    offsets = (0.0, -1 / scale, 0.0, 0.5)  # the encoder is shown (x + 1) / 2, and the decoder's answer is 2 x - 1
+    with torch.no_grad():
+        for conv, matrix, offset in zip(convolutions, matrices, offsets, strict=True):
+            conv.weight.zero_()[:, :, 1, 1] = matrix
+            if conv.bias is not None:
+                conv.bias.fill_(offset)
+    return vae
 
 
 def write_trained(folder: Path, net: DiffusersDenoiser) -> None:

@@ -113,7 +113,8 @@ def teacher_at(folder: Path, net: DiffusersDenoiser, named: str) -> Teacher:
     if its.pipeline is None:
         raise UserError(f"{folder} is a {name}, which diffusers {diffusers().__version__} does not have: install one that has, or --to hub")
     wanted = {part for part, p in inspect.signature(its.pipeline.__init__).parameters.items() if p.default is p.empty and part != "self"}
-    if missing := wanted - set(its.index):
+    there = set(its.index) - {name for name, (library, _) in its.components.items() if name == "vae" and library is None}
+    if missing := wanted - there:
         raise UserError(f"{folder} has no {', '.join(sorted(missing))}, which {name} is made of: {other}")
     return its
 

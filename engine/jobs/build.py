@@ -9,7 +9,7 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, NetConfig, TeacherConfig
 from potstill.engine.data.images import Images, open_images
-from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
 from potstill.engine.formats.newborn import WORDS, another_net, fresh_net, width_of
@@ -104,7 +104,7 @@ def load_teacher(
     dtype: of a pipeline's weights; None: float32. planned: a pipeline's denoiser without numbers.
     """
     cfg = cfg or TeacherConfig()
-    pictures = is_pipeline(path) and "vae" not in parts_of(index_of(path))  # are what its net works on?
+    pictures = is_pipeline(path) and not decodes(path)  # are what its net works on?
     size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and (images.latent or pictures) else None
     net = load_origin(path, dtype=dtype, size=size, guidance=cfg.embedded_guidance, planned=planned)
     if images is None:

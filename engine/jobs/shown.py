@@ -11,7 +11,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.data.captions import CAPTIONS
 from potstill.engine.data.embeddings import Encoder
-from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.prompts import Prompts, TextConfig, open_prompts
 from potstill.engine.data.shards import MANIFEST
 from potstill.engine.data.vae import VAE
@@ -53,7 +53,7 @@ def shown_of(
         where = f"{named}, which is not there: put it back" if named else "which nothing beside it names: name the run folder instead"
         parts = "prompts and VAE" if net.text else "VAE"
         raise UserError(f"{model.path} wants the pipeline of its teacher for its {parts}, {where}, or name its folder with --pipeline")
-    decode = VAE(place, device).decode if "vae" in parts_of(index_of(place)) else None
+    decode = VAE(place, device).decode if decodes(place) else None
     prompts = _prompts(source, recipe, place, device, asked) if net.text else None
     if prompts is not None and prompts.null is not None and isinstance(model.net, DiffusersDenoiser | Router):
         model.net.null = prompts.null

@@ -16,7 +16,7 @@ from potstill.engine.data import scenes
 from potstill.engine.data.captions import CAPTIONS, read_prompts, write_captions
 from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
-from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.prompts import Prompts, PromptStream, open_prompts, prepare_prompts
 from potstill.engine.data.sampler import Stream
 from potstill.engine.data.vae import VAE, check_vae
@@ -191,6 +191,6 @@ def looks(cfg: Config) -> bool:
 def vae_of(cfg: Config, device: torch.device) -> VAE | None:
     """The VAE of the teacher's pipeline; None where its samples are pictures."""
     path = local_path(cfg.teacher.checkpoint) if cfg.teacher.checkpoint else None
-    if path is None or not is_pipeline(path) or "vae" not in parts_of(index_of(path)):
+    if path is None or not is_pipeline(path) or not decodes(path):
         return None
     return VAE(path, device)

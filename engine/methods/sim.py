@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, one_of, probability, wants
+from potstill.engine.common.checks import Unused, above, at_least, one_of, probability, wants
 from potstill.engine.diffusion.sigmas import karras_at, lognormal
 from potstill.engine.methods.base import Batch, Draws, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
 from potstill.engine.methods.parts import Generator, check_generator, check_guidance, conditions, noise_like
@@ -53,6 +53,7 @@ class SIMConfig(MethodConfig):
     levels: str = "karras"  # laws of σ: karras (L_g's by Karras, L_ψ's log-normal) | own (both by the net's times) | lognormal (both)
     t_min: float = 0.0  # of [0, 1]: L_g's σ is uniform on Karras' map of 0.002 … 80, or on the net's own times, from here (0.002)
     t_max: float = 0.8  # up to here (24.4)
+    fake_per_student: int = 1  # updates of the fake net for one of the student; SiD's and SIM's is 1
     scale: float = 100.0  # of L_g; under Adam it matters only against eps
     guidance: float = 1.0  # of the teacher; 1 is none
     fake_guidance: float = 1.0  # of the fake net, also in its own training loss
@@ -71,6 +72,7 @@ class SIMConfig(MethodConfig):
         wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
         wants(self, "t_min", 0 <= self.t_min < self.t_max, f"a share of the noise levels, from 0 and below t_max = {self.t_max}")
         probability(self, "dropout")
+        at_least(self, 1, "fake_per_student")
 
     def needs(self) -> Needs:
         return Needs(data=False, classes=self.guidance != 1 or self.fake_guidance != 1)
@@ -102,7 +104,7 @@ class SIM(Method):
         self.student, self.fake = student, fake
         self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
         self.nets = {"fake": fake, "student": student}
-        self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss))
+        self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss, every=cfg.fake_per_student))
         self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
         self.sampler, self.gaps = self.generate.sampler, Gaps(self.teacher_level, self.teacher.weight)
         self.c = 0.00054 * math.prod(student.shape) ** 0.5 if cfg.c is None else cfg.c

@@ -1,6 +1,6 @@
 """A student as one object: images from seeds, or from noise of your own.
 
-student = Student.from_pretrained("runs/digits")     # a run, an exported folder, a weight file, or USER/NAME on the hub
+student = Student("runs/digits")                     # a run, an exported folder, a weight file, or USER/NAME on the hub
 images = student(seeds=[0, 1, 2])                    # uint8 [3, C, H, W]: the images that `potstill sample` makes
 images = student(seeds=[0, 1], prompts=["a cat", "a dog"])  # of a student that is told prompts
 x = student.generate(z, labels)                      # float32 about in [-1, 1], differentiable, without random numbers
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.embeddings import Encoder
-from potstill.engine.data.pipelines import index_of, parts_of
+from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import VAE
 from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
@@ -54,15 +54,24 @@ class GivenNoise:
 class Student(nn.Module):
     """A net (or the router of several) with the way to sample it, and `metadata`, what its weight file says.
 
+    Of a folder, a file or a name on the hub, `Student("runs/digits")`, it is what `from_pretrained` finds there.
+
     pipeline: of a net of diffusers, the folder of its teacher's, which embeds prompts and decodes latents; text: how its encoder works
     (precision, max_length). None: they are not known, and neither is done.
     """
 
     def __init__(
-        self, net: Denoiser | Router, sampler: Sampler, metadata: dict[str, Any] | None = None, *, pipeline: Path | None = None,
-        text: dict[str, Any] | None = None,
+        self, net: Denoiser | Router | str | Path, sampler: Sampler | None = None, metadata: dict[str, Any] | None = None, *,
+        pipeline: Path | None = None, text: dict[str, Any] | None = None,
     ):  # fmt: skip
         super().__init__()
+        if isinstance(net, str | Path):
+            found = Student.from_pretrained(net, pipeline=pipeline)
+            self.__init__(found.net, found.sampler, found.metadata, pipeline=found.pipeline, text=found.text)
+            self.eval()
+            return
+        if sampler is None:
+            raise UserError("a Student of a net wants to know how it is sampled: Student(net, sampler), or Student(FOLDER)")
         self.net, self.sampler, self.metadata, self.pipeline, self.text = net, sampler, metadata or {}, pipeline, text or {}
         self._loaded: dict[tuple[str, torch.device], Any] = {}  # of the pipeline, when it is asked for
         self.label_dim, self.shape = net.label_dim, net.shape
@@ -203,7 +212,7 @@ class Student(nn.Module):
         if not isinstance(net, DiffusersDenoiser) or (self.pipeline is None and not net.text and net.img_channels in (1, 3)):
             return None
         pipeline = self._of_pipeline("decodes latents")
-        return self._kept("vae", lambda: VAE(pipeline, self.device)).decode if "vae" in parts_of(index_of(pipeline)) else None
+        return self._kept("vae", lambda: VAE(pipeline, self.device)).decode if decodes(pipeline) else None
 
     def _told(self, seeds: Sequence[int], labels: Any, prompts: Sequence[str] | Text | None) -> Rows | np.ndarray | None:
         """What the net is told for every seed."""

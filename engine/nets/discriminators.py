@@ -153,14 +153,18 @@ def _heads(taps: Sequence[Tap], width: int, label_dim: int) -> list["PatchHead"]
 
 
 class PatchHead(nn.Module):
-    """One logit per patch: [N, C, h, h] -> [N, L]; `downs` strided convolutions that double the channels, then a 4x4 one."""
+    """One logit per patch: [N, C, h, w] -> [N, L]; `downs` strided convolutions that double the channels, then a 4x4 one.
+
+    A map too small to be halved gets a convolution that keeps its size: without any the head would be linear.
+    """
 
     def __init__(self, channels: int, wide: int, downs: int, label_dim: int, class_channels: int = 64):
         super().__init__()
         layers: list[nn.Module] = []
-        for _ in range(downs):
+        for _ in range(max(downs, 1)):
             norm = nn.BatchNorm2d(wide, track_running_stats=False)  # so that eval mode changes nothing
-            layers += [SpectralConv2d(channels, wide, 4, stride=2, padding=1), norm, nn.LeakyReLU(0.2)]
+            how = {"kernel_size": 4, "stride": 2} if downs else {"kernel_size": 3}
+            layers += [SpectralConv2d(channels, wide, padding=1, **how), norm, nn.LeakyReLU(0.2)]
             channels, wide = wide, 2 * wide
         self.layers = nn.Sequential(*layers, SpectralConv2d(channels, class_channels if label_dim else 1, 4, bias=False))
         self.classes = ClassVector(label_dim, class_channels) if label_dim else None

@@ -10,6 +10,7 @@ with `alarm`; a resumed run reads that file and goes on as if it had not stopped
     gap            fake net and teacher disagree ever more, at every noise level
     still          fake net and teacher are still the same
     nonfinite      many samples have no finite loss
+    distance       the Fréchet distance within the run (train.eval_kimg) has risen, and not come back
 """
 
 import json
@@ -33,6 +34,7 @@ ALWAYS_RIGHT = 0.99  # accuracy of a discriminator
 WIDENING, WIDE = 1.5, 0.5  # growth of a gap from three lines to the next three, and what it must have reached
 STILL = 3e-4  # a gap so small, past a twentieth of the run; recipes that work have 0.01 and more
 BAD_SHARE = 0.01  # of an interval's samples
+RISEN, AGAIN = 1.3, 2  # of the least distance before, and for so many measurements in a row
 
 Lines = Sequence[dict[str, Any]]
 
@@ -43,25 +45,36 @@ class Health:
     def __init__(self, folder: Path, total: int, say: Callable[[str], None]):
         self.file, self.total, self.say = folder / "metrics.jsonl", total, say
         self.lines: deque[dict[str, Any]] = deque(maxlen=MEMORY)
+        self.distances: list[float] = []
         self.count = 0
         self.said: dict[str, int] = {}  # kind -> which line it last rose at
         for line in map(json.loads, self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []):
             if "alarm" in line:
                 self.said[line["kind"]] = self.count
-            else:
+            elif not self._measured(line):
                 self._remember(line)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Look at a new line; what is not of the training, such as a distance, is passed over."""
-        if not self._remember(metrics):
+        """Look at a new line: of distances by their rule, of the training by all others."""
+        if self._measured(metrics):
+            rules = {"distance": lambda lines, total: distance(self.distances)}
+        elif self._remember(metrics):
+            rules = RULES
+        else:
             return
-        for kind, rule in RULES.items():
+        for kind, rule in rules.items():
             if self.count - self.said.get(kind, -REPEAT) >= REPEAT and (sentence := rule(tuple(self.lines), self.total)):
                 self.said[kind] = self.count
                 self.say(f"alarm at iteration {metrics['step']}: {sentence}")
                 alarm = {"step": metrics["step"], "kimg": metrics["kimg"], "kind": kind, "alarm": sentence}
                 with writing(self.file), self.file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(alarm) + "\n")
+
+    def _measured(self, line: dict[str, Any]) -> bool:
+        """Is this a line of a distance?"""
+        found = [value for name, value in line.items() if name.startswith("fd@")]
+        self.distances += found
+        return bool(found)
 
     def _remember(self, line: dict[str, Any]) -> bool:
         if not (of_training := any("/" in name for name in line)):
@@ -170,6 +183,18 @@ def nonfinite(lines: Lines, total: int) -> str | None:
                 f"lower train.optim.{net}.lr, or try precision=fp32"
             )
     return None
+
+
+def distance(seen: Sequence[float]) -> str | None:
+    """The newest AGAIN against the least before them."""
+    before, now = seen[:-AGAIN], seen[-AGAIN:]
+    if not before or min(now) < RISEN * min(before):
+        return None
+    return (
+        f"the distance to the data is {now[-1]:.3g} and was {min(before):.3g}: the student moves away from the data, as one does that is guided "
+        "more than its fake net can follow; go on from an earlier checkpoint with method.guidance nearer to 1, the same "
+        "method.fake_guidance, more method.fake_per_student or a lower train.optim.student.lr"
+    )
 
 
 RULES: dict[str, Callable[[Lines, int], str | None]] = {
