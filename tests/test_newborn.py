@@ -21,6 +21,7 @@ import diffusers_pipelines  # noqa: E402
 from potstill.__main__ import main as potstill  # noqa: E402
 from potstill.engine.common.errors import Damaged, UserError  # noqa: E402
 from potstill.engine.data.embeddings import Encoder  # noqa: E402
+from potstill.engine.data.pipelines import decodes  # noqa: E402
 from potstill.engine.diffusion.tables import scheme_of  # noqa: E402
 from potstill.engine.formats.newborn import LONGEST, WIDTH, WORDS, fresh_net, width_of, write_newborn, write_trained  # noqa: E402
 from potstill.engine.jobs.job import Job  # noqa: E402
@@ -96,6 +97,10 @@ def test_words_that_are_called_as_special_tokens_are_and_an_order_of_captions_ch
     born(tmp_path / "other", captions=[*CAPTIONS[::-1], CAPTIONS[0]])
     for name in ("tokenizer/tokenizer.json", "text_encoder/model.safetensors"):
         assert (words / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    vocabulary = json.loads((words / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    assert [*vocabulary] == ["<pad>", "<unk>", "<s>", ",", "a", "and", "faint", "left", "on", "seven", "the", "three", "two"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(words / "tokenizer")
+    assert tokenizer("A Seven")["input_ids"] == [vocabulary[word] for word in ("<s>", "a", "seven")]
     born(tmp_path / "special", captions=["unk s pad <unk> <s> <pad>"])
     rows, _ = embedded(tmp_path / "special", ["unk s pad"])
     np.testing.assert_allclose(rows[0], by_hand("<s>", "unk", "s", "pad"), atol=1e-6)
@@ -125,6 +130,16 @@ def test_plain_diffusers_loads_the_folder_and_its_scheduler_is_the_nets(tmp_path
         added = {"resolution": None, "aspect_ratio": None}
         wanted = pipe.transformer(x, embeds, timestep=t, encoder_attention_mask=mask, added_cond_kwargs=added).sample
         assert torch.equal(again.family.call(again.model, x, t, text, {}), wanted)
+
+
+def test_its_vae_hands_pictures_on(words):
+    vae = diffusers.AutoencoderTiny.from_pretrained(words / "vae")
+    x = torch.linspace(-1, 1, 2 * 8 * 16).view(2, 1, 8, 16)
+    with torch.no_grad():
+        latents = vae.encode(x).latents * vae.config.scaling_factor
+        shown = vae.decode(latents / vae.config.scaling_factor).sample
+    np.testing.assert_allclose(shown, x, atol=1e-4)
+    assert not decodes(words)
 
 
 def test_what_was_begun_and_is_not_whole_is_made_anew(words, tmp_path):

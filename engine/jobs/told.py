@@ -163,8 +163,9 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
     shows = looks(cfg) and captions_file(images, folder) is not None
     apart = None
     if held_out(cfg):
-        file = folder / HELD_OUT if cfg.eval.held_out == scenes.NAME else str(cfg.eval.held_out)
-        if cfg.eval.held_out == scenes.NAME:
+        ours = cfg.eval.held_out == scenes.NAME
+        file = folder / HELD_OUT if ours else str(cfg.eval.held_out)
+        if ours and not ranks.agree((folder / HELD_OUT).exists()):
             texts = [scenes.caption_of(scene) for scene in scenes.all_scenes(held_out=True)]
             ranks.on_first(lambda: write_captions(folder / HELD_OUT, texts))
         apart = opened(file, files[0][1].with_name(f"{files[0][1].name}-held-out"))
