@@ -34,6 +34,7 @@ from potstill.engine.models.origins import load_origin
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import load_net
 from potstill.engine.nets.conditions import Text
+from potstill.engine.nets.discriminators import Critic
 from potstill.engine.train import main as train
 from potstill.engine.training.run import Run
 
@@ -290,6 +291,12 @@ def test_gans_judge_maps_that_are_not_square(method, finished, tmp_path):
     before, after = load_net(finished / "teacher.safetensors")[0].state_dict(), load_net(folder / "student.safetensors")[0].state_dict()
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_gans_head_gives_one_logit_of_a_map_that_is_not_square():
+    net, (y, text) = teacher("v_prediction").net, batch(3)
+    assert net.taps() == [(8, 2, 4)]
+    assert Critic(net, with_head=True).logits(y, torch.ones(3), text).shape == (3, 1)
 
 
 # The teacher's training
