@@ -147,7 +147,7 @@ def test_it_is_drawn_and_measured_by_its_folder(finished, tmp_path, capsys):
 
 @needs_fork
 @pytest.mark.parametrize("step", [4, 7])  # of four of the teacher's training, and of four of the student's
-def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, monkeypatch, capsys):
     folder, take, taken = tmp_path / "run", Run.take, []
 
     def dying(self, *batch):
@@ -168,6 +168,7 @@ def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, monkeypa
     assert (folder / "teacher.safetensors").exists() == (step > 4) and not (folder / "student.safetensors").exists()
     assert list((folder / "checkpoints" if step > 4 else folder / "teacher/checkpoints").iterdir())
     run(folder)
+    assert f"{'student' if step > 4 else 'teacher'}: going on from iteration 2 of 4" in capsys.readouterr().err
     assert same(finished, folder) and same(finished, folder, "teacher")
 
 
