@@ -168,7 +168,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         say(f"real: {in_words(against.scores)}, {against.scores['scores_of']['n']} images")
     found: dict[str, Any] = {}
     for model in models:
-        bar, how = model.role if ranks.first else None, common | vars(shown[model.role])
+        bar, one_shown = model.role if ranks.first else None, shown[model.role]
+        how = common | {"prompts": one_shown.prompts, "decode": one_shown.decode}
         if features is None:
             prompts = how.pop("prompts")
             many = n if chosen["n"] is not None else min(len(prompts), n)

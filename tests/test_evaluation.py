@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from sklearn.datasets import load_digits
 
 from potstill.engine import evaluate
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import Sampler, ode, one_step
-from potstill.engine.formats.pictures import grid, save_png, sheet
+from potstill.engine.formats.pictures import _wrapped, captioned, grid, save_png, sheet
 from potstill.engine.measure.distances import moments, squared_distance
 from potstill.engine.measure.features import Features, Pixels
 from potstill.engine.measure.networks import features_by_name
@@ -369,6 +369,38 @@ def test_a_sheet_has_a_caption_over_every_grid(tmp_path):
     np.testing.assert_array_equal(pixels[26:74, 122:170], 0)
     assert (pixels[:26, 12:110].min(), pixels[:26, 122:].min()) == (0, 0)  # letters
     np.testing.assert_array_equal(pixels[:, -12:], 255)  # and they end within the sheet
+
+
+def test_pictures_stand_over_their_captions():
+    images = random_images(5, (3, 8, 16))
+    long = "seven birds on a wire and more of them than there is room for in three lines of so narrow a picture as this one is"
+    picture = np.asarray(captioned(images, ["", "a cat", long, "a\ttab,\x1b[31m red\nand a line", "x" * 99], 2))
+    height, width, lines = 7 * 8, 7 * 16, 3 * 12  # of a picture in screen pixels, of its caption
+    assert picture.shape == (3 * (height + lines) + 2 * 12, 2 * width + 12, 3)
+    for i, image in enumerate(images):
+        top, left = i // 2 * (height + lines + 12), i % 2 * (width + 12)
+        np.testing.assert_array_equal(picture[top : top + height, left : left + width][::7, ::7], image.permute(1, 2, 0).numpy())
+        inked = (picture[top + height : top + height + lines + 12, left : left + width] < 128).any((1, 2))
+        assert inked.any() == (i > 0)
+        if i == 1:
+            assert not inked[14:].any()  # one line
+    grey = np.asarray(captioned(random_images(1, (1, 8, 8)), ["x"]))
+    assert grey.shape == (14 * 8 + 12, 112, 3) and (grey[:112, :, 0] == grey[:112, :, 2]).all()
+
+
+def test_captions_are_wrapped_at_words_and_cut_after_three_lines():
+    font = ImageFont.load_default(10)
+    text = "seven birds on a wire and more of them than there is room for in three lines of so narrow a picture"
+    lines = _wrapped(text, font, 112)
+    assert len(lines) == 3 and lines[-1].endswith(" …") and text.startswith(" ".join(lines).removesuffix(" …"))
+    for some in [*(text[:n] for n in range(1, len(text))), "x" * 99, "a " + "x" * 25, "W" * 9 + " and " + "W" * 60]:
+        assert len(wrapped := _wrapped(some, font, 112)) <= 3 and all(font.getlength(line) <= 112 for line in wrapped), wrapped
+    assert len(_wrapped(10**6 * "x", font, 112)) == 3  # and in no time
+    assert "".join(_wrapped("x" * 25, font, 112)) == "x" * 25
+    assert _wrapped("a\ttab,\x1b[31m red\nand \u202ea line", font, 400) == ["a tab, [31m red and a line"]
+    assert _wrapped("one two", font, font.getlength("one two")) == ["one two"]
+    assert _wrapped("one two", font, font.getlength("one two") - 1) == ["one", "two"]
+    assert _wrapped("", font, 112) == [""]
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -90,7 +90,7 @@ def test_what_the_nets_see_is_the_picture_too(tmp_path):
     cfg = load(ROOT / "configs/fast32.yaml", settings)
     job = Job(cfg, on_paper=True)
     cfg.train.batch = 24
-    batch, labels = job.stream(cfg.train, None).at(0)
+    batch, labels = job.stream(cfg.train, job.share()).at(0)
     seen = {}
     for image, label in zip(((batch + 1) * 127.5).round().byte(), labels, strict=True):
         i = int(image[0, 0, 0])  # (5·0 + i) % 256

@@ -165,10 +165,18 @@ def test_projector_by_hand():
     torch.testing.assert_close(projector([a, b]), [high, low])
 
 
-@pytest.mark.parametrize(("sides", "message"), [((8, 8), "halving sides, got 8, 8"), ((2, 1), "side 2 or more, got 1")])
+@pytest.mark.parametrize(("sides", "message"), [((8, 8, 4), "halving sides, got 8, 8, 4"), ((2, 1), "side 2 or more, got 1")])
 def test_maps_that_do_not_fit(sides, message):
     with pytest.raises(UserError, match=message):
         ProjectedDiscriminator([[Tap(4, side) for side in sides]])
+
+
+def test_maps_of_one_size_are_judged_each_by_itself():
+    d = ProjectedDiscriminator([[Tap(4, 8), Tap(4, 8)]], width=4)
+    maps = [torch.randn(2, 4, 8, 8) for _ in range(2)]
+    first, second = d([maps])
+    changed, same = d([[torch.randn(2, 4, 8, 8), maps[1]]])
+    assert torch.equal(second, same) and not torch.equal(first, changed)
 
 
 def test_heads_take_small_maps():

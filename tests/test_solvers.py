@@ -11,9 +11,11 @@ from toy import Mixture
 from potstill.engine.diffusion.sampling import Sampler, SeedNoise, few_step, heun, ode, one_step
 from potstill.engine.diffusion.sigmas import edm_weight, karras, karras_at, lognormal, with_zero
 from potstill.engine.diffusion.solvers import EVALUATIONS, SOLVERS, ancestral, churned, posterior, solve, trajectory
+from potstill.engine.diffusion.tables import CAP
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.models.opening import sampler_for
-from potstill.engine.models.router import Partition, Router
+from potstill.engine.models.partitions import Partition
+from potstill.engine.models.router import Router
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Skipping
 
@@ -93,6 +95,55 @@ def test_evaluations_are_counted_right_and_zero_is_reached(solver):
     assert calls == sampler.nfe
     assert x.isfinite().all()
     assert EVALUATIONS[solver] in (1, 2)
+
+
+MEAN = 0.4
+
+
+def walked(solver, steps):
+    """From pure noise down a flow's own levels, and the evaluations that took: the data are N(MEAN, SD²)."""
+    t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    sampler, calls = Sampler(solver, [*(t / (1 - t)).clamp(max=CAP).tolist(), 0.0]), []
+
+    def noted(x, sigma):
+        calls.append(sigma)
+        return MEAN + denoise(x - MEAN, sigma)
+
+    x = solve(SOLVERS[solver], noted, CAP * torch.tensor([-2.1, 0.3, 1.3]), torch.tensor(sampler.sigmas, dtype=torch.float64))
+    assert len(calls) == sampler.nfe
+    return x, sampler.nfe
+
+
+@pytest.mark.parametrize("steps", [4, 8, 16, 32])
+def test_heun_from_pure_noise_is_nearer_than_euler_of_twice_the_steps(steps):
+    """The step from pure noise is infinitely long: a slope at its far end would correct it by CAP times what it is wrong."""
+    wanted = MEAN + exact(CAP * torch.tensor([-2.1, 0.3, 1.3], dtype=torch.float64) - MEAN, CAP, 0)
+    (heuns, nfe), (eulers, _) = walked("heun", steps), walked("euler", 2 * steps)
+    assert nfe == 2 * steps - 2
+    assert (heuns - wanted).abs().max() < (eulers - wanted).abs().max() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "afs", "nfe"),
+    [
+        ([CAP, 0.0], False, 1),
+        ([CAP, 1.0], False, 1),
+        ([CAP, 2.0, 1.0], False, 3),
+        ([CAP, 2.0, 1.0, 0.0], True, 3),
+        ([80.0, 2.0, 0.0], False, 3),
+    ],
+)
+def test_evaluations_of_heun_are_counted_from_pure_noise_too(sigmas, afs, nfe):
+    calls = []
+
+    class Counted(Mixture):
+        def forward(self, *arguments, **more):
+            calls.append(1)
+            return super().forward(*arguments, **more)
+
+    sampler = Sampler("heun", sigmas, afs=afs)
+    sampler(Counted(), None, SeedNoise(range(2)))
+    assert len(calls) == sampler.nfe == nfe
 
 
 def test_trajectory_holds_every_level():

@@ -139,8 +139,8 @@ class ToyNet(Toy):
     def F(self, x: Tensor, sigma: Tensor, labels: Tensor | None, c: precond.Coefficients) -> Tensor:
         return self.model.out(self.hidden(x, labels, c)).reshape_as(x)
 
-    def taps(self) -> list[tuple[int, int]]:
-        return [(self.width // 4, 2)]
+    def taps(self) -> list[tuple[int, int, int]]:
+        return [(self.width // 4, 2, 2)]
 
     def features(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         sigma = torch.as_tensor(sigma).to(x.dtype).reshape(-1).expand(len(x))

@@ -87,7 +87,11 @@ def means(each: list[dict[str, Any]]) -> dict[str, Any]:
     numbers = {key for key, value in each[0].items() if isinstance(value, int | float)}
     inner = {key: means([one[key] for one in each]) for key, value in each[0].items() if isinstance(value, dict)}
     last = [v for one in each for v in one.get("variance", []) if v is not None]
-    return {key: sum(one[key] for one in each) / len(each) for key in sorted(numbers)} | inner | ({"variance": sum(last) / len(last)} if last else {})
+    return (
+        {key: sum(one[key] for one in each) / len(each) for key in sorted(numbers)}
+        | inner
+        | ({"variance": sum(last) / len(last)} if last else {})
+    )
 
 
 def place(work: Path, table: str, row: str, seed: int) -> Path:

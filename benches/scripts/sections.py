@@ -169,8 +169,10 @@ def captions(run: dict[str, Any]) -> str:
     teachers = run["rows"]["teacher"]
     real = teachers[0]["real"]
     rows.append(["real pictures", "", short(real["fd"]), f"{real['accuracy']:.3f} (unseen digits)", "", ""])
-    for title, key in (("teacher", None), ("teacher, guidance 2", "guided"), ("teacher, one step", "undistilled")):
-        rows.append(spread(title, [one[key] if key else one for one in teachers]))
+    rows.append(spread("teacher", teachers))
+    rows += [
+        spread(f"teacher, {how}", [one[key] for one in teachers]) for how, key in (("guidance 2", "guided"), ("one step", "undistilled"))
+    ]
     rows += [spread(ROWS.get(name, name), each) for name, each in run["rows"].items() if name != "teacher"]
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"

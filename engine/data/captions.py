@@ -76,7 +76,8 @@ def captions_of(source: Source, file: Path | None = None) -> list[str] | None:
             return _by_name(found, files.names, file)
     texts = read_prompts(file)
     if len(texts) != len(source):
-        raise UserError(f"{file} has {len(texts):,} captions, wanted one for each of the {len(source):,} images of {source.path}")
+        what = "latents" if isinstance(source, LatentSource) else "images"
+        raise UserError(f"{file} has {len(texts):,} captions, wanted one for each of the {len(source):,} {what} of {source.path}")
     return texts
 
 

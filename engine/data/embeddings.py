@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.reading import read_json
 from potstill.engine.data.captions import hash_of_texts
-from potstill.engine.data.pipelines import check_text, hash_of_part, index_of, load_text, quietly
+from potstill.engine.data.pipelines import check_text, hash_of_part, index_of, load_text, parts_of, quietly
 from potstill.engine.data.shards import (
     MANIFEST,
     SHARD_BYTES,
@@ -91,16 +92,39 @@ def check_encoder(folder: Path, max_length: int | None) -> None:
     check_text(folder)
     if max_length is not None:
         _check_length(folder, max_length)
+    parts = [part for part in parts_of(index_of(folder)) if part.startswith("text_encoder")]
+    if len(parts) == 1 and (length := max_length or own_length(index_of(folder)["_class_name"])):
+        check_longest(str(folder), places_of(folder / parts[0], folder / "tokenizer"), length)
+
+
+def own_length(name: str) -> int:
+    """Tokens of a prompt that a pipeline of this class takes by itself; 0: as many as its tokenizer says."""
+    default = signature(getattr(diffusers(), name).__call__).parameters.get(LENGTH)
+    return default.default if default else 0
+
+
+def places_of(encoder: Path, words: Path) -> int | None:
+    """Tokens that a text encoder has places for; None: it is not bound to places, as T5."""
+    config = read_json(encoder / "config.json", dict, AGAIN)
+    most = (config.get("text_config") or config).get("max_position_embeddings")
+    said = words / "tokenizer_config.json"
+    taken = read_json(said, dict, AGAIN).get("model_max_length") if said.is_file() else None
+    return min(most, taken if isinstance(taken, int) else most) if isinstance(most, int) else None
+
+
+def check_longest(what: str, most: int | None, length: int) -> None:
+    """UserError for more tokens than there are places."""
+    if most is not None and length > most:
+        raise UserError(
+            f"{what} takes at most {most:,} tokens of a prompt, got {length:,}: set text.max_length (--max-length) to that or less"
+        )
 
 
 def _check_length(folder: Path, length: int) -> None:
     name = index_of(folder)["_class_name"]
     if LENGTH not in signature(getattr(diffusers(), name).encode_prompt).parameters:
         raise UserError(f"the text encoder of {folder} always takes as many tokens as it was trained with: leave text.max_length out")
-    if length > (most := next((most for family, most in LONGEST.items() if name.startswith(family)), MOST_TOKENS)):
-        raise UserError(
-            f"{name} takes at most {most:,} tokens of a prompt, got {length:,}: set text.max_length (--max-length) to that or less"
-        )
+    check_longest(name, next((most for family, most in LONGEST.items() if name.startswith(family)), MOST_TOKENS), length)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:

@@ -88,12 +88,16 @@ def load_text(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[A
     return pipe, family
 
 
-def transformer(path: Path, name: str, **how: Any) -> Any:
-    """A net of this class, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random."""
+def transformer(path: Path, name: str, *, unread: str = "", **how: Any) -> Any:
+    """A net of this class, as transformers loads it. Damaged where its files lack some of its weights, or hold others: it would draw these at random.
+
+    unread: how the names of weights begin that nobody reads, and that may be missing.
+    """
     how |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with quietly(), stumbling(path, name):
         net, told = getattr(_module("transformers"), name).from_pretrained(path, **how)
-    parts = [f"they miss {sorted(missing)[0]} ({len(missing)} in all)"] if (missing := told["missing_keys"]) else []
+    missing = sorted(weight for weight in told["missing_keys"] if not unread or not weight.startswith(unread))
+    parts = [f"they miss {missing[0]} ({len(missing)} in all)"] if missing else []
     for weight, found, wanted in sorted(told["mismatched_keys"])[:1]:
         parts.append(f"{weight} is {list(found)}, wanted {list(wanted)}")
     if parts:
@@ -124,7 +128,8 @@ def tokenizer(path: Path, name: str) -> Any:
     """A tokenizer of this class. UserError without its files: it would be loaded all the same, and know no words."""
     kind = getattr(_module("transformers"), name)
     read_json(path / "tokenizer_config.json", dict, AGAIN)
-    one = kind.vocab_files_names.get("tokenizer_file")  # has all in it
+    whole = "tokenizer.json" if issubclass(kind, _module("transformers").PreTrainedTokenizerFast) else None  # which some do not name
+    one = kind.vocab_files_names.get("tokenizer_file", whole)  # has all in it
     several = [file for file in kind.vocab_files_names.values() if file != one]
     if not (one and (path / one).is_file()) and (missing := [file for file in several or [one] if not (path / file).is_file()]):
         raise UserError(f"{path} has no {missing[0]}, the words of a {name}: {AGAIN}")

@@ -38,6 +38,7 @@ class TextConfig:
 
     def __post_init__(self):
         wants(self, "prompts", self.prompts != "", "a file of prompts, or null for none")
+        wants(self, "encoder", self.encoder != "", "words, a folder, or null for words")
         wants(self, "cache", self.cache != "", "a folder, or null")
         one_of(self, "how", ("cached", "live"))
         one_of(self, "precision", PRECISIONS)

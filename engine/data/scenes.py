@@ -15,7 +15,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 NUMBER, SIDE = 12_000, 8  # pictures; pixels along a cell
 FAINT = 0.45  # brightness of a faint digit
 TRAIN = 1400  # of the 1,797 digits; the others are for tests
-ALONE, OF_FAINT = 0.25, 0.25  # shares: of pictures with one digit, of faint digits
+ALONE, OF_FAINT = 0.25, 0.25  # shares: of draws with one digit, of faint digits
 
 
 class Cell(NamedTuple):
@@ -84,7 +84,7 @@ def pictures_of(scenes: list[Scene], *, tests: bool = False, seed: int = 0) -> n
 
 
 def drawn_scenes(n: int = NUMBER, *, seed: int = 1) -> list[Scene]:
-    """What the pictures of the set show: a quarter one digit, the others pairs, every digit as often as any other."""
+    """What the pictures of the set show: 29 % one digit (of held-out pairs another draw is made), every digit as often as any other."""
     uniform = np.random.Generator(np.random.Philox(seed)).random
     found: list[Scene] = []
     while len(found) < n:

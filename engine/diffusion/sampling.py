@@ -135,7 +135,8 @@ class Sampler:
         if self.solver in JUMPS:
             return len(self.sigmas)
         steps = len(self.sigmas) - 1 - self.afs
-        once = (self.sigmas[-1] == 0) + (self.sigmas[0] >= CAP and steps > 1) if self.solver == "heun" else 0
+        walked = list(zip(self.sigmas, self.sigmas[1:], strict=False))[-steps:]
+        once = sum(low == 0 or high >= CAP for high, low in walked) if self.solver == "heun" else 0
         return EVALUATIONS[self.solver] * steps - once
 
     def __call__(self, net: Sampled, labels: Any, noise: Any) -> Tensor:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,8 @@ from torch import Tensor
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import save_tensors, whole
+from potstill.engine.data.embeddings import check_longest, own_length, places_of
+from potstill.engine.data.pipelines import tokenizer, transformer
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.parts import LOADED, stored_in, stumbling
 from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
@@ -33,8 +35,17 @@ from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
 INDEX = "model_index.json"
 PART = "transformer"
 PIPELINES = {"PixArtTransformer2DModel": "PixArtAlphaPipeline"}  # the classes that can be trained here, and what runs them
-LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DDPM's and PixArt's table
+#: DDPM's and PixArt's table.
+LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "rescale_betas_zero_snr": False}
 PREDICTIONS = ("v_prediction", "epsilon", "flow")
+FOLLOWING = {
+    "in_channels",
+    "out_channels",
+    "sample_size",
+    "caption_channels",
+    "cross_attention_dim",
+    "norm_num_groups",
+}  # from what is given
 WORDS = "words"  # the encoder without weights to be had: a vector a word
 WIDTH, LONGEST = 32, 128  # of these vectors; tokens of a prompt
 SPECIAL = ("<pad>", "<unk>", "<s>")
@@ -48,39 +59,64 @@ def fresh_net(name: str, config: dict[str, Any] | None, prediction: str, shape: 
     if name not in PIPELINES:
         raise UserError(f"net.model_type={name} cannot be trained from nothing here: wanted one of {', '.join(PIPELINES)}")
     given = dict(config or {})
-    heads, size = given.get("num_attention_heads", 16), given.get("attention_head_dim", 72)
+    check_config(name, given, "net.config")
     own = {"in_channels": shape[0], "out_channels": shape[0], "sample_size": max(shape[1:]), "caption_channels": width}
-    own |= {"cross_attention_dim": heads * size, "norm_num_groups": 1}
-    if taken := sorted(given.keys() & own.keys()):
-        raise UserError(f"net.config.{taken[0]} follows from the data and the text encoder: leave it out")
-    check_config(name, given)
+    own |= {"cross_attention_dim": inner_width(given), "norm_num_groups": 1}
     table = {"prediction": prediction, "steps": 1000, "betas": LINEAR}
     scheme = {"prediction": "flow", "steps": 1000, "shift": 1.0} if prediction == "flow" else table
     described = {"class": name, "config": own | given, "scheme": scheme, "size": shape[1:], "fixed": {}}
     return DiffusersDenoiser.from_description(described)
 
 
-def check_config(name: str, given: dict[str, Any], branch: str = "net") -> None:
-    """UserError for settings that this class of diffusers, which passes over such, does not have, or that make no net."""
-    known = [one for one in signature(getattr(diffusers(), name).__init__).parameters if one != "self"]
-    if unknown := next((one for one in given if one not in known), None):
-        near = difflib.get_close_matches(unknown, known, 1, 0.6)
-        hint = f"did you mean {near[0]}?" if near else f"wanted some of {', '.join(known)}"
-        raise UserError(f"{branch}.config.{unknown} is no setting of {name}: {hint}")
+def another_net(teacher: DiffusersDenoiser, config: Mapping[str, Any]) -> DiffusersDenoiser:
+    """A net of random weights of the teacher's class, with these settings in place of its own."""
+    check_config(teacher.name, config, "students.net.config")
+    own = teacher.description()
+    settings = own["config"] | dict(config)
+    if teacher.name in PIPELINES:
+        settings["cross_attention_dim"] = inner_width(settings)
+    return DiffusersDenoiser.from_description(own | {"config": settings})
+
+
+def inner_width(config: Mapping[str, Any]) -> Any:
+    """Of a transformer's tokens, also of those that say what its prompts do."""
+    return config.get("num_attention_heads", 16) * config.get("attention_head_dim", 72)
+
+
+def check_config(name: str, given: Mapping[str, Any], setting: str) -> None:
+    """UserError for a key that follows from what is given, or that this class does not know: diffusers itself would leave it out."""
+    if taken := sorted(given.keys() & FOLLOWING if name in PIPELINES else ()):
+        raise UserError(f"{setting}.{taken[0]} follows from the data and the text encoder: leave it out")
+    known = list(signature(getattr(diffusers(), name).__init__).parameters)[1:]
+    if unknown := next((key for key in given if key not in known), None):
+        near = difflib.get_close_matches(unknown, known, 1, 0.3)
+        raise UserError(f"{setting}.{unknown} is no setting of {name}" + (f"; did you mean {setting}.{near[0]}?" if near else ""))
     for one in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
         if one in given and not (isinstance(given[one], int) and given[one] >= 1):
-            raise UserError(f"{branch}.config.{one} wants a whole number from 1, got {given[one]!r:.40}")
+            raise UserError(f"{setting}.{one} wants a whole number from 1, got {given[one]!r:.40}")
+
+
+def check_text_encoder(encoder: str, max_length: int | None) -> None:
+    """UserError, Damaged where a text encoder or its tokenizer is not whole, or takes no prompts of so many tokens (None: the pipeline's own
+    number). No weight is read.
+    """
+    length = max_length or max(map(own_length, PIPELINES.values()))
+    if encoder == WORDS:
+        return check_longest(f"text.encoder={WORDS}", LONGEST, length)
+    place, words = _parts_of(encoder)
+    _loaded(place, words, device_map="meta")
+    check_longest(f"text.encoder={encoder}", places_of(place, words), length)
 
 
 def width_of(encoder: str) -> int:
     """Numbers that a text encoder makes of a token. UserError, Damaged where there is none at this place."""
     if encoder == WORDS:
         return WIDTH
-    place, tokenizer = _parts_of(encoder)
+    place, words = _parts_of(encoder)
     config = read_json(place / "config.json", dict, AGAIN)
     stored_in(place, "transformers")
-    if not (tokenizer / "tokenizer_config.json").is_file():
-        raise UserError(f"{tokenizer} has no tokenizer_config.json: wanted the folder of a text encoder with its tokenizer; {AGAIN}")
+    if not (words / "tokenizer_config.json").is_file():
+        raise UserError(f"{words} has no tokenizer_config.json: wanted the folder of a text encoder with its tokenizer; {AGAIN}")
     config = config.get("text_config") or config
     width = next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if isinstance(config.get(name), int)), 0)
     if width < 1:
@@ -98,26 +134,21 @@ def _parts_of(encoder: str) -> tuple[Path, Path]:
     return folder, folder
 
 
-def is_born(folder: Path) -> bool:
-    """Is all there but the denoiser's weights, if not these as well?"""
-    return (folder / INDEX).is_file()
-
-
 def write_newborn(folder: Path, net: DiffusersDenoiser, encoder: str, captions: Sequence[str]) -> None:
     """All but the denoiser's weights, model_index.json last. encoder: WORDS, made of the words of the captions; or a folder."""
     if folder.exists():  # what was begun, and is not whole
         shutil.rmtree(folder)
-    tokenizer, text_encoder = _of_words(captions) if encoder == WORDS else _loaded(*_parts_of(encoder))
+    words, text_encoder = _of_words(captions) if encoder == WORDS else _loaded(*_parts_of(encoder))
     library, prediction = diffusers(), net.scheme["prediction"]
     flow = library.FlowMatchEulerDiscreteScheduler
     scheduler = flow(shift=1.0) if net.flow else library.DPMSolverMultistepScheduler(**LINEAR, prediction_type=prediction)
     model, vae = cast(Any, net.model), passing(net.shape[0])
     with quietly():
-        for name, one in (("tokenizer", tokenizer), ("text_encoder", text_encoder), ("scheduler", scheduler), ("vae", vae)):
+        for name, one in (("tokenizer", words), ("text_encoder", text_encoder), ("scheduler", scheduler), ("vae", vae)):
             one.save_pretrained(folder / name)
         model.save_config(folder / PART)
     index: dict[str, Any] = {"_class_name": PIPELINES[net.name], "_diffusers_version": library.__version__}
-    index |= {"tokenizer": ["transformers", type(tokenizer).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
+    index |= {"tokenizer": ["transformers", type(words).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
     index |= {name: ["diffusers", type(one).__name__] for name, one in (("scheduler", scheduler), ("vae", vae), (PART, net.model))}
     with whole(folder / INDEX) as part:
         part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -155,17 +186,21 @@ def write_trained(folder: Path, net: DiffusersDenoiser) -> None:
         save_tensors(tensors, part, {"format": "pt"})
 
 
-def _loaded(encoder: Path, tokenizer: Path) -> tuple[Any, Any]:
-    """Tokenizer and text encoder, of a class of transformers' own."""
+def _loaded(encoder: Path, words: Path, **how: Any) -> tuple[Any, Any]:
+    """Tokenizer and text encoder, of a class of transformers' own. UserError, Damaged where one is not whole."""
     import transformers
 
     with quietly(), stumbling(encoder, "a text encoder"):
         config = transformers.AutoConfig.from_pretrained(encoder, local_files_only=True)
-        kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
-        kind = getattr(transformers, kinds.get(config.model_type.removesuffix("_text_model"), "AutoModel"))
-        net = kind.from_pretrained(encoder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-        words = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    return words, net
+        kind = type(transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)).__name__
+    kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
+    name = kinds.get(config.model_type.removesuffix("_text_model"), "AutoModel")
+    found = tokenizer(words, kind)
+    if found.pad_token is None:
+        raise UserError(
+            f"the tokenizer in {words} has no token for padding: set its pad_token and save it again, or take another text encoder"
+        )
+    return found, transformer(encoder, name, unread="pooler.", dtype=torch.float32, **how)
 
 
 def _of_words(captions: Sequence[str]) -> tuple[Any, Any]:

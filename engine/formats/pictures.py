@@ -67,13 +67,23 @@ def captioned(images: Tensor | np.ndarray, captions: Sequence[str], columns: int
     return canvas
 
 
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """A caption in lines that are no wider."""
-    lines, words = [""], "".join(letter if letter.isprintable() else " " for letter in text).split()
+def _wrapped(text: str, font: Any, width: float) -> list[str]:
+    """A caption in lines that are no wider, broken between words, and within those that have no room on a line."""
+    fits: Callable[[str], bool] = lambda line: font.getlength(line) <= width  # noqa: E731
+    some = text[: MOST_LINES * math.ceil(width)]  # no letter is narrower than a pixel
+    lines, words = [""], "".join(letter if letter.isprintable() else " " for letter in some).split()
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width or not lines[-1] else [*lines, word]
-    return lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], f"{lines[MOST_LINES - 1]} …"]
+        lines = [*lines[:-1], longer] if fits(longer) or not lines[-1] else [*lines, word]
+        while len(lines[-1]) > 1 and not fits(lines[-1]):
+            room = max(n for n in range(1, len(lines[-1])) if n == 1 or fits(lines[-1][:n]))
+            lines = [*lines[:-1], lines[-1][:room], lines[-1][room:]]
+    if len(lines) <= MOST_LINES:
+        return lines
+    last = lines[MOST_LINES - 1]
+    while last and not fits(f"{last} …"):
+        last = last[:-1].rstrip()
+    return [*lines[: MOST_LINES - 1], f"{last} …"]
 
 
 def sheet(rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None) -> Image.Image:

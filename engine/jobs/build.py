@@ -12,7 +12,7 @@ from potstill.engine.data.images import Images, open_images
 from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.sources import is_there
 from potstill.engine.diffusion.sampling import Sampler, heun
-from potstill.engine.formats.newborn import WORDS, check_config, fresh_net, width_of
+from potstill.engine.formats.newborn import WORDS, another_net, fresh_net, width_of
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
@@ -59,9 +59,7 @@ def student_net(cfg: NetConfig, teacher: Denoiser) -> Denoiser:
         raise UserError(
             f"students.net.model_type={cfg.model_type} cannot learn from a {teacher.name}: wanted {teacher.name}, with another config"
         )
-    check_config(cfg.model_type, cfg.config or {}, "students.net")
-    own = teacher.description()
-    return DiffusersDenoiser.from_description(own | {"config": own["config"] | (cfg.config or {})})
+    return another_net(teacher, cfg.config or {})
 
 
 def is_text(cfg: NetConfig) -> bool:

@@ -20,6 +20,8 @@ from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.prompts import Prompts, PromptStream, open_prompts, prepare_prompts
 from potstill.engine.data.sampler import Stream
 from potstill.engine.data.vae import VAE, check_vae
+from potstill.engine.formats.newborn import check_text_encoder
+from potstill.engine.jobs.build import encoder_of
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import OWN, is_pipeline, local_path
 from potstill.engine.nets.denoiser import Denoiser
@@ -87,8 +89,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         )
     if cfg.method.needs().pairs:
         raise UserError("method.regression makes pairs for classes, and this teacher is told prompts: set it to 0")
-    if given is not None:
-        check_encoder(local_path(given), cfg.text.max_length)
+    if is_pipeline(pipeline := text_place(cfg)):
+        check_encoder(pipeline, cfg.text.max_length)
     for file, _ in prompt_files(cfg, images, Path()):
         texts_of(file, images, Path())
     if held_out(cfg) and cfg.eval.held_out != scenes.NAME:
@@ -96,13 +98,17 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
 
 
 def check_newborn(cfg: Config, images: Images | None) -> None:
-    """UserError where a teacher that is told prompts cannot be trained here: on latents, or for want of captions."""
+    """UserError where a teacher that is told prompts cannot be trained here: on latents, for want of captions, or of a text encoder that takes
+    them.
+    """
     if images is not None and images.latent:
         raise UserError(
             f"{cfg.net.model_type} is trained here on pictures, and {images.name} holds latents: name a pipeline as teacher.checkpoint"
         )
     if images is not None and images.captions is None:
         raise UserError(f"{cfg.net.model_type} is told what its pictures show, and {images.name} has no captions: set data.captions=FILE")
+    if not is_pipeline(text_place(cfg)):
+        check_text_encoder(encoder_of(cfg), cfg.text.max_length)
 
 
 def text_place(cfg: Config) -> Path:
@@ -163,8 +169,9 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
     shows = looks(cfg) and captions_file(images, folder) is not None
     apart = None
     if held_out(cfg):
-        file = folder / HELD_OUT if cfg.eval.held_out == scenes.NAME else str(cfg.eval.held_out)
-        if cfg.eval.held_out == scenes.NAME:
+        ours = cfg.eval.held_out == scenes.NAME
+        file = folder / HELD_OUT if ours else str(cfg.eval.held_out)
+        if ours and not ranks.agree((folder / HELD_OUT).exists()):
             texts = [scenes.caption_of(scene) for scene in scenes.all_scenes(held_out=True)]
             ranks.on_first(lambda: write_captions(folder / HELD_OUT, texts))
         apart = opened(file, files[0][1].with_name(f"{files[0][1].name}-held-out"))
