@@ -10,6 +10,7 @@ from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.captions import captions_of, read_prompts
+from potstill.engine.data.images import open_images
 from potstill.engine.data.sources import open_source
 
 
@@ -81,6 +82,21 @@ def test_captions_beside_a_folder_by_name(tmp_path):
     (tmp_path / "set/metadata.jsonl").write_text(lines({"file_name": "a.png", "text": "of a"}))
     with pytest.raises(UserError, match=r"no caption for 1 of 2 images: b/c\.png"):
         captions_of(open_source(tmp_path / "set", labelled=False))
+
+
+def test_captions_of_the_classes(tmp_path):
+    """By a text with {} for their names, or by a file with one for each; also of some of the images."""
+    folder = folder_of(tmp_path / "set", ["red fox/1.png", "red fox/2.png", "zebra/3.png"])
+    by_name = open_images(folder, captions="a photo of a {}")
+    assert by_name.captions == ["a photo of a red fox"] * 2 + ["a photo of a zebra"]
+    assert by_name.part(np.array([2, 0])).captions == ["a photo of a zebra", "a photo of a red fox"]
+    (tmp_path / "two.txt").write_text("it is red\nit is striped\n")
+    assert open_images(folder, captions=str(tmp_path / "two.txt")).captions == ["it is red"] * 2 + ["it is striped"]
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    assert open_images(folder, captions=str(tmp_path / "three.txt")).captions == ["a", "b", "c"]
+    np.savez(tmp_path / "numbers.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]))
+    with pytest.raises(UserError, match="wants the names of classes, and numbers has none"):
+        _ = open_images(tmp_path / "numbers.npz", captions="a {}").captions
 
 
 def test_captions_of_a_file_in_the_order_of_the_images(tmp_path):

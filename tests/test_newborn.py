@@ -334,7 +334,10 @@ def test_prompts_are_no_longer_than_the_encoder_takes(encoders, tmp_path, capsys
         (["+net.config.caption_channels=9"], "net.config.caption_channels follows from the data and the text encoder: leave it out"),
         (["+net.config.sample_size=9"], "net.config.sample_size follows from the data and the text encoder: leave it out"),
         (["+net.config.num_layer=3"], "net.config.num_layer is no setting of PixArtTransformer2DModel"),
-        (["net.config.num_layers=many"], "cannot be built from these settings"),
+        (["net.config.num_layers=many"], "net.config.num_layers wants a whole number from 1, got 'many'"),
+        (["net.config.num_layers=0"], "net.config.num_layers wants a whole number from 1, got 0"),
+        (["data.flips=true"], "data.flips mirrors pictures, and captions of scenes say what is left and right"),
+        (["data.captions='a photo of a {}'"], 'data.captions="a photo of a {}" wants the names of classes, and scenes has no labels'),
         (["net.config.patch_size=3"], r"sides are multiples of \[3, 3\], got \[8, 16\]"),
         (
             ["students.net={model_type: PixArtTransformer2DModel, config: {caption_channels: 8}}"],

@@ -173,7 +173,7 @@ def captions(run: dict[str, Any]) -> str:
     rows += [
         spread(f"teacher, {how}", [one[key] for one in teachers]) for how, key in (("guidance 2", "guided"), ("one step", "undistilled"))
     ]
-    rows += [spread(ROWS.get(name, name), each) for name, each in run["rows"].items() if name != "teacher"]
+    rows += [spread(str(ROWS.get(name, name)), each) for name, each in run["rows"].items() if name != "teacher"]
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 

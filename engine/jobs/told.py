@@ -65,6 +65,8 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
     encoder are none; and for scores of nets that are told no prompts. Nothing is loaded or encoded.
     """
     given = cfg.teacher.checkpoint
+    if cfg.data.flips and images is not None and images.source.path == scenes.NAME:
+        raise UserError("data.flips mirrors pictures, and captions of scenes say what is left and right: set it to false")
     if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
         check_vae(images, local_path(given))
     if not teacher.text:
