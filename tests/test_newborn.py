@@ -106,6 +106,14 @@ def test_words_that_are_called_as_special_tokens_are_and_an_order_of_captions_ch
     np.testing.assert_allclose(rows[0], by_hand("<s>", "unk", "s", "pad"), atol=1e-6)
 
 
+def test_sides_that_are_none_are_refused(tmp_path):
+    write_trained(folder := tmp_path / "pipeline", born(folder))
+    config = folder / "transformer/config.json"
+    config.write_text(config.read_text().replace('"_sides": [\n    8,', '"_sides": [\n    -8,'))
+    with pytest.raises(Damaged, match=r"_sides = \[-8, 16\], wanted height and width"):
+        DiffusersDenoiser.from_folder(folder)
+
+
 # What plain diffusers reads
 
 
@@ -118,8 +126,9 @@ def test_plain_diffusers_loads_the_folder_and_its_scheduler_is_the_nets(tmp_path
     write_trained(folder, net)
     pipe = diffusers.PixArtAlphaPipeline.from_pretrained(folder, vae=None, local_files_only=True)
     assert scheme_of(type(pipe.scheduler).__name__, pipe.scheduler.config) == net.scheme
-    again = DiffusersDenoiser.from_folder(folder, size=(8, 16))
+    again = DiffusersDenoiser.from_folder(folder)
     assert again.scheme == net.scheme and again.shape == net.shape == (1, 8, 16)
+    assert DiffusersDenoiser.from_folder(folder, size=(16, 16)).shape == (1, 16, 16)
     for name, tensor in net.model.state_dict().items():
         assert torch.equal(pipe.transformer.state_dict()[name], tensor) and torch.equal(again.model.state_dict()[name], tensor)
     with torch.no_grad():

@@ -30,7 +30,7 @@ from potstill.engine.data.embeddings import check_longest, own_length, places_of
 from potstill.engine.data.pipelines import tokenizer, transformer
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.parts import LOADED, stored_in, stumbling
-from potstill.engine.nets.pipelines import AGAIN, diffusers, part_of, quietly
+from potstill.engine.nets.pipelines import AGAIN, SIDES, diffusers, part_of, quietly
 
 INDEX = "model_index.json"
 PART = "transformer"
@@ -147,6 +147,8 @@ def write_newborn(folder: Path, net: DiffusersDenoiser, encoder: str, captions: 
         for name, one in (("tokenizer", words), ("text_encoder", text_encoder), ("scheduler", scheduler), ("vae", vae)):
             one.save_pretrained(folder / name)
         model.save_config(folder / PART)
+    config = read_json(folder / PART / "config.json", dict, AGAIN) | {SIDES: list(net.shape[1:])}
+    (folder / PART / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     index: dict[str, Any] = {"_class_name": PIPELINES[net.name], "_diffusers_version": library.__version__}
     index |= {"tokenizer": ["transformers", type(words).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
     index |= {name: ["diffusers", type(one).__name__] for name, one in (("scheduler", scheduler), ("vae", vae), (PART, net.model))}

@@ -247,7 +247,7 @@ class DiffusersDenoiser(Denoiser):
         what is needed, or whose weights are not just those of the class.
         """
         name, path, scheme = pipelines.denoiser_in(folder)
-        kind = getattr(pipelines.diffusers(), name)
+        kind, size = getattr(pipelines.diffusers(), name), size or pipelines.sides_in(path)
         if planned:
             model = parts.on_paper(kind, path)
             with torch.device("meta"):

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import is_list, is_whole, shown
 from potstill.engine.common.packages import installed
 from potstill.engine.common.reading import read_json
 from potstill.engine.diffusion.tables import scheme_of
@@ -18,6 +19,9 @@ from potstill.engine.nets.families import family_of
 AGAIN = "download the model whole again"
 #: How the names of the parts begin that anything here reads; others, such as a safety checker, are copied into exports and no more.
 READ = ("unet", "transformer", "scheduler", "vae", "text_encoder", "tokenizer", "processor")
+SIDES = (
+    "_sides"  # in config.json of what is trained here: height and width, which a class may take for one number; diffusers passes over it
+)
 LEGACY = "Transformer2DModel"  # as older files call two of today's classes, told apart by norm_type
 NOW = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
@@ -70,6 +74,14 @@ def denoiser_in(folder: Path) -> tuple[str, Path, dict[str, Any]]:
     name = class_now(path, str(_class_in(index, part)))
     family_of(name)
     return name, path, scheme_of(scheduler, _settings(scheduler, part_of(folder, "scheduler")))
+
+
+def sides_in(path: Path) -> tuple[int, ...] | None:
+    """Height and width that the folder of a denoiser says its samples have; None where it leaves that to the class. Damaged for others."""
+    found = read_json(path / "config.json", dict, AGAIN).get(SIDES)
+    if found is not None and not is_list(found, lambda side: is_whole(side, 1, 2**20), 2, 3):
+        raise Damaged(f"{path / 'config.json'} has {SIDES} = {shown(found)}, wanted height and width: {AGAIN}")
+    return None if found is None else tuple(found)
 
 
 def class_now(path: Path, name: str) -> str:
