@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import zipfile
@@ -18,6 +19,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+import diffusers
 from killing import killed, needs_fork
 from safetensors.torch import load_file
 
@@ -26,6 +28,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.data import scenes
 from potstill.engine.data.captions import read_prompts
 from potstill.engine.data.images import open_images
+from potstill.engine.diffusion.sampling import SeedNoise
 from potstill.engine.formats.newborn import fresh_net
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.methods.base import Draws
@@ -130,7 +133,8 @@ def test_it_is_drawn_and_measured_by_its_folder(finished, tmp_path, capsys):
         potstill(["sample", str(finished), "--which", role, "--prompts", str(tmp_path / "asked.txt"), "--seeds", "3-6", "--out", str(out)])
         images[role] = np.load(out)["images"]
         assert images[role].shape == (4, 8, 16, 1)
-    made = Student.from_pretrained(finished)(seeds=range(3, 7), prompts=2 * asked)
+    made = Student(finished)(seeds=range(3, 7), prompts=2 * asked)
+    assert torch.equal(made, Student.from_pretrained(finished)(seeds=range(3, 7), prompts=2 * asked))
     assert made.shape == (4, 1, 8, 16)
     np.testing.assert_array_equal(made.permute(0, 2, 3, 1).numpy(), images["student"])
     assert (images["student"] != images["teacher"]).any()
@@ -146,6 +150,25 @@ def test_it_is_drawn_and_measured_by_its_folder(finished, tmp_path, capsys):
 
 
 @needs_fork
+def test_plain_diffusers_makes_the_students_images(finished, tmp_path):
+    """The exported folder, its pipeline and its call as the model card has it, from the noise of the same seeds."""
+    potstill(["export", str(finished), "--to", "diffusers", "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out/README.md").read_text()
+    call = re.search(r"images = pipe\(prompt='[^']*', (.*)\)\.images", card)[1]
+    asked, seeds = ["a three and a faint seven", "an eight on the left", "a faint zero and a one"], [3, 4, 5]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = eval(f"dict({call})")
+    made = pipe(prompt=asked, latents=SeedNoise(seeds).normal(1, 8, 16), output_type="np", **arguments).images
+    wanted = Student(finished)(seeds=seeds, prompts=asked)
+    assert wanted.float().std() > 10
+    np.testing.assert_allclose(255 * made[..., 0], wanted[:, 0], atol=0.5 + 1e-3)
+    again = diffusers.DiffusionPipeline.from_pretrained(finished / "pipeline", local_files_only=True)  # the teacher's own folder, too
+    again.set_progress_bar_config(disable=True)
+    size = {"height": 8, "width": 16, "use_resolution_binning": False}
+    assert again(prompt=asked[0], num_inference_steps=2, guidance_scale=1.0, **size).images[0].size == (16, 8)
+
+
 @pytest.mark.parametrize("step", [4, 7])  # of four of the teacher's training, and of four of the student's
 def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, monkeypatch, capsys):
     folder, take, taken = tmp_path / "run", Run.take, []

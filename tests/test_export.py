@@ -134,7 +134,10 @@ def test_a_clean_process_gets_the_same_images_from_file_and_hub_folder(tmp_path)
 
 def test_a_student_is_a_module_with_a_differentiable_generator(tmp_path):
     net, sampler = net_of(**SONG), one_step(2.5)
-    student = Student.from_pretrained(run_folder(tmp_path / "run", net, sampler))
+    student = Student(run_folder(tmp_path / "run", net, sampler))
+    assert not student.training and student.sampler == Student.from_pretrained(tmp_path / "run").sampler
+    with pytest.raises(UserError, match=r"how it is sampled: Student\(net, sampler\), or Student\(FOLDER\)"):
+        Student(student.net)
     z, labels = torch.randn(4, 1, 8, 8), torch.tensor([2, 0, 1, 1])
     rows = torch.eye(3)[labels]
     torch.testing.assert_close(student.generate(z, labels), net(2.5 * z, torch.tensor(2.5), rows), rtol=0, atol=0)
