@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,7 @@ STUDENTS: dict[str, list[str]] = {
     "half the blocks": ["captions_small"],
     "msd, 2 students": ["captions_msd"],
     "msd, 4 students": ["captions_msd", "students.count=4", "students.partition=quadrants"],
-    "dmd2, four steps": ["captions_four"],
+    "four steps": ["captions_four"],
     "sfd": ["captions_sfd"],
     "moment matching": ["captions_moment_matching"],
     "sfd, guided": ["captions_sfd", "method.guidance=2"],
@@ -66,18 +65,19 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", help="some of the rows, with ; between them")
     parser.add_argument("--table", choices=TABLES, default="all")
+    parser.add_argument("--read", action="store_true", help="make nothing, and put together what is there")
     parser.add_argument("--one", nargs=2, metavar=("ROW", "SEED"), help="make this row alone, in this process")
     args = parser.parse_args(arguments)
     rows = args.only.split(";") if args.only else list(TABLES[args.table])
     if args.one:
         return one(args.work, args.table, args.one[0], int(args.one[1]))
-    began = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        for row in ([TEACHER], [row for row in rows if row != TEACHER]):
+        for row in () if args.read else ([TEACHER], [row for row in rows if row != TEACHER]):
             list(pool.map(lambda job: apart(args.work, args.table, *job), [(name, seed) for name in row for seed in range(args.seeds)]))
-    found = {name: [read(args.work, args.table, name, seed) for seed in range(args.seeds)] for name in [TEACHER, *rows]}
+    made = {name: [seed for seed in range(args.seeds) if there(args.work, args.table, name, seed)] for name in [TEACHER, *rows]}
+    found = {name: [read(args.work, args.table, name, seed) for seed in seeds] for name, seeds in made.items() if seeds}
     about = {"device": device_title(torch.device("cpu")), "threads": 1, "seeds": args.seeds, "versions": versions()}
-    about |= {"judge": judge().own_accuracy, "minutes": round((time.perf_counter() - began) / 60, 1)}
+    about |= {"judge": judge().own_accuracy}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{args.table}.json", about | {"means": {name: means(each) for name, each in found.items()}, "rows": found})
 
@@ -99,13 +99,17 @@ def place(work: Path, table: str, row: str, seed: int) -> Path:
     return folder / TEACHER if row == TEACHER else folder / table / "".join(c if c.isalnum() else "-" for c in row)
 
 
+def there(work: Path, table: str, row: str, seed: int) -> bool:
+    return (place(work, table, row, seed) / "measured.json").exists()
+
+
 def read(work: Path, table: str, row: str, seed: int) -> dict[str, Any]:
     return json.loads((place(work, table, row, seed) / "measured.json").read_text())
 
 
 def apart(work: Path, table: str, row: str, seed: int) -> None:
     """A row of one seed in a process of its own, unless it is there."""
-    if (place(work, table, row, seed) / "measured.json").exists():
+    if there(work, table, row, seed):
         return
     command = [sys.executable, "-m", "benches.scripts.captions", "--work", str(work), "--table", table, "--one", row, str(seed)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
