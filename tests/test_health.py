@@ -156,7 +156,7 @@ def test_the_datas_variance_is_of_the_share():
     pixels = np.stack([images.read(i) for i in range(len(images))]) / 127.5 - 1
     assert images.labels is not None
     assert data_variance(images) == pytest.approx(pixels.var(0).mean(), rel=0.03)
-    assert data_variance(images, [1]) == pytest.approx(pixels[images.labels == 1].var(0).mean(), rel=0.03)
+    assert data_variance(images.subset([1])) == pytest.approx(pixels[images.labels == 1].var(0).mean(), rel=0.03)
     assert data_variance(None) is None
 
 

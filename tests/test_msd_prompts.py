@@ -611,7 +611,7 @@ SETTINGS = {
     "eight students": (["students.count=8", "students.partition=kmeans"], "8 students want as many different prompts"),
     "which": ([*KMEANS, "student=2"], "student wants 0 … 1, got 2"),
     "pairs": ([*KMEANS, "method.regression=0.5", "method.regression_metric=l2"], "method.regression makes pairs for classes"),
-    "another shape": (["students.net.num_blocks=1"], "leave students.net out"),
+    "another shape": (["students.net.num_blocks=1"], "students.net.model_type=SongUNet cannot learn from a"),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_a_section_is_rewritten_from_its_file_and_the_rest_is_left_alone(places)
         (("| 2.00 |", "| 1.90 |"), "is not what its file says"),
         (("<!-- /results -->", ""), "no <!-- /results -->"),
         (("results:compare some", "results:compare other"), "has no source"),
-        (("results:compare some", "results:guess some"), "wanted one of gpu, demo, compare"),
+        (("results:compare some", "results:guess some"), "wanted one of gpu, captions, guided, demo, compare"),
     ],
 )
 def test_what_is_wrong_is_told(places, change, words):
