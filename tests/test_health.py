@@ -254,6 +254,7 @@ def kinds(folder: Path, lines: list[dict], total: int = 1000) -> list[str]:
         ("variance", {"student__variance": [0.01, 0.2, 0.4, 0.4, 0.4, 0.05, 0.05, 0.05]}),
         ("variance", {"student__variance_ratio": [0.05] * 21}),
         ("variance", {"student__variance_ratio": [1, 4, 4, 4]}),
+        ("variance", {"student__variance_ratio": [0.8, 1.2, 1.73, 1.71, 1.69]}),  # SIM on captions, guidance 2 of the teacher, as measured
         ("gradient", {"fake__grad_norm": [1, 1.2, 9, 1.1, 1, 1, 0.8, 40, 50, 60]}),
         ("discriminator", {"fake__accuracy": [0.6] * 10 + [0.995] * 12}),
         ("gap", {"student__gap_at_1": [0.1] * 3 + [0.3] * 3 + [0.7] * 3, "student__gap_at_2": [0.2] * 3 + [0.5] * 3 + [1] * 3}),
@@ -269,6 +270,7 @@ def test_an_alarm_rises_once(wanted, metrics, tmp_path):
     [
         {"student__variance_ratio": [0.01] * 15 + [0.3, 0.6, 0.9, 0.2, 0.9, 1.3, 4, 1]},  # a student that starts as a mean image
         {"student__variance_ratio": [0.26, 0.25, 0.25, 0.2, 0.2, 0.2, 0.24]},
+        {"student__variance_ratio": [0.83, 0.88, 0.93, 1.6, 1.4, 1.6, 1.3]},
         {"student__variance": [0.001, 0.01, 0.1, 0.2, 0.2]},
         {"student__variance": [0.0, 0.0, 0.0]},
         {"student__grad_norm": [0, 0.01, 0.1, 0.5, 1, 2, 3, 3, 50, 3, 3]},  # the fake net starts as the teacher

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.measure.scenes import judge
 from potstill.engine.models.router import MANIFEST, load_router, write_manifest
+from potstill.engine.training.health import Health
 
 TEACHER = "teacher"
 #: Row -> recipe and settings. All learn from the same teacher.
@@ -104,7 +106,20 @@ def there(work: Path, table: str, row: str, seed: int) -> bool:
 
 
 def read(work: Path, table: str, row: str, seed: int) -> dict[str, Any]:
-    return json.loads((place(work, table, row, seed) / "measured.json").read_text())
+    folder = place(work, table, row, seed)
+    found = json.loads((folder / "measured.json").read_text())
+    return found | ({"alarms": alarms_of(folder)} if table == "sim" and row != TEACHER else {})
+
+
+def alarms_of(folder: Path) -> list[str]:
+    """The kinds of alarms that the lines of a run raise, by the rules as they are now."""
+    entries = [entry for entry in map(json.loads, lines(folder)) if "alarm" not in entry]
+    with TemporaryDirectory() as empty:
+        health = Health(Path(empty), entries[-1]["step"], lambda text: None)
+        for entry in entries:
+            health.write(entry)
+        said = (Path(empty) / health.file.name).read_text().splitlines() if health.file.exists() else []
+    return [json.loads(line)["kind"] for line in said]
 
 
 def apart(work: Path, table: str, row: str, seed: int) -> None:
@@ -141,7 +156,6 @@ def one(work: Path, table: str, row: str, seed: int) -> None:
         curve = [entry for entry in map(json.loads, lines(job.student_file(0).parent)) if f"fd@{job.cfg.eval.n}" in entry]
         found |= {"seconds": sum(seconds), "curve": [(entry["kimg"], entry[f"fd@{job.cfg.eval.n}"]) for entry in curve]}
         found["variance"] = [entry.get("student/variance_ratio") for entry in map(json.loads, lines(job.student_file(0).parent))][-3:]
-        found["alarms"] = [entry["kind"] for entry in map(json.loads, lines(job.student_file(0).parent)) if "alarm" in entry]
         write_json(folder / "measured.json", found)
 
 

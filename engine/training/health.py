@@ -27,7 +27,7 @@ MEMORY = 200  # lines that are looked at
 
 ALIKE, SUNK = 0.25, 0.5  # of the data's variance, and of what it was: a student may start as a mean image, and rises
 NEVER_RISEN = 0.1  # of the data's variance, past a fifth of the run
-VARIED = 3.0  # of the data's variance
+VARIED, SATURATED = 3.0, 1.5  # of the data's variance
 GROWTH = 10.0  # of a gradient norm, beside all but the highest tenth of those before
 EARLIER = 5  # lines that there must be of them
 ALWAYS_RIGHT = 0.99  # accuracy of a discriminator
@@ -112,6 +112,11 @@ def variance(lines: Lines, total: int) -> str | None:
             return (
                 f"the variance of the student's images is {most:.2g} times {whose}: they leave the range of images; "
                 "lower train.optim.student.lr or set its clip"
+            )
+        if known and most > SATURATED:
+            return (
+                f"the variance of the student's images is {most:.2g} times {whose}: they have more contrast than any image of the data, as of "
+                "a student that is guided further than sampling would; lower method.guidance, or distil the guided sampler itself (method=sfd)"
             )
     return None
 
