@@ -78,7 +78,13 @@ def main(arguments: list[str]) -> None:
             list(pool.map(lambda job: apart(args.work, args.table, *job), [(name, seed) for name in row for seed in range(args.seeds)]))
     made = {name: [seed for seed in range(args.seeds) if there(args.work, args.table, name, seed)] for name in [TEACHER, *rows]}
     found = {name: [read(args.work, args.table, name, seed) for seed in seeds] for name, seeds in made.items() if seeds}
-    about = {"device": device_title(torch.device("cpu")), "threads": 1, "seeds": args.seeds, "versions": versions()}
+    about = {
+        "device": device_title(torch.device("cpu")),
+        "threads": 1,
+        "n": load("captions", []).eval.n,
+        "seeds": args.seeds,
+        "versions": versions(),
+    }
     about |= {"judge": judge().own_accuracy}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{args.table}.json", about | {"means": {name: means(each) for name, each in found.items()}, "rows": found})

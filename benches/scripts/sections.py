@@ -156,7 +156,7 @@ def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
     return table(rows)
 
 
-ROWS = {
+ROWS: dict[str, str] = {
     "dmd": "DMD", "dmd2": "DMD2, a GAN head", "four steps": "DMD, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
     "msd, 2 students": "MSD, two students by k-means", "msd, 4 students": "MSD, four students by quadrants",
     "half the blocks": "DMD, half of the blocks (TSM)", "sfd, guided": "SFD, teacher's guidance 2", "dmd, guided": "DMD, teacher's guidance 2",
@@ -165,7 +165,7 @@ ROWS = {
 
 def captions(run: dict[str, Any]) -> str:
     """Teacher, students: means over seeds with the least and the greatest."""
-    rows = [["", "evaluations", "FD-pixels, n = 2,000", "right, captions of the set", "right, unseen pairs", "seconds of training"]]
+    rows = [["", "evaluations", f"FD-pixels, n = {run['n']:,}", "right, captions of the set", "right, unseen pairs", "seconds of training"]]
     teachers = run["rows"]["teacher"]
     real = teachers[0]["real"]
     rows.append(["real pictures", "", short(real["fd"]), f"{real['accuracy']:.3f} (unseen digits)", "", ""])
@@ -173,7 +173,8 @@ def captions(run: dict[str, Any]) -> str:
     rows += [
         spread(f"teacher, {how}", [one[key] for one in teachers]) for how, key in (("guidance 2", "guided"), ("one step", "undistilled"))
     ]
-    rows += [spread(str(ROWS.get(name, name)), each) for name, each in run["rows"].items() if name != "teacher"]
+    few = {name: f" (seeds: {len(each)})" * (len(each) < run["seeds"]) for name, each in run["rows"].items()}
+    rows += [spread(ROWS.get(name, name) + few[name], each) for name, each in run["rows"].items() if name != "teacher"]
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own, two at a time on a busy machine"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 
