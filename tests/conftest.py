@@ -144,3 +144,18 @@ def place(request, monkeypatch):
                 CSRC.append(request.getfixturevalue("compiled"))
         monkeypatch.setattr("potstill.kernels.cuda.library", lambda: CSRC[0])
     return GPU
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What every iteration takes: (images, captions, prompts)."""
+    from potstill.engine.training.run import Run
+
+    found, take = [], Run.take
+
+    def noted(self, *batch):
+        found.append(batch)
+        return take(self, *batch)
+
+    monkeypatch.setattr(Run, "take", noted)
+    return found

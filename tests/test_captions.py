@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -89,6 +90,7 @@ def test_captions_of_the_classes(tmp_path):
     folder = folder_of(tmp_path / "set", ["red fox/1.png", "red fox/2.png", "zebra/3.png"])
     by_name = open_images(folder, captions="a photo of a {}")
     assert by_name.captions == ["a photo of a red fox"] * 2 + ["a photo of a zebra"]
+    assert pickle.loads(pickle.dumps(by_name)).__dict__.keys() == by_name.__dict__.keys() - {"captions"}, "a worker reads pictures only"
     assert by_name.part(np.array([2, 0])).captions == ["a photo of a zebra", "a photo of a red fox"]
     (tmp_path / "two.txt").write_text("it is red\nit is striped\n")
     assert open_images(folder, captions=str(tmp_path / "two.txt")).captions == ["it is red"] * 2 + ["it is striped"]

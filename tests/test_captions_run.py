@@ -4,11 +4,9 @@ what its training is, by hand.
 
 import io
 import json
-import os
 import random
 import re
 import shutil
-import signal
 import zipfile
 
 import numpy as np
@@ -20,7 +18,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import diffusers
-from killing import killed, needs_fork
+from killing import killed, killed_in, needs_fork
 from safetensors.torch import load_file
 
 from potstill.__main__ import main as potstill
@@ -39,7 +37,6 @@ from potstill.engine.models.weights import load_net
 from potstill.engine.nets.conditions import Text
 from potstill.engine.nets.discriminators import Critic
 from potstill.engine.train import main as train
-from potstill.engine.training.run import Run
 
 # What libraries warn of while they import one another, and of where they are put together here.
 pytestmark = [
@@ -169,25 +166,11 @@ def test_plain_diffusers_makes_the_students_images(finished, tmp_path):
     assert again(prompt=asked[0], num_inference_steps=2, guidance_scale=1.0, **size).images[0].size == (16, 8)
 
 
+@needs_fork
 @pytest.mark.parametrize("step", [4, 7])  # of four of the teacher's training, and of four of the student's
-def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, monkeypatch, capsys):
-    folder, take, taken = tmp_path / "run", Run.take, []
-
-    def dying(self, *batch):
-        taken.append(1)
-        if len(taken) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return take(self, *batch)
-
-    monkeypatch.setattr(Run, "take", dying)
-    if (child := os.fork()) == 0:
-        torch.set_num_threads(1)
-        try:
-            run(folder)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr(Run, "take", take)
+def test_a_run_that_is_killed_goes_on_exactly(step, finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    killed_in(lambda: run(folder), step)
     assert (folder / "teacher.safetensors").exists() == (step > 4) and not (folder / "student.safetensors").exists()
     assert list((folder / "checkpoints" if step > 4 else folder / "teacher/checkpoints").iterdir())
     run(folder)
@@ -250,19 +233,6 @@ def test_the_folder_of_a_text_encoder_may_go_once_the_run_has_its_own(finished, 
     (folder / "student.safetensors").unlink()
     run(folder, f"text.encoder={encoder}")
     assert same(finished, folder)
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """What every iteration takes: (images, captions, prompts)."""
-    found, take = [], Run.take
-
-    def noted(self, *batch):
-        found.append(batch)
-        return take(self, *batch)
-
-    monkeypatch.setattr(Run, "take", noted)
-    return found
 
 
 def test_a_labelled_set_has_a_caption_for_each_class(pictures, tmp_path, taken):

@@ -4,9 +4,7 @@ Pipelines are tiny, random and made here (diffusers_pipelines.py).
 """
 
 import json
-import os
 import shutil
-import signal
 import sys
 from functools import cache
 
@@ -19,7 +17,7 @@ pytest.importorskip("diffusers")
 import diffusers_pipelines
 import torch
 from diffusers_pipelines import WORDS
-from killing import killed, needs_fork
+from killing import killed, killed_in, needs_fork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_pipeline_export import called, card_code, distance, embedded, expected
@@ -34,7 +32,6 @@ from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.lora import LoraConfig, check_lora
 from potstill.engine.train import main as train
-from potstill.engine.training.run import Run
 
 # What libraries warn of while they import one another, and of where they are put together here.
 pytestmark = [
@@ -176,25 +173,10 @@ def same(one, other):
 
 @needs_fork
 @pytest.mark.parametrize("kind", ["sd15", "lora"])
-def test_a_run_that_is_killed_goes_on_exactly(kind, place, pipelines, finished, monkeypatch):
+def test_a_run_that_is_killed_goes_on_exactly(kind, place, pipelines, finished):
     straight, more = finished(kind), KINDS[kind]
-    folder, take, taken = place / f"killed-{kind}", Run.take, []
-
-    def dying(self, *batch):
-        taken.append(1)
-        if len(taken) == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return take(self, *batch)
-
-    monkeypatch.setattr(Run, "take", dying)
-    if (child := os.fork()) == 0:
-        torch.set_num_threads(1)
-        try:
-            run(place, folder.name, pipelines("sd15"), *more)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    monkeypatch.setattr(Run, "take", take)
+    folder = place / f"killed-{kind}"
+    killed_in(lambda: run(place, folder.name, pipelines("sd15"), *more), 4)
     assert not (folder / "student.safetensors").exists() and list((folder / "checkpoints").iterdir())
     run(place, folder.name, pipelines("sd15"), *more)
     assert same(straight, folder)

@@ -375,19 +375,6 @@ def same(one, other, count=2):
     return all(torch.equal(weights(one, k)[name], t) for k in range(count) for name, t in weights(other, k).items())
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """What every iteration takes: (images, captions, prompts)."""
-    found, take = [], Run.take
-
-    def noted(self, *batch):
-        found.append(batch)
-        return take(self, *batch)
-
-    monkeypatch.setattr(Run, "take", noted)
-    return found
-
-
 @pytest.mark.parametrize(("kind", "count"), [("kmeans", 2), ("quadrants", 4)])
 def test_each_student_is_trained_on_its_share(kind, count, place, pipelines, taken):
     given = {"kmeans": KMEANS, "quadrants": QUADRANTS}[kind]

@@ -30,6 +30,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find, names
 from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.data.prompts import TextConfig
+from potstill.engine.formats.newborn import PREDICTIONS
 from potstill.engine.methods.msd import KINDS as PARTITIONS
 from potstill.engine.methods.table import METHODS
 from potstill.engine.methods.teacher import EDMLoss
@@ -104,7 +105,7 @@ class NetConfig:
         probability(self, "dropout", "label_dropout")
         if self.config:  # of no type that the schema knows: words are what YAML takes them for
             self.config = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in self.config.items()}
-        one_of(self, "prediction", ("v_prediction", "epsilon", "flow"))
+        one_of(self, "prediction", PREDICTIONS)
         channels, taps = self.channel_mult, self.resample_filter
         wants(self, "channel_mult", channels is None or min(channels, default=0) >= 1, "a list of numbers from 1, one a resolution")
         wants(self, "resample_filter", taps is None or sum(taps) > 0, "a list of numbers whose sum is above 0")

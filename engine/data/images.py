@@ -82,7 +82,8 @@ class Images:
         return f"{self.name}: {len(self):,} {'' if self.latent else 'images '}{self.header}, {classes}"
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_pixels": None}  # a worker process reads files; it needs no copy of what is decoded
+        state = {name: value for name, value in self.__dict__.items() if name != "captions"}
+        return state | {"_pixels": None}  # a worker process reads files; it needs no copy of what is decoded
 
     @property
     def latent(self) -> bool:

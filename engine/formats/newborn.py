@@ -180,11 +180,14 @@ def passing(channels: int) -> Any:
     return vae
 
 
-def write_trained(folder: Path, net: DiffusersDenoiser) -> None:
-    """The weights of its denoiser, which are trained by now."""
+def write_trained(folder: Path, net: DiffusersDenoiser, *, again: bool = True) -> None:
+    """The weights of its denoiser, which are trained by now; again: also where there are some."""
+    file = folder / PART / min(LOADED["diffusers"], key=len)
+    if file.exists() and not again:
+        return
     model: Any = net.model
     tensors: dict[str, Tensor] = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    with whole(folder / PART / min(LOADED["diffusers"], key=len)) as part:
+    with whole(file) as part:
         save_tensors(tensors, part, {"format": "pt"})
 
 

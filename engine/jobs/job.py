@@ -149,11 +149,11 @@ class Job(Workplace):
     def teacher(self) -> Denoiser:
         """The teacher of this run: the given file, the one trained here before, or a new one."""
         given, here = self.given_teacher, self.dir / "teacher.safetensors"
-        if not given and not self.made(here):
+        if new := not given and not self.made(here):
             self.save(self.stage(self.new_teacher(), self.cfg.teacher.train, self.dir / "teacher"), here)
         teacher = self.given_null(self.prepared(self.loaded(given or here, self.weights_dtype)))
         if not given and isinstance(teacher, DiffusersDenoiser):
-            self.ranks.on_first(lambda: write_trained(self.dir / OWN, teacher))
+            self.ranks.on_first(lambda: write_trained(self.dir / OWN, teacher, again=new))
         return teacher
 
     def loaded(self, path: Path, dtype: torch.dtype) -> Denoiser:
