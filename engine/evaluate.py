@@ -31,7 +31,7 @@ from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import check_features_name, features_by_name
 from potstill.engine.measure.references import read_reference, write_reference
 from potstill.engine.measure.resized import LAW, open_resized
-from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, picture_size, reference, score, scored, tools
+from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, picture_shape, reference, score, scored, tools
 from potstill.engine.measure.scores import check_score_names, open_score
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models import presets
@@ -148,8 +148,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     if not alone:
         features = in_turn(ranks, lambda: features_by_name(chosen["features"], command=args.command)).to(device)
         if args.reference:
-            size = picture_size(models[0].net.shape, decode, resize)
-            against = in_turn(ranks, lambda: reference_from_file(args.reference, features, size, device, n, args.command))
+            shape = picture_shape(models[0].net.shape, decode, resize)
+            against = in_turn(ranks, lambda: reference_from_file(args.reference, features, shape, device, n, args.command))
         else:
             assert images is not None
             captions = images.captions if scores else None
@@ -270,12 +270,12 @@ def in_turn(ranks: Ranks, work: Callable[[], Any]) -> Any:
 
 
 def reference_from_file(
-    where: str, features: Features, size: tuple[int, int], device: torch.device, n: int, command: str
+    where: str, features: Features, shape: tuple[int, ...], device: torch.device, n: int, command: str
 ) -> Reference:  # fmt: skip
-    """The Gaussian of a file or address, if it is one of these features. size: channels and width of the pictures."""
+    """The Gaussian of a file or address, if it is one of these features. shape: of the pictures, [C, H, W]."""
     path = file_at(where, command=command)
     gaussian = read_reference(path, features.edm2)
-    features.try_on(*size, device)
+    features.try_on(shape, device)
     if len(gaussian.mu) != features.num_features:
         raise UserError(
             f"{path} is of {len(gaussian.mu)} features, {features.title} has {features.num_features}: "

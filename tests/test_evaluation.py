@@ -200,6 +200,27 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
         frechet([latents], [latents], means)
 
 
+def test_features_of_pictures_that_are_not_square_are_tried_on_their_shape(tmp_path):
+    """A net that takes 8x16 alone is no worse for that, and one that takes squares alone says so before any picture is read."""
+    pictures = open_images("scenes")
+    wide, square = (
+        scripted(Floats(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * width, 4))), tmp_path / f"{name}.pt")
+        for name, width in {"wide": 16, "square": 8}.items()
+    )
+    assert reference(pictures, features_by_name(str(wide)), n=8, batch=4000).gaussian.mu.shape == (4,)
+    with pytest.raises(UserError, match=re.escape("FD-square does not take images [1, 8, 16]")):
+        reference(pictures, features_by_name(str(square)), n=8, batch=4000)
+
+
+class Floats(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images.float())
+
+
 def test_a_checkpoint_is_not_run(tmp_path):
     """torch.save writes a pickle; a feature file must not be one."""
     torch.save({"weight": torch.zeros(1)}, tmp_path / "pickle.pt")

@@ -287,8 +287,7 @@ def test_references_of_edm2_are_read_by_the_name_of_their_features(tmp_path, pro
 
 def test_evaluate_asks_a_reference_of_edm2_for_its_own_features(tmp_path, run_dir):
     net, path = fake_inception(tmp_path / "inception.pt"), edm2_reference(tmp_path / "img64.pkl", fd_dinov2=10, fid=2048)
-    features, models = features_by_name(f"inception:{net}"), [SimpleNamespace(net=tiny_net())]
-    found = evaluate.reference_from_file(str(path), features, models, torch.device("cpu"), 8, "again")
+    found = evaluate.reference_from_file(str(path), features_by_name(f"inception:{net}"), (1, 8, 8), torch.device("cpu"), 8, "again")
     assert found.gaussian.mu.tolist() == [1.0] * 2048 and found.data == "img64.pkl"
     assert (networks.NETWORKS["dinov2"].edm2, networks.NETWORKS["clip"].edm2, Pixels().edm2) == ("fd_dinov2", None, None)
     with pytest.raises(UserError, match="nothing for these features"):

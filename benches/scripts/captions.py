@@ -43,6 +43,7 @@ STUDENTS: dict[str, list[str]] = {
     "msd, 2 students": ["captions_msd"],
     "msd, 4 students": ["captions_msd", "students.count=4", "students.partition=quadrants"],
     "four steps": ["captions_four"],
+    "four steps, dmd2": ["captions_four", "method.gan=true"],
     "sfd": ["captions_sfd"],
     "moment matching": ["captions_moment_matching"],
     "sfd, guided": ["captions_sfd", "method.guidance=2"],

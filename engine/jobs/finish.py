@@ -19,7 +19,7 @@ from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import features_by_name
-from potstill.engine.measure.score import Reference, picture_shape, picture_size, reference, score, scored, shown
+from potstill.engine.measure.score import Reference, picture_shape, reference, score, scored, shown
 from potstill.engine.measure.scores import Score, figures_of, open_score
 from potstill.engine.models.generate import Decode, generate
 from potstill.engine.models.origins import metadata_of_origin
@@ -70,7 +70,7 @@ class Distance:
     def try_features(self) -> None:
         """Fetch and load the features and show them one image: what fails does so before the training, not after it."""
         assert self.images is not None
-        self.features.try_on(*picture_size(self.images.shape, self.shown.decode), self.device)
+        self.features.try_on(picture_shape(self.images.shape, self.shown.decode), self.device)
 
     def try_scores(self, shape: tuple[int, ...], prompt: str) -> None:
         """The same of the scores, with a picture of samples of this shape. Until they are wanted they take no memory again."""

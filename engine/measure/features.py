@@ -46,9 +46,9 @@ class Features(nn.Module):
             raise UserError(f"FID's Inception has {self.width} features, {self.title} has {self.num_features}")
 
     @torch.no_grad()
-    def try_on(self, channels: int, resolution: int, device: torch.device | str) -> None:
-        """Move to the device and `measure` a black image of this size."""
-        self.to(device).measure(torch.zeros(1, channels, resolution, resolution, dtype=torch.uint8, device=device))
+    def try_on(self, shape: tuple[int, ...], device: torch.device | str) -> None:
+        """Move to the device and `measure` a black image of this shape [C, H, W]."""
+        self.to(device).measure(torch.zeros(1, *shape, dtype=torch.uint8, device=device))
 
 
 class Pixels(Features):

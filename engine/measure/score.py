@@ -89,7 +89,7 @@ def reference(
             pictures = tally.over(pictures, [captions[int(i)] for i in mine])
         return moments(pictures, features, kept=kept, ranks=ranks).gaussian(kind)
 
-    features.try_on(*picture_size(images.shape, decode, resize), device)  # a process without a share sees no other image
+    features.try_on(picture_shape(images.shape, decode, resize), device)  # a process without a share sees no other image
     whole = fitted(np.arange(total), fingerprint=fingerprint, kept=kept, tally=tally)
     if total >= 2 * n:
         order = rng.permutation(total)
@@ -146,7 +146,7 @@ def score(
         kept, tally = None if set(metrics) == {FD} else [], Tally(scores, device)
         if isinstance(own, Picked) and scores:
             pictures = tally.over(pictures, own.texts)
-        features.try_on(*picture_size(net.shape, decode, resize), device)
+        features.try_on(picture_shape(net.shape, decode, resize), device)
         fake = moments(pictures, features, kept=kept, ranks=ranks).gaussian("generated")
         found: dict[str, Any] = {"fd": squared_distance(against.gaussian, fake)} | tally.result(ranks)
         if kept is not None:
@@ -228,16 +228,10 @@ class Picked(NamedTuple):
         return self.prompts.rows(self.numbers[list(indices)].tolist())
 
 
-def picture_size(shape: tuple[int, ...], decode: Decode | None, resize: int | None = None) -> tuple[int, int]:
-    """Channels and width of what samples of this shape are measured as."""
+def picture_shape(shape: tuple[int, ...], decode: Decode | None, resize: int | None = None) -> tuple[int, ...]:
+    """[C, H, W] of the picture that a sample of this shape is shown as, and measured as after `resize`."""
     if resize:
-        return 3, resize
-    shown = picture_shape(shape, decode)
-    return shown[0], shown[-1]
-
-
-def picture_shape(shape: tuple[int, ...], decode: Decode | None) -> tuple[int, ...]:
-    """[C, H, W] of the picture that a sample of this shape is shown as."""
+        return 3, resize, resize
     return shape if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
 
