@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.data.captions import CAPTIONS, read_prompts
 from potstill.engine.formats.card import About, card
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
@@ -46,6 +47,7 @@ class Subject:
     about: About
     pipeline: Path | None = None  # the teacher's, of a student of diffusers' nets
     named: str = ""  # how a card calls it
+    prompt: str = "a photo of a cat"  # one that its net knows, of nets that are told prompts
 
 
 def main(argv: list[str]) -> None:
@@ -122,7 +124,9 @@ def found(source: Path, pipeline: str | None = None) -> Subject:
     named = _learnt_from(source)
     place = given or own or teacher_elsewhere(source) or (local_path(named) if named else None)
     from_hub = named if named and on_hub(named) and not Path(named).exists() else None
-    return Subject(student, model.path, about, place, pipeline or from_hub or str(place))
+    captions = run / CAPTIONS  # of a teacher that was trained here
+    prompt = read_prompts(captions)[0] if net.text and captions.is_file() else Subject.prompt
+    return Subject(student, model.path, about, place, pipeline or from_hub or str(place), prompt)
 
 
 def _teacher(source: Path, metadata: dict[str, Any]) -> str | None:
@@ -212,7 +216,7 @@ def to_diffusers(subject: Subject, folder: Path) -> Written:
             raise UserError(
                 "--to diffusers wants the pipeline that the student learnt from, which its run does not name: --pipeline FOLDER"
             )
-        told, use = write_pipeline(student.net, student.sampler, folder, subject.pipeline, subject.named)
+        told, use = write_pipeline(student.net, student.sampler, folder, subject.pipeline, subject.prompt, subject.named)
         return Written(told, "diffusers", use)
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
     assert isinstance(student.net, EDMDenoiser)

@@ -151,7 +151,8 @@ def test_plain_diffusers_makes_the_students_images(finished, tmp_path):
     """The exported folder, its pipeline and its call as the model card has it, from the noise of the same seeds."""
     potstill(["export", str(finished), "--to", "diffusers", "--out", str(tmp_path / "out")])
     card = (tmp_path / "out/README.md").read_text()
-    call = re.search(r"images = pipe\(prompt='[^']*', (.*)\)\.images", card)[1]
+    prompt, call = re.search(r"images = pipe\(prompt='([^']*)', (.*)\)\.images", card).groups()
+    assert prompt == captions()[0], "one that this teacher has seen"
     asked, seeds = ["a three and a faint seven", "an eight on the left", "a faint zero and a one"], [3, 4, 5]
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
@@ -164,6 +165,20 @@ def test_plain_diffusers_makes_the_students_images(finished, tmp_path):
     again.set_progress_bar_config(disable=True)
     size = {"height": 8, "width": 16, "use_resolution_binning": False}
     assert again(prompt=asked[0], num_inference_steps=2, guidance_scale=1.0, **size).images[0].size == (16, 8)
+
+
+def test_held_out_prompts_may_change_when_a_run_goes_on(finished, tmp_path):
+    """As all of eval.: nothing that is trained depends on them. Those of before are there still."""
+    folder, others = tmp_path / "run", tmp_path / "others.txt"
+    shutil.copytree(finished, folder)
+    others.write_text("a two and a two\na faint one on the left\n")
+    run(folder, f"eval.held_out={others}")
+    found = json.loads((folder / "summary.json").read_text())["student"]["held_out"]
+    assert found["prompts"]["number"] == 2
+    others.write_text("a nine and a two\n")  # and another time, under the same name
+    run(folder, f"eval.held_out={others}")
+    assert json.loads((folder / "summary.json").read_text())["student"]["held_out"]["prompts"]["number"] == 1
+    assert same(finished, folder) and len(list(folder.glob("text-held-out-*"))) == 3
 
 
 @needs_fork

@@ -136,7 +136,7 @@ def distance(x, wanted):
 
 def exported(kind, net, sampler, teacher, folder):
     folder.mkdir()
-    told, use = write_pipeline(net, sampler, folder, teacher)
+    told, use = write_pipeline(net, sampler, folder, teacher, PROMPT)
     return told, card_code(use, folder)
 
 

@@ -65,16 +65,17 @@ class Teacher:
         return {name: (value[0], value[1]) for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
 
 
-def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teacher: Path, named: str = "") -> Made:
+def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teacher: Path, prompt: str, named: str = "") -> Made:
     """The files into a folder that exists.
 
-    teacher: the folder of the pipeline that the student learnt from, which the card calls `named`. UserError for a student or a teacher of
+    teacher: the folder of the pipeline that the student learnt from, which the card calls `named`; prompt: the one it asks with. UserError for a student or a teacher of
     which no pipeline can be made.
     """
     its = teacher_at(teacher, net, named or str(teacher))
     made = plan(net, sampler, its.pipeline)
+    call = call_of(net, made, its, prompt)
     if net.adapters is not None and made.scheduler:
-        return write_lora(net, sampler, made, its, folder)
+        return write_lora(net, sampler, made, its, folder, call)
     model: Any = (net if net.adapters is None else merged(net)).model
     model.save_pretrained(folder / its.part)
     for name, (library, _) in its.components.items():
@@ -85,7 +86,7 @@ def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teach
     kind = its.pipeline.__name__ if made.scheduler else ["pipeline", "StudentPipeline"]
     write_json(folder / INDEX, its.index | {"_class_name": kind, "_diffusers_version": diffusers().__version__, "scheduler": scheduler})
     load = f"pipe = DiffusionPipeline.from_pretrained(DIR{'' if made.scheduler else ', trust_remote_code=True'})"
-    use = snippet(["from diffusers import DiffusionPipeline", "", load, call_of(net, made, its)]) + seeded(sampler)
+    use = snippet(["from diffusers import DiffusionPipeline", "", load, call]) + seeded(sampler)
     if made.scheduler:
         return Made(f"a plain {its.pipeline.__name__} with {made.scheduler}, no code in it", use + WARNING)
     stock = (FILES / "student_pipeline.py").read_text(encoding="utf-8").replace("StableDiffusionPipeline", its.pipeline.__name__)
@@ -144,7 +145,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_lora(net: DiffusersDenoiser, sampler: Sampler, made: Plan, its: Teacher, folder: Path) -> Made:
+def write_lora(net: DiffusersDenoiser, sampler: Sampler, made: Plan, its: Teacher, folder: Path, call: str) -> Made:
     """The adapters alone, as the pipeline's `load_lora_weights` reads them, or peft where it has none, and the scheduler."""
     state, config = folded(net.model)
     write_scheduler(made, folder / "scheduler")
@@ -160,7 +161,7 @@ def write_lora(net: DiffusersDenoiser, sampler: Sampler, made: Plan, its: Teache
     pipeline = "DiffusionPipeline" if its.pipeline.__name__ == its.index["_class_name"] else its.pipeline.__name__
     lines = [f"from diffusers import {', '.join(sorted({pipeline, made.scheduler}))}", *read, ""]
     lines += [f"pipe = {pipeline}.from_pretrained({its.named!r})  # the teacher"]
-    lines += [f'pipe.scheduler = {made.scheduler}.from_pretrained(DIR, subfolder="scheduler")', add, call_of(net, made, its)]
+    lines += [f'pipe.scheduler = {made.scheduler}.from_pretrained(DIR, subfolder="scheduler")', add, call]
     return Made(f"adapters (LoRA) for {its.named}, with {made.scheduler}", snippet(lines) + seeded(sampler) + WARNING)
 
 
@@ -185,12 +186,12 @@ def folded(model: Any) -> tuple[dict[str, Tensor], Any]:
 # The call
 
 
-def call_of(net: DiffusersDenoiser, made: Plan, its: Teacher) -> str:
+def call_of(net: DiffusersDenoiser, made: Plan, its: Teacher, prompt: str) -> str:
     """The line of Python with the very arguments that give the student's images."""
     accepts = inspect.signature(its.pipeline.__call__).parameters
     given: dict[str, Any] = {}
     if net.text:
-        given["prompt"] = "a photo of a cat"
+        given["prompt"] = prompt
     elif net.label_dim:
         given["class_labels"] = list(range(min(net.label_dim, 4)))
     if "batch_size" in accepts:

@@ -13,7 +13,7 @@ import torch
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config
 from potstill.engine.data import scenes
-from potstill.engine.data.captions import CAPTIONS, read_prompts, write_captions
+from potstill.engine.data.captions import CAPTIONS, hash_of_texts, read_prompts, write_captions
 from potstill.engine.data.embeddings import check_embeddings, check_encoder
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import decodes
@@ -176,7 +176,8 @@ def open_told(cfg: Config, images: Images | None, folder: Path, device: torch.de
         if ours and not ranks.agree((folder / HELD_OUT).exists()):
             texts = [scenes.caption_of(scene) for scene in scenes.all_scenes(held_out=True)]
             ranks.on_first(lambda: write_captions(folder / HELD_OUT, texts))
-        apart = opened(file, files[0][1].with_name(f"{files[0][1].name}-held-out"))
+        which = hash_of_texts(read_prompts(file))[:8]  # eval.held_out may change within a run, and runs may share a cache
+        apart = opened(file, files[0][1].with_name(f"{files[0][1].name}-held-out-{which}"))
     return Told(prompts, (others or [prompts])[0] if shows else None, apart)
 
 
