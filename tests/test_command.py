@@ -216,6 +216,7 @@ def test_every_recipe_says_what_it_promises(name):
 #: Recipe -> its row of benches/results/cpu-captions.
 OF_CAPTIONS = {
     "captions": "dmd", "captions_dmd2": "dmd2", "captions_sim": "sim", "captions_gdd": "gdd", "captions_msd": "msd, 2 students",
+    "captions_small": "half the blocks",
 }  # fmt: skip
 
 

@@ -159,7 +159,10 @@ def one(work: Path, table: str, row: str, seed: int) -> None:
             write_manifest(job.dir, job.partition)
             student = job.given_null(job.prepared(load_router(job.dir / MANIFEST)[0]))
         found = measured(job, student, sampler)
-        seconds = [json.loads(line)["seconds"] for k in range(job.cfg.students.count) for line in lines(job.student_file(k).parent)[-1:]]
+        stages = [job.student_file(k).parent for k in range(job.cfg.students.count)] + [job.dir / "tsm"] * (
+            job.cfg.students.net is not None
+        )
+        seconds = [json.loads(lines(stage)[-1])["seconds"] for stage in stages]
         curve = [entry for entry in map(json.loads, lines(job.student_file(0).parent)) if f"fd@{job.cfg.eval.n}" in entry]
         found |= {"seconds": sum(seconds), "curve": [(entry["kimg"], entry[f"fd@{job.cfg.eval.n}"]) for entry in curve]}
         found["variance"] = [entry.get("student/variance_ratio") for entry in map(json.loads, lines(job.student_file(0).parent))][-3:]

@@ -157,7 +157,8 @@ def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
 
 
 ROWS: dict[str, str] = {
-    "dmd": "DMD", "dmd2": "DMD2, a GAN head", "four steps": "DMD, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
+    "dmd": "DMD", "dmd2": "DMD2, a GAN head", "four steps": "DMD, four steps", "four steps, dmd2": "DMD2, a GAN head, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
+    "moment matching": "moment matching, four steps",
     "msd, 2 students": "MSD, two students by k-means", "msd, 4 students": "MSD, four students by quadrants",
     "half the blocks": "DMD, half of the blocks (TSM)", "sfd, guided": "SFD, teacher's guidance 2", "dmd, guided": "DMD, teacher's guidance 2",
 }  # fmt: skip
@@ -175,7 +176,7 @@ def captions(run: dict[str, Any]) -> str:
     ]
     few = {name: f" (seeds: {len(each)})" * (len(each) < run["seeds"]) for name, each in run["rows"].items()}
     rows += [spread(ROWS.get(name, name) + few[name], each) for name, each in run["rows"].items() if name != "teacher"]
-    about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own, two at a time on a busy machine"
+    about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, each with a teacher of its own, two at a time"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 
 
