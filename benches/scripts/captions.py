@@ -159,9 +159,9 @@ def one(work: Path, table: str, row: str, seed: int) -> None:
             write_manifest(job.dir, job.partition)
             student = job.given_null(job.prepared(load_router(job.dir / MANIFEST)[0]))
         found = measured(job, student, sampler)
-        stages = [job.student_file(k).parent for k in range(job.cfg.students.count)] + [job.dir / "tsm"] * (
-            job.cfg.students.net is not None
-        )
+        stages = [job.student_file(k).parent for k in range(job.cfg.students.count)]
+        if job.cfg.students.net is not None:
+            stages.append(job.dir / "tsm")
         seconds = [json.loads(lines(stage)[-1])["seconds"] for stage in stages]
         curve = [entry for entry in map(json.loads, lines(job.student_file(0).parent)) if f"fd@{job.cfg.eval.n}" in entry]
         found |= {"seconds": sum(seconds), "curve": [(entry["kimg"], entry[f"fd@{job.cfg.eval.n}"]) for entry in curve]}
