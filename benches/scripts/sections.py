@@ -157,8 +157,8 @@ def fuzz(now: dict[str, Any], before: dict[str, Any]) -> str:
 
 
 ROWS: dict[str, str] = {
-    "dmd": "DMD", "dmd2": "DMD2, a GAN head", "four steps": "DMD, four steps", "four steps, dmd2": "DMD2, a GAN head, four steps", "sim": "SIM", "gdd": "GDD", "sfd": "SFD",
-    "moment matching": "moment matching, four steps",
+    "dmd": "DMD", "dmd2": "DMD2, a GAN head", "four steps": "DMD, four steps", "four steps, dmd2": "DMD2, a GAN head, four steps",
+    "sim": "SIM", "gdd": "GDD", "sfd": "SFD", "moment matching": "moment matching, four steps",
     "msd, 2 students": "MSD, two students by k-means", "msd, 4 students": "MSD, four students by quadrants",
     "half the blocks": "DMD, half of the blocks (TSM)", "sfd, guided": "SFD, teacher's guidance 2", "dmd, guided": "DMD, teacher's guidance 2",
 }  # fmt: skip

@@ -10,7 +10,6 @@ transformer/config.json                     its weights when it is trained: then
 # pyright: reportMissingImports=false
 
 import difflib
-import json
 import re
 import shutil
 import zlib
@@ -28,6 +27,7 @@ from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.data.embeddings import check_longest, own_length, places_of
 from potstill.engine.data.pipelines import tokenizer, transformer
+from potstill.engine.formats.pipeline import write_json
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.parts import LOADED, stored_in, stumbling
 from potstill.engine.nets.pipelines import AGAIN, SIDES, diffusers, part_of, quietly
@@ -148,12 +148,12 @@ def write_newborn(folder: Path, net: DiffusersDenoiser, encoder: str, captions: 
             one.save_pretrained(folder / name)
         model.save_config(folder / PART)
     config = read_json(folder / PART / "config.json", dict, AGAIN) | {SIDES: list(net.shape[1:])}
-    (folder / PART / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / PART / "config.json", config)
     index: dict[str, Any] = {"_class_name": PIPELINES[net.name], "_diffusers_version": library.__version__}
     index |= {"tokenizer": ["transformers", type(words).__name__], "text_encoder": ["transformers", type(text_encoder).__name__]}
     index |= {name: ["diffusers", type(one).__name__] for name, one in (("scheduler", scheduler), ("vae", vae), (PART, net.model))}
     with whole(folder / INDEX) as part:
-        part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(part, index)
 
 
 def passing(channels: int) -> Any:

@@ -68,8 +68,8 @@ class Teacher:
 def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teacher: Path, prompt: str, named: str = "") -> Made:
     """The files into a folder that exists.
 
-    teacher: the folder of the pipeline that the student learnt from, which the card calls `named`; prompt: the one it asks with. UserError for a student or a teacher of
-    which no pipeline can be made.
+    teacher: the folder of the pipeline that the student learnt from, which the card calls `named`; prompt: the one it asks with. UserError for
+    a student or a teacher of which no pipeline can be made.
     """
     its = teacher_at(teacher, net, named or str(teacher))
     made = plan(net, sampler, its.pipeline)
