@@ -83,6 +83,12 @@ class Denoiser(nn.Module):
         raw, x_t, c_skip, c_out = self._raw(torch.cat([x, x]), torch.cat([sigma, sigma]), both, **how)
         return Estimate(raw[:n], x_t[:n], c_skip[:n], c_out[:n], raw[n:], guidance)
 
+    def estimate_and_features(
+        self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0
+    ) -> tuple[Estimate, Tensor]:
+        """Both `estimate` and `features` of the same x; of nets that can, in one forward."""
+        return self.estimate(x, sigma, condition, guidance=guidance), self.features(x, sigma, condition)
+
     def features(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> Tensor:
         """What the last encoder block sees in x: [N, C', h, w] float32."""
         return self.levels(x, sigma, condition)[-1].float()
@@ -112,6 +118,10 @@ class Denoiser(nn.Module):
     def weight(self, sigma: Tensor) -> Tensor:
         """λ(σ), the weight on |D - y|² that is 1 on F: 1 / c_out²."""
         return self.coefficients(sigma).c_out ** -2
+
+    def logvar(self, sigma: Tensor) -> Tensor | None:
+        """v [N], what the net has learnt of the log-variance of its own error at σ [N] (EDM2); None for nets without that head."""
+        return None
 
     def told(self, sigma: Tensor) -> Tensor:
         """The levels nearest to σ that the net can be told; told(told(σ)) = told(σ). Noise is added at these."""
