@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from potstill.engine.nets import ops
 from potstill.engine.nets.conditions import Condition
-from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.edm2_layers import Gained, MPBlock, MPConv, MPFourier, MPStyle, force_norms, mp_cat, mp_silu, mp_sum
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.unet import last_of_each, resolutions_of
 
 

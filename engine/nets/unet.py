@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.nets import ops
-from potstill.engine.nets.layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, ResidualBlock, UNetBlock
+from potstill.engine.nets.layers import (
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    ResidualBlock,
+    UNetBlock,
+)
 from potstill.engine.nets.modulation import Modulation, modulation
 
 
@@ -105,7 +115,9 @@ class UNet(nn.Module):
                 self.dec[f"{key}_aux_norm"] = GroupNorm(cout, eps=style.eps)
                 self.dec[f"{key}_aux_conv"] = Conv2d(cout, out_channels, 3, init=style.init_zero)
         parts: dict[str, nn.ModuleDict] = {"enc": self.enc, "dec": self.dec}
-        self.blocks = {part: [b for b in layers.values() if isinstance(b, ResidualBlock)] for part, layers in parts.items()}  # wrapped or not
+        self.blocks = {
+            part: [b for b in layers.values() if isinstance(b, ResidualBlock)] for part, layers in parts.items()
+        }  # wrapped or not
         if decoder_type is None:
             self.out_norm = GroupNorm(cout, eps=style.eps)
             self.out_conv = Conv2d(cout, out_channels, 3, init=style.init_zero)
