@@ -119,11 +119,13 @@ class TeacherConfig:
     precision: str = "auto"  # of a pipeline's weights: fp32 | bf16 | auto (bf16 on GPUs where the U-Nets are); trained nets are float32
     size: list[int] | None = None  # of a pipeline's latents, [H, W]; null: the data's, or what the pipeline says
     embedded_guidance: float | None = None  # of nets that are told a scale of guidance (FLUX-dev); null: their pipelines' own
+    guide: str | None = None  # .safetensors of a worse net: method.guidance leads away from it (autoguidance); null: from no class
     how: str = ""  # how to get the checkpoint: printed when it is missing
     loss: EDMLoss = field(default_factory=EDMLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
+        wants(self, "guide", self.guide != "", "a weight file, or null for none")
         wants(self, "checkpoint", self.checkpoint != "", "a weight file or pipeline, or null to train a teacher")
         one_of(self, "precision", ("auto", "fp32", "bf16"))
         good = self.size is None or (len(self.size) in (2, 3) and min(self.size) > 0)

@@ -49,6 +49,8 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         )
     elif isinstance(teacher, DiffusersDenoiser) and not teacher.config.get("guidance_embeds"):
         rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
+    if getattr(cfg.method, "guidance", 1.0) == 1.0:
+        rules["teacher.guide"] = "method.guidance=1" if hasattr(cfg.method, "guidance") else f"method {cfg.method.name} has no guidance"
     if not teacher.text:
         rules["teacher.loss.prompt_dropout"] = rules["text.encoder"] = "the teacher is told no prompts"
     elif file is not None:

@@ -16,10 +16,12 @@ from potstill.engine.formats.newborn import WORDS, another_net, fresh_net, width
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
+from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.families import FAMILIES
+from potstill.engine.nets.guide import led_by
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.skipping.apply import Guard, Skipping
@@ -98,11 +100,21 @@ def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
 def load_teacher(
     path: Path, images: Images | None, cfg: TeacherConfig | None = None, *, dtype: torch.dtype | None = None, planned: bool = False
 ) -> Denoiser:
-    """A teacher from a weight file or pipeline, checked against the data it shall be distilled on.
+    """A teacher from a weight file or pipeline, with its guide if it has one, checked against the data it shall be distilled on.
 
     dtype: of a pipeline's weights; None: float32. planned: a pipeline's denoiser without numbers.
     """
     cfg = cfg or TeacherConfig()
+    net = _fitting_teacher(path, images, cfg, dtype, planned)
+    return with_guide(net, cfg)
+
+
+def with_guide(net: Denoiser, cfg: TeacherConfig) -> Denoiser:
+    """The teacher, led away from the net in `teacher.guide`, if there is one. UserError where it is of another task."""
+    return led_by(net, load_net(Path(cfg.guide).expanduser())[0], cfg.guide) if cfg.guide else net
+
+
+def _fitting_teacher(path: Path, images: Images | None, cfg: TeacherConfig, dtype: torch.dtype | None, planned: bool) -> Denoiser:
     pictures = is_pipeline(path) and not decodes(path)  # are what its net works on?
     size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and (images.latent or pictures) else None
     net = load_origin(path, dtype=dtype, size=size, guidance=cfg.embedded_guidance, planned=planned)
@@ -139,11 +151,11 @@ def load_teacher(
 def teacher_sampler(cfg: Config, teacher: Denoiser) -> Sampler:
     """EDM's Heun; a given teacher that is a student of an earlier stage is sampled as it was trained.
 
-    A pipeline's is guided as the student sees it (`method.guidance`).
+    A pipeline's, and one with a guide of its own, is guided as the student sees it (`method.guidance`).
     """
     own = taught_sampler(local_path(cfg.teacher.checkpoint)) if cfg.teacher.checkpoint else None
     walk = heun(teacher, cfg.teacher.loss.sampling_steps)
-    guided = isinstance(teacher, DiffusersDenoiser) and teacher.guidable
+    guided = (isinstance(teacher, DiffusersDenoiser) and teacher.guidable) or teacher.guide is not None
     return own or (dataclasses.replace(walk, guidance=getattr(cfg.method, "guidance", 1.0)) if guided else walk)
 
 

@@ -116,6 +116,11 @@ def missing(cfg: Config) -> list[str]:
         from_hub = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only."
         sentences = [from_hub, cfg.teacher.how] if origins.on_hub(checkpoint) else [cfg.teacher.how or other]
         wants.append(f"teacher: no file or pipeline at {checkpoint}. " + " ".join(filter(None, sentences)))
+    guide = cfg.teacher.guide
+    if guide and not Path(guide).expanduser().is_file():
+        wants.append(
+            f"guide: no file at {guide}. Set teacher.guide to a .safetensors file, of a smaller or less trained net than the teacher"
+        )
     prompts = cfg.text.prompts
     if prompts and not Path(prompts).expanduser().exists():
         wants.append(f"prompts: nothing at {prompts}. Give text.prompts=FILE, a .txt with one prompt a line or a .jsonl with one in each")
@@ -226,4 +231,5 @@ def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ra
         )
     size = build.rehearsal_size(cfg) if images is None or to_come(cfg) else (images.resolution, images.channels, images.label_dim)
     with torch.device("meta"):
-        return build.build_net(cfg.net, *size) if given or images is None else build.fresh_teacher(cfg, images)
+        teacher = build.build_net(cfg.net, *size) if given or images is None else build.fresh_teacher(cfg, images)
+    return build.with_guide(teacher, cfg.teacher)

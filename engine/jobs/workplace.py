@@ -62,6 +62,8 @@ class Workplace:
             if isinstance(module, Denoiser):
                 module.recompute((stage or self.cfg.train).activation_checkpointing)
                 module.compute_dtype = self.dtype
+                if module.guide is not None:
+                    self.prepared(module.guide.net)
         return net.to(self.device)
 
     def share(self, student: int | None = None) -> Share:

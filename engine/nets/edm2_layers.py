@@ -101,7 +101,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", planned.clone() if planned.is_meta else 2 * math.pi * torch.rand(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float().outer(self.freqs.float()) + self.phases.float()).cos() * math.sqrt(2)
+        return (x.outer(self.freqs.to(x.dtype)) + self.phases.to(x.dtype)).cos() * math.sqrt(2)
 
 
 class Gained(nn.Module):

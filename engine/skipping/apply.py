@@ -74,7 +74,7 @@ class Skipping(SkippableDenoiser):
         return super().levels(x, sigma, condition)
 
     def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0, **how: Any) -> Estimate:
-        self.repeats = 1 if guidance == 1.0 else 2  # a guided batch is the samples twice
+        self.repeats = 1 if guidance == 1.0 or self.guide is not None else 2  # guided by itself, a batch is the samples twice
         try:
             return super().estimate(x, sigma, condition, guidance=guidance, **how)
         finally:
