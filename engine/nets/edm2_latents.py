@@ -46,8 +46,8 @@ STABILITY = Affine.to([FINAL_MEAN] * 4, [FINAL_STD] * 4, RAW_MEAN, RAW_STD)
 
 
 def drawn(moments: Tensor, noise: Tensor | None) -> Tensor:
-    """Latents float32 [N, C, H, W] of moments [N, 2·C, H, W], means and after them deviations; noise None: of the means."""
-    mean, std = moments.float().chunk(2, 1)
+    """Latents float32 […, C, H, W] of moments […, 2·C, H, W], means and after them deviations; noise None: of the means."""
+    mean, std = moments.float().chunk(2, -3)
     return STABILITY(mean if noise is None else mean + std * noise)
 
 
