@@ -21,7 +21,7 @@ CHECKSUM = "checksum"
 TEXTS = ("format", "precond", "method", "data", "license", "source", "sha256", "partition")  # also where they look like numbers
 METADATA: dict[str, Kind] = {
     "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
-    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
+    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": DICT, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
     "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
 }  # fmt: skip
 
