@@ -297,7 +297,7 @@ def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
     if fused:
         _force_weight_norm_(fused, eps)
         if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(fused)
+            torch.autograd.graph.increment_version([w for w in fused if not w.is_inference()])  # which have none
 
 
 def _by_definition(op: str, weight: Tensor, dtype: torch.dtype) -> bool:

@@ -85,7 +85,7 @@ CASES = [
     Case((5, 33), F32),  # vectors
     Case((2, 6, 3, 3), F64, "nhwc"),
     Case((0, 8, 4, 4), F32, "nhwc"),
-    Case((1, 1, 1, 1), F32),
+    Case((1, 2, 1, 1), F32),  # and not one channel, which is its own norm: its gradient is what rounding leaves of 0
     Case((1, 130, 2, 3), F32, "nhwc"),  # more channels than a tile
     Case((2, 12, 37, 40), F16, "nhwc"),  # more pixels than the tiles of one program
 ]
@@ -119,7 +119,8 @@ def inputs(op, case, place="cpu"):
 def test_no_worse_than_pytorch(op, case, place):
     made = op_as_exact_as_plain(op.ours, op.plain, inputs(op, case, place))
     if case.layout == "nhwc" and case.shape[0] > 0:
-        ours = [t for name, t in made.items() if t.ndim == 4 and (INTERPRET or place.type == "cuda" or "output" in name)]
+        of_kernels = (INTERPRET or place.type == "cuda") and case.dtype is not F64  # a definition's gradients lie as autograd makes them
+        ours = [t for name, t in made.items() if t.ndim == 4 and (of_kernels or "output" in name)]
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in ours)
 
 

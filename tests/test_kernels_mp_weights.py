@@ -26,7 +26,7 @@ CASES = [
     Case((7, 128), F32),  # an embedding's, several rows a program
     Case((16, 64, 3, 3), BF16, "nhwc"),
     Case((3, 17), F16, unaligned=True),
-    Case((1, 1), F32),
+    Case((1, 2), F32),  # and not one number, which is its own norm: its gradient is what rounding leaves of 0
     Case((2, 1830, 3, 3), F16),  # longer than what stays in registers
     Case((3, 4, 2, 2), F64),
     Case((0, 4), F32),
@@ -142,6 +142,15 @@ def test_weights_are_forced_in_place(place):
     for w, once in zip(weights, again, strict=True):
         torch.testing.assert_close(w.detach(), once, rtol=1e-3, atol=1e-3)
     kernels.force_weight_norm_([])
+
+
+@everywhere("mp_weights")
+def test_weights_made_under_inference_mode_are_forced_too(place):
+    with torch.inference_mode():
+        weight = torch.randn(4, 30, device=place)
+        expected = normalized(weight, 30**0.5)
+        kernels.force_weight_norm_([weight])
+        torch.testing.assert_close(weight, expected)
 
 
 def test_training_mode_equals_what_is_evaluated_after_it():
