@@ -272,6 +272,28 @@ def normalized_weight(weight: Tensor, gain: Tensor | float, dtype: torch.dtype, 
     return _normalized_weight(weight, *given, dtype, eps)
 
 
+def normalized_weight_grad(g: Tensor, weight: Tensor, eps: float = 1e-4) -> Tensor:
+    """What `normalized_weight(weight, 1.0, …)` sends back from g: for who has kept its output. Like weight; not differentiable.
+
+    Args:
+        g: like weight, any floating dtype.
+        weight: [N, ...].
+
+    Raises:
+        ValueError: g is not like weight.
+    """
+    _check("normalized_weight_grad", "weight", weight)
+    if g.shape != weight.shape or g.device != weight.device:
+        raise ValueError(f"normalized_weight_grad: wanted g like weight {tuple(weight.shape)}, got {tuple(g.shape)} on {g.device}")
+    if _by_definition("normalized_weight", weight, g.dtype):
+        return reference.normalized_weight_grad(g, weight, eps)
+    if not _rows_lie_together(weight):
+        weight = weight.contiguous()
+    if g.stride() != weight.stride():
+        g = torch.empty_like(weight, dtype=g.dtype).copy_(g)
+    return _normalized_weight_backward(g, weight, None, 1.0, eps, [True, False])[0]
+
+
 @torch.no_grad()
 def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
     """w <- w/(eps + |w|/√n) for each row w of n numbers of each weight, in place and without a gradient.

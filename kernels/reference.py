@@ -299,6 +299,16 @@ def normalized_weight(weight: Tensor, gain: Tensor | float, dtype: torch.dtype, 
     return (_normalized(weight, eps) * (gain * n**-0.5)).to(dtype)
 
 
+def normalized_weight_grad(g: Tensor, weight: Tensor, eps: float = 1e-4) -> Tensor:
+    """The gradient to the weight [N, ...] of normalized_weight(weight, 1.0, …), from g to its output."""
+    w, g = weight.to(accum(weight)), g.to(accum(weight))
+    dims, root = tuple(range(1, w.ndim)), w.shape[1:].numel() ** 0.5
+    length = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
+    size = eps + length / root
+    along = (g * w).sum(dims, keepdim=True) / (size * length.clamp(min=torch.finfo(w.dtype).tiny) * root)
+    return ((g - along * w) / (size * root)).to(weight.dtype)
+
+
 @torch.no_grad()
 def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
     """Each row of each weight divided by eps + its root mean square, in place."""

@@ -14,10 +14,9 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from potstill.engine.common.checks import above, at_least, finite, one_of, wants
 from potstill.engine.nets.denoiser import Denoiser
-from potstill.engine.nets.edm2_layers import force_norms
 from potstill.engine.nets.shadow import shadow_of
 from potstill.engine.training.ranks import Ranks
-from potstill.kernels import AdamEMA, native
+from potstill.kernels import AdamEMA, force_weight_norm_, native
 from potstill.kernels.total_norm import total_norm
 
 
@@ -156,7 +155,7 @@ class Trained:
     def force_norms(self) -> None:
         """Put them back, where the settings say so."""
         if self.cfg.forced_norm and self.unit:
-            force_norms(self.unit)
+            force_weight_norm_(self.unit)
 
     def before_backward(self, *, last: bool) -> None:
         """Is the coming backward that of the last micro-batch?"""
