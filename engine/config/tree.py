@@ -130,12 +130,14 @@ class TeacherConfig:
     precision: str = "auto"  # of a pipeline's weights: fp32 | bf16 | auto (bf16 on GPUs where the U-Nets are); trained nets are float32
     size: list[int] | None = None  # of a pipeline's latents, [H, W]; null: the data's, or what the pipeline says
     embedded_guidance: float | None = None  # of nets that are told a scale of guidance (FLUX-dev); null: their pipelines' own
+    vae: str | None = None  # of EDM2's latents, for pictures and distances: FOLDER | USER/NAME of the hub; null: three channels are shown
     how: str = ""  # how to get the checkpoint: printed when it is missing
     loss: EDMLoss = field(default_factory=EDMLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
         wants(self, "checkpoint", self.checkpoint != "", "a weight file or pipeline, or null to train a teacher")
+        wants(self, "vae", self.vae != "", "the folder or name of a VAE, or null")
         one_of(self, "precision", ("auto", "fp32", "bf16"))
         good = self.size is None or (len(self.size) in (2, 3) and min(self.size) > 0)
         wants(self, "size", good, "height and width of latents (before them, frames), or null")

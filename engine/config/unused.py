@@ -48,8 +48,12 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         rules |= dict.fromkeys(
             ("teacher.precision", "teacher.size", "teacher.embedded_guidance"), "the teacher is no pipeline of diffusers"
         )
+        if teacher.img_channels in (1, 3):
+            rules["teacher.vae"] = "the teacher's samples are pictures"
     elif isinstance(teacher, DiffusersDenoiser) and not teacher.config.get("guidance_embeds"):
         rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
+    if isinstance(teacher, DiffusersDenoiser):
+        rules["teacher.vae"] = "a pipeline has its own"
     if not teacher.text:
         rules["teacher.loss.prompt_dropout"] = rules["text.encoder"] = "the teacher is told no prompts"
     elif file is not None:

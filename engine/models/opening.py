@@ -29,12 +29,24 @@ ROLES = (STUDENT, TEACHER)
 MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
 ADVICE = "copy the file again, or mend it"
 PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative paths in its settings begin
-PATHS = (("teacher", "checkpoint"), ("data", "path"), ("text", "prompts"), ("text", "cache"))  # settings that may be such
+PATHS = (
+    ("teacher", "checkpoint"),
+    ("teacher", "vae"),
+    ("data", "path"),
+    ("text", "prompts"),
+    ("text", "cache"),
+)  # settings that may be such
 SECTIONS = {
     name: optional(DICT) for name in ("teacher", "data", "eval", "method", "text")
 }  # of config.yaml, as far as others than a run read it
 SETTINGS = {
-    "teacher": {"checkpoint": optional(TEXT), "precision": optional(TEXT), "size": optional(SIZE), "embedded_guidance": optional(number())},
+    "teacher": {
+        "checkpoint": optional(TEXT),
+        "precision": optional(TEXT),
+        "size": optional(SIZE),
+        "embedded_guidance": optional(number()),
+        "vae": optional(TEXT),
+    },
     "method": {"guidance": optional(number())},
     "text": {"prompts": optional(TEXT), "cache": optional(TEXT), "precision": optional(TEXT), "max_length": optional(count(1))},
     "data": {"path": optional(TEXT), "resolution": optional(count(1)), "unlabelled": optional(FLAG)},
