@@ -219,3 +219,10 @@ def test_pictures_are_decoded_as_in_edm2s_code():
     wanted = (raw[:, :3].double() * 0.1).clamp(0, 1).mul(255)
     assert ((pictures.double() - wanted.floor()).abs() <= ((wanted - wanted.round()).abs() < 1e-3)).all()  # else float32 decides
     torch.testing.assert_close(STABILITY.inverse(STABILITY(raw[:, :4])), raw[:, :4], rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_in_for_latents_that_are_not_there():
+    found = open_images("synthetic:8x4x5x64")
+    assert (len(found), found.shape, found.latent, found.moments, found.label_dim) == (64, (4, 8, 8), True, False, 5)
+    assert 0.49 < found.pixels().std() < 0.51 and found.pixels().dtype == np.float32
+    assert data_variance(found) == pytest.approx(0.25, rel=0.05)

@@ -37,13 +37,9 @@ class LatentHeader(NamedTuple):
 
     stored: tuple[int, ...]  # as they lie in the files
     dtype: type
+    moments: bool = False  # are these means and deviations, that latents are drawn from?
 
     mode = "latents"  # in the place of Pillow's
-
-    @property
-    def moments(self) -> bool:
-        """Are these means and deviations, that latents are drawn from?"""
-        return len(self.stored) == 3 and self.stored[0] == MOMENTS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +84,7 @@ class LatentSource:
     def array(self, i: int) -> np.ndarray:
         """Latent i [C, H, W]. Damaged where its file is."""
         latent = self._latents(i).numpy()
-        if (latent.shape, latent.dtype) != self._header:
+        if (latent.shape, latent.dtype) != self._header[:2]:
             raise UserError(f"{self.title(i)} is {list(latent.shape)} {latent.dtype}, wanted {self._header} {self._header.dtype.__name__}")
         return latent
 
@@ -111,6 +107,20 @@ class LatentSource:
         return self.manifest.about.get("vae") if self.manifest else None
 
 
+class NoiseLatents(LatentSource):
+    """Noise [N, C, H, W] uint8 in the place of latents that are not there: uniform, with EDM2's deviation of 0.5."""
+
+    def __init__(self, path: str, noise: np.ndarray):
+        self.path, self.noise, self.manifest = path, noise, None
+        self._header = LatentHeader(noise.shape[1:], np.float32)
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def array(self, i: int) -> np.ndarray:
+        return ((self.noise[i] / 127.5 - 1) * (0.5 * 3**0.5)).astype(np.float32)
+
+
 class ArrayLatents(LatentSource):
     """Latents or moments in .npy files."""
 
@@ -119,7 +129,7 @@ class ArrayLatents(LatentSource):
         first = self._array(0)
         if first.ndim != 3 or first.dtype not in FLOATS.values() or not first.size:
             raise UserError(f"{self.title(0)} is {list(first.shape)} {first.dtype}, wanted [C, H, W] in float16 or float32")
-        self._header = LatentHeader(first.shape, first.dtype.type)
+        self._header = LatentHeader(first.shape, first.dtype.type, len(first) == MOMENTS)
         sizes = files.sizes()[:, 0]
         if len(others := np.flatnonzero(sizes != sizes[0])):
             i = int(others[0])
@@ -141,7 +151,7 @@ class ArrayLatents(LatentSource):
     def array(self, i: int) -> np.ndarray:
         """Array i as it is stored. UserError where its file is damaged."""
         found = self._array(i)
-        if (found.shape, found.dtype) != self._header:
+        if (found.shape, found.dtype) != self._header[:2]:
             raise UserError(
                 f"{self.title(i)} is {list(found.shape)} {found.dtype}, wanted {list(self._header.stored)} {self._header.dtype.__name__} as "
                 f"{self.title(0)} is"

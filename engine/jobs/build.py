@@ -28,12 +28,13 @@ from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 
+EDM2 = "EDM2Precond"  # the one class that has but one U-Net
+
 
 def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) -> Denoiser:
     """A freshly initialised denoiser for such images."""
-    kwargs = {
-        k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("precond", "conditional", "config", "prediction")
-    }
+    others = ("precond", "conditional", "config", "prediction", *(["model_type"] if cfg.precond == EDM2 else []))
+    kwargs = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in others}
     label_dim = label_dim if cfg.conditional else 0
     try:
         net = from_kwargs(cfg.precond, img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
@@ -79,7 +80,12 @@ def build_images(cfg: Config) -> Images | None:
         return open_images(rehearsal_data(cfg))
     if not cfg.data.path or not is_there(cfg.data.path):
         return None
-    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=cfg.data.captions)
+    images = open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=cfg.data.captions)
+    if cfg.data.channels not in (None, images.channels):
+        raise UserError(
+            f"{images} have {images.channels} channels, data.channels wants {cfg.data.channels}: name other data, or set it to null"
+        )
+    return images
 
 
 def rehearsal_data(cfg: Config) -> str:
@@ -92,9 +98,14 @@ def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     """Resolution, channels and classes of those images."""
     some = 10 * cfg.method.needs().classes
     digits = cfg.data.path == "digits"
-    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
-    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, 3)
+    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if imagenet(cfg.net) else some
+    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, cfg.data.channels or 3)
     return resolution, channels, 0 if cfg.data.unlabelled else classes
+
+
+def imagenet(cfg: NetConfig) -> bool:
+    """Is it a net that ImageNet's recipes have?"""
+    return cfg.model_type == "DhariwalUNet" or cfg.precond == EDM2
 
 
 def load_teacher(

@@ -33,6 +33,7 @@ PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative pat
 PATHS = (
     ("teacher", "checkpoint"),
     ("teacher", "guide"),
+    ("teacher", "vae"),
     ("data", "path"),
     ("text", "prompts"),
     ("text", "cache"),
@@ -47,6 +48,7 @@ SETTINGS = {
         "precision": optional(TEXT),
         "size": optional(SIZE),
         "embedded_guidance": optional(number()),
+        "vae": optional(TEXT),
     },
     "method": {"guidance": optional(number())},
     "text": {"prompts": optional(TEXT), "cache": optional(TEXT), "precision": optional(TEXT), "max_length": optional(count(1))},

@@ -43,6 +43,8 @@ class Affine(NamedTuple):
 
 
 STABILITY = Affine.to([FINAL_MEAN] * 4, [FINAL_STD] * 4, RAW_MEAN, RAW_STD)
+#: What a weight file says of it, by the name of EDM2's class.
+ENCODER: dict[str, Any] = {"class": "StabilityVAEEncoder", "vae": VAE, "scale": list(STABILITY.scale), "bias": list(STABILITY.bias)}
 
 
 def drawn(moments: Tensor, noise: Tensor | None) -> Tensor:
