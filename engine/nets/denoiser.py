@@ -144,6 +144,14 @@ class Denoiser(nn.Module):
         """The parts, none within another, that are sharded, compiled and recomputed by themselves."""
         raise NotImplementedError(f"{type(self).__name__}.blocks")
 
+    def beside(self) -> list[nn.Module]:
+        """Parts with weights that are not in `model`."""
+        return []
+
+    def weights_of_unit_length(self) -> list[nn.Parameter]:
+        """Weights [out, …] whose output channels training puts back to unit length in every iteration (EDM2)."""
+        return []
+
     def recompute(self, mode: str) -> None:
         """What a forward keeps for backward, one of CHECKPOINTING."""
         raise NotImplementedError(f"{type(self).__name__}.recompute")

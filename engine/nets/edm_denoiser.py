@@ -12,7 +12,7 @@ from potstill.engine.diffusion.precond import Coefficients
 from potstill.engine.diffusion.sigmas import edm_weight, karras, karras_at
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser, per_sample
-from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.layers import ResidualBlock
 from potstill.engine.nets.unet import UNet, channels_of
 from potstill.kernels import Estimate
 
@@ -20,8 +20,8 @@ from potstill.kernels import Estimate
 class EDMDenoiser(Denoiser):
     """D(x; σ, labels) = c_skip·x + c_out·F(c_in·x, c_noise, labels) for images x [N, C, H, W] in [-1, 1].
 
-    `precond` is one of EDM's names ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "GDDPrecond" or
-    "ECMPrecond" (ECT's), `scheme` its constants and `kwargs` what `engine.nets.edm.from_kwargs` was called with, so that a weight file can say how to
+    `precond` is one of EDM's names ("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "GDDPrecond",
+    "ECMPrecond" (ECT's) or "EDM2Precond", `scheme` its constants and `kwargs` what `engine.nets.edm.from_kwargs` was called with, so that a weight file can say how to
     rebuild the net.
     """
 
@@ -62,7 +62,7 @@ class EDMDenoiser(Denoiser):
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         match self.precond:
-            case "EDMPrecond":
+            case "EDMPrecond" | "EDM2Precond":
                 return schemes.edm(sigma, self.scheme["sigma_data"])
             case "GDDPrecond":
                 return schemes.gdd(sigma, self.scheme["sigma_data"])
@@ -104,7 +104,7 @@ class EDMDenoiser(Denoiser):
         return karras(steps)
 
     def blocks(self) -> list[nn.Module]:
-        return [b for b in (*self.model.enc.values(), *self.model.dec.values()) if isinstance(b, UNetBlock)]
+        return [b for b in (*self.model.enc.values(), *self.model.dec.values()) if isinstance(b, ResidualBlock)]
 
     def recompute(self, mode: str) -> None:
         for block in self.unet_blocks():
@@ -120,9 +120,9 @@ class EDMDenoiser(Denoiser):
         self.kwargs = self.kwargs | {"augment_dim": 0}
         return self
 
-    def unet_blocks(self) -> list[UNetBlock]:
+    def unet_blocks(self) -> list[ResidualBlock]:
         """Those within wrappers, too (`engine.skipping`)."""
-        return [module for module in self.model.modules() if isinstance(module, UNetBlock)]
+        return [module for module in self.model.modules() if isinstance(module, ResidualBlock)]
 
     def _raw(
         self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None,

@@ -217,7 +217,32 @@ class BlockStyle:
     init_attn: Init
 
 
-class UNetBlock(nn.Module):
+class ResidualBlock(nn.Module):
+    """A block of a U-Net that adds something to a skip path: what may be left out, sharded, compiled, recomputed by itself.
+
+    checkpoint: keep only what enters for backward, and compute the block again (same numbers, same dropout). joins: does it take
+    `beside`? maps_plainly: may engine.nets.modulation take the map of the embedding out of it?
+    """
+
+    in_channels: int
+    out_channels: int
+    dropout: float
+    checkpoint: bool
+    heads: int
+    joins: bool = False
+    maps_plainly: bool = False
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The skip path without the block's scale."""
+        raise NotImplementedError(f"{type(self).__name__}.shortcut")
+
+    @property
+    def plain_scale(self) -> float:
+        """What the block itself multiplies its skip path with."""
+        raise NotImplementedError(f"{type(self).__name__}.plain_scale")
+
+
+class UNetBlock(ResidualBlock):
     """Residual block with optional resampling and self-attention: [N, in, H, W], [N, emb] -> [N, out, H', W']."""
 
     def __init__(
@@ -236,7 +261,7 @@ class UNetBlock(nn.Module):
         self.heads = 0 if not attention else style.heads or out_channels // 64
         if self.heads and out_channels % self.heads:
             raise ValueError(f"attention wants channels that divide into heads of 64, got {out_channels}")
-        self.checkpoint = False  # keep only x and emb for backward, and compute the block again (same numbers, same dropout)
+        self.checkpoint = False
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, init=style.init, **resample)
@@ -271,14 +296,21 @@ class UNetBlock(nn.Module):
         x = residual_block(self, x, beside, params, key)
         return self_attention(self, x) if self.heads else x
 
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.skip is None else self.skip(x)
+
     @property
-    def maps_plainly(self) -> bool:
-        """May engine.nets.modulation take the map of the embedding out of this block? Not where FSDP gathers its weights."""
+    def plain_scale(self) -> float:
+        return self.skip_scale ** (2 if self.heads else 1)
+
+    @property
+    def maps_plainly(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not where FSDP gathers its weights."""
         return self.joins and type(self.affine) is Linear
 
     @property
-    def joins(self) -> bool:
-        """Does it take `beside`? A block that is compiled, sharded or within another takes one tensor."""
+    def joins(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A block that is compiled, sharded or within another takes one tensor."""
         return type(self) is UNetBlock and self._compiled_call_impl is None
 
     def _by_layers(self, x: Tensor, emb: Tensor, key: Tensor | None) -> Tensor:

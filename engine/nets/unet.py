@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.engine.nets import ops
-from potstill.engine.nets.layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
+from potstill.engine.nets.layers import (
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    ResidualBlock,
+    UNetBlock,
+)
 from potstill.engine.nets.modulation import Modulation, modulation
 
 
@@ -37,6 +47,11 @@ def channels_of(layer: nn.Module) -> int:
     channels = layer.out_channels
     assert isinstance(channels, int)
     return channels
+
+
+def last_of_each(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Of the encoder's outputs [N, C, H, W] the last of every resolution."""
+    return list({one.shape[-1]: one for one in maps}.values())
 
 
 class UNet(nn.Module):
@@ -101,7 +116,9 @@ class UNet(nn.Module):
                 self.dec[f"{key}_aux_norm"] = GroupNorm(cout, eps=style.eps)
                 self.dec[f"{key}_aux_conv"] = Conv2d(cout, out_channels, 3, init=style.init_zero)
         parts: dict[str, nn.ModuleDict] = {"enc": self.enc, "dec": self.dec}
-        self.blocks = {part: [b for b in layers.values() if isinstance(b, UNetBlock)] for part, layers in parts.items()}  # wrapped or not
+        self.blocks = {
+            part: [b for b in layers.values() if isinstance(b, ResidualBlock)] for part, layers in parts.items()
+        }  # wrapped or not
         if decoder_type is None:
             self.out_norm = GroupNorm(cout, eps=style.eps)
             self.out_conv = Conv2d(cout, out_channels, 3, init=style.init_zero)
@@ -121,7 +138,7 @@ class UNet(nn.Module):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + block(aux)) / math.sqrt(2)
             else:
-                x = block(x, emb) if isinstance(block, UNetBlock) else ops.in_memory_format(block(x))
+                x = block(x, emb) if isinstance(block, ResidualBlock) else ops.in_memory_format(block(x))
                 skips.append(x)
         return skips
 
@@ -176,8 +193,7 @@ class UNet(nn.Module):
         """The last encoder output of every resolution, finest first; the decoder does not run."""
         x, emb = ops.in_memory_format(x), self.conditioned(self.embed(c_noise, labels, None), None)
         skips = self.encode(x, modulation(emb, self.blocks["enc"]) if ops.fuses(x) else emb)
-        last = {skip.shape[-1]: skip for skip in skips}
-        return list(last.values())
+        return last_of_each(skips)
 
     def drop_labels(self, labels: Tensor | None) -> Tensor:
         """Labels with whole rows zeroed at random during training (label dropout), for guidance."""

@@ -20,7 +20,7 @@ from potstill.engine.diffusion.sigmas import digit_reversal
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
-from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.layers import ResidualBlock
 from potstill.engine.nets.unet import UNet
 from potstill.engine.skipping.blocks import SkippableDenoiser
 from potstill.engine.skipping.plan import Plan, SkippingConfig
@@ -178,7 +178,7 @@ class Remembered(nn.Module):
         nn.Module.__init__(self)
         self.layer, self.memory, self.needed = layer, memory, needed
         self.output: Tensor | None = None
-        if isinstance(layer, UNetBlock):
+        if isinstance(layer, ResidualBlock):
             self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
 
     def forward(self, *inputs: Tensor, **options: bool) -> Tensor:
@@ -190,7 +190,7 @@ class Remembered(nn.Module):
         return y
 
 
-class RememberedBlock(Remembered, UNetBlock):
+class RememberedBlock(Remembered, ResidualBlock):
     """The same for a residual block, which is called with the embedding."""
 
 
@@ -202,7 +202,7 @@ def remember(model: UNet, resolution: int, memory: Memory) -> None:
             if name.startswith(top) and name != f"{top}up":
                 continue
             needed = part is model.dec and (name == f"{top}up" or "aux_conv" in name or "aux_up" in name)
-            kind = RememberedBlock if isinstance(layer, UNetBlock) else Remembered
+            kind = RememberedBlock if isinstance(layer, ResidualBlock) else Remembered
             part[name] = kind(layer, memory, needed)
     if f"{top}up" not in model.dec:
         raise UserError(

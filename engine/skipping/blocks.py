@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
-from potstill.engine.nets.layers import UNetBlock
+from potstill.engine.nets.layers import ResidualBlock
 from potstill.engine.nets.unet import UNet
 
 
-class Skippable(UNetBlock):
+class Skippable(ResidualBlock):
     """A block that runs on the first `rows` samples (None: on all), while the others take its skip path.
 
     `rows` is a Python number, so a compiled or captured net has static shapes. scale and shift are [n, C, 1, 1] for the n
     samples left out, or [1, C, 1, 1] for all alike. `watch(self, s, y)` sees skip path and output, and may replace y.
     """
 
-    def __init__(self, block: UNetBlock):
+    def __init__(self, block: ResidualBlock):
         nn.Module.__init__(self)
         self.block = block
         self.in_channels, self.out_channels = block.in_channels, block.out_channels
@@ -38,7 +38,7 @@ class Skippable(UNetBlock):
     @property
     def plain_scale(self) -> float:
         """What the block itself multiplies its skip path with."""
-        return self.block.skip_scale ** (2 if self.block.heads else 1)
+        return self.block.plain_scale
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.watch is not None:
@@ -50,7 +50,7 @@ class Skippable(UNetBlock):
 
     def shortcut(self, x: Tensor) -> Tensor:
         """s: the skip path without the block's scale."""
-        return x if self.block.skip is None else self.block.skip(x)
+        return self.block.shortcut(x)
 
     def calibrated(self, s: Tensor) -> Tensor:
         """What stands for the block's output where it is left out."""
@@ -68,7 +68,7 @@ class SkippableDenoiser(EDMDenoiser):
         model = copy.deepcopy(net.model, {id(t): t for t in [*net.model.parameters(), *net.model.buffers()]})
         for layers in (model.enc, model.dec):
             for name, block in layers.items():
-                if isinstance(block, UNetBlock):
+                if isinstance(block, ResidualBlock):
                     layers[name] = Skippable(block)
         super().__init__(model, net.precond, net.scheme, net.kwargs)
         if self.precond == "iDDPMPrecond":
@@ -92,4 +92,4 @@ def with_unet(net: Denoiser) -> EDMDenoiser:
 def blocks_of(model: UNet) -> dict[str, Any]:
     """The residual blocks of a U-Net in the order they run, named like "enc.16x16_block0"; of a skippable one, `Skippable`s."""
     parts = (("enc", model.enc), ("dec", model.dec))
-    return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, UNetBlock)}
+    return {f"{part}.{name}": b for part, blocks in parts for name, b in blocks.items() if isinstance(b, ResidualBlock)}

@@ -269,6 +269,7 @@ def shard(net: nn.Module, mesh: DeviceMesh, cfg: FSDPConfig) -> list[Any]:
         model = denoiser.model
         parts += [fully_shard(block, mp_policy=policy, **options) for block in denoiser.blocks()]
         parts.append(fully_shard(model, **options))  # the embedding stays float32, as in a run on one rank
+        parts += [fully_shard(part, **options) for part in denoiser.beside()]
         for name in denoiser.forwards:
             register_fsdp_forward_method(model, name)
     heads = [m.head.layers for m in net.modules() if isinstance(m, Critic) and m.head is not None]
