@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from potstill.engine.methods.base import Batch
 from potstill.engine.methods.sida import SIDA, SIDAConfig
@@ -51,6 +51,7 @@ class Released:
         for role in ("teacher", "fake"):
             net = from_kwargs(meta["precond"], **kwargs)
             net.load_state_dict({key.removeprefix(f"{role}."): t for key, t in self.t.items() if key.startswith(f"{role}.")})
+            net.forces_norms = False  # of EDM2's nets: the released code never does it to the fake net
             nets.append(net)
         cfg = SIDAConfig(P_mean=hyper["P_mean"], P_std=hyper["P_std"], gan_fake=hyper["lsd"], **settings)
         self.method = SIDA(cfg, nets[0], nets[0], nets[1].train())
@@ -115,3 +116,19 @@ def test_the_discriminator_trains_the_encoder_and_the_embedding_alone():
     for name, grad in both.items():
         if ".dec." in name:
             torch.testing.assert_close(grad, without[name], rtol=1e-6, atol=1e-6 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("suffix", ["", "_nologvar"])
+def test_with_edm2s_nets_losses_and_gradients_are_the_released_codes(suffix):
+    file = Released("sida_edm2_losses", logvar=not suffix)
+    for share, name in ((None, "loss_sid_scaled"), (1.0, "loss_gan_scaled"), (0.5, "total")):
+        loss, grad = file.student(share)
+        close(loss, file.t[f"gen.{name}{suffix}"])
+    close(grad, file.t[f"gen.grad_images_total{suffix}"])
+    found = file.fake()
+    close(found["score"], file.t[f"fake_step.loss_score_scaled{suffix}"])
+    close(found["loss"], file.t[f"fake_step.total{suffix}"])
+    wanted = {key.removeprefix("fake_step.grad."): t for key, t in file.t.items() if key.startswith("fake_step.grad.")}
+    assert "logvar_linear.weight" in wanted
+    for name, grad in wanted.items() if not suffix else ():
+        close(found[name], grad)

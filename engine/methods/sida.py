@@ -28,7 +28,6 @@ data's. EDM's augmentation of what ψ sees is left out. Samples that are not fin
 where the released code replaces NaN and infinities in gradients.
 """
 
-import math
 from dataclasses import dataclass, field
 from functools import partial
 
