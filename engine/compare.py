@@ -95,8 +95,8 @@ def siblings(recipe: Path, wanted: str) -> dict[str, Path]:
     """The recipes to compare by method name: the recipe's own, and <its name>_<method> in its file or beside it."""
     found = {load(recipe, []).method.name: recipe}
     found |= {path.stem.removeprefix(f"{recipe.stem}_"): path for path in family_of(recipe)}
-    if wanted == "all":
-        return found
+    if wanted == "all":  # but what goes on from a run of another recipe, which a comparison does not make
+        return {name: path for name, path in found.items() if not load(path, []).students.start}
     names = [] if wanted == "teacher" else wanted.split(",")
     if unknown := [name for name in names if name not in found]:
         raise UserError(f"--methods wants all, teacher, or some of {', '.join(found)}, got {unknown[0]!r}")

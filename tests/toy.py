@@ -69,6 +69,12 @@ class Toy(nn.Module):
             raise ValueError(f"guidance {guidance} wants class labels, got none")
         return Estimate(raw, x, c.c_skip, c.c_out, self.raw(x, sigma, torch.zeros_like(class_labels))[0], guidance)
 
+    def estimate_and_features(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, *, guidance: float = 1.0):
+        return self.estimate(x, sigma, class_labels, guidance=guidance), self.features(x, sigma, class_labels)
+
+    def logvar(self, sigma: Tensor) -> Tensor | None:
+        """It has not learnt any."""
+
     def raw(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, precond.Coefficients]:
         """F, x and EDM's coefficients."""
         sigma = torch.as_tensor(sigma).to(x.dtype).reshape(-1).expand(len(x))

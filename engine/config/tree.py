@@ -182,7 +182,9 @@ class StudentsConfig:
     )
     net: NetConfig | None = None  # students of another shape than the teacher's: they learn its scores first (TSM)
     tsm: TrainConfig = field(default_factory=TrainConfig)
-    start: str | None = None  # a finished run whose students and fake nets go on here: stage ADM after stage DM; null: from the teacher
+    start: str | None = (
+        None  # a finished run to go on from: students and fake nets (ADM after DM); SiDA: its student alone, or a weight file
+    )
 
     def __post_init__(self):
         at_least(self, 1, "count")

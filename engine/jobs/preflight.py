@@ -21,7 +21,7 @@ from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.shares import check_prompts
-from potstill.engine.jobs.students import classes_without_images, earlier_folder, earlier_weights, partition_of
+from potstill.engine.jobs.students import classes_without_images, earlier_place, earlier_weights, is_earlier, partition_of
 from potstill.engine.jobs.told import check_caches, check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.measure.scores import check_score_names
@@ -34,7 +34,6 @@ from potstill.engine.models.partitions import Partition
 from potstill.engine.models.weights import is_whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.lora import check_lora
-from potstill.engine.training.checkpoint import checkpoints
 from potstill.engine.training.compile import check_compile
 from potstill.engine.training.graphs import check_graphs
 from potstill.engine.training.parallel import check_shares
@@ -133,7 +132,7 @@ def missing(cfg: Config) -> list[str]:
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
         wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path or 'DATA'}{unlabelled} --out {plan}")
-    if (earlier := earlier_folder(cfg, cfg.student or 0)) and not checkpoints(earlier / "checkpoints"):
+    if (earlier := earlier_place(cfg, cfg.student or 0)) and not is_earlier(earlier):
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
     pipelines = [Extra("diffusers", f"teacher.checkpoint={checkpoint}", "give a .safetensors file")] if to_come(cfg) else []
@@ -210,7 +209,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         raise UserError("students.net is trained on real images first: set data.path")
     known = (images is not None or not cfg.data.path) and not to_come(cfg)  # else which classes there are is not known yet
     partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
-    if (earlier := earlier_folder(cfg, cfg.student or 0)) and checkpoints(earlier / "checkpoints") and not to_come(cfg):
+    if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not to_come(cfg):
         earlier_weights(method, earlier)
     return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)
 

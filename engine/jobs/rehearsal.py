@@ -19,7 +19,7 @@ from potstill.engine.jobs.folder import write_atomically
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
 from potstill.engine.jobs.workplace import Workplace
-from potstill.engine.methods.base import Pairs
+from potstill.engine.methods.base import Pairs, lasting
 from potstill.engine.models.origins import is_pipeline, is_there, local_path
 from potstill.engine.nets.guide import Guide
 from potstill.engine.training.ranks import ALONE
@@ -81,6 +81,7 @@ def rehearse(cfg: Config) -> None:
     method = cfg.method.build(net, net)
     for one in method.nets.values():
         one.to(device)
+    method.turns = lasting(method.turns)
     period = max(turn.every for turn in method.turns if turn.every < 50)
     # On a GPU every turn is run eagerly three times and then captured before the clock starts.
     warmup, timed = (5 * period, period * -(-10 // period)) if device.type == "cuda" else (1, period)
@@ -143,6 +144,7 @@ def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> f
         teacher = job.teacher()
         method = cfg.method.build(teacher, teacher)
         method.pairs = stand_in_pairs(cfg, stream)
+    method.turns = lasting(method.turns)
     kimg = seconds / seconds_per_iteration(Run(method, stage, cfg.seed, job.device), stream, 0.03 * seconds) * stage.batch / 1000
     write_atomically(stored, json.dumps({"kimg": kimg, "seconds": seconds}))
     return kimg

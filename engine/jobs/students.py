@@ -12,7 +12,8 @@ from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import make_partition
 from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import student_folder
-from potstill.engine.training.checkpoint import load_newest
+from potstill.engine.models.weights import load_net
+from potstill.engine.training.checkpoint import checkpoints, load_newest
 
 
 def partition_of(cfg: Config, label_dim: int, images: Images | None) -> Partition | None:
@@ -67,22 +68,39 @@ def listed(classes: list[int]) -> str:
     return f"class{'es' * (len(classes) > 1)} {', '.join(map(str, classes[:5]))}{more}"
 
 
-def earlier_folder(cfg: Config, student: int) -> Path | None:
-    """The folder with the checkpoints that this student goes on from; None where it starts from the teacher."""
+def earlier_place(cfg: Config, student: int) -> Path | None:
+    """The folder with the checkpoints that this student goes on from, or a weight file; None where it starts from the teacher."""
     if not cfg.students.start:
         return None
-    folder = Path(cfg.students.start).expanduser()
-    return student_folder(folder, student) if cfg.students.count > 1 else folder
+    place = Path(cfg.students.start).expanduser()
+    return student_folder(place, student) if cfg.students.count > 1 and not place.is_file() else place
 
 
-def earlier_weights(method: Method, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights for each of the method's nets in another run's last checkpoint. UserError unless they fit (`may_be_new` apart)."""
-    state = load_newest(folder / "checkpoints", "cpu")
-    if state is None:
-        raise UserError(f"students.start: no checkpoint in {folder / 'checkpoints'}; wanted a finished run of the same shape")
-    for name, net in method.nets.items():
-        theirs = {key: t.shape for key, t in state["nets"].get(name, {}).items()}
+def is_earlier(place: Path) -> bool:
+    """Is there something that a student can go on from?"""
+    return place.is_file() or bool(checkpoints(place / "checkpoints"))
+
+
+def earlier_weights(method: Method, place: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that the method's nets go on with, by net. UserError unless they fit (`may_be_new` apart).
+
+    Of a run's last checkpoint those of every net, or for a method whose product goes on alone the average of the product (SiD²A); such a
+    one takes a student's weight file as well.
+    """
+    if place.is_file():
+        if not method.product_alone:
+            raise UserError(f"students.start wants the folder of a run with this method, whose nets all go on, got the file {place}")
+        nets = {method.product: load_net(place)[0].state_dict()}
+    else:
+        state = load_newest(place / "checkpoints", "cpu")
+        if state is None:
+            raise UserError(f"students.start: no checkpoint in {place / 'checkpoints'}; wanted a finished run of the same shape")
+        nets = {method.product: state["ema"]} if method.product_alone else state["nets"]
+    names = [method.product] if method.product_alone else list(method.nets)
+    for name in names:
+        net = method.nets[name]
+        theirs = {key: t.shape for key, t in nets.get(name, {}).items()}
         ours = {key: t.shape for key, t in net.state_dict().items() if key in theirs or not key.startswith(method.may_be_new)}
         if other := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
-            raise UserError(f"students.start: net {name!r} in {folder} is of another shape (first difference: {other[0]})")
-    return {name: state["nets"][name] for name in method.nets}
+            raise UserError(f"students.start: net {name!r} in {place} is of another shape (first difference: {other[0]})")
+    return {name: nets[name] for name in names}

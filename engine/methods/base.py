@@ -5,8 +5,10 @@ everything that is not the paper: backward, clipping, accumulation, optimisers, 
 """
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -82,6 +84,9 @@ class Pairs(NamedTuple):
     labels: Tensor | None
 
 
+ALWAYS = (-1.0, math.inf)  # images seen before an iteration: any number
+
+
 @dataclass(frozen=True)
 class Turn:
     """One optimiser step: `loss(shared)` returns a scalar for nets[trains] and what to log (detached by the step), every `every`-th time.
@@ -94,6 +99,27 @@ class Turn:
     every: int = 1
     after: int = 0  # the first iteration that takes this turn
     name: str = ""  # among several turns of one net: its gradient's norm is logged under this name, too
+    #: It is taken in iterations before which more images than the first and at most as many as the second had been seen.
+    seen: tuple[float, float] = ALWAYS
+
+    def counts(self, images: int) -> bool:
+        """Is this a part of the run that has this turn, so many images having been seen?"""
+        return self.seen[0] < images <= self.seen[1]
+
+    def due(self, step: int, images: int) -> bool:
+        """Is it taken in iteration `step`, so many images having been seen before it?"""
+        return self.counts(images) and step >= self.after and (step - self.after) % self.every == 0
+
+
+def taken_apart(turns: Sequence[Turn]) -> bool:
+    """Is no iteration one of two of these turns, whatever the batch? Not for none."""
+    spans = sorted(turn.seen for turn in turns)
+    return bool(spans) and all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+def lasting(turns: Sequence[Turn]) -> list[Turn]:
+    """Those that are taken at the end of a run, without their beginnings: what most iterations cost."""
+    return [replace(turn, seen=ALWAYS) for turn in turns if turn.seen[1] == ALWAYS[1]]
 
 
 @dataclass(eq=False)
@@ -202,6 +228,9 @@ class Method:
     pairs: Pairs | None = None
     #: Given before training where there are images: the mean over pixels of their variance, in [-1, 1] (`methods.vitals`).
     data_variance: float | None = None
+    #: Where another run is given to go on from (`students.start`): does the product alone, with the average of its weights, which may
+    #: also be a weight file? All other nets then start from the teacher. False: all nets go on.
+    product_alone: ClassVar[bool] = False
     #: Beginnings of the names of weights that an earlier stage need not have (`students.start`): they then stay new.
     may_be_new: ClassVar[tuple[str, ...]] = ()
     #: For a method with batch statistics of its own: the ranks, and whether these statistics are over all ranks' samples, and not

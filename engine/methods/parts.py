@@ -1,15 +1,19 @@
-"""What several papers share: the generator of one or few steps, what it is told, noise, and what a teacher must be able to do."""
+"""What several papers share: the generator of one or few steps, what it is told, noise, what a teacher must be able to do, and what
+score implicit matching is made of.
+"""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import one_of, wants
+from potstill.engine.common.checks import Unused, above, at_least, one_of, probability, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sampling import ONE_STEP, RENOISE, STARTS, Sampler, first_state
-from potstill.engine.diffusion.sigmas import GRID
-from potstill.engine.methods.base import Batch, Draws
+from potstill.engine.diffusion.sigmas import GRID, karras_at, lognormal
+from potstill.engine.methods.base import Batch, Draws, Method, frozen
+from potstill.engine.methods.vitals import Gaps
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import add_noise
@@ -83,4 +87,65 @@ def check_guidance(guidance: float, teacher: Denoiser, name: str = "guidance") -
     raise UserError(
         f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1, or give "
         "teacher.guide=FILE, a worse net to lead away from"
+    )
+
+
+class Implicit(Method):
+    """What SIM, SiD and SiDA share: nets, a generator, and the laws of the levels at which the two score nets are asked.
+
+    Args:
+        cfg: settings that `check_implicit` has looked at.
+    """
+
+    def __init__(self, cfg: Any, teacher: Denoiser, student: Denoiser, fake: Denoiser):
+        check_guidance(cfg.guidance, teacher)
+        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
+        if cfg.dropout is not None:
+            student.set_dropout(cfg.dropout)
+            fake.set_dropout(cfg.dropout)
+        self.cfg, self.teacher = cfg, frozen(teacher)
+        self.student, self.fake = student, fake
+        self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
+        self.nets = {"fake": fake, "student": student}
+        self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
+        self.sampler, self.gaps = self.generate.sampler, Gaps(self.teacher_level, self.teacher.weight)
+        self.c = 0.00054 * math.prod(student.shape) ** 0.5 if cfg.c is None else cfg.c
+
+    def teacher_level(self, u: Tensor) -> Tensor:
+        t = self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * u
+        match self.cfg.levels:
+            case "own":
+                return self.teacher.level(t)
+            case "lognormal":
+                return self.teacher.told(lognormal(torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)), self.cfg.P_mean, self.cfg.P_std))
+        return self.teacher.told(karras_at(t))
+
+    def fake_level(self, draws: Draws) -> Tensor:
+        """σ [N] of L_ψ."""
+        if self.cfg.levels == "own":
+            return self.teacher.level(self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * draws.uniform())
+        return self.teacher.told(lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std))
+
+
+def check_implicit(cfg: Any) -> None:
+    """BadSetting for what no `Implicit` can use."""
+    one_of(cfg, "distance", ("huber", "l2"))
+    one_of(cfg, "weight", ("own", "one_minus_t"))
+    one_of(cfg, "levels", ("karras", "own", "lognormal"))
+    check_generator(cfg)
+    wants(cfg, "alpha", cfg.distance == "l2" or cfg.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
+    above(cfg, 0, "c", "sigma", "scale", "P_std", "guidance", "fake_guidance")
+    wants(cfg, "t_max", 0 < cfg.t_max <= 1, "a share of the noise levels in (0, 1]")
+    wants(cfg, "t_min", 0 <= cfg.t_min < cfg.t_max, f"a share of the noise levels, from 0 and below t_max = {cfg.t_max}")
+    probability(cfg, "dropout")
+    at_least(cfg, 1, "fake_per_student")
+
+
+def unused_of_implicit(cfg: Any) -> Unused:
+    """Settings of an `Implicit` that do nothing beside the others, and why."""
+    law = dict.fromkeys(("t_min", "t_max") if cfg.levels == "lognormal" else ("P_mean", "P_std"), f"method.levels={cfg.levels}")
+    return (
+        ({"c": "method.distance=l2"} if cfg.distance == "l2" else {})
+        | ({"sigma": "method.steps"} if cfg.steps else {})
+        | (law if cfg.levels != "karras" else {})
     )

@@ -22,17 +22,15 @@ the same where all are equally frequent. c is constant in units of D, where the 
 augmentation of the images that ψ learns from is left out. Samples that are not finite count as zero and are reported.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from potstill.engine.common.checks import Unused, above, at_least, one_of, probability, wants
-from potstill.engine.diffusion.sigmas import karras_at, lognormal
-from potstill.engine.methods.base import Batch, Draws, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import Generator, check_generator, check_guidance, conditions, noise_like
-from potstill.engine.methods.vitals import Gaps, variance
+from potstill.engine.common.checks import Unused
+from potstill.engine.methods.base import Batch, Logs, MethodConfig, Needs, Turn, copied
+from potstill.engine.methods.parts import Implicit, check_implicit, conditions, noise_like, unused_of_implicit
+from potstill.engine.methods.vitals import variance
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.kernels import Losses, add_noise, denoise, score_implicit
@@ -63,16 +61,7 @@ class SIMConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self, "distance", ("huber", "l2"))
-        one_of(self, "weight", ("own", "one_minus_t"))
-        one_of(self, "levels", ("karras", "own", "lognormal"))
-        check_generator(self)
-        wants(self, "alpha", self.distance == "l2" or self.alpha == 1, "to be 1 with method.distance=huber (it is of l2)")
-        above(self, 0, "c", "sigma", "scale", "P_std", "guidance", "fake_guidance")
-        wants(self, "t_max", 0 < self.t_max <= 1, "a share of the noise levels in (0, 1]")
-        wants(self, "t_min", 0 <= self.t_min < self.t_max, f"a share of the noise levels, from 0 and below t_max = {self.t_max}")
-        probability(self, "dropout")
-        at_least(self, 1, "fake_per_student")
+        check_implicit(self)
 
     def needs(self) -> Needs:
         return Needs(data=False, classes=self.guidance != 1 or self.fake_guidance != 1)
@@ -81,33 +70,17 @@ class SIMConfig(MethodConfig):
         return SIM(self, teacher, student=copied(start), fake=copied(teacher, "fake"))
 
     def unused(self) -> Unused:
-        law = dict.fromkeys(("t_min", "t_max") if self.levels == "lognormal" else ("P_mean", "P_std"), f"method.levels={self.levels}")
-        return (
-            ({"c": "method.distance=l2"} if self.distance == "l2" else {})
-            | ({"sigma": "method.steps"} if self.steps else {})
-            | (law if self.levels != "karras" else {})
-        )
+        return unused_of_implicit(self)
 
 
-class SIM(Method):
+class SIM(Implicit):
     """Two turns on images of their own: ψ learns the student's images, then the student moves."""
 
     asks = 2  # each turn draws its own
 
     def __init__(self, cfg: SIMConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
-        check_guidance(cfg.guidance, teacher)
-        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
-        if cfg.dropout is not None:
-            student.set_dropout(cfg.dropout)
-            fake.set_dropout(cfg.dropout)
-        self.cfg, self.teacher = cfg, frozen(teacher)
-        self.student, self.fake = student, fake
-        self.frozen_student, self.frozen_fake = frozen(student), frozen(fake)
-        self.nets = {"fake": fake, "student": student}
+        super().__init__(cfg, teacher, student, fake)
         self.turns = (Turn("fake", self.fake_loss), Turn("student", self.student_loss, every=cfg.fake_per_student))
-        self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
-        self.sampler, self.gaps = self.generate.sampler, Gaps(self.teacher_level, self.teacher.weight)
-        self.c = 0.00054 * math.prod(student.shape) ** 0.5 if cfg.c is None else cfg.c
 
     def fake_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_ψ: denoise the student's images."""
@@ -130,21 +103,6 @@ class SIM(Method):
         (loss, nonfinite), gaps = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels, weight)
         loss = loss.mean()
         return self.cfg.scale * loss, {"implicit": loss, "nonfinite": nonfinite} | gaps | variance(x, self.data_variance)
-
-    def teacher_level(self, u: Tensor) -> Tensor:
-        t = self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * u
-        match self.cfg.levels:
-            case "own":
-                return self.teacher.level(t)
-            case "lognormal":
-                return self.teacher.told(lognormal(torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7)), self.cfg.P_mean, self.cfg.P_std))
-        return self.teacher.told(karras_at(t))
-
-    def fake_level(self, draws: Draws) -> Tensor:
-        """σ [N] of L_ψ."""
-        if self.cfg.levels == "own":
-            return self.teacher.level(self.cfg.t_min + (self.cfg.t_max - self.cfg.t_min) * draws.uniform())
-        return self.teacher.told(lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std))
 
     def implicit_distance(
         self, x: Tensor, sigma: Tensor, noise: Tensor, labels: Condition | None, weight: Tensor | None = None

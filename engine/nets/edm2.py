@@ -112,13 +112,15 @@ class EDM2UNet(Gained):
         return self.out_conv(x, self.gain)
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None, steps: int | None = None
-    ) -> Tensor:
-        """augment_labels and steps: of EDM's nets; here there are none."""
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None, steps: int | None = None,
+        deepest: bool = False,
+    ) -> Any:  # fmt: skip
+        """With `deepest` a pair with what the last encoder block returned. augment_labels and steps: of EDM's nets; here there are none."""
         if augment_labels is not None or steps is not None:
             raise ValueError(f"this net knows neither augmentation nor in how many steps it is sampled, got steps={steps}")
         emb = self.embed(c_noise, labels)
-        return self.decode(self.encode(x, emb), emb)
+        skips = self.encode(x, emb)
+        return (self.decode(skips, emb), skips[-1]) if deepest else self.decode(skips, emb)
 
     def levels(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> list[Tensor]:
         """The last encoder output of every resolution, finest first; the decoder does not run."""

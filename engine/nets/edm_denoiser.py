@@ -14,6 +14,7 @@ from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser, per_sample
 from potstill.engine.nets.layers import ResidualBlock
 from potstill.engine.nets.unet import UNet, channels_of
+from potstill.kernels import Estimate
 
 
 class EDMDenoiser(Denoiser):
@@ -47,6 +48,13 @@ class EDMDenoiser(Denoiser):
     def levels(self, x: Tensor, sigma: Tensor, condition: Condition | None = None) -> list[Tensor]:
         x, c = x.float(), self.coefficients(self._sigmas(sigma, x))
         return self.model.levels(self._input(x, c), c.c_noise, self._labels(condition, x))
+
+    def estimate_and_features(
+        self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0
+    ) -> tuple[Estimate, Tensor]:
+        seen: list[Tensor] = []
+        estimate = self.estimate(x, sigma, condition, guidance=guidance, seen=seen)
+        return estimate, seen[0][: len(x)].float()  # a guided batch is the samples twice, those with a condition first
 
     def taps(self) -> list[tuple[int, int, int]]:
         channels = {int(name.partition("x")[0]): channels_of(layer) for name, layer in self.model.enc.items()}
@@ -117,12 +125,17 @@ class EDMDenoiser(Denoiser):
         return [module for module in self.model.modules() if isinstance(module, ResidualBlock)]
 
     def _raw(
-        self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """augment_labels: for nets with such inputs. steps: the number of levels it is sampled with, for nets that know of it."""
+        self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """augment_labels: for nets with such inputs. steps: the number of levels it is sampled with, for nets that know of it.
+        seen: is given what the last encoder block returned."""
         x = x.float()
         c = self.coefficients(self._sigmas(sigma, x))
-        raw = self.model(self._input(x, c), c.c_noise, self._labels(condition, x), augment_labels, steps)
+        raw = self.model(self._input(x, c), c.c_noise, self._labels(condition, x), augment_labels, steps, seen is not None)
+        if seen is not None:
+            raw, deepest = raw
+            seen.append(deepest)
         return raw[:, : self.img_channels], x, c.c_skip, c.c_out  # iDDPM's net also predicts a variance, unused
 
     def _input(self, x: Tensor, c: Coefficients) -> Tensor:

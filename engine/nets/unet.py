@@ -6,6 +6,7 @@ encoder (`levels`), which is where GAN heads listen. Keyword arguments and state
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -172,11 +173,14 @@ class UNet(nn.Module):
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         steps: int | None = None,
-    ) -> Tensor:
+        deepest: bool = False,
+    ) -> Any:
+        """The image-shaped output; with `deepest` a pair of it and what the last encoder block returned."""
         x, emb = ops.in_memory_format(x), self.conditioned(self.embed(c_noise, labels, augment_labels), steps)
         if ops.fuses(x):
             emb = modulation(emb, [*self.blocks["enc"], *self.blocks["dec"]])
-        return self.decode(self.encode(x, emb), emb)
+        skips = self.encode(x, emb)
+        return (self.decode(skips, emb), skips[-1]) if deepest else self.decode(skips, emb)
 
     def conditioned(self, emb: Tensor, steps: int | None) -> Tensor:
         """`emb` and, in a net with a step condition, the number of levels beside it: what blocks are called with."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.sigmas import digit_reversal
 from potstill.engine.nets.conditions import Condition
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.layers import ResidualBlock
 from potstill.engine.nets.unet import UNet
@@ -79,6 +80,12 @@ class Skipping(SkippableDenoiser):
             return super().estimate(x, sigma, condition, guidance=guidance, **how)
         finally:
             self.repeats = 1
+
+    def estimate_and_features(
+        self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0
+    ) -> tuple[Estimate, Tensor]:
+        """In two forwards: the estimate is by the plan, the features are the full net's."""
+        return Denoiser.estimate_and_features(self, x, sigma, condition, guidance=guidance)
 
     def _raw(
         self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None

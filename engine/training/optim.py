@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from potstill.engine.common.checks import above, at_least, finite, one_of, wants
 from potstill.engine.nets.denoiser import Denoiser
@@ -31,13 +31,14 @@ class OptimConfig:
     weight_decay: float = 0.0  # adam: L2 in the gradient; adamw: decoupled
     clip: float | None = None  # global gradient norm; null: none
     forced_norm: bool = True  # of nets whose weights are directions (EDM2): put them back to unit length in every iteration
+    clip_value: float | None = None  # of every single number of the gradient, before `clip`; null: none
     warmup: int = 0  # iterations of linear warm-up
     schedule: str = "constant"  # of the learning rate: constant | linear (to 0 at the end) | halfway (a tenth from the middle on, as SFD)
 
     def __post_init__(self):
         finite(self)
         one_of(self, "name", KINDS)
-        above(self, 0, "lr", "clip")
+        above(self, 0, "lr", "clip", "clip_value")
         wants(self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         at_least(self, 0, "eps", "weight_decay", "warmup")
         one_of(self, "schedule", SCHEDULES)
@@ -165,15 +166,22 @@ class Trained:
         self.ranks.average([p.grad for p in self._moved() if p.grad is not None])
 
     def step(self) -> Tensor:
-        """The optimiser's step by the clipped gradient; returns the norm before clipping."""
+        """The optimiser's step by the clipped gradient; returns the norm before clipping.
+
+        Clipped by value an infinite number becomes finite, and NaN stays NaN; the norm tells of both, and the run stops. SiD's and
+        SiDA's code puts 0 for NaN and ±1e5 for infinities before: here the losses leave out samples that are not finite.
+        """
         parameters = self._moved()
-        norm = self.norm([p.grad for p in parameters if p.grad is not None])
+        norm = clipped = self.norm([p.grad for p in parameters if p.grad is not None])
+        if self.cfg.clip_value is not None:
+            clip_grad_value_(parameters, self.cfg.clip_value)
+            clipped = norm if self.cfg.clip is None else self.norm([p.grad for p in parameters if p.grad is not None])
         if self.cfg.clip is None:
             self.optimizer.step()
         elif isinstance(self.optimizer, AdamEMA):  # it divides the gradient where it reads it
-            self.optimizer.step(grad_scale=((norm + 1e-6) / self.cfg.clip).clamp(min=1))
+            self.optimizer.step(grad_scale=((clipped + 1e-6) / self.cfg.clip).clamp(min=1))
         else:
-            clip_grads_with_norm_(parameters, self.cfg.clip, norm)
+            clip_grads_with_norm_(parameters, self.cfg.clip, clipped)
             self.optimizer.step()
         return norm
 

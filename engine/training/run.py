@@ -4,6 +4,7 @@ The loop calls `Run.take`, which calls `turn.loss`. Random numbers are a functio
 is the whole state of data and noise, and a run that was killed repeats itself from its last checkpoint.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -85,7 +86,7 @@ class Run(State):
 
                 shared, _ = graphs.run("begin", begin, shared) if graphs else begin(shared)
             for number, turn in enumerate(method.turns):
-                if self.step < turn.after or (self.step - turn.after) % turn.every:
+                if not turn.due(self.step, self.images_seen):
                     continue
                 net = self.trained[turn.trains]
 
@@ -136,15 +137,20 @@ class Run(State):
             self.averaging_optimizer.set_ema_decay(decay)
 
     def product_gradient(self, own: Share) -> Tensor:
-        """The gradient for the product's parameters at this iteration, as one vector; changes nothing."""
+        """The gradient for the product's parameters at this iteration, as one vector; changes nothing.
+
+        Of the product's turns those that this part of the run has; before all of them, those that come first.
+        """
         number = self.batch_number(self.step)
         self.batches.seed_dropout(number)
         name, batches = self.method.product, self.batches.cut(own, number)
         parameters = [p for p in self.method.nets[name].parameters() if p.requires_grad]
         total = [torch.zeros_like(p) for p in parameters]
+        turns = [turn for turn in self.method.turns if turn.trains == name]
+        images = max(self.images_seen, min(math.floor(turn.seen[0]) + 1 for turn in turns))
         for shared in map(self.method.begin, batches):
-            for turn in self.method.turns:
-                if turn.trains == name and (result := turn.loss(shared)) is not None:
+            for turn in turns:
+                if turn.counts(images) and (result := turn.loss(shared)) is not None:
                     gradients = torch.autograd.grad(result[0] / len(batches), parameters, materialize_grads=True)
                     total = [t + g for t, g in zip(total, gradients, strict=True)]
         gradient = torch.cat([t.flatten() for t in total])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Method, modules_of
+from potstill.engine.methods.base import Method, modules_of, taken_apart
 from potstill.engine.nets.shadow import give_shadows
 from potstill.engine.skipping.apply import Guard
 from potstill.engine.training.checkpoint import load_fitting
@@ -42,8 +42,8 @@ class State:
         self.averaging_optimizer: AdamEMA | None = None  # the product's optimiser, where it averages as well
         self.weights_with_shadows = give_shadows(modules_of(method)) if cfg.shadows else []
         for name, one in self.trained.items():
-            # AdamEMA averages within its step, where one turn an iteration trains the product
-            averages = one is self.product and sum(turn.trains == name for turn in method.turns) == 1
+            # AdamEMA averages within its step, where at most one turn an iteration trains the product
+            averages = one is self.product and taken_apart([turn for turn in method.turns if turn.trains == name])
             one.give_optimizer(cfg.optim_of(name), cfg.optimizer, self.ema.net if averages else None)
             if averages and isinstance(one.optimizer, AdamEMA):
                 self.averaging_optimizer = one.optimizer
