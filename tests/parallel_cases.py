@@ -103,6 +103,19 @@ def gdd():
     return GDD(GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0), net(2), [load_feature_net("teacher", frozen(teacher))])
 
 
+def few():
+    """DMD2 in three steps: all ranks and micro-batches stop at one of them."""
+    cfg = DMDConfig(gan=True, gan_student=0.1, gan_fake=0.1, fake_per_student=2, steps=[700, 500, 300])
+    return DMD(cfg, net(1), net(2), net(3))
+
+
+def few_gdd():
+    teacher = net(1)
+    torch.manual_seed(4)
+    cfg = GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0, steps=[700, 500, 300])
+    return GDD(cfg, net(2), [load_feature_net("teacher", frozen(teacher))])
+
+
 def sfd():
     return SFD(SFDConfig(num_steps=[4, 5], K=2, step_condition=True), net(1), net(2))
 
@@ -121,7 +134,17 @@ def light():
     return method
 
 
-METHODS = {"dmd": dmd, "sim": sim, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
+METHODS = {
+    "dmd": dmd,
+    "sim": sim,
+    "alternating": alternating,
+    "instant": instant,
+    "gdd": gdd,
+    "sfd": sfd,
+    "tsm": tsm,
+    "few": few,
+    "few_gdd": few_gdd,
+}
 METHODS |= {"edm2": edm2, "edm2_teacher": edm2_teacher}
 
 

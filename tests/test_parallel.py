@@ -41,6 +41,7 @@ MICRO = [
     ("dmd", "fsdp", {"micro_batch": 1, "optimizer": "adam_ema"}),
     ("light", "ddp", {"micro_batch": 4}),
     ("sim", "ddp", {"micro_batch": 8}),
+    ("few", "ddp", {"micro_batch": 2}),
 ]
 COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"})]
 OPTIONS = [
