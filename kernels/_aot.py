@@ -23,8 +23,8 @@ from potstill.kernels.estimate import Estimate
 #: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
 SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
 ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
-#: (C, resolution) in EDM2's networks, from XS at the top to XXL at the bottom: mp_cat has twice as many channels and fewer.
-EDM2 = [(128, 64), (192, 64), (256, 32), (320, 64), (384, 16), (448, 64), (512, 8), (896, 32), (1152, 16), (1344, 16), (1536, 8), (1792, 8)]
+#: (C, resolution) of all blocks of EDM2's networks, XS (128) to XXL (448).
+EDM2 = sorted({(size * (i + 1), 64 >> i) for size in (128, 192, 256, 320, 384, 448) for i in range(4)})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: N and D. Triton compiles a kernel once more for integers that 16 divides, and once more for a 1, which is then a constant.
 SIZES = {"": (63, 3 * 63 * 63), ", D % 16 = 0": (64, 3 * 64 * 64)}

@@ -9,7 +9,6 @@ from kernel_cases import BF16, F16, F32, F64, Case, made_of, of_ops, off_the_gri
 from places import everywhere
 from torch.nn import functional as F
 
-from benches.rehearse import REHEARSING
 from potstill import kernels
 from potstill.kernels import _mp, reference
 from potstill.kernels._aot import EDM2
@@ -304,7 +303,6 @@ def test_compiles_into_one_graph(op, place):
         torch.testing.assert_close(found, expected[name])  # the compiler differentiates a definition by other formulas
 
 
-@pytest.mark.skipif(INTERPRET or REHEARSING, reason="of shapes, not of kernels")
 def test_a_tile_of_every_width_keeps_its_loads_whole():
     for c, _ in EDM2:
         p = _mp._tile(c, 2048)

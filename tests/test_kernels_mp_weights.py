@@ -7,7 +7,6 @@ from places import everywhere
 
 from potstill import kernels
 from potstill.kernels import mp_weights, reference
-from potstill.kernels._lib import INTERPRET
 from potstill.kernels.mp_weights import plan
 from potstill.kernels.tables import Rows
 
@@ -239,7 +238,6 @@ def test_compiles_into_one_graph(place):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(INTERPRET, reason="of shapes, not of kernels")
 def test_a_program_has_few_enough_numbers_for_its_registers():
     for n in (1, 27, 64, 768, 1152, 16128, 16384, 16385, 32256):
         p = plan(n)
