@@ -438,7 +438,7 @@ def test_profiles_that_do_not_belong_together_are_refused():
         with given[1].tensors() as tensors:
             yield {name: torch.stack([t, t]) for name, t in tensors.items()}
 
-    for tensors, words in ((less, "is in one of the two only"), (nan, "not finite"), (wide, "is of another net")):
+    for tensors, words in ((less, "is in one of the two only"), (nan, "not finite"), (wide, "is of another architecture: ")):
         with pytest.raises(UserError, match=words):
             reconstructed([given[0], given[1]._replace(tensors=tensors), *given[2:]], 0.07)
 
@@ -490,6 +490,8 @@ def test_damaged_profiles_are_named(straight, tmp_path, capsys):
     ):
         save_weights(file, tensors, meta | {"phema": said})
         assert f"{file} {words}" in refused(capsys, folder, out, "--std=0.08")
+    save_weights(file, tensors, {name: value for name, value in meta.items() if name != "phema"})
+    assert f"{file} lacks phema in its metadata, and its name says that it is a profile" in refused(capsys, folder, out, "--std=0.08")
     save_weights(file, tensors, meta)
     data = bytearray(file.read_bytes())
     data[-5] ^= 64

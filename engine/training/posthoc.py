@@ -5,6 +5,7 @@ of a stage holds them. `reconstructed` takes profiles of whatever origin. It rea
 at a time: in memory are the sums, in float64.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from potstill.engine.readers.headers import opened
 from potstill.engine.training.phema import LIMIT, Length, combination, is_std
 
 PROFILES = "phema"  # the folder of a stage, and the name in the metadata
+NAMED = re.compile(r"\d{10}-0\.\d{3}")
 ADVICE = "copy the file again, or leave it out"
 KINDS = {"images": count(1), "std": Kind(lambda value: is_number(value) and is_std(value), f"a number above 0 and below {LIMIT}")}
 #: What the metadata of profiles of one net agree in.
@@ -81,6 +83,8 @@ def _profile(path: Path) -> Profile | None:
     with opened(path) as file:
         metadata = metadata_of(path, file)
     if (said := metadata.pop(PROFILES, None)) is None:
+        if NAMED.fullmatch(path.stem):
+            raise Damaged(f"{path} lacks {PROFILES} in its metadata, and its name says that it is a profile: {ADVICE}")
         return None
     if missing := KINDS.keys() - said.keys():
         raise Damaged(f"{path} lacks {PROFILES}.{min(missing)} in its metadata: {ADVICE}")
@@ -132,29 +136,34 @@ def _time(times: Sequence[int], kimg: float | None) -> int:
 
 
 def _summed(used: Sequence[Profile], weights: np.ndarray) -> dict[str, Tensor]:
-    """Σ weight · tensor of what trains, in the names' order of the last one, whose other tensors are copied."""
+    """Σ weight · tensor of what trains; other tensors are the last one's."""
     last = used[-1]
     with last.tensors() as tensors:
         net = planned(last.path, last.metadata, list(tensors))
-        averaged = {name for name, _ in net.named_parameters()}
-        shapes = {name: t.shape for name, t in tensors.items()}
-        found = {name: _finite(last, name, t).double() * weights[-1] if name in averaged else t.clone() for name, t in tensors.items()}
-    for one, weight in zip(used[:-1], weights[:-1].tolist(), strict=True):
-        with one.tensors() as tensors:
-            if other := sorted(tensors.keys() ^ shapes.keys()):
-                raise UserError(f"{one.path} is of another net than {last.path}: {other[0]} is in one of the two only")
-            for name in averaged & shapes.keys():
-                if (t := tensors[name]).shape != shapes[name]:
-                    raise UserError(
-                        f"{one.path} is of another net than {last.path}: {name} is {list(t.shape)} there, {list(shapes[name])} here"
-                    )
-                found[name].add_(_finite(one, name, t).double(), alpha=weight)
-    for name in averaged & shapes.keys():
+    averaged = {name for name, _ in net.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for one, weight in zip(used[::-1], weights[::-1].tolist(), strict=True):
+        for name, t in _tensors(one, net.state_dict()):
+            if name not in averaged:
+                found.setdefault(name, t.clone())
+            elif name in found:
+                found[name].add_(t.double(), alpha=weight)
+            else:
+                found[name] = t.double() * weight
+    for name in averaged & found.keys():
         found[name] = found[name].float()
     return found
 
 
-def _finite(profile: Profile, name: str, t: Tensor) -> Tensor:
-    if t.numel() and not all(bound.isfinite() for bound in t.aminmax()):  # NaN is both
-        raise Damaged(f"{profile.path} holds numbers that are not finite in {name}: leave it out, and what came after it")
-    return t
+def _tensors(profile: Profile, wanted: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A profile's tensors in turn. UserError unless they are floats of these names and shapes; Damaged where they are not finite."""
+    with profile.tensors() as tensors:
+        if other := sorted(set(tensors) ^ wanted.keys()):
+            raise UserError(f"{profile.path} and the net that the profiles say they are of differ: {other[0]} is in one of the two only")
+        for name, like in wanted.items():
+            if (t := tensors[name]).shape != like.shape or not t.is_floating_point():
+                what = f"{list(t.shape)} of {str(t.dtype).removeprefix('torch.')}"
+                raise UserError(f"{profile.path} is of another architecture: {name} is {what}, wanted floats {list(like.shape)}")
+            if t.numel() and not all(bound.isfinite() for bound in t.aminmax()):  # NaN is both
+                raise Damaged(f"{profile.path} holds numbers that are not finite in {name}: leave it out, and what came after it")
+            yield name, t
