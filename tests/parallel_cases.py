@@ -189,8 +189,9 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    """All trained nets and the average, whole."""
+    """All trained nets and the averages, whole."""
     nets = {name: one.whole(one.net) for name, one in run.trained.items()} | {"average": run.average()}
+    nets |= {f"profile {std:g}": run.profile(std) for std in run.cfg.phema}
     return {f"{name}.{key}": t.clone() for name, one in nets.items() for key, t in one.state_dict().items()}
 
 
@@ -207,9 +208,9 @@ def key(name: str, parallel: str, settings: dict) -> tuple:
     return name, parallel, *sorted((k, str(v)) for k, v in settings.items())
 
 
-def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dict[str, float]], dict]:
+def part(ranks: Ranks, folder: str, parallel: str, steps: int, settings: dict | None = None) -> tuple[list[dict[str, float]], dict]:
     """Go on from the newest checkpoint in `folder` for some steps, and leave one."""
-    run, path = new_run("dmd", ranks, parallel), Path(folder)
+    run, path = new_run("dmd", ranks, parallel, **settings or {}), Path(folder)
     if state := load_newest(path, CPU, run.like if run.sharded else None):
         run.load_state_dict(state)
     curve = advance(run, steps)
