@@ -13,6 +13,7 @@ and the averages that a run has kept one of another length.
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,13 +29,15 @@ from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.data.vae import write_latents
 from potstill.engine.diffusion.sampling import Sampler, one_step
+from potstill.engine.formats.edm2_snapshots import NAME, Snapshot, snapshots_in
 from potstill.engine.formats.edm_pickle import Found, read_net
 from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
+from potstill.engine.models.descriptions import described
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import fetched
 from potstill.engine.models.weights import save_net, save_weights
 from potstill.engine.training.phema import LIMIT
-from potstill.engine.training.posthoc import profiles_in, reconstructed
+from potstill.engine.training.posthoc import Profile, profiles_in, reconstructed
 
 IMAGES = """\
 SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),
@@ -58,7 +61,7 @@ states) with --like, or the address of one: it is then downloaded into $POTSTILL
 programs: nothing in the file is executed, and one that asks for anything but a network is refused."""
 PHEMA = """\
 RUN is the folder of a run with train.phema=[0.05,0.1], RUN/teacher that of its teacher's training, RUN/student-0 that of one of
-several students; or a folder of the profiles that one has kept. OUT is the average of the weights of another relative length, as if
+several students; or a folder of the profiles that one has kept, or of EDM2's snapshots (network-snapshot-KIMG-STD.pkl). OUT is the average of the weights of another relative length, as if
 it had been followed from the start (power-function EMA, 2312.02696), after as many images as some of the profiles."""
 LICENSE = (
     "These weights are somebody else's: EDM's and EDM2's, and what is made from them (SiD, SiDA, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
@@ -239,12 +242,26 @@ def convert_edm(arguments: argparse.Namespace) -> None:
 def convert_phema(arguments: argparse.Namespace) -> None:
     """Read, combine, save; prints one line about the average."""
     out = _weight_file(arguments)
-    profiles = profiles_in(arguments.source.expanduser())
+    profiles = _profiles(arguments.source.expanduser())
     made = reconstructed(profiles, arguments.std, arguments.kimg)
     save_weights(out, made.tensors, made.metadata)
     lengths = sorted({one.std for one in profiles})
     of = f"{made.used} profiles of std {', '.join(f'{std:g}' for std in lengths)}"
     print(f"{out}: std {arguments.std:g} at {made.images / 1000:g} kimg, of {of} (its weights over time off by {made.off:.1%})")
+
+
+def _profiles(where: Path) -> list[Profile]:
+    """The averages that a run has kept, or one of EDM2's trainings as snapshots."""
+    if where.is_dir() and any(NAME.fullmatch(path.name) for path in where.iterdir()):
+        return [_of_snapshot(one) for one in snapshots_in(where)]
+    return profiles_in(where)
+
+
+def _of_snapshot(one: Snapshot) -> Profile:
+    found = read_net(one.path)
+    encoder = {"encoder": found.encoder} if found.encoder else {}
+    metadata = {"source": f"snapshots of {one.path.parent.name}", "license": LICENSE} | encoder | described(found.net)
+    return Profile(one.images, one.std, lambda: nullcontext(one.tensors()), metadata, one.path)
 
 
 def _weight_file(arguments: argparse.Namespace) -> Path:
