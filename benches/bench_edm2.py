@@ -173,7 +173,11 @@ def test_force_weight_norm(shape, record):
     copies = [first, *(Inputs(shape, harness.CUDA) for _ in range(harness.copies_for(moved, harness.CUDA) - 1))]
     for i in copies:  # once, so that neither changes much for the other
         force_weight_norm_(i.weights)
-    variants = {"ours": forcing(force_weight_norm_, copies), "eager": forcing(eager_force, copies), "copy": harness.copy_of(moved, harness.CUDA)}
+    variants = {
+        "ours": forcing(force_weight_norm_, copies),
+        "eager": forcing(eager_force, copies),
+        "copy": harness.copy_of(moved, harness.CUDA),
+    }
     agree(variants["ours"], variants["eager"])
     seconds = harness.seconds(variants, harness.CUDA, len(copies), budget=0.15)
     case = f"force_weight_norm_ {len(first.weights)} weights of {shape[1]}"

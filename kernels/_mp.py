@@ -69,8 +69,8 @@ def norm_grad_kernel(
     if ds_ptr is not None:
         g += _get(ds_ptr + start, at, mask) * _slope(n, ASM)
     r = tl.load(r_ptr + pixel, mask=pixel < pixels, other=0.0)
-    # n = x/(eps + r), and r changes with x by n·(eps + r)/(C·r)
-    along = tl.where(r > 0, tl.sum(g * n, 1) / (C * r), 0.0)
+    # n = x/(eps + r), and r changes with x by n·(eps + r)/(C·r); where r is 0, n is
+    along = tl.sum(g * n, 1) / (C * tl.where(r > 0, r, 1.0))
     tl.store(dx_ptr + start + at, g * (1.0 / (eps + r))[:, None] - n * along[:, None], mask=mask)
 
 
@@ -235,7 +235,9 @@ def cat_grad_kernel(
 #: Numbers of one image that a program of 4 warps handles at a time: in 16 bits four loads of 16 bytes a thread; backward reads two or three.
 _FORWARD, _BACKWARD = 4096, 2048
 _CHANNELS = 64  # of a tile: 128 bytes of a pixel in 16 bits; 64 divides the widths of all EDM2 nets
-_STEPS = 8  # tiles that a program sums to the gradient of a scale: what is written of sums is 1/256 of the image or less, for 32 pixels a tile
+_STEPS = (
+    8  # tiles that a program sums to the gradient of a scale: what is written of sums is 1/256 of the image or less, for 32 pixels a tile
+)
 _BLOCK = 2048
 
 
@@ -260,9 +262,7 @@ def norm(x: Tensor, eps: float, activated: bool) -> tuple[Tensor, Tensor, Tensor
     n, s, r = norm_outputs(x, eps, activated)
     if x.numel():
         (pixels, c), p = _numbers(x), _rows(x.shape[1], _FORWARD)
-        norm_kernel[(cdiv(pixels, p["ROWS"]),)](
-            x, n, s if activated else None, r, pixels, eps, C=c, ASM=ASM, **p
-        )
+        norm_kernel[(cdiv(pixels, p["ROWS"]),)](x, n, s if activated else None, r, pixels, eps, C=c, ASM=ASM, **p)
     return n, s, r
 
 
@@ -382,12 +382,16 @@ def cat_grad(dcat: Tensor | None, ds: Tensor | None, joined: Tensor, t: float, w
     return da, db
 
 
-def cat_gradients(dcat: Tensor | None, ds: Tensor | None, joined: Tensor, t: float, width: int, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+def cat_gradients(
+    dcat: Tensor | None, ds: Tensor | None, joined: Tensor, t: float, width: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of a and b, empty where not wanted."""
     n, c, *pixels = joined.shape
     widths = zip((width, c - width), wanted, strict=True)
     da, db = (
-        torch.empty((n, w, *pixels), dtype=joined.dtype, device=joined.device, memory_format=memory_format(joined)) if want else joined.new_empty(0)
+        torch.empty((n, w, *pixels), dtype=joined.dtype, device=joined.device, memory_format=memory_format(joined))
+        if want
+        else joined.new_empty(0)
         for w, want in widths
     )
     return da, db

@@ -101,7 +101,7 @@ def normalize_grad_kernel(
         if gain_ptr is not None:
             factor *= tl.load(gain_ptr).to(tl.float32)
         of_g = factor / d
-        of_w = tl.where(r > 0, of_g * dot_r / (d * r * n), 0.0)
+        of_w = of_g * dot_r / (d * tl.where(r > 0, r, 1.0) * n)  # where r is 0, dot is
         if ONCE:
             tl.store(dw_ptr + at, g * of_g[:, None] - w * of_w[:, None], mask=valid & (col < n))
         else:
@@ -188,9 +188,12 @@ _rows = Rows()
 
 def _force(weights: list[Tensor], eps: float) -> None:
     for (dtype, n, aligned), group in _groups(weights).items():
-        p = plan(n)
-        addresses, programs = _rows(group, p["ROWS"])
-        force_kernel[(len(programs),)](addresses, programs, eps, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **p)
+        launch_force(*_rows(group, plan(n)["ROWS"]), eps, dtype, n, aligned)
+
+
+def launch_force(weights: Tensor, programs: Tensor, eps: float, dtype: torch.dtype, n: int, aligned: bool) -> None:
+    """On the tables of weights whose rows have up to n numbers, or more than stay in registers."""
+    force_kernel[(len(programs),)](weights, programs, eps, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **plan(n))
 
 
 def _groups(weights: Sequence[Tensor]) -> dict[tuple[torch.dtype, int, bool], list[Tensor]]:
@@ -278,7 +281,7 @@ def normalized_weight(weight: Tensor, gain: Tensor | float, dtype: torch.dtype, 
 def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
     """w <- w/(eps + |w|/√n) for each row w of n numbers of each weight, in place and without a gradient.
 
-    At most four launches a dtype, of a table that a first call makes and later calls find. A call that a CUDA graph captures wants
+    At most four launches a dtype where all rows begin on the 16-byte grid, else up to eight, of a table that a first call makes and later calls find. A call that a CUDA graph captures wants
     an eager one of the same weights before it.
 
     Args:

@@ -136,7 +136,9 @@ class Rows:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if key not in self._made:
             if capturing:
-                raise RuntimeError("a CUDA graph of force_weight_norm_ wants an eager call of the same weights before its capture, got none")
+                raise RuntimeError(
+                    "a CUDA graph of force_weight_norm_ wants an eager call of the same weights before its capture, got none"
+                )
             while len(self._made) >= SPARE:
                 self._made.pop(next(iter(self._made)))  # the oldest
             counts = torch.tensor([-(-rows // each) for _, rows, _ in facts], dtype=torch.int64, device="cpu")

@@ -61,7 +61,14 @@ def test_no_worse_than_pytorch(learnt, case, place):
 @everywhere("mp_weights")
 def test_views_and_the_gradient_of_a_sum(place):
     weight = torch.randn(6, 5, 3, 3, device=place)
-    for given in (weight, weight.transpose(0, 1), weight[::2], weight[:, 1:3], weight[:, :, ::2], torch.randn(5, 1, device=place).expand(5, 4)):
+    for given in (
+        weight,
+        weight.transpose(0, 1),
+        weight[::2],
+        weight[:, 1:3],
+        weight[:, :, ::2],
+        torch.randn(5, 1, device=place).expand(5, 4),
+    ):
         exact = made_of(lambda w: reference.normalized_weight(w, 1.0, F64).sum(), {"w": given}, exact=True)
         found = made_of(lambda w: kernels.normalized_weight(w, 1.0, F32).sum(), {"w": given})
         for name, t in found.items():

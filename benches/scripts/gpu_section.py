@@ -122,4 +122,6 @@ def shares(rows: Rows) -> str:
 
 
 def title_of(name: str) -> str:
-    return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "edm2": "EDM2's operations", "step": "whole iterations"}.get(name, name)
+    return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "edm2": "EDM2's operations", "step": "whole iterations"}.get(
+        name, name
+    )
