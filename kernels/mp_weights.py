@@ -144,14 +144,15 @@ def force_kernel(
             tl.store(w_ptr + i + at, _get(w_ptr + i, at, mask) * (1.0 / d)[:, None], mask=mask)
 
 
-_NUMBERS = 4096  # of a program at least, in whole rows
+#: Numbers of one tensor that a program of 4 warps has, in whole rows; backward has two tensors.
+_FORWARD, _BACKWARD = 4096, 2048
 _LONGEST = 16384  # numbers of a row that stay in registers
 
 
-def plan(n: int) -> dict[str, Any]:
+def plan(n: int, numbers: int = _FORWARD) -> dict[str, Any]:
     """How many numbers of a row of n a program takes at a time (COLS), how many rows, whether it reads them once, and its warps."""
     cols = min(power_of_2(n), _LONGEST)
-    return {"COLS": cols, "ROWS": max(1, _NUMBERS // cols), "ONCE": n <= cols, "num_warps": max(4, cols // 1024)}
+    return {"COLS": cols, "ROWS": max(1, numbers // cols), "ONCE": n <= cols, "num_warps": min(16, max(4, 4 * cols // numbers))}
 
 
 def _launch(weight: Tensor, gain: Tensor | None, factor: float, dtype: torch.dtype, eps: float) -> Tensor:
@@ -167,7 +168,7 @@ def _launch_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dw, dots = _gradients(g, weight, gain, factor, eps, wanted)
     if weight.numel():
-        rows, n, p = *_sizes(weight), plan(_sizes(weight)[1])
+        rows, n, p = *_sizes(weight), plan(_sizes(weight)[1], _BACKWARD)
         given = dw if wanted[0] else None, dots if wanted[1] else None
         normalize_grad_kernel[(cdiv(rows, p["ROWS"]),)](g, weight, gain, *given, rows, n, factor * n**-0.5, eps, **p)
     return dw, dots
