@@ -16,7 +16,7 @@ from torch import Tensor
 from potstill.kernels import mp_weights, residual
 from potstill.kernels._adam import LAUNCHERS
 from potstill.kernels._lib import TRITON, cdiv
-from potstill.kernels._triton import tl, triton
+from potstill.kernels._triton import triton
 from potstill.kernels.adam_ema import AdamEMA
 from potstill.kernels.estimate import Estimate
 
@@ -134,9 +134,10 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{c}x{resolution}x{resolution} bf16, {form}", partial(_mp, c, resolution, form=form)
     for n in (64, 576, 768, 1152, 1728, 3456, 4608, 8064, 16128, 32256):  # 1x1 and 3x3 of 64 to 3584 channels, an embedding's 768
         yield f"rows of {n}, bf16", partial(_mp_weights, 192, n, "bf16", False)
-    for n, dtype, learnt in product((576, 16128, 32256), DTYPES, (True, False)):
+    for n, dtype, learnt in product((576, 3456, 16128, 32256), DTYPES, (True, False)):
         yield f"rows of {n}, {dtype}{', gain' * learnt}", partial(_mp_weights, 192, n, dtype, learnt)
-    yield "rows of 75, fp32, gain", partial(_mp_weights, 7, 75, "fp32", True)
+    for dtype, learnt in (("bf16", False), ("fp32", True)):  # the first convolution's: 9 numbers of 4 channels and of the ones beside them
+        yield f"rows of 45, {dtype}{', gain' * learnt}", partial(_mp_weights, 192, 45, dtype, learnt)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
@@ -221,12 +222,12 @@ def _mp(c: int, resolution: int, dtype: str = "bf16", *, form: str = "") -> None
 
 
 def _mp_weights(rows: int, n: int, dtype: str, learnt: bool) -> None:
-    """A weight for images of a dtype, its gain learnt or a number; with a number also in place, on the 16-byte grid; with 75, off it."""
+    """A weight for images of a dtype, its gain learnt or a number; and in place, on the 16-byte grid or off it."""
     weight, gain = _empty(rows, n), _empty() if learnt else None
     out = TRITON["normalized_weight"](weight, gain, 1.0, DTYPES[dtype], 1e-4)
     TRITON["normalized_weight_backward"](out, weight, gain, 1.0, 1e-4, [True, learnt])
     table, programs = _empty(3, 3, dtype=torch.int64), _empty(9, 2, dtype=torch.int32)
-    mp_weights.force_kernel[(9,)](table, programs, 1e-4, DTYPE=tl.float32, ALIGNED=not learnt, **mp_weights.plan(n))
+    mp_weights.launch_force(table, programs, 1e-4, torch.float32, n, not learnt)
 
 
 def _adam_ema(dtype: torch.dtype, full: bool) -> None:
