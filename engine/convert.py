@@ -60,9 +60,10 @@ IN is a network pickle of EDM, EDM2, SiD, SiDA, GDD, ECT or SFD, or a PyTorch ch
 states) with --like, or the address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold
 programs: nothing in the file is executed, and one that asks for anything but a network is refused."""
 PHEMA = """\
-RUN is the folder of a run with train.phema=[0.05,0.1], RUN/teacher that of its teacher's training, RUN/student-0 that of one of
-several students; or a folder of the profiles that one has kept, or of EDM2's snapshots (network-snapshot-KIMG-STD.pkl). OUT is the average of the weights of another relative length, as if
-it had been followed from the start (power-function EMA, 2312.02696), after as many images as some of the profiles."""
+RUN is the folder of a run with train.phema=[0.05,0.1], RUN/teacher that of its teacher's training, RUN/student-0 that of
+one of several students; or a folder of the profiles that one has kept, or of EDM2's (network-snapshot-KIMG-STD.pkl). OUT is the
+average of the weights of another relative length, as if it had been followed from the start (power-function EMA, 2312.02696),
+after as many images as some of the profiles."""
 LICENSE = (
     "These weights are somebody else's: EDM's and EDM2's, and what is made from them (SiD, SiDA, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
@@ -126,8 +127,8 @@ def main(argv: list[str]) -> None:
     phema.set_defaults(call=convert_phema)
     phema.add_argument("source", metavar="RUN", type=Path, help="a run folder, or one with its profiles")
     phema.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
-    phema.add_argument("--std", type=float, required=True, help=f"relative length of the average, above 0 and below {LIMIT}")
-    phema.add_argument("--kimg", type=float, help="thousands of images seen, the nearest that was kept (default: the last)")
+    phema.add_argument("--std", metavar="S", type=float, required=True, help=f"relative length of the average, above 0 and below {LIMIT}")
+    phema.add_argument("--kimg", metavar="N", type=float, help="thousands of images seen, the nearest that was kept (default: the last)")
     phema.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
     arguments = parser.parse_args(argv)

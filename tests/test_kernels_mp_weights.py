@@ -75,6 +75,16 @@ def test_views_and_the_gradient_of_a_sum(place):
             torch.testing.assert_close(t.double(), exact[name], rtol=1e-5, atol=1e-5)
 
 
+@everywhere("mp_weights", CASES, ON_GPU)
+def test_the_gradient_alone_is_that_of_the_whole(case, place):
+    weight = inputs(case, place).requires_grad_()
+    g = torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(place, case.dtype)
+    (wanted,) = torch.autograd.grad(kernels.normalized_weight(weight, 1.0, case.dtype), weight, g)
+    found = mp_weights.normalized_weight_grad(g, weight.detach())
+    assert found.dtype is weight.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @everywhere("mp_weights")
 def test_gain_or_weight_may_have_a_gradient_alone(place):
     weight, gain = torch.randn(6, 40, device=place), torch.tensor(0.7, device=place)
