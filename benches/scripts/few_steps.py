@@ -57,7 +57,11 @@ def main(arguments: list[str]) -> None:
     if not args.read:
         with ThreadPoolExecutor(2) as pool:
             for some in ([FIRST], [row for row in rows if row != FIRST]):  # the teachers first
-                list(pool.map(lambda job: made(args.work, *job, args.set), [(row, seed) for row in some for seed in range(args.seeds)]))
+                list(
+                    pool.map(
+                        lambda job: made(args.work, job[0], job[1], args.set), [(row, seed) for row in some for seed in range(args.seeds)]
+                    )
+                )
     torch.set_num_threads(1)
     found = [result(place(args.work, row, seed), row, seed) for row in rows for seed in range(args.seeds) if there(args.work, row, seed)]
     about = {"device": device_title(torch.device("cpu")), "threads": 1, "seeds": args.seeds, "settings": args.set, "versions": versions()}
