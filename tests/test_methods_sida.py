@@ -410,8 +410,8 @@ def test_the_student_of_a_run_goes_on_and_all_else_begins_anew(tmp_path):
         assert any((before["ema"][name] - before["nets"]["student"][name]).abs().max() > 1e-3 for name in before["ema"])
     with pytest.raises(UserError, match=r"students.start wants the folder of a run with this method, whose nets all go on, got the file"):
         train.main(["digits_sid", f"run_dir={tmp_path}/no", *small, teacher, f"students.start={tmp_path}/sid/student.safetensors"])
+    wide = [one for one in small if "model_channels" not in one] + ["net.model_channels=16"]
     with pytest.raises(UserError, match=r"students.start: net 'student' in .* is of another shape"):
-        wide = [one for one in small if "model_channels" not in one] + ["net.model_channels=16"]
         train.main(["digits_sida", f"run_dir={tmp_path}/wide", *wide, f"students.start={tmp_path}/sid"])
 
 
