@@ -45,6 +45,9 @@ PAGE: dict[str, list[str]] = {
     ],
     "Noise": ["add_noise"],
     "Nets and optimiser": ["norm_silu", "AdamEMA"],
+    "EDM2's nets": [
+        "pixel_norm", "pixel_norm_silu", "mp_silu", "mp_sum", "mp_cat_silu", "normalized_weight", "force_weight_norm_",
+    ],
     "Students": ["Student", "UserError"],
     "Choosing the implementation": ["set_backend"],
 }  # fmt: skip

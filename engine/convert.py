@@ -49,11 +49,11 @@ captions. The pipeline's text encoders embed each once, which a run does as well
 The same command goes on after it was stopped."""
 
 EDM = """\
-IN is a network pickle of EDM, SiD, GDD, ECT or SFD, or a PyTorch checkpoint of such a net (DMD2, FastGen) with --like, or the
-address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold programs: nothing in the
-file is executed, and one that asks for anything but a network is refused."""
+IN is a network pickle of EDM, EDM2, SiD, SiDA, GDD, ECT or SFD, or a PyTorch checkpoint of such a net (DMD2, FastGen, training
+states) with --like, or the address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold
+programs: nothing in the file is executed, and one that asks for anything but a network is refused."""
 LICENSE = (
-    "These weights are somebody else's: EDM's, and what is made from them (SiD, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
+    "These weights are somebody else's: EDM's and EDM2's, and what is made from them (SiD, SiDA, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
 )
 RAW = argparse.RawDescriptionHelpFormatter
@@ -106,7 +106,9 @@ def main(argv: list[str]) -> None:
     edm.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
     edm.add_argument("--net", metavar="NAME", help="which of the nets in the file (default: ema, or the only one)")
     edm.add_argument("--like", metavar="TEACHER.safetensors", type=Path, help="of a checkpoint: a converted net of its architecture")
-    edm.add_argument("--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD 2.5; DMD2, GDD and ECT 80")
+    edm.add_argument(
+        "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD, SiDA 2.5; DMD2, GDD and ECT 80"
+    )
     edm.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
     arguments = parser.parse_args(argv)
@@ -207,6 +209,8 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     path = file_at(source, command=arguments.again)
     found = read_net(path, net=arguments.net, like=arguments.like)
     metadata = {"source": source if is_url(source) else path.name, "sha256": digest(path), "license": LICENSE}
+    if found.encoder:
+        metadata["encoder"] = found.encoder
     if sampler := _sampler(found, sigma, path):
         metadata |= {"method": "converted", "sampler": sampler.to_dict()}
     try:

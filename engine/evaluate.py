@@ -140,7 +140,9 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
     shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device, asked, pipeline)) for model in models}
     decode = next((one.decode for one in shown.values() if one.decode), None)
     if decode is None and images is not None and images.latent:
-        raise UserError(f"{images.name} holds latents, and no run with the pipeline that decodes them is named: name pictures as --data")
+        raise UserError(
+            f"{images.name} holds latents, and no run with the pipeline or VAE that decodes them is named: name pictures as --data"
+        )
     scores = in_turn(ranks, lambda: [open_score(name, device) for name in chosen["scores"]])
     common: dict[str, Any] = {"seed": seed, "batch": batch, "device": device, "ranks": ranks, "resize": resize, "scores": scores}
     metrics = args.metrics.split(",")

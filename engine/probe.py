@@ -91,7 +91,7 @@ def material(images: Images, net: Denoiser, most: int, batch: int, seed: int, de
     labels = None
     if net.label_dim and images.labels is not None:
         labels = one_hot(images.labels[chosen], net.label_dim).to(device)
-    return Material((pixels.float() / 127.5 - 1).to(device), labels, batch, seed)
+    return Material(images.seen(pixels).to(device), labels, batch, seed)
 
 
 if __name__ == "__main__":

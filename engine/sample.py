@@ -4,7 +4,7 @@
     potstill sample runs/digits --seeds 0-9999 --out images.zip          an EDM data set; also .npz, or a folder of PNGs
     potstill sample runs/digits --beside --out pair.png                  student and teacher from the same noise
     potstill sample runs/sd15 --prompts "a cat" --out cats.png            of nets that are told prompts
-    potstill sample PIPELINE_FOLDER --prompts "a cat" --out cats.png      a teacher of diffusers, without guidance
+    potstill sample PIPELINE_FOLDER --prompts "a cat" --out cats.png      a teacher of diffusers, unguided without --guidance
     potstill sample TEACHER.safetensors --preset imagenet64 --out g.png  a teacher as EDM's authors sampled it
 
 A seed gives the same image on every machine.

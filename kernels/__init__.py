@@ -14,6 +14,8 @@ from potstill.kernels.adversarial import discriminator_adversarial, generator_ad
 from potstill.kernels.denoise import denoise
 from potstill.kernels.estimate import Estimate, Losses
 from potstill.kernels.moments import moments
+from potstill.kernels.mp import mp_cat_silu, mp_silu, mp_sum, pixel_norm, pixel_norm_silu
+from potstill.kernels.mp_weights import force_weight_norm_, normalized_weight
 from potstill.kernels.noising import add_noise
 from potstill.kernels.norm_silu import norm_silu
 from potstill.kernels.score_implicit import score_implicit
@@ -27,9 +29,16 @@ __all__ = [
     "add_noise",
     "denoise",
     "discriminator_adversarial",
+    "force_weight_norm_",
     "generator_adversarial",
     "moments",
+    "mp_cat_silu",
+    "mp_silu",
+    "mp_sum",
     "norm_silu",
+    "normalized_weight",
+    "pixel_norm",
+    "pixel_norm_silu",
     "score_implicit",
     "score_match",
     "trajectory",

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from potstill.kernels import residual
+from potstill.kernels import mp_weights, residual
 from potstill.kernels._adam import LAUNCHERS
-from potstill.kernels._lib import TRITON
-from potstill.kernels._triton import triton
+from potstill.kernels._lib import TRITON, cdiv
+from potstill.kernels._triton import tl, triton
 from potstill.kernels.adam_ema import AdamEMA
 from potstill.kernels.estimate import Estimate
 
 #: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
 SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
 ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
+#: (C, resolution) in EDM2's networks, from XS at the top to XXL at the bottom: mp_cat has twice as many channels and fewer.
+EDM2 = [(128, 64), (192, 64), (256, 32), (320, 64), (384, 16), (448, 64), (512, 8), (896, 32), (1152, 16), (1344, 16), (1536, 8), (1792, 8)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: N and D. Triton compiles a kernel once more for integers that 16 divides, and once more for a 1, which is then a constant.
 SIZES = {"": (63, 3 * 63 * 63), ", D % 16 = 0": (64, 3 * 64 * 64)}
@@ -124,6 +126,17 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "256x16x16 bf16 add frozen", partial(_norm_silu, 256, 16, "add", trained=False)
     for (dtype, biased), layout in product((("fp32", True), ("bf16", True), ("bf16", False)), ("NHWC", "NCHW")):
         yield f"{dtype}{', biases' * biased}, {layout}", partial(_residual, dtype, biased, layout)
+    for c, resolution in EDM2:
+        yield f"{c}x{resolution}x{resolution} bf16", partial(_mp, c, resolution)
+    for c, resolution, dtype in ((192, 64, "fp16"), (192, 64, "fp32"), (1792, 8, "fp32"), (72, 3, "bf16"), (7, 5, "fp32")):
+        yield f"{c}x{resolution}x{resolution} {dtype}", partial(_mp, c, resolution, dtype)
+    for (c, resolution), form in product(((192, 64), (1792, 8)), ("bare", "first", "second")):
+        yield f"{c}x{resolution}x{resolution} bf16, {form}", partial(_mp, c, resolution, form=form)
+    for n in (64, 576, 768, 1152, 1728, 3456, 4608, 8064, 16128, 32256):  # 1x1 and 3x3 of 64 to 3584 channels, an embedding's 768
+        yield f"rows of {n}, bf16", partial(_mp_weights, 192, n, "bf16", False)
+    for n, dtype, learnt in product((576, 16128, 32256), DTYPES, (True, False)):
+        yield f"rows of {n}, {dtype}{', gain' * learnt}", partial(_mp_weights, 192, n, dtype, learnt)
+    yield "rows of 75, fp32, gain", partial(_mp_weights, 7, 75, "fp32", True)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
@@ -185,6 +198,35 @@ def _residual(dtype: str, biased: bool, layout: str) -> None:
     memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
     h, bias = _empty(64, 256, 32, 32, dtype=DTYPES[dtype]).to(memory_format=memory_format), _empty(256) if biased else None
     residual._launch(h, h, bias, bias, 0.5**0.5)
+
+
+def _mp(c: int, resolution: int, dtype: str = "bf16", *, form: str = "") -> None:
+    """Encoder, middle and end of a block, and the beginning of a decoder's on half as many channels beside them, with all they have.
+
+    bare: no SiLU after the norm, no scale, no clip; first and second: gradients of one output or to one input alone, no dropout.
+    """
+    x = _empty(64, c, resolution, resolution, dtype=DTYPES[dtype]).to(memory_format=torch.channels_last)
+    of_first, of_second = (None if form == word else x for word in ("second", "first"))
+    wanted = [form != "second", form != "first"]
+    n, _, r = TRITON["pixel_norm"](x, 1e-4, form != "bare")
+    TRITON["pixel_norm_backward"](of_first, of_second, n, r, 1e-4)
+    scale = None if form == "bare" else _empty(64, c, dtype=x.dtype)
+    drop = (0.0, None) if form else (0.1, _empty(1, dtype=torch.int64))
+    TRITON["mp_silu"](x, scale, *drop)
+    TRITON["mp_silu_backward"](x, x, scale, *drop, [wanted[0], wanted[1] and scale is not None])
+    _, bits = TRITON["mp_sum"](x, x, 0.3, None if form == "bare" else 256.0, form != "first")
+    TRITON["mp_sum_backward"](x, bits, 0.3, wanted)
+    cat, _ = TRITON["mp_cat_silu"](x, x[:, : cdiv(c, 2)], 0.5)
+    TRITON["mp_cat_silu_backward"](*(None if t is None else cat for t in (of_first, of_second)), cat, 0.5, c, wanted)
+
+
+def _mp_weights(rows: int, n: int, dtype: str, learnt: bool) -> None:
+    """A weight for images of a dtype, its gain learnt or a number; with a number also in place, on the 16-byte grid; with 75, off it."""
+    weight, gain = _empty(rows, n), _empty() if learnt else None
+    out = TRITON["normalized_weight"](weight, gain, 1.0, DTYPES[dtype], 1e-4)
+    TRITON["normalized_weight_backward"](out, weight, gain, 1.0, 1e-4, [True, learnt])
+    table, programs = _empty(3, 3, dtype=torch.int64), _empty(9, 2, dtype=torch.int32)
+    mp_weights.force_kernel[(9,)](table, programs, 1e-4, DTYPE=tl.float32, ALIGNED=not learnt, **mp_weights.plan(n))
 
 
 def _adam_ema(dtype: torch.dtype, full: bool) -> None:

@@ -93,10 +93,10 @@ def define(
 def parse(schema: str) -> tuple[str, list[str], str, str]:
     """("op", the kind of each argument, the arguments as torch.library wants them, " -> Tensor")."""
     name, _, rest = schema.partition("(")
-    arguments, _, returns = rest.partition(")")
-    split = [a.split() for a in arguments.split(",")]
+    arguments, arrow, returns = rest.partition(") ->")  # "Tensor(a!) x" has a bracket of its own
+    split = [a.split() for a in arguments.removesuffix(")").split(",")]
     words = {"Estimate": _ESTIMATE, "Image": "Tensor {0}"}
-    return name, [a[0] for a in split], ", ".join(words.get(a[0], " ".join(a)).format(a[1]) for a in split), returns
+    return name, [a[0] for a in split], ", ".join(words.get(a[0], " ".join(a)).format(a[1]) for a in split), arrow[1:] + returns
 
 
 def _grouped(flat: Sequence[Any], kinds: list[str]) -> list[Any]:

@@ -246,7 +246,7 @@ def threshold(dropout: float) -> int:
     return min(round(dropout * 2**32), 2**32 - 1)
 
 
-def _drop(dropout: float, key: Tensor | None) -> tuple[Tensor | None, int, float]:
+def drop(dropout: float, key: Tensor | None) -> tuple[Tensor | None, int, float]:
     """The key, the threshold as the int32 of its bits, and what is left is multiplied by; no dropout: no key."""
     if key is None or not dropout:
         return None, 0, 1.0
@@ -264,7 +264,7 @@ def forward(x, weight, bias, scale, shift, add, groups, eps, silu, dropout, key)
     if x.numel() == 0:
         return y, mean, rstd
     channels_last = not x.is_contiguous()
-    key, least, kept = _drop(dropout, key)
+    key, least, kept = drop(dropout, key)
     p = plan(c, h * w, groups, x.element_size(), channels_last, "forward")
     forward_kernel[(n * (groups // p["KG"]),)](
         x, weight, bias, scale, shift, add, y, mean, rstd, key, _stride(scale), _stride(shift), _stride(add), least, eps, kept,
@@ -284,7 +284,7 @@ def backward(
         return dx, *(t.zero_() for t in out), y, beside
     sums = mean.new_empty(2, n, c) if params or want_scale or want_shift else None
     channels_last = not x.is_contiguous()
-    key, least, kept = _drop(dropout, key)
+    key, least, kept = drop(dropout, key)
     direction = "backward" if key is None and skip is None and not again else "block"
     p = plan(c, h * w, groups, x.element_size(), channels_last, direction)
     backward_kernel[(n * (groups // p["KG"]),)](

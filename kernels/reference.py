@@ -1,4 +1,4 @@
-"""Every loss in plain PyTorch, differentiated by autograd: the specification the fused kernels are held to.
+"""Every loss, and EDM2's operations, in plain PyTorch, differentiated by autograd: the specification the fused kernels are held to.
 
 CPU tensors are computed by it, and CUDA tensors with the backend "reference". A formula takes images and estimates and
 returns one number per sample; `_losses` adds what all of them share: a sample whose value is not finite counts as 0 with
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels.estimate import Estimate, Losses, accum, per_sample
+from potstill.kernels.norm_silu import kept
 
 
 def denoised(estimate: Estimate | Tensor) -> Tensor:
@@ -219,3 +220,97 @@ def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + sigma·noise, in at least float32."""
     dtype = accum(x)
     return torch.addcmul(x.to(dtype), noise.to(dtype), per_sample(sigma.to(dtype).expand(x.shape[0]), x))
+
+
+def sum_weights(t: float) -> tuple[float, float]:
+    """What mp_sum multiplies its two tensors by: a sum of two independent ones of variance 1 has variance 1."""
+    scale = ((1 - t) ** 2 + t**2) ** -0.5
+    return (1 - t) * scale, t * scale
+
+
+def cat_weights(a: int, b: int, t: float) -> tuple[float, float]:
+    """What mp_cat multiplies images of a and b channels by: each adds to a convolution as if both had equally many."""
+    scale = ((a + b) / ((1 - t) ** 2 + t**2)) ** 0.5
+    return scale * (1 - t) / a**0.5, scale * t / b**0.5
+
+
+def _mp_silu(x: Tensor) -> Tensor:
+    """SiLU divided by the root mean square that it has of normal numbers."""
+    return F.silu(x) / 0.596
+
+
+@takes_inference_tensors
+def pixel_norm(x: Tensor, eps: float = 1e-4) -> Tensor:
+    """EDM2 (arXiv 2312.02696): each pixel of x [N, C, H, W] divided by eps + the root mean square of its channels."""
+    return _pixel_norm(x, eps).to(x.dtype)
+
+
+def _pixel_norm(x: Tensor, eps: float) -> Tensor:
+    x = x.to(accum(x))
+    return x / (eps + torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5)
+
+
+@takes_inference_tensors
+def pixel_norm_silu(x: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """n = pixel_norm(x), and silu(n)/0.596."""
+    n = _pixel_norm(x, eps)
+    return n.to(x.dtype), _mp_silu(n).to(x.dtype)
+
+
+@takes_inference_tensors
+def mp_silu(x: Tensor, scale: Tensor | None = None, dropout: float = 0.0, key: Tensor | None = None) -> Tensor:
+    """silu(x·scale)/0.596 with scale [N, C], then dropout by the mask of `norm_silu`."""
+    u = x.to(accum(x))
+    if scale is not None:
+        u = u * scale.to(u.dtype).view(*scale.shape, *[1] * (x.ndim - 2))
+    y = _mp_silu(u)
+    if key is not None and dropout:
+        n, c, height, width = (*x.shape, 1, 1)[:4]
+        y = torch.where(kept(key, torch.Size((n, c, height, width)), dropout).view(x.shape), y / (1 - dropout), 0)
+    return y.to(x.dtype)
+
+
+@takes_inference_tensors
+def mp_sum(x: Tensor, y: Tensor, t: float, clip: float | None = None) -> Tensor:
+    """((1 - t)·x + t·y)/√((1 - t)² + t²), no further from 0 than `clip`."""
+    of_x, of_y = sum_weights(t)
+    v = of_x * x.to(accum(x)) + of_y * y.to(accum(y))
+    return (v if clip is None else v.clamp(-clip, clip)).to(x.dtype)
+
+
+@takes_inference_tensors
+def mp_cat_silu(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """a and b side by side, each multiplied by its number of `cat_weights`, and silu/0.596 of that."""
+    of_a, of_b = cat_weights(a.shape[1], b.shape[1], t)
+    cat = torch.cat([of_a * a.to(accum(a)), of_b * b.to(accum(b))], 1)
+    return cat.to(a.dtype), _mp_silu(cat).to(a.dtype)
+
+
+def _normalized(weight: Tensor, eps: float) -> Tensor:
+    w = weight.to(accum(weight))
+    n = weight.shape[1:].numel()
+    return w / (eps + torch.linalg.vector_norm(w, dim=tuple(range(1, w.ndim)), keepdim=True) / n**0.5)
+
+
+@takes_inference_tensors
+def normalized_weight(weight: Tensor, gain: Tensor | float, dtype: torch.dtype, eps: float = 1e-4) -> Tensor:
+    """EDM2's weight [N, ...] of N outputs: each row divided by eps + its root mean square, times gain/√n, n numbers a row."""
+    n = weight.shape[1:].numel()
+    return (_normalized(weight, eps) * (gain * n**-0.5)).to(dtype)
+
+
+def normalized_weight_grad(g: Tensor, weight: Tensor, eps: float = 1e-4) -> Tensor:
+    """The gradient to the weight [N, ...] of normalized_weight(weight, 1.0, …), from g to its output."""
+    w, g = weight.to(accum(weight)), g.to(accum(weight))
+    dims, root = tuple(range(1, w.ndim)), w.shape[1:].numel() ** 0.5
+    length = torch.linalg.vector_norm(w, dim=dims, keepdim=True)
+    size = eps + length / root
+    along = (g * w).sum(dims, keepdim=True) / (size * length.clamp(min=torch.finfo(w.dtype).tiny) * root)
+    return ((g - along * w) / (size * root)).to(weight.dtype)
+
+
+@torch.no_grad()
+def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
+    """Each row of each weight divided by eps + its root mean square, in place."""
+    for weight in weights:
+        weight.copy_(_normalized(weight, eps))

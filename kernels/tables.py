@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +116,40 @@ class Addresses:
         pinned.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         table.copy_(pinned, non_blocking=True)
         return table
+
+
+class Rows:
+    """Tables of weights for a launch over all their rows: [T, 3] int64, address, rows, numbers a row; [P, 2] int32, weight and part of it.
+
+    A table is made once for weights that lie where they lay. One that a CUDA graph was captured with is the graph's from then on.
+    """
+
+    def __init__(self):
+        self._made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._never_freed: list[Tensor] = []
+
+    def __call__(self, weights: Sequence[Tensor], each: int) -> tuple[Tensor, Tensor]:
+        """Both tables, with `each` rows a program."""
+        facts = [(w.data_ptr(), w.shape[0], w.shape[1:].numel()) for w in weights]
+        device = weights[0].device
+        key = (device, each, *facts)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if key not in self._made:
+            if capturing:
+                raise RuntimeError(
+                    "a CUDA graph of force_weight_norm_ wants an eager call of the same weights before its capture, got none"
+                )
+            while len(self._made) >= SPARE:
+                self._made.pop(next(iter(self._made)))  # the oldest
+            counts = torch.tensor([-(-rows // each) for _, rows, _ in facts], dtype=torch.int64, device="cpu")
+            weight = torch.repeat_interleave(torch.arange(len(facts), device="cpu"), counts)
+            first = torch.arange(len(weight), device="cpu") - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            table, programs = torch.tensor(facts, dtype=torch.int64, device="cpu"), torch.stack([weight, first], 1).to(torch.int32)
+            self._made[key] = table.to(device), programs.to(device)
+        made = self._made[key]
+        if capturing:
+            (self._never_freed if _owner is None else _owner).extend(made)
+        return made
 
 
 #: Floats per tensor that change from step to step: step size, 1/sqrt(1 - beta2^t), lr·decay, 1 - ema_decay, 1/scale, go.

@@ -246,3 +246,28 @@ def assert_left_out(
             zeros = torch.zeros_like(bad[name][1])
             torch.testing.assert_close(bad[name][1], zeros, rtol=0, atol=0, msg=lambda text, name=name: f"{name} of sample 1: {text}")
             torch.testing.assert_close(bad[name][others], clean[name][others], rtol=0, atol=0)
+
+
+def made_of(op: Callable[..., Any], tensors: dict[str, Tensor], *, exact: bool = False) -> dict[str, Tensor]:
+    """What an op makes of tensors given by its arguments' names, and the gradients of those that are floating; exact: in float64."""
+    given = {name: t.detach().to(F64 if exact and t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+    leaves = {name: t.requires_grad_() for name, t in given.items() if t.is_floating_point()}
+    out = op(**given)
+    out = out if isinstance(out, tuple) else (out,)
+    generator, dtype = torch.Generator().manual_seed(1), next(iter(tensors.values())).dtype
+    cotangents = [torch.randn(t.shape, generator=generator, dtype=F64).to(dtype).to(t) for t in out]  # float64 sees them rounded, too
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangents)
+    return {f"output {i}": t.detach() for i, t in enumerate(out)} | {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def op_as_exact_as_plain(op: Callable[..., Any], plain: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rule above for an op that makes tensors, on fresh memory full of NaN; returns what it made."""
+    exact, theirs = made_of(plain, tensors, exact=True), made_of(plain, tensors)
+    with poisoned_memory():
+        ours = made_of(op, tensors)
+    assert ours.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert (ours[name].shape, ours[name].dtype) == (theirs[name].shape, theirs[name].dtype), name
+        assert ours[name].isfinite().all(), f"{name} holds memory nobody wrote"
+        assert_no_worse(ours[name], theirs[name], expected, name)
+    return ours

@@ -22,6 +22,7 @@ from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.sfd import SFD, SFDConfig
 from potstill.engine.methods.sida import SIDA, SIDAConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
+from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.features import load_feature_net
 from potstill.engine.skipping.apply import Guard, Skipping
@@ -53,6 +54,32 @@ def net(seed: int, **kwargs) -> nn.Module:
         for p in made.parameters():
             p += 0.05 * torch.randn(p.shape)
     return made.to(WHERE[0])
+
+
+def edm2_net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = {
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+        "channels_per_head": 4,
+        "logvar_channels": 8,
+    }
+    made = from_kwargs("EDM2Precond", img_resolution=4, img_channels=1, label_dim=2, **shape)
+    with torch.no_grad():  # fresh gains are zero, and so would be all gradients
+        for name, p in made.named_parameters():
+            if "gain" in name:
+                p += 0.5
+    return made.to(WHERE[0])
+
+
+def edm2():
+    return SIM(SIMConfig(scale=1.0), edm2_net(1), edm2_net(2), edm2_net(3))
+
+
+def edm2_teacher():
+    return Teacher(EDMLoss(P_mean=-0.4, P_std=1.0), edm2_net(1))
 
 
 def dmd():
@@ -101,6 +128,7 @@ def light():
 
 
 METHODS = {"dmd": dmd, "sim": sim, "sida": sida, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
+METHODS |= {"edm2": edm2, "edm2_teacher": edm2_teacher}
 
 
 def made(name: str, device: torch.device) -> Method:

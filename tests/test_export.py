@@ -45,6 +45,10 @@ ADM = {
     "img_resolution": 8, "img_channels": 3, "label_dim": 3, "model_type": "DhariwalUNet", "model_channels": 64,
     "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4],
 }  # fmt: skip
+EDM2 = {
+    "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+    "attn_resolutions": [4], "channels_per_head": 4,
+}  # fmt: skip
 ANCESTRAL = Sampler("ancestral", [80.0, 5.0, 0.5])
 LICENSE = "These weights are CC BY-NC-SA 4.0."
 SUMMARY = {
@@ -263,6 +267,8 @@ KINDS = {
     "adm": ("EDMPrecond", ADM | {"augment_dim": 2}), "iddpm": ("iDDPMPrecond", ADM | {"M": 20, "label_dim": 0}),
     "sfd-v": ("EDMPrecond", SONG | {"step_condition": True}),
     "gdd": ("GDDPrecond", SONG), "ect": ("ECMPrecond", SONG), "ect0.01": ("ECMPrecond", SONG | {"sigma_min": 0.01}),
+    "edm2": ("EDM2Precond", EDM2),
+    "edm2, other": ("EDM2Precond", EDM2 | {"resample_filter": [1, 3, 3, 1], "clip_act": None, "label_dim": 0, "channel_mult_noise": 2}),
     "sigma_data": ("EDMPrecond", SONG | {"sigma_data": 0.7, "use_fp16": False}),
 }  # fmt: skip
 WALKS = {"one": one_step(2.5), "ancestral": ANCESTRAL, "afs": few_step(4), "plain": few_step(3, afs=False)}
@@ -316,7 +322,10 @@ def test_the_pipeline_walks_over_an_iddpm_nets_own_levels(walk, tmp_path, stubbe
     assert set(known) <= set(net.u.tolist())
 
 
-@pytest.mark.parametrize(("kind", "where"), [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u"), ("sfd-v", "model.map_steps.waves.freqs")])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [("ncsn++", "model.map_noise.freqs"), ("iddpm", "u"), ("sfd-v", "model.map_steps.waves.freqs"), ("edm2", "unet.emb_fourier.phases")],
+)
 def test_frequencies_and_levels_are_not_rounded_with_the_weights(kind, where, tmp_path, stubbed):
     precond, kwargs = KINDS[kind]
     net = net_of(precond, **kwargs)

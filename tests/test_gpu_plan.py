@@ -186,6 +186,11 @@ def test_a_plan_fits_into_its_minutes_and_names_files_that_are_there(plan, tmp_p
         assert all((ROOT / file).exists() or file_of(ROOT / file) for file in files), files
 
 
+def test_every_bench_has_its_place_in_a_plan(tmp_path):
+    named = {word for plan in ("evidence", "ladder") for one in plans.steps(plan, {}, tmp_path, tmp_path) for word in one.command}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "benches").glob("bench_*.py")} <= named
+
+
 def test_without_images_a_comparison_says_what_it_wants(tmp_path):
     assert {one.why_not for one in plans.steps("quality", {}, tmp_path)} == {"wants DATA=FILE, images of the recipe's size"}
     known = {
@@ -270,7 +275,7 @@ def test_the_readmes_section_holds_what_there_is_and_names_what_there_is_not(tmp
     assert "Tests there: kernels are right: 70 passed in 60.12s." in text
     assert "Not whole: nsight (exit code 1)." in text
     assert "| sim | 1.5 | 1.23 | 0.88 | 3 / 40 |" in text
-    assert "Not measured there: rates, norm_silu, optimiser, whole iterations, recipes, layouts, nsight" in text
+    assert "Not measured there: rates, norm_silu, optimiser, EDM2's operations, whole iterations, recipes, layouts, nsight" in text
     assert "before" not in text
     assert "a CPU" not in text
     assert readme.unsourced(text, sources) == []

@@ -54,6 +54,19 @@ def norm(d, x):
     return kernels.norm_silu(x, weight[0, :3], bias[0, :3], 1, 1e-5, add=add[:, :3])
 
 
+def silu(d, x):
+    """The key is computed on the device, so that a replay draws another mask."""
+    return kernels.mp_silu(x, d.image("scale").flatten(1)[:, :3], 0.5, (d.image("key").flatten()[:1] * 2**30).to(torch.int64))
+
+
+def forced(d):
+    """In place, in memory that is filled anew."""
+    weight = d.image("weight")
+    weight.copy_(d.image("x"))
+    kernels.force_weight_norm_([weight])
+    return [weight.clone()]
+
+
 #: public op -> what it makes of the inputs drawn
 OPS = {
     "score_match": losses("x")(lambda d: kernels.score_match(d.image("x"), d.estimate("real"), d.estimate("fake"))),
@@ -71,6 +84,13 @@ OPS = {
     ),
     "add_noise": differentiated(lambda d, x: kernels.add_noise(x, d.positive("sigma"), d.image("noise"))),
     "norm_silu": differentiated(norm),
+    "pixel_norm": differentiated(lambda d, x: kernels.pixel_norm(x)),
+    "pixel_norm_silu": differentiated(lambda d, x: kernels.pixel_norm_silu(x)),
+    "mp_silu": differentiated(silu),
+    "mp_sum": differentiated(lambda d, x: kernels.mp_sum(x, d.image("y"), 0.3, 1.0)),
+    "mp_cat_silu": differentiated(lambda d, x: kernels.mp_cat_silu(x, d.image("b")[:, :2], 0.4)),
+    "normalized_weight": differentiated(lambda d, x: kernels.normalized_weight(x, d.image("gain").flatten()[0], BF16)),
+    "force_weight_norm_": forced,
 }
 RUNS = [pytest.param(name, *place.values, id=f"{name}-{place.id}", marks=place.marks)
         for name in OPS for place in on_gpu(public_ops()[name])]  # fmt: skip

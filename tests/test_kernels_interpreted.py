@@ -19,7 +19,9 @@ LEFT_OUT = "not gradcheck and not divergence and not bad_input and not module"
 
 
 @needs_triton
-@pytest.mark.parametrize("op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising"])
+@pytest.mark.parametrize(
+    "op", ["score_match", "score_implicit", "denoise", "moments", "trajectory", "adversarial", "noising", "mp", "mp_weights"]
+)
 def test_under_the_interpreter(op):
     command = [
         sys.executable,

@@ -23,6 +23,10 @@ TABLES: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
         "Adam, EMA and bfloat16 shadows in one pass, against loops over parameters, and PyTorch's fused Adam with foreach",
         [("", "case", ""), ("µs", "ours us", ".1f"), ("times as fast as loops", "eager/ours", ".2f"), ("as fused", "formula/ours", ".2f"), ("of copy", "of copy", ".2f"), ("launches, ours / loops", "launches", "")],
     ),
+    "edm2": (
+        "EDM2's operations, NHWC bfloat16 and float32 weights, against PyTorch's one by one",
+        [("", "case", ""), ("µs", "ours us", ".1f"), ("times as fast", "eager/ours", ".2f"), ("compiled µs", "compiled", ".1f"), ("of copy", "of copy", ".2f"), ("launches, ours / eager", "launches", "")],
+    ),
     "step": (
         "Whole iterations, FFHQ-64's net, bfloat16: every turn a CUDA graph against eager",
         [("", "case", ""), ("µs", "ours us", ",.0f"), ("eager µs", "eager", ",.0f"), ("times as fast", "eager/ours", ".2f"), ("img/s", "img/s", ".1f"), ("peak GiB, eager", "peak GiB, eager", ".1f"), ("graphs", "peak GiB, graphs", ".1f")],
@@ -118,4 +122,6 @@ def shares(rows: Rows) -> str:
 
 
 def title_of(name: str) -> str:
-    return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "step": "whole iterations"}.get(name, name)
+    return OTHERS.get(name) or {"rehearsal": "recipes", "optim": "optimiser", "edm2": "EDM2's operations", "step": "whole iterations"}.get(
+        name, name
+    )

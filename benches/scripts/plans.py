@@ -120,6 +120,7 @@ def ladder(environment: Mapping[str, str], folder: Path) -> list[Step]:
     found = [Step(f"ladder {shape}", 900, [*benches, "benches/bench_ladder.py", "-k", shape]) for shape in SHAPES]
     found += [
         Step("all steps", 400, [*benches, "benches/bench_step.py"]),
+        Step("EDM2's operations", 150, [*benches, "--compiled", "benches/bench_edm2.py"]),  # a guess: most of it is compiling
         Step("skipping", 120, [*benches, "benches/bench_skipping.py"]),
         Step("all recipes", 300, script("recipes", folder, *RUNS)),
     ]

@@ -54,6 +54,7 @@ class DataConfig:
         "digits"  # digits | scenes (of digits, with captions) | EDM zip | folder | .npz | .tar shards | hf:NAME | synthetic:64x3; null: none (data-free)
     )
     resolution: int | None = None  # wanted; null: as it comes
+    channels: int | None = None  # wanted, of latents; null: as they come
     unlabelled: bool = False  # ignore class labels and class folders
     flips: bool = False  # mirror half of the images
     captions: str | None = (
@@ -63,23 +64,25 @@ class DataConfig:
     how: str = ""  # how to get the data: printed when it is missing
 
     def __post_init__(self):
-        at_least(self, 1, "resolution")
+        at_least(self, 1, "resolution", "channels")
         at_least(self, 0, "workers")
         wants(self, "path", self.path != "", "a data set, or null for none")
         wants(self, "captions", self.captions != "", "a file, or null for those beside the images")
 
     def unused(self) -> Unused:
-        return {} if self.path else dict.fromkeys(("resolution", "unlabelled", "flips", "captions", "workers"), "data.path=null")
+        return (
+            {} if self.path else dict.fromkeys(("resolution", "channels", "unlabelled", "flips", "captions", "workers"), "data.path=null")
+        )
 
 
 @dataclass
 class NetConfig:
-    """EDM's keyword arguments; null leaves EDM's default. Size, channels and classes come from the data.
+    """EDM's and EDM2's keyword arguments; null leaves their default. Size, channels and classes come from the data.
 
     A class of diffusers takes `config` instead.
     """
 
-    precond: str = "EDMPrecond"  # preconditioning: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond | GDDPrecond | ECMPrecond
+    precond: str = "EDMPrecond"  # preconditioning: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond | GDDPrecond | ECMPrecond; EDM2Precond (EDM2's net)
     model_type: str = "SongUNet"  # SongUNet (DDPM++, NCSN++) | DhariwalUNet (ADM) | PixArtTransformer2DModel, which is told prompts
     config: dict[str, Any] | None = None  # settings of a class of diffusers by its own names; null: its defaults
     prediction: str = "v_prediction"  # of a class of diffusers: v_prediction | epsilon (on DDPM's table) | flow
@@ -96,13 +99,21 @@ class NetConfig:
     embedding_type: str | None = None  # of the noise level: positional (DDPM++) | fourier (NCSN++); SongUNet's
     encoder_type: str | None = None  # standard (DDPM++) | residual (NCSN++) | skip; SongUNet's
     decoder_type: str | None = None  # standard | skip; SongUNet's
-    resample_filter: list[int] | None = None  # of changes of resolution: [1,1] (DDPM++) | [1,3,3,1] (NCSN++); SongUNet's
+    resample_filter: list[int] | None = None  # of changes of resolution: [1,1] (DDPM++) | [1,3,3,1] (NCSN++); SongUNet's and EDM2's
+    label_balance: float | None = None  # share of the class in the embedding, beside the noise level; EDM2's, as all below
+    concat_balance: float | None = None  # share of the encoder's outputs where the decoder reads them
+    res_balance: float | None = None  # share of a residual block's branch
+    attn_balance: float | None = None  # share of attention's branch
+    channels_per_head: int | None = None  # of attention
+    clip_act: float | None = None  # the largest activation that leaves a block
+    logvar_channels: int | None = None  # of the head that learns the log-variance of the error
 
     def __post_init__(self):
         finite(self)
-        at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks")
+        at_least(self, 1, "model_channels", "channel_mult_emb", "channel_mult_noise", "num_blocks", "channels_per_head", "logvar_channels")
         at_least(self, 0, "augment_dim")
-        probability(self, "dropout", "label_dropout")
+        above(self, 0, "clip_act")
+        probability(self, "dropout", "label_dropout", "label_balance", "concat_balance", "res_balance", "attn_balance")
         if self.config:  # of no type that the schema knows: words are what YAML takes them for
             self.config = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in self.config.items()}
         one_of(self, "prediction", PREDICTIONS)
@@ -119,12 +130,16 @@ class TeacherConfig:
     precision: str = "auto"  # of a pipeline's weights: fp32 | bf16 | auto (bf16 on GPUs where the U-Nets are); trained nets are float32
     size: list[int] | None = None  # of a pipeline's latents, [H, W]; null: the data's, or what the pipeline says
     embedded_guidance: float | None = None  # of nets that are told a scale of guidance (FLUX-dev); null: their pipelines' own
+    guide: str | None = None  # .safetensors of a worse net: method.guidance leads away from it (autoguidance); null: from no class
+    vae: str | None = None  # of EDM2's latents, for pictures and distances: FOLDER | USER/NAME of the hub; null: three channels are shown
     how: str = ""  # how to get the checkpoint: printed when it is missing
     loss: EDMLoss = field(default_factory=EDMLoss)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
+        wants(self, "guide", self.guide != "", "a weight file, or null for none")
         wants(self, "checkpoint", self.checkpoint != "", "a weight file or pipeline, or null to train a teacher")
+        wants(self, "vae", self.vae != "", "the folder or name of a VAE, or null")
         one_of(self, "precision", ("auto", "fp32", "bf16"))
         good = self.size is None or (len(self.size) in (2, 3) and min(self.size) > 0)
         wants(self, "size", good, "height and width of latents (before them, frames), or null")

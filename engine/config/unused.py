@@ -12,6 +12,7 @@ from potstill.engine.config.tree import Config, NetConfig, flat
 from potstill.engine.models.origins import to_come
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.edm import SCHEMES
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 
@@ -47,14 +48,22 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         rules |= dict.fromkeys(
             ("teacher.precision", "teacher.size", "teacher.embedded_guidance"), "the teacher is no pipeline of diffusers"
         )
+        if teacher.img_channels in (1, 3):
+            rules["teacher.vae"] = "the teacher's samples are pictures"
     elif isinstance(teacher, DiffusersDenoiser) and not teacher.config.get("guidance_embeds"):
         rules["teacher.embedded_guidance"] = f"{teacher.name} is told no scale of guidance"
+    if getattr(cfg.method, "guidance", 1.0) == 1.0:
+        rules["teacher.guide"] = "method.guidance=1" if hasattr(cfg.method, "guidance") else f"method {cfg.method.name} has no guidance"
+    if isinstance(teacher, DiffusersDenoiser):
+        rules["teacher.vae"] = "a pipeline has its own"
     if not teacher.text:
         rules["teacher.loss.prompt_dropout"] = rules["text.encoder"] = "the teacher is told no prompts"
     elif file is not None:
         rules["text.encoder"] = f"teacher.checkpoint={file}"
     if file is None:
         ours = isinstance(teacher, EDMDenoiser)
+        if ours and teacher.precond == "EDM2Precond":
+            rules["net.model_type"] = "net.precond=EDM2Precond"
         others = ("config", "prediction") if ours else set(vars(cfg.net)) - {"model_type", "config", "prediction"}
         rules |= dict.fromkeys((f"net.{name}" for name in others), f"net.model_type={cfg.net.model_type}")
     if "teacher" in cfg.teacher.train.optim:
@@ -84,7 +93,7 @@ def contradicted(cfg: Config, teacher: Denoiser) -> list[str]:
     if not isinstance(teacher, EDMDenoiser):
         return [name for name, value in vars(cfg.net).items() if value != getattr(NetConfig(), name)]
     signature = inspect.signature(type(teacher.model)).parameters
-    said = {name: one.default for name, one in signature.items()} | teacher.kwargs
+    said = {name: one.default for name, one in signature.items()} | SCHEMES[teacher.precond] | teacher.kwargs
     said |= {"precond": teacher.precond, "model_type": type(teacher.model).__name__, "conditional": bool(teacher.label_dim)}
     said = {name: list(value) if isinstance(value, tuple) else value for name, value in said.items()}
     return [name for name, value in vars(cfg.net).items() if value is not None and (name not in said or said[name] != value)]

@@ -73,21 +73,21 @@ def _scenes() -> tuple[ArraySource, Reader]:
 EMBEDDED: dict[str, Callable[[], tuple[ArraySource, Reader]]] = {"digits": _digits, scenes.NAME: _scenes}
 
 
-def synthetic(text: str) -> tuple[ArraySource, Reader]:
-    """Uniform noise: for measuring speed and memory, not for looking at."""
+def synthetic(text: str) -> tuple[np.ndarray, Reader]:
+    """Uniform noise [N, C, H, W]: for measuring speed and memory, not for looking at. Of 4 or more channels it stands in for latents."""
     match = SYNTHETIC.fullmatch(text)
     if not match:
         raise UserError(f"wanted synthetic:RESOLUTIONxCHANNELS[xCLASSES[xN]], such as synthetic:64x3x10, got {text}")
     resolution, channels, classes = (int(part or 0) for part in match.groups()[:3])
     n = int(match[4] or 1024)
     size = n * channels * resolution**2
-    if channels not in (1, 3) or not 0 < size <= MAX_SYNTHETIC_BYTES or classes > MAX_CLASSES:
+    if channels in (0, 2) or not 0 < size <= MAX_SYNTHETIC_BYTES or classes > MAX_CLASSES:
         raise UserError(
-            f"{text} has {size:,} bytes, wanted at most {MAX_SYNTHETIC_BYTES:,}, 1 or 3 channels, at most {MAX_CLASSES} classes"
+            f"{text} has {size:,} bytes, wanted at most {MAX_SYNTHETIC_BYTES:,}, 1 or 3 channels (of latents 4 or more), at most {MAX_CLASSES} classes"
         )
     noise = np.random.Generator(np.random.Philox(0)).integers(0, 256, (n, channels, resolution, resolution), np.uint8)
     labels = Labels(np.arange(n) % classes, classes) if classes else None
-    return ArraySource(text, noise), lambda say: labels
+    return noise, lambda say: labels
 
 
 def npz(path: Path) -> tuple[ArraySource, Reader]:

@@ -1,4 +1,4 @@
-"""Image files in a folder or in a zip: their names in sorted order, and their bytes.
+"""Image files in a folder or in a zip, or where it has none, arrays (EDM2's latents): their names in sorted order, and their bytes.
 
 Nothing is ever unpacked to disk. Both classes can be read by threads, forked and pickled: a zip is read through `OpenFile`,
 which shares no file position, and its directory is kept as a few numbers a file, so a worker process parses nothing.
@@ -22,6 +22,7 @@ import numpy as np
 from potstill.engine.common.errors import UserError, reading, what_it_is
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+ARRAYS = ".npy"
 METADATA = "dataset.json"
 TABLE = re.compile(
     r"(.*/)?([^/]+\.cls|(labels?|class(es)?|targets?|annotations?|metadata|dataset)\.(jsonl?|[ct]sv|txt|parquet|np[yz]|mat|pkl))", re.I
@@ -43,10 +44,10 @@ class Beside(NamedTuple):
 
 
 def open_files(path: Path) -> "Folder | Zip":
-    """The images of a folder or zip; UserError where there are none."""
+    """The images of a folder or zip, or its arrays; UserError where there are none."""
     files = Folder(path) if path.is_dir() else Zip(path)
     if not files.names:
-        raise UserError(f"no images in {path}: wanted files that end in {', '.join(SUFFIXES)}")
+        raise UserError(f"no images in {path}: wanted files that end in {', '.join(SUFFIXES)}, or latents in {ARRAYS}")
     return files
 
 
@@ -55,18 +56,24 @@ def is_image(name: str) -> bool:
     return not is_hidden(name) and name.lower().endswith(SUFFIXES)
 
 
+def chosen(names: Iterable[str]) -> list[str]:
+    """The images among these names, or where there are none, the arrays; sorted as strings."""
+    shown = sorted(name for name in names if not is_hidden(name))
+    return [name for name in shown if is_image(name)] or [name for name in shown if name.lower().endswith(ARRAYS)]
+
+
 def is_hidden(name: str) -> bool:
     """Also what macOS puts beside files."""
     return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
 
 
 class Folder:
-    """`names`: of the images only, relative, with forward slashes, sorted as strings."""
+    """`names`: of the images only, or else of the arrays, relative, with forward slashes, sorted as strings."""
 
     def __init__(self, path: Path):
         self.path = path
         found = list(_walk(path))
-        self.names = sorted(filter(is_image, found))
+        self.names = chosen(found)
         metadata = None
         if METADATA in found:
             with reading(path / METADATA):
@@ -112,7 +119,7 @@ class Zip:
             raise UserError(
                 f"{path} is not a complete zip ({error}): wanted the whole zip, or a folder of images; {what_it_is(path)}"
             ) from error
-        self.names = sorted(filter(is_image, entries))
+        self.names = chosen(entries)
         images = [entries[name] for name in self.names]
         self._entries = np.array(
             [(e.header_offset, e.compress_size, e.file_size, e.CRC, e.compress_type, e.flag_bits) for e in images],
@@ -207,7 +214,7 @@ def _at_once(path: str, flags: int) -> int:
 def _check_metadata(size: int, names: Iterable[str], path: Path) -> None:
     """UserError for a dataset.json that is far longer than what it could say of these images."""
     least, each = MAX_METADATA
-    most = min(least + each * sum(map(is_image, names)), MAX_FILE_BYTES)
+    most = min(least + each * len(chosen(names)), MAX_FILE_BYTES)
     if size > most:
         raise UserError(
             f"{METADATA} in {path} has {size:,} bytes, wanted at most {most:,} for so many images: leave it out, or write it anew"

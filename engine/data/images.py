@@ -6,7 +6,7 @@
 
 A set that is small once decoded is decoded once (`pixels`); a larger one is read image by image. Pictures of mixed
 sizes are refused with the command that makes them alike (`potstill convert`). Of latents "pixels" are floats [C, H, W], which a
-net sees as they are.
+net sees as they are; but of moments (`engine.data.latents`) it sees draws.
 """
 
 import math
@@ -29,6 +29,7 @@ from potstill.engine.data.latents import LatentHeader, LatentSource
 from potstill.engine.data.pictures import Header
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import FileSource, Source, open_source
+from potstill.engine.nets.edm2_latents import drawn
 
 IN_MEMORY_BYTES = 2**30  # decoded; 64x64 RGB: 87,000 images
 
@@ -70,7 +71,8 @@ class Images:
 
     def __post_init__(self):
         self.name = _short(self.source.path)
-        self.shape, self.dtype = self.header.shape, self.header.dtype  # of one of them: (C, H, W), uint8
+        self.shape, self.dtype = self.header.shape, self.header.dtype  # of one of them, as a net sees it: (C, H, W); as it is stored: uint8
+        self.stored = self.header.stored if isinstance(self.header, LatentHeader) else self.shape
         self.channels, self.resolution = self.shape[0], self.header.width
         self._pixels: np.ndarray | None = None
 
@@ -89,6 +91,11 @@ class Images:
     def latent(self) -> bool:
         """Are these latents?"""
         return isinstance(self.source, LatentSource)
+
+    @property
+    def moments(self) -> bool:
+        """Are these latents drawn anew every time?"""
+        return isinstance(self.header, LatentHeader) and self.header.moments
 
     @cached_property
     def captions(self) -> list[str] | None:
@@ -117,14 +124,19 @@ class Images:
     @property
     def nbytes(self) -> int:
         """Size of all of them decoded."""
-        return len(self) * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return len(self) * math.prod(self.stored) * np.dtype(self.dtype).itemsize
 
-    def seen(self, rows: Tensor) -> Tensor:
-        """What a net sees of some [N, C, H, W] as they were read: float32, images in [-1, 1], latents as they are. A copy."""
+    def seen(self, rows: Tensor, noise: Tensor | None = None) -> Tensor:
+        """What a net sees of some […, C, H, W] as they were read: float32, images in [-1, 1], latents as they are. A copy.
+
+        noise: standard normal, of the shape that a net sees, for moments; None: the middle of what can be drawn.
+        """
+        if self.moments:
+            return drawn(rows, noise)
         return rows.to(torch.float32, copy=True) if self.latent else rows.float().div_(127.5).sub_(1)
 
     def read(self, i: int) -> np.ndarray:
-        """Image i, uint8 [C, H, W]; of latents float16 or float32. UserError, naming the file, where it is damaged."""
+        """Image i, uint8 [C, H, W]; of latents float16 or float32, as they are stored. UserError, naming the file, where it is damaged."""
         if self._pixels is not None:
             return self._pixels[i]
         at = int(self.index[i])
@@ -146,7 +158,7 @@ class Images:
         if isinstance(self.source, ArraySource):
             whole = len(self) == len(self.source)
             return self.source.pixels if whole else self.source.pixels[self.index]
-        pixels = np.empty((len(self), *self.shape), self.dtype)
+        pixels = np.empty((len(self), *self.stored), self.dtype)
         for i, image in enumerate(in_order(self.read, len(self), f"decoding {self.name}")):
             pixels[i] = image
         return pixels
@@ -184,10 +196,16 @@ def data_variance(images: Images | None) -> float | None:
         return None
     some = images.thinned(512)
     total = squares = np.zeros((), np.int64)
+    within = np.zeros(())  # what drawing from moments adds
     for i in range(len(some)):  # one after the other: all of them together may be gigabytes
-        x = some.read(i).astype(np.float64 if some.latent else np.int64)
+        x: Any = some.read(i)
+        if some.moments:
+            middle = some.seen(row := torch.from_numpy(x))
+            within = within + (some.seen(row, torch.ones_like(middle)) - middle).double().square().numpy()
+            x = middle.numpy()
+        x = x.astype(np.float64 if some.latent else np.int64)
         total, squares = total + x, squares + x * x
-    mean, square = total / len(some), squares / len(some)
+    mean, square = total / len(some), (squares + within) / len(some)
     return float((square - mean**2).clip(0).mean() / (1 if some.latent else 127.5**2)) or None
 
 

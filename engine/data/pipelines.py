@@ -27,6 +27,7 @@ LIBRARIES = ("diffusers", "transformers")
 TEXT = ("text_encoder", "tokenizer", "processor")  # beginnings of the names of the parts that embed prompts
 WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # those of variants (fp16) are not loaded
 SMALL = (".json", ".txt", ".model", ".jinja")
+AUTOENCODER = "AutoencoderKL"
 BLOCK, BLOCKS = 2**16, 256  # bytes, of a weight file of more than so many blocks, that are hashed
 
 
@@ -157,6 +158,18 @@ def load_vae(folder: Path, device: torch.device) -> Any:
         raise UserError(f"{folder} has no VAE: its nets work on pixels, which data sets hold as they are")
     vae = loaded(getattr(diffusers(), name), part_of(folder, "vae"), torch.float32)
     return vae.to(device).eval().requires_grad_(False)
+
+
+def load_autoencoder(folder: Path, device: torch.device) -> Any:
+    """An AutoencoderKL that lies in a folder of its own, or in that of a pipeline; as `load_vae`."""
+    if (folder / INDEX).is_file():
+        return load_vae(folder, device)
+    library, config = diffusers(), read_json(folder / "config.json", dict, AGAIN)
+    if config.get("_class_name") != AUTOENCODER:
+        raise UserError(
+            f"{folder} holds {config.get('_class_name')!r:.60}, wanted diffusers' {AUTOENCODER}, such as stabilityai/sd-vae-ft-mse"
+        )
+    return loaded(library.AutoencoderKL, folder, torch.float32).to(device).eval().requires_grad_(False)
 
 
 def decodes(folder: Path) -> bool:

@@ -1,7 +1,8 @@
 """An endless, shuffled stream of batches. Step s depends on (seed, s) and on nothing else, so a run resumes without saved state.
 
 The images of an epoch are permuted by a generator seeded with (seed, epoch); step s takes the positions
-s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image comes exactly once an epoch.
+s·batch … (s + 1)·batch - 1 of the epochs laid end to end, so every image comes exactly once an epoch. Latents that are drawn from
+moments are drawn for the whole batch of step s by a generator seeded with (seed, s), on the device.
 """
 
 import os
@@ -24,6 +25,7 @@ from potstill.engine.data.images import IN_MEMORY_BYTES, Images
 from potstill.engine.data.progress import cores
 
 ENDLESS = 2**62
+DRAW = 1  # beside (seed, step), the seed of latents; epochs have none
 SOON = 1000  # steps within which a second process that is killed ends the run: memory is too small, and will stay so
 
 
@@ -88,7 +90,7 @@ class Stream:
         if flips and images.latent:
             raise UserError(f"{images.name} holds latents, and those of a mirrored image are others: set data.flips=false")
         self.images, self.batch, self.flips, self.window = images, batch, flips, slice(start, stop, stride)
-        self.device = torch.device(device)
+        self.device, self.seed = torch.device(device), seed
         order = partial(Order, len(images), batch=batch, seed=seed, flips=flips, window=self.window)
         self._order = order(device=self.device)
         self._labels = None if images.labels is None else torch.from_numpy(images.labels).to(self.device)
@@ -107,7 +109,13 @@ class Stream:
             rows = self._ahead.at(step) if self._ahead else self._reader.at(step).to(self.device)
         if self.flips:
             rows = torch.where(mirrored[:, None, None, None], rows.flip(3), rows)
-        return self.images.seen(rows), self._one_hot(indices)
+        return self.images.seen(rows, self._noise(step) if self.images.moments else None), self._one_hot(indices)
+
+    def _noise(self, step: int) -> Tensor:
+        """Standard normals [n, C, H, W], whoever else draws those of the batch's other images."""
+        seed = np.random.SeedSequence((self.seed, step, DRAW)).generate_state(1, np.uint64)
+        generator = torch.Generator(self.device).manual_seed(int(seed[0] >> 1))
+        return torch.randn(self.batch, *self.images.shape, generator=generator, device=self.device)[self.window]
 
     def indices(self, step: int) -> Tensor:
         """Which images [n] `at(step)` takes: to find their captions."""

@@ -9,10 +9,10 @@ from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.data import arrays, hugging_face
-from potstill.engine.data.files import METADATA, Folder, Zip, open_files
+from potstill.engine.data.files import ARRAYS, METADATA, Folder, Zip, open_files
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import IGNORE, Labels, Reader, Say, from_folders, from_json, has_class_folders
-from potstill.engine.data.latents import LatentSource, is_latents, read_latents
+from potstill.engine.data.latents import ArrayLatents, LatentSource, NoiseLatents, is_latents, read_latents
 from potstill.engine.data.pictures import (
     FORMATS,
     NO_IMAGE,
@@ -96,7 +96,8 @@ def _open(text: str) -> tuple[Source, Reader]:
     if text in arrays.EMBEDDED:
         return arrays.EMBEDDED[text]()
     if text.startswith("synthetic:"):
-        return arrays.synthetic(text)
+        noise, labels = arrays.synthetic(text)
+        return arrays.ArraySource(text, noise) if noise.shape[1] in (1, 3) else NoiseLatents(text, noise), labels
     if text.startswith(hugging_face.PREFIX):
         column, labels = hugging_face.encoded(text)
         return FileSource(column), labels
@@ -114,7 +115,7 @@ def _open(text: str) -> tuple[Source, Reader]:
     if is_latents(place):
         return read_latents(place)
     files = open_files(place)
-    return FileSource(files), lambda say: file_labels(files, say)
+    return (ArrayLatents if files.names[0].lower().endswith(ARRAYS) else FileSource)(files), lambda say: file_labels(files, say)
 
 
 def _has_labels(read_labels: Reader) -> bool:

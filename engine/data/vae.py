@@ -19,9 +19,10 @@ from potstill.engine.common.writing import whole
 from potstill.engine.data.captions import CAPTIONS, write_captions
 from potstill.engine.data.images import Images
 from potstill.engine.data.latents import LABELS, LATENTS, LatentSource, check_std
-from potstill.engine.data.pipelines import hash_of_part, load_vae
+from potstill.engine.data.pipelines import hash_of_part, load_autoencoder, load_vae
 from potstill.engine.data.progress import in_order
 from potstill.engine.data.shards import SHARD_BYTES, Manifest, begun, write_shards
+from potstill.engine.nets.edm2_latents import Affine, decoded
 from potstill.engine.nets.latents import decode_latents, encode_latents
 
 AT_ONCE = 4  # latents that are decoded together: a VAE of large pictures takes gigabytes for each
@@ -44,6 +45,17 @@ class VAE:
         """Pictures [N, 3, H, W], about in [-1, 1], of latents as `encode` makes them."""
         pictures = torch.cat([decode_latents(self.net, some) for some in latents.to(self.device).split(AT_ONCE)])
         return pictures[:, :, 0] if self.video else pictures
+
+
+class Autoencoder:
+    """Stable Diffusion's VAE by itself, for latents of EDM2's nets: `decode`, without gradients and in float32."""
+
+    def __init__(self, folder: Path, affine: Affine, device: torch.device):
+        self.device, self.affine, self.net = device, affine, load_autoencoder(folder, device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N, 3, 8·h, 8·w], about in [-1, 1], of latents [N, 4, h, w]."""
+        return torch.cat([decoded(self.net, some, self.affine) for some in latents.to(self.device).split(AT_ONCE)])
 
 
 def check_vae(images: Images, pipeline: Path) -> None:

@@ -1,8 +1,8 @@
 """A folder that Hugging Face's diffusers loads as a pipeline, with nothing of ours installed.
 
 model_index.json    which classes in which files, and how the student is sampled
-pipeline.py         noise to images; unet/denoiser.py: the net (both from `engine/formats/standalone`)
-unet/               config.json with EDM's keyword arguments, diffusion_pytorch_model.safetensors
+pipeline.py         noise to images; unet/denoiser.py: the net, EDM's or EDM2's (from `engine/formats/standalone`)
+unet/               config.json with their keyword arguments, diffusion_pytorch_model.safetensors
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import save_tensors
+from potstill.engine.nets.edm2 import EDM2Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 FILES = Path(__file__).parent / "standalone"
@@ -27,7 +28,7 @@ def write_diffusers(net: EDMDenoiser, sampler: dict[str, Any], folder: Path, met
     unet = folder / "unet"
     unet.mkdir()
     shutil.copyfile(FILES / "pipeline.py", folder / "pipeline.py")
-    shutil.copyfile(FILES / "denoiser.py", unet / "denoiser.py")
+    shutil.copyfile(FILES / ("edm2_denoiser.py" if isinstance(net, EDM2Denoiser) else "denoiser.py"), unet / "denoiser.py")
     _write(
         folder / "model_index.json",
         {

@@ -1,7 +1,8 @@
-"""EDM, SiD, GDD, ECT and SFD network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
+"""EDM, EDM2, SiD, GDD, ECT and SFD network pickles, and PyTorch checkpoints of such nets, as denoisers. Nothing in them is executed.
 
 A pickle says which class its net was and with which keyword arguments it was made: `from_kwargs` makes ours, and the
-weights must fit it to the last name. A checkpoint holds weights only and borrows the description from a teacher.
+weights must fit it to the last name. A checkpoint holds weights only and borrows the description from a teacher. What made
+the latents of EDM2's nets stands beside them in a pickle (engine.formats.edm2_pickle).
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from potstill.engine.common.errors import UserError
 from potstill.engine.diffusion.precond import iddpm_levels
 from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.formats.edm2_pickle import check_blocks, encoder_in, named_averages
 from potstill.engine.formats.sfd_pickle import check_layers, is_student, student
 from potstill.engine.models.weights import load_strictly, read_metadata, read_tensors
 from potstill.engine.nets.edm import SCHEMES, all_kwargs, from_kwargs
@@ -26,7 +28,8 @@ from potstill.engine.readers.torch_pickles import MOST_PARTS, NET_NAME, Persiste
 EMA = "ema"
 POSITIONAL = ("img_resolution", "img_channels", "label_dim", "use_fp16")  # how EDM's classes begin, all four alike
 
-ANCHOR = "map_layer0.weight"  # every U-Net of EDM's has it
+TITLES = {"Precond": "EDM2Precond"}  # what EDM2 calls its class, and what it is called here
+ANCHOR, ANCHOR2 = "map_layer0.weight", "emb_noise.weight"  # every U-Net of EDM's, of EDM2's has it
 AUGMENT = "model.map_augment.weight"
 WRAPPERS = {"module", "_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 UNUSED = re.compile(r"model\.logvar_linear\.(weight|bias)")  # FastGen: a loss weight, of no use to the denoiser
@@ -42,13 +45,14 @@ class Like(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A denoiser out of somebody else's file, under which name it stood there, what is worth telling about it, and how it is
-    sampled where the file says so."""
+    """A denoiser out of somebody else's file, under which name it stood there, what is worth telling about it, and where the file says
+    so: how it is sampled, and what its images were encoded with (`edm2_pickle.encoder_in`)."""
 
     net: EDMDenoiser
     name: str
     notes: list[str]
     sampler: Sampler | None = None
+    encoder: dict[str, Any] | None = None
 
 
 def read_net(path: Path, *, net: str | None = None, like: Path | None = None) -> Found:
@@ -73,7 +77,10 @@ def read_net(path: Path, *, net: str | None = None, like: Path | None = None) ->
                 f"{path} holds weights and does not say of which net: add --like TEACHER.safetensors, a converted net "
                 "of the same architecture"
             )
-        return _build(path, name, *described, weights)
+        found = _build(path, name, *described, weights)
+        if nets and found.net.precond == "EDM2Precond":
+            check_blocks(found.net, nets[name])
+        return found._replace(encoder=encoder_in(content))
     except Unreadable as error:
         raise UserError(f"{path} {error}") from error
 
@@ -90,7 +97,7 @@ def _student(path: Path, name: str, net: Inert, named: Like | None) -> Found:
 
 def _description_of(net: Persistent, named: Like | None) -> tuple[str, dict[str, Any]]:
     """What the file says about its net. --like may fill what it leaves out, and contradict nothing."""
-    _check_like(named, net.title)
+    _check_like(named, TITLES.get(net.title, net.title))
     precond, kwargs = description(net)
     if kwargs is not None:
         _check_like(named, precond, kwargs)
@@ -144,14 +151,16 @@ def _chosen(path: Path, names: Any, wanted: str | None) -> str:
 
 def description(net: Persistent) -> tuple[str, dict[str, Any] | None]:
     """EDM's class name and the keyword arguments the net was made with; None where it does not say."""
-    if net.title not in SCHEMES:
-        whose = ": EDM2's nets are of another architecture and cannot be converted" if net.title == "Precond" else ""
-        raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted one of {', '.join(SCHEMES)}{whose}")
+    precond = TITLES.get(net.title, net.title)
+    if precond not in SCHEMES or net.title in TITLES.values():
+        known = [*TITLES, *(name for name in SCHEMES if name not in TITLES.values())]
+        raise Unreadable(f"holds a net of the class {shown(net.title)}, wanted one of {', '.join(known)}")
     given, kwargs = net.state.get("_init_args", ()), net.state.get("_init_kwargs")
     if type(given) is not tuple or len(given) > len(POSITIONAL) or type(kwargs) is not dict:
-        return net.title, None
+        return precond, None
     named = dict(zip(POSITIONAL, given, strict=False)) | kwargs
-    return net.title, {name: argument(name, value) for name, value in named.items()}
+    own = {"use_fp16": True} if net.title in TITLES else {}  # EDM2's default, which is not ours
+    return precond, {name: argument(name, value) for name, value in (own | named).items()}
 
 
 def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weights]:
@@ -160,21 +169,38 @@ def _checkpoint(path: Path, content: Any, wanted: str | None) -> tuple[str, Weig
     Checkpoints differ in what stands before a name (`module.`, `net.`, `model.fake_score.`): a net is found by the layer
     that all U-Nets have, and what stands before it is the net's name.
     """
-    tensors = _flat(content)
-    starts = {name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith("." + ANCHOR)}
+    tensors = _flat(named_averages(content))
+    starts = {
+        name.removesuffix(anchor): anchor
+        for name in tensors
+        for anchor in (ANCHOR, ANCHOR2)
+        if name == anchor or name.endswith("." + anchor)
+    }
     if not starts:
         raise UserError(
-            f"{path} holds no net of EDM's, {_held(content, tensors)}: wanted a network pickle, or a checkpoint with a tensor {ANCHOR}"
+            f"{path} holds no net of EDM's, {_held(content, tensors)}: wanted a network pickle, or a checkpoint with a tensor {ANCHOR} "
+            f"or, of EDM2's, {ANCHOR2}"
         )
-    titled = {re.sub(r"(^|\.)model\.$|\.$", "", start): start for start in sorted(starts)}
+    titled = {re.sub(r"(^|\.)(model|unet)\.$|\.$", "", start): start for start in sorted(starts)}
     if len(titled) < len(starts):
         raise UserError(f"{path} holds nets that cannot be told apart: {', '.join(sorted(starts))}")
     matching = [title for title in titled if title == wanted or (wanted or EMA) in title.split(".")]
     title = matching[0] if len(matching) == 1 else _chosen(path, titled, wanted)
     start = titled[title]
+    if starts[start] == ANCHOR2:
+        return title, _edm2_weights(tensors, start)
     weights = {f"model.{name.removeprefix(start)}": tensor for name, tensor in tensors.items() if name.startswith(start)}
     levels = start.removesuffix("model.") + "u"  # the noise levels of iDDPM, beside the U-Net
     return title, weights | ({"u": tensors[levels]} if levels in tensors else {})
+
+
+def _edm2_weights(tensors: Weights, start: str) -> Weights:
+    """A net of EDM2's: its U-Net's tensors, whose names begin so, and beside the U-Net the log-variance head."""
+    weights: Weights = {f"unet.{name.removeprefix(start)}": tensor for name, tensor in tensors.items() if name.startswith(start)}
+    beside = f"{start.removesuffix('unet.')}logvar_"
+    if start.removesuffix("unet.") != start:
+        weights |= {f"logvar_{name.removeprefix(beside)}": tensor for name, tensor in tensors.items() if name.startswith(beside)}
+    return weights
 
 
 def _held(content: Any, tensors: Weights) -> str:

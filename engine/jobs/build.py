@@ -16,22 +16,25 @@ from potstill.engine.formats.newborn import WORDS, another_net, fresh_net, width
 from potstill.engine.methods.base import Method
 from potstill.engine.models.opening import own_sampler
 from potstill.engine.models.origins import is_pipeline, load_origin, local_path, metadata_of_origin
+from potstill.engine.models.weights import load_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.families import FAMILIES
+from potstill.engine.nets.guide import led_by
 from potstill.engine.readers.edm_arguments import argument
 from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.skipping.apply import Guard, Skipping
 from potstill.engine.skipping.blocks import with_unet
 from potstill.engine.skipping.plan import Plan, SkippingConfig, check_plan, load_plan
 
+EDM2 = "EDM2Precond"  # the one class that has but one U-Net
+
 
 def build_net(cfg: NetConfig, resolution: int, channels: int, label_dim: int) -> Denoiser:
     """A freshly initialised denoiser for such images."""
-    kwargs = {
-        k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in ("precond", "conditional", "config", "prediction")
-    }
+    others = ("precond", "conditional", "config", "prediction", *(["model_type"] if cfg.precond == EDM2 else []))
+    kwargs = {k: v for k, v in dataclasses.asdict(cfg).items() if v is not None and k not in others}
     label_dim = label_dim if cfg.conditional else 0
     try:
         net = from_kwargs(cfg.precond, img_resolution=resolution, img_channels=channels, label_dim=label_dim, **kwargs)
@@ -77,7 +80,12 @@ def build_images(cfg: Config) -> Images | None:
         return open_images(rehearsal_data(cfg))
     if not cfg.data.path or not is_there(cfg.data.path):
         return None
-    return open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=cfg.data.captions)
+    images = open_images(cfg.data.path, resolution=cfg.data.resolution, labelled=not cfg.data.unlabelled, captions=cfg.data.captions)
+    if cfg.data.channels not in (None, images.channels):
+        raise UserError(
+            f"{images} have {images.channels} channels, data.channels wants {cfg.data.channels}: name other data, or set it to null"
+        )
+    return images
 
 
 def rehearsal_data(cfg: Config) -> str:
@@ -90,19 +98,34 @@ def rehearsal_size(cfg: Config) -> tuple[int, int, int]:
     """Resolution, channels and classes of those images."""
     some = 10 * cfg.method.needs().classes
     digits = cfg.data.path == "digits"
-    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if cfg.net.model_type == "DhariwalUNet" else some
-    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, 3)
+    classes = 10 if digits else 0 if not cfg.net.conditional else 1000 if imagenet(cfg.net) else some
+    resolution, channels = (8, 1) if digits else (cfg.data.resolution or 64, cfg.data.channels or 3)
     return resolution, channels, 0 if cfg.data.unlabelled else classes
+
+
+def imagenet(cfg: NetConfig) -> bool:
+    """Is it a net that ImageNet's recipes have?"""
+    return cfg.model_type == "DhariwalUNet" or cfg.precond == EDM2
 
 
 def load_teacher(
     path: Path, images: Images | None, cfg: TeacherConfig | None = None, *, dtype: torch.dtype | None = None, planned: bool = False
 ) -> Denoiser:
-    """A teacher from a weight file or pipeline, checked against the data it shall be distilled on.
+    """A teacher from a weight file or pipeline, with its guide if it has one, checked against the data it shall be distilled on.
 
     dtype: of a pipeline's weights; None: float32. planned: a pipeline's denoiser without numbers.
     """
     cfg = cfg or TeacherConfig()
+    net = _fitting_teacher(path, images, cfg, dtype, planned)
+    return with_guide(net, cfg)
+
+
+def with_guide(net: Denoiser, cfg: TeacherConfig) -> Denoiser:
+    """The teacher, led away from the net in `teacher.guide`, if there is one. UserError where it is of another task."""
+    return led_by(net, load_net(Path(cfg.guide).expanduser())[0], cfg.guide) if cfg.guide else net
+
+
+def _fitting_teacher(path: Path, images: Images | None, cfg: TeacherConfig, dtype: torch.dtype | None, planned: bool) -> Denoiser:
     pictures = is_pipeline(path) and not decodes(path)  # are what its net works on?
     size = tuple(cfg.size) if cfg.size else images.shape[1:] if images is not None and (images.latent or pictures) else None
     net = load_origin(path, dtype=dtype, size=size, guidance=cfg.embedded_guidance, planned=planned)
@@ -139,11 +162,11 @@ def load_teacher(
 def teacher_sampler(cfg: Config, teacher: Denoiser) -> Sampler:
     """EDM's Heun; a given teacher that is a student of an earlier stage is sampled as it was trained.
 
-    A pipeline's is guided as the student sees it (`method.guidance`).
+    A pipeline's, and one with a guide of its own, is guided as the student sees it (`method.guidance`).
     """
     own = taught_sampler(local_path(cfg.teacher.checkpoint)) if cfg.teacher.checkpoint else None
     walk = heun(teacher, cfg.teacher.loss.sampling_steps)
-    guided = isinstance(teacher, DiffusersDenoiser) and teacher.guidable
+    guided = (isinstance(teacher, DiffusersDenoiser) and teacher.guidable) or teacher.guide is not None
     return own or (dataclasses.replace(walk, guidance=getattr(cfg.method, "guidance", 1.0)) if guided else walk)
 
 

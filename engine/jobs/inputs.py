@@ -17,7 +17,7 @@ from potstill.engine.data.pipelines import TEXT, hash_of_part
 from potstill.engine.jobs.folder import write_json
 from potstill.engine.jobs.told import captions_file, prompt_files, text_place
 from potstill.engine.models.origins import is_pipeline, local_path
-from potstill.engine.models.weights import weights_hash
+from potstill.engine.models.weights import file_hash, weights_hash
 from potstill.engine.nets.denoiser import Denoiser
 
 FILE = "inputs.json"
@@ -40,6 +40,8 @@ def marks_of(cfg: Config, images: Images | None, teacher: Denoiser | None, *, te
         for name, (file, _) in zip(("file of prompts", "file of captions"), prompt_files(cfg, images, Path()), strict=False):
             ours = file == captions and images is not None and not images.latent
             marks[name] = {"sha256": hash_of_texts(images.captions or []) if ours and images else digest(file_of(file))}
+    if cfg.teacher.guide:
+        marks["guide"] = {"sha256": file_hash(Path(cfg.teacher.guide).expanduser())}
     if cfg.skipping.plan:
         marks["plan"] = {"sha256": digest(Path(cfg.skipping.plan).expanduser())}
     return marks

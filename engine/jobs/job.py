@@ -27,6 +27,7 @@ from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
+from potstill.engine.models.decoding import first_three
 from potstill.engine.models.opening import PLACE
 from potstill.engine.models.origins import INDEX, OWN, is_pipeline
 from potstill.engine.models.partitions import AnyPartition, Partition
@@ -64,8 +65,11 @@ class Job(Workplace):
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
         self.partition: AnyPartition | None = self.on_paper.partition  # of prompts once these are embedded
         self.shares: Shares | None = None
-        if (vae := told.vae_of(cfg, self.device)) is not None:
-            self.shown.decode = vae.decode
+        self.shown.decode = told.decode_of(cfg, self.on_paper.teacher, self.device)
+        if self.shown.decode is first_three and not on_paper:
+            self.say(
+                "note: no VAE decodes these latents (teacher.vae): three of their channels are shown and measured as if they were pictures"
+            )
         self.say_unused(self.on_paper.teacher)
         if (lora := self.on_paper.teacher.lora_of_copies) and (note := note_of_rank(self.on_paper.teacher.model, lora)):
             self.say(note)

@@ -27,6 +27,7 @@ from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.measure.scores import check_score_names
 from potstill.engine.methods.base import Method
 from potstill.engine.models import origins
+from potstill.engine.models.decoding import fetch_vae, is_vae
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import is_pipeline, local_path
 from potstill.engine.models.partitions import Partition
@@ -115,6 +116,15 @@ def missing(cfg: Config) -> list[str]:
         from_hub = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only."
         sentences = [from_hub, cfg.teacher.how] if origins.on_hub(checkpoint) else [cfg.teacher.how or other]
         wants.append(f"teacher: no file or pipeline at {checkpoint}. " + " ".join(filter(None, sentences)))
+    guide = cfg.teacher.guide
+    if guide and not Path(guide).expanduser().is_file():
+        wants.append(
+            f"guide: no file at {guide}. Set teacher.guide to a .safetensors file, of a smaller or less trained net than the teacher"
+        )
+    if vae_to_come(cfg):
+        where = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only"
+        other = where if origins.on_hub(str(cfg.teacher.vae)) else "It is a folder with config.json and diffusion_pytorch_model.safetensors"
+        wants.append(f"VAE: nothing at {cfg.teacher.vae}. {other}; or set teacher.vae=null")
     prompts = cfg.text.prompts
     if prompts and not Path(prompts).expanduser().exists():
         wants.append(f"prompts: nothing at {prompts}. Give text.prompts=FILE, a .txt with one prompt a line or a .jsonl with one in each")
@@ -126,7 +136,8 @@ def missing(cfg: Config) -> list[str]:
         wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
     pipelines = [Extra("diffusers", f"teacher.checkpoint={checkpoint}", "give a .safetensors file")] if to_come(cfg) else []
-    return wants + [sentence for extra in (*cfg.method.needs().extras, *logs, *pipelines) for sentence in extra.missing()]
+    vaes = [Extra("diffusers", f"teacher.vae={cfg.teacher.vae}", "set teacher.vae=null")] if cfg.teacher.vae else []
+    return wants + [sentence for extra in (*cfg.method.needs().extras, *logs, *pipelines, *vaes) for sentence in extra.missing()]
 
 
 def to_come(cfg: Config) -> str:
@@ -135,10 +146,17 @@ def to_come(cfg: Config) -> str:
     return name if origins.to_come(name) else ""
 
 
+def vae_to_come(cfg: Config) -> bool:
+    """Is there no VAE where one is named?"""
+    return cfg.teacher.vae is not None and not is_vae(cfg.teacher.vae)
+
+
 def fetch_teacher(cfg: Config) -> None:
-    """Download the teacher from the hub, once nothing else is missing. UserError where there is none such."""
+    """Download the teacher, or its VAE, from the hub, once nothing else is missing. UserError where there is none such."""
     if (name := to_come(cfg)) and len(missing(cfg)) == 1:
         origins.fetch(name, cfg.teacher.how)
+    if vae_to_come(cfg) and origins.on_hub(name := str(cfg.teacher.vae)) and len(missing(cfg)) == 1:
+        fetch_vae(name)
 
 
 def check_complete(cfg: Config) -> None:
@@ -225,4 +243,5 @@ def teacher_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Ra
         )
     size = build.rehearsal_size(cfg) if images is None or to_come(cfg) else (images.resolution, images.channels, images.label_dim)
     with torch.device("meta"):
-        return build.build_net(cfg.net, *size) if given or images is None else build.fresh_teacher(cfg, images)
+        teacher = build.build_net(cfg.net, *size) if given or images is None else build.fresh_teacher(cfg, images)
+    return build.with_guide(teacher, cfg.teacher)

@@ -21,6 +21,7 @@ from potstill.engine.jobs.machine import device_title, peak_gib, synchronize
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.methods.base import Pairs, lasting
 from potstill.engine.models.origins import is_pipeline, is_there, local_path
+from potstill.engine.nets.guide import Guide
 from potstill.engine.training.ranks import ALONE
 from potstill.engine.training.run import Run
 
@@ -75,6 +76,8 @@ def rehearse(cfg: Config) -> None:
     if device.type == "cpu" and batch > 8:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
     net = place.prepared(build.build_net(cfg.net, images.resolution, images.channels, images.label_dim))
+    if cfg.teacher.guide:
+        net.guide = Guide(net)  # as large as the teacher, at most
     method = cfg.method.build(net, net)
     for one in method.nets.values():
         one.to(device)

@@ -17,6 +17,7 @@ from potstill.engine.data.shards import MANIFEST
 from potstill.engine.data.vae import VAE
 from potstill.engine.jobs.finish import Shown
 from potstill.engine.jobs.inputs import FILE, mark_of
+from potstill.engine.models.decoding import CHANNELS, decoder_of
 from potstill.engine.models.opening import TEACHER, Model, run_of, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import Router, one_of
@@ -37,7 +38,8 @@ def shown_of(
             if given is not None:
                 wants = "is told no prompts" if option == "--prompts" else "is no net of diffusers, and belongs to no pipeline"
                 raise UserError(f"{model.path} {wants}: leave {option} out")
-        return Shown()
+        named = (settings(source).get("teacher") or {}).get("vae")
+        return Shown(decode=decoder_of(named, model.metadata, device) if net.img_channels == CHANNELS else None)
     if asked is not None and not net.text:
         raise UserError(f"{model.path} is told no prompts: leave --prompts out")
     given, recipe = pipeline, {} if is_pipeline(source) else settings(source)

@@ -56,7 +56,8 @@ def class_means(images: Images, label_dim: int) -> np.ndarray:
     assert images.labels is not None
     sums, counts = np.zeros((label_dim, images.channels * images.resolution**2)), np.zeros(label_dim)
     for i, label in enumerate(images.labels):
-        sums[label] += images.read(i).reshape(-1)
+        row = images.read(i)
+        sums[label] += (images.seen(torch.from_numpy(row)).numpy() if images.moments else row).reshape(-1)
         counts[label] += 1
     return sums / counts[:, None]
 

@@ -22,9 +22,14 @@ from potstill.engine.data.sampler import Stream
 from potstill.engine.data.vae import VAE, check_vae
 from potstill.engine.formats.newborn import check_text_encoder
 from potstill.engine.jobs.build import encoder_of
+from potstill.engine.models.decoding import CHANNELS, affine_of, decoder_of, first_three
+from potstill.engine.models.generate import Decode
 from potstill.engine.models.opening import device_named
-from potstill.engine.models.origins import OWN, is_pipeline, local_path
+from potstill.engine.models.origins import OWN, is_pipeline, local_path, metadata_of_origin
+from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.edm2_latents import STABILITY
 from potstill.engine.training.ranks import Ranks
 
 HELD_OUT = "held-out.jsonl"  # in a run folder: the pairs of digits that no picture of `scenes` shows
@@ -69,6 +74,9 @@ def check_told(cfg: Config, teacher: Denoiser, images: Images | None) -> None:
         raise UserError("data.flips mirrors pictures, and captions of scenes say what is left and right: set it to false")
     if given is not None and images is not None and images.latent and is_pipeline(local_path(given)):
         check_vae(images, local_path(given))
+    file = local_path(given) if given is not None and images is not None and images.moments else None
+    if images is not None and file is not None and file.is_file() and affine_of(read_metadata(file)) != STABILITY:
+        raise UserError(f"teacher {given} was trained on latents of another scale than EDM2's, which those of {images.name} have")
     if not teacher.text:
         if cfg.text.prompts is not None:
             raise UserError(f"text.prompts is for teachers that are told prompts, and {given or 'this one'} is not: set it to null")
@@ -198,9 +206,21 @@ def looks(cfg: Config) -> bool:
     return cfg.method.needs().data or cfg.teacher.checkpoint is None or cfg.students.net is not None
 
 
-def vae_of(cfg: Config, device: torch.device) -> VAE | None:
-    """The VAE of the teacher's pipeline; None where its samples are pictures."""
+def decode_of(cfg: Config, teacher: Denoiser, device: torch.device) -> Decode | None:
+    """How the teacher's samples become pictures: by its pipeline's VAE, or by teacher.vae; None where they are some.
+
+    Of latents that nobody decodes three channels are shown. UserError where features of pictures are wanted of them.
+    """
     path = local_path(cfg.teacher.checkpoint) if cfg.teacher.checkpoint else None
-    if path is None or not is_pipeline(path) or not decodes(path):
+    if path is not None and is_pipeline(path):
+        return VAE(path, device).decode if decodes(path) else None
+    if isinstance(teacher, DiffusersDenoiser) or teacher.img_channels in (1, 3):
         return None
-    return VAE(path, device)
+    if cfg.teacher.vae is None and cfg.data.path and cfg.eval.features != "pixels":
+        raise UserError(
+            f"eval.features={cfg.eval.features} is of pictures, and the teacher makes latents that nobody decodes: set teacher.vae, or "
+            "eval.features=pixels"
+        )
+    metadata = metadata_of_origin(path) if path is not None and path.is_file() else {}
+    found = decoder_of(cfg.teacher.vae, metadata, device) if cfg.teacher.vae and teacher.img_channels == CHANNELS else None
+    return found or first_three

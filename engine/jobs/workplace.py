@@ -20,6 +20,7 @@ from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import is_pipeline, local_path, metadata_of_origin
 from potstill.engine.models.weights import is_whole, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm2_latents import ENCODER as STABILITY_ENCODER
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run, TrainConfig
 
@@ -62,6 +63,8 @@ class Workplace:
             if isinstance(module, Denoiser):
                 module.recompute((stage or self.cfg.train).activation_checkpointing)
                 module.compute_dtype = self.dtype
+                if module.guide is not None:
+                    self.prepared(module.guide.net)
         return net.to(self.device)
 
     def share(self, student: int | None = None) -> Share:
@@ -108,14 +111,14 @@ class Workplace:
 
     @cached_property
     def inherited(self) -> dict[str, Any]:
-        """What a weight file of this run has from its teacher's: the licence, and which teacher it was."""
+        """What a weight file of this run has from its teacher's: the licence, what its latents are, and which teacher it was."""
         if not (path := self.given_teacher):
-            return {}
+            return {"encoder": STABILITY_ENCODER} if self.images is not None and self.images.moments else {}
         own = metadata_of_origin(path)
         if is_pipeline(path):
             return {"teacher": {"source": str(self.cfg.teacher.checkpoint)}}
         teacher = {key: own[key] for key in ("source", "sha256") if key in own} or own.get("teacher") or {"source": path.name}
-        return {"teacher": teacher} | ({"license": own["license"]} if "license" in own else {})
+        return {"teacher": teacher} | {key: own[key] for key in ("license", "encoder") if key in own}
 
 
 class NoImages:

@@ -271,8 +271,8 @@ def _read(
 
 
 def shown(images: Images, rows: Tensor, decode: Decode | None) -> Tensor:
-    """Samples of a data set as they were read, [N, C, H, W], as pictures, uint8."""
-    return to_uint8(decode(images.seen(rows))) if decode and images.latent else rows
+    """Samples of a data set as they were read, [N, C, H, W], as pictures, uint8. Latents that nobody decodes count as pictures, as samples do."""
+    return to_uint8(decode(images.seen(rows)) if decode else images.seen(rows)) if images.latent else rows
 
 
 def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:

@@ -263,8 +263,11 @@ def copied(net: Denoiser, role: str = "student") -> Denoiser:
     """
     lora: LoraConfig | None = getattr(net, "lora_of_copies", None)
     if lora is not None and lora.trains(role):
-        return with_adapters(frozen(net), lora)
+        own = frozen(net)
+        own.guide = None
+        return with_adapters(own, lora)
     own = copy.deepcopy(net)
+    own.guide = None
     return (own.float() if getattr(own, "low", None) else own).requires_grad_(True)  # of 16-bit weights what is trained has 32
 
 
@@ -276,6 +279,8 @@ def modules_of(method: Method) -> list[nn.Module]:
         one = held.pop()
         if isinstance(one, nn.Module):
             found[id(one)] = one
+            if isinstance(one, Denoiser) and one.guide is not None:
+                held.append(one.guide.net)
         elif isinstance(one, list | tuple):
             held += one
         elif isinstance(one, dict):

@@ -84,7 +84,10 @@ def check_guidance(guidance: float, teacher: Denoiser, name: str = "guidance") -
     if guidance == 1 or teacher.guidable:
         return
     got = "an unconditional one" if not teacher.conditional else "one that was never trained without (Flux has its guidance embedded)"
-    raise UserError(f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1")
+    raise UserError(
+        f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1, or give "
+        "teacher.guide=FILE, a worse net to lead away from"
+    )
 
 
 class Implicit(Method):

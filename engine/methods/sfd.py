@@ -33,6 +33,7 @@ from potstill.engine.methods.parts import check_guidance, conditions
 from potstill.engine.methods.vitals import variance
 from potstill.engine.nets.conditions import Condition
 from potstill.engine.nets.denoiser import Denoiser
+from potstill.engine.nets.edm2 import EDM2Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.features import LPIPS, lpips_extra
 from potstill.engine.nets.steps import add_step_condition
@@ -105,7 +106,7 @@ class SFD(Method):
         check_guidance(cfg.guidance, teacher)
         self.cfg, self.teacher = cfg, frozen(teacher)
         if cfg.step_condition and not student.knows_steps:
-            if not isinstance(student, EDMDenoiser):
+            if not isinstance(student, EDMDenoiser) or isinstance(student, EDM2Denoiser):
                 raise UserError("method.step_condition=true wants one of EDM's U-Nets, which a condition can be added to: set it to false")
             add_step_condition(student, zero=cfg.zero_init)
         self.student = student

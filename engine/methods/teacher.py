@@ -2,6 +2,8 @@
 
 L = E λ(σ) ||D(y + σ n; σ) - y||²,   ln σ ~ N(P_mean, P_std²),   λ = (σ² + σ_d²) / (σ σ_d)²
 
+A net that learns the log-variance v(σ) of its own error (EDM2, 2312.02696, Eq. 21) has L / e^v + v, so that all levels weigh the same.
+
 Of a flow the same loss is flow matching's, |v - (n - y)|², with t = σ/(1+σ) logit-normal (2403.03206). A net that is told prompts
 forgets some of them, so that guidance knows what it draws when it is told nothing (2207.12598).
 """
@@ -55,9 +57,13 @@ class Teacher(Method):
         sigma = self.net.told(lognormal(draws.normal(), self.cfg.P_mean, self.cfg.P_std))
         x_t = add_noise(y, sigma, draws.normal(*y.shape[1:]))
         estimate = self.net.estimate(x_t, sigma, labels)
-        loss, nonfinite = denoise(estimate, y, self.net.weight(sigma))
-        loss = loss.mean()
-        return loss, {"denoise": loss, "nonfinite": nonfinite}
+        losses, nonfinite = denoise(estimate, y, self.net.weight(sigma))
+        loss = losses.mean()
+        logs = {"denoise": loss, "nonfinite": nonfinite}
+        if (v := self.net.logvar(sigma)) is not None:
+            loss = (losses / v.exp() + v).mean()
+            logs["uncertainty"] = loss
+        return loss, logs
 
     def forgetful(self, prompts: Text, draws: Draws) -> Text:
         """Some of the prompts replaced by the null prompt."""

@@ -21,6 +21,7 @@ from potstill.engine.models.router import MANIFEST, Router, load_router, student
 from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
+from potstill.engine.nets.guide import led_by
 from potstill.engine.readers.harmless import check_text
 from potstill.kernels import cuda
 
@@ -29,12 +30,26 @@ ROLES = (STUDENT, TEACHER)
 MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
 ADVICE = "copy the file again, or mend it"
 PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative paths in its settings begin
-PATHS = (("teacher", "checkpoint"), ("data", "path"), ("text", "prompts"), ("text", "cache"))  # settings that may be such
+PATHS = (
+    ("teacher", "checkpoint"),
+    ("teacher", "guide"),
+    ("teacher", "vae"),
+    ("data", "path"),
+    ("text", "prompts"),
+    ("text", "cache"),
+)  # settings that may be such
 SECTIONS = {
     name: optional(DICT) for name in ("teacher", "data", "eval", "method", "text")
 }  # of config.yaml, as far as others than a run read it
 SETTINGS = {
-    "teacher": {"checkpoint": optional(TEXT), "precision": optional(TEXT), "size": optional(SIZE), "embedded_guidance": optional(number())},
+    "teacher": {
+        "checkpoint": optional(TEXT),
+        "guide": optional(TEXT),
+        "precision": optional(TEXT),
+        "size": optional(SIZE),
+        "embedded_guidance": optional(number()),
+        "vae": optional(TEXT),
+    },
     "method": {"guidance": optional(number())},
     "text": {"prompts": optional(TEXT), "cache": optional(TEXT), "precision": optional(TEXT), "max_length": optional(count(1))},
     "data": {"path": optional(TEXT), "resolution": optional(count(1)), "unlabelled": optional(FLAG)},
@@ -151,7 +166,7 @@ def open_models(
     """The nets at `where`, or only the one that is `which`. UserError where there is none such.
 
     `steps` and `solver` replace the way of sampling that the file names, for the nets that can be sampled so;
-    `of_teacher` (steps, solver, churn) replaces only the teacher's, and wants one to be there. `base`: the pipeline or weights of the
+    `of_teacher` (steps, solver, churn, guide, guidance) replaces only the teacher's, and wants one to be there. `base`: the pipeline or weights of the
     teacher, which adapters (LoRA) belong to; None: where the run or the file says.
     """
     device = torch.device(device)
@@ -178,11 +193,36 @@ def open_models(
         if which and role != which:
             raise UserError(f"{path} is a {role}'s weight file, wanted a {which}'s")
         how: dict[str, Any] = {"steps": steps, "solver": solver} | ((of_teacher or {}) if role == TEACHER else {})
+        guide, guidance = how.pop("guide", None), how.pop("guidance", None)
         sampler = sampler_for(role, net, metadata, **how, source=path)
-        found.append(Model(role, path, net.to(device).eval(), sampler, metadata))
+        if role == TEACHER and isinstance(net, Denoiser):
+            sampler = replace(sampler, guidance=guided(net, guide, guidance, settings(where)) or sampler.guidance)
+        net.to(device).eval()
+        found.append(Model(role, path, net, sampler, metadata))
     if of_teacher and all(model.role != TEACHER for model in found):
-        raise UserError(f"presets and churn are for teachers, and {where} holds a student: leave them out")
+        raise UserError(f"presets, churn and guidance are for teachers, and {where} holds a student: leave them out")
     return found
+
+
+def guided(net: Denoiser, guide: str | None, guidance: float | None, recipe: dict[str, Any]) -> float | None:
+    """How strongly a teacher is guided, which gets its guide here: as given, else as in the run of these settings where it has one; None
+    where nothing says so."""
+    if guide is None and guidance is None and (guide := (recipe.get("teacher") or {}).get("guide")):
+        if not Path(guide).expanduser().is_file():
+            raise UserError(f"no file at {guide}, the guide of this run's teacher: put it back, or name it with --guide and --guidance")
+        guidance = (recipe.get("method") or {}).get("guidance")
+    if guide is not None:
+        if guidance is None:
+            raise UserError(f"--guide {guide} wants --guidance, how strongly to lead away from it, such as 2")
+        led_by(net, load_net(Path(guide).expanduser())[0], guide)
+        net.guide.net.to(next(net.parameters()).device)
+    if guidance is None:
+        return None
+    if guidance != 1 and not net.guidable:
+        raise UserError(f"--guidance {guidance:g} wants a teacher that knows classes or prompts and none of them, or --guide: set it to 1")
+    if not 0 < guidance < float("inf"):
+        raise UserError(f"--guidance wants a number above 0, got {guidance:g}")
+    return guidance
 
 
 def check_shared(path: Path, router: Router) -> None:
@@ -204,7 +244,7 @@ def _without(where: Path, which: str, there: str) -> str:
 def _of_pipeline(where: Path, path: Path, how: dict[str, Any], device: torch.device) -> Model:
     """The teacher of a run at `where`, a folder or a student's file, as the run shows it; or of a pipeline alone, with its own settings.
 
-    how: steps, solver and churn, where they shall be others.
+    how: steps, solver, churn and guidance, where they shall be others.
     """
     recipe = settings(where) if where != path else {}
     said, student = recipe.get("teacher") or {}, None
@@ -223,8 +263,13 @@ def _of_pipeline(where: Path, path: Path, how: dict[str, Any], device: torch.dev
     steps, solver, churn = how.get("steps"), how.get("solver"), how.get("churn")
     _check_walk(steps, solver)
     walk = heun(net, steps or _steps_of(said, path) or _default_steps(net))
-    guided = isinstance(net, DiffusersDenoiser) and net.guidable
-    scale = (recipe.get("method") or {}).get("guidance") if guided else None
+    guides = isinstance(net, DiffusersDenoiser) and net.guidable
+    if how.get("guide"):
+        raise UserError(f"--guide is for nets of EDM's and EDM2's, and {path} is a pipeline of diffusers: use --guidance alone")
+    asked = how.get("guidance")
+    if asked is not None and (not guides or not 0 < asked < float("inf")):
+        raise UserError(f"--guidance wants a number above 0 and a pipeline that knows what to lead away from, got {asked:g} for {path}")
+    scale = (recipe.get("method") or {}).get("guidance") if guides and asked is None else asked
     metadata = {"sampler": replace(walk, solver=solver or walk.solver, guidance=1.0 if scale is None else scale).to_dict()}
     sampler = sampler_for(TEACHER, net, metadata, steps=None, solver=None, churn=churn, source=path)
     return Model(TEACHER, path, net.to(device).eval(), sampler, metadata)

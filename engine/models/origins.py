@@ -68,7 +68,7 @@ def fetch(name: str, how: str = "") -> None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
     if not reason and _snapshot(name):
         return
-    advice, begun = f". {how}" * bool(how), _cached(name)
+    advice, begun = f". {how}" * bool(how), cached(name)
     if begun is None:
         raise UserError(
             f"no file or folder at {name}, and no pipeline of that name came from the hub ({reason or 'nothing came'})" + advice
@@ -98,11 +98,11 @@ def fetched(name: str) -> Path:
 @cache
 def _snapshot(name: str) -> Path | None:
     """Where the hub's cache has this pipeline whole; None where it has not, also where a download was interrupted. Asks no network."""
-    found = _cached(name)
+    found = cached(name)
     return found if found is not None and lacking(found) is None else None
 
 
-def _cached(name: str) -> Path | None:
+def cached(name: str) -> Path | None:
     """Where the hub's cache has anything of this name; None where it has not."""
     if not installed("huggingface_hub"):
         return None

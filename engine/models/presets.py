@@ -24,6 +24,8 @@ def add_options(p: ArgumentParser) -> None:
     p.add_argument("--steps", type=int, help="sampling steps, for nets that can be sampled so (default: those of the file)")
     p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
     p.add_argument("--preset", choices=list(PRESETS), help="sample the teacher as EDM's authors did for this data set")
+    p.add_argument("--guidance", type=float, metavar="W", help="of the teacher: lead away from no class, or from --guide (1: none)")
+    p.add_argument("--guide", metavar="FILE", help="a worse net's weight file, to lead the teacher away from (autoguidance)")
     p.add_argument("--S_churn", type=float, metavar="S", help="EDM's stochastic sampler, for the teacher (default 0: none)")
     p.add_argument("--S_min", type=float, metavar="SIGMA", help="churn from this noise level on (default 0)")
     p.add_argument("--S_max", type=float, metavar="SIGMA", help="up to this one (default: no limit)")
@@ -31,10 +33,11 @@ def add_options(p: ArgumentParser) -> None:
 
 
 def how(args: Namespace) -> dict[str, Any]:
-    """The options as arguments of `open_models`; a preset and churn apply to the teacher only."""
+    """The options as arguments of `open_models`; a preset, guidance and churn apply to the teacher only."""
     given, preset = {"steps": args.steps, "solver": args.solver}, PRESETS.get(args.preset, {})
     changed = {key: value for key, value in given.items() if preset and value is not None}
-    of_teacher = preset | changed | {"churn": chosen_churn(args, preset.get("churn"))}
+    guidance = {"guide": args.guide, "guidance": args.guidance}
+    of_teacher = preset | changed | guidance | {"churn": chosen_churn(args, preset.get("churn"))}
     return given | {"of_teacher": {key: value for key, value in of_teacher.items() if value is not None} or None}
 
 

@@ -27,6 +27,7 @@ from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import VAE
 from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
+from potstill.engine.models.decoding import CHANNELS, decoder_of
 from potstill.engine.models.generate import Decode, Rows, generate
 from potstill.engine.models.opening import STUDENT, open_models, pipeline_named, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
@@ -209,6 +210,8 @@ class Student(nn.Module):
     def _decode(self) -> Decode | None:
         """What makes pictures of latents; None for a net of pictures."""
         net = one_of(self.net)
+        if not isinstance(net, DiffusersDenoiser) and net.img_channels == CHANNELS:
+            return self._kept("vae", lambda: decoder_of(None, self.metadata, self.device))
         if not isinstance(net, DiffusersDenoiser) or (self.pipeline is None and not net.text and net.img_channels in (1, 3)):
             return None
         pipeline = self._of_pipeline("decodes latents")

@@ -14,14 +14,30 @@ from typing import Any
 import torch
 
 from potstill.engine.common.errors import Damaged
-from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_text, number
+from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_list, is_number, is_text, number
 from potstill.engine.common.writing import save_tensors, whole
 
 CHECKSUM = "checksum"
 TEXTS = ("format", "precond", "method", "data", "license", "source", "sha256", "partition")  # also where they look like numbers
+
+
+def _is_encoder(value: Any) -> bool:
+    """Of EDM2's nets: what their images were encoded with (`formats.edm2_pickle.encoder_in`)."""
+    named = (
+        isinstance(value, dict)
+        and is_text(value.get("class", ""))
+        and is_text(value.get("vae", ""))
+        and ("scale" in value) == ("bias" in value)
+    )
+    if not named or "scale" not in value:
+        return named
+    return all(is_list(value[name], lambda one: is_number(one, -1e6, 1e6), 4, 4) for name in ("scale", "bias")) and 0 not in value["scale"]
+
+
+ENCODER = Kind(_is_encoder, "a class and perhaps a VAE with its scale and bias")
 METADATA: dict[str, Kind] = {
     "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
-    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
+    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": ENCODER, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
     "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
 }  # fmt: skip
 

@@ -36,6 +36,8 @@ class Denoiser(nn.Module):
     waits: str = ""  # why a call of it waits for the device, so that no CUDA graph can hold it; "": it does not
     casts_weights = False  # do its layers ask for weights in `compute_dtype` (`nets.shadow`)?
     source: str = ""  # the file or folder that its weights, adapters apart, were read from
+    guide: Any = None  # the worse net that guidance leads away from (`engine.nets.guide.Guide`), in the place of the same one untold
+    forces_norms = False  # in training mode, does a forward put `weights_of_unit_length` back?
     adapters: LoraConfig | None = None  # that it has (`engine.nets.lora`)
     lora_of_copies: LoraConfig | None = None  # what students and fake nets get that start from it (`engine.methods.base.copied`)
 
@@ -65,7 +67,7 @@ class Denoiser(nn.Module):
     @property
     def guidable(self) -> bool:
         """Can guidance lead away from what it draws when it is told nothing?"""
-        return self.conditional
+        return self.conditional or self.guide is not None
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, **how: Any) -> Tensor:
         """D [N, *shape] float32. sigma: scalar or [N]; condition: N rows, or None for none; how: what else a net of its kind knows."""
@@ -73,9 +75,13 @@ class Denoiser(nn.Module):
         return per_sample(c_skip, x_t) * x_t + per_sample(c_out, x_t) * raw.float()
 
     def estimate(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, guidance: float = 1.0, **how: Any) -> Estimate:
-        """D left unformed, for the fused losses; with guidance != 1 the net also runs unconditionally, as one batch."""
+        """D left unformed, for the fused losses; with guidance != 1 its guide runs, too, or the net itself unconditionally, as one batch."""
         if guidance == 1.0:
             return Estimate(*self._raw(x, sigma, condition, **how))
+        if self.guide is not None:
+            other = self.guide.net
+            worse = other._raw(x, sigma, condition if other.conditional else None)[0]
+            return Estimate(*self._raw(x, sigma, condition, **how), worse, guidance)
         if condition is None:
             raise ValueError(f"guidance {guidance} wants class labels or prompts, got none")
         n, sigma = len(x), sigma.expand(len(x))

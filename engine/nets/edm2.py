@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from potstill.engine.nets import ops
 from potstill.engine.nets.conditions import Condition
-from potstill.engine.nets.edm2_layers import Gained, MPBlock, MPConv, MPFourier, MPStyle, force_norms, mp_cat, mp_silu, mp_sum
+from potstill.engine.nets.edm2_layers import Gained, MPBlock, MPConv, MPFourier, MPStyle, force_norms, mp
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.unet import last_of_each, resolutions_of
 
@@ -56,7 +56,9 @@ class EDM2UNet(Gained):
         self.emb_noise = MPConv(noise_channels, emb_channels, ())
         self.emb_label = MPConv(label_dim, emb_channels, ()) if label_dim else None
 
-        style = MPStyle(emb_channels, tuple(resample_filter), channels_per_head, dropout, res_balance, attn_balance, clip_act)
+        style = MPStyle(
+            emb_channels, concat_balance, tuple(resample_filter), channels_per_head, dropout, res_balance, attn_balance, clip_act
+        )
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         cout = widths[0]
         for level, (res, width) in enumerate(zip(resolutions, widths, strict=True)):
@@ -77,15 +79,15 @@ class EDM2UNet(Gained):
             for index in range(num_blocks + 1):
                 cin, cout = cout + skips.pop(), width
                 self.dec[f"{res}x{res}_block{index}"] = MPBlock(cin, cout, style, decoder=True, attention=res in attn_resolutions)
-        self.out_conv = MPConv(cout, img_channels, (3, 3))
+        self.out_conv = MPConv(cout, img_channels, (3, 3), gained=True)
 
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """The conditioning vector [N, emb] of noise level and class, in float32."""
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None:
             assert labels is not None  # a denoiser's are zeros for none
-            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
-        return mp_silu(emb)
+            emb = mp().mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), self.label_balance)
+        return mp().mp_silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The encoder's outputs that the decoder reads, first to last."""
@@ -101,7 +103,12 @@ class EDM2UNet(Gained):
         skips = list(skips)
         x = skips[-1]
         for name, block in self.dec.items():
-            x = block(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+            if "block" not in name:
+                x = block(x, emb)
+            elif block.joins:
+                x = block(x, emb, skips.pop())
+            else:
+                x = block(mp().mp_cat_silu(x, ops.in_memory_format(skips.pop()), self.concat_balance)[0], emb)
         return self.out_conv(x, self.gain)
 
     def forward(

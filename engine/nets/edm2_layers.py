@@ -17,53 +17,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from potstill import kernels
 from potstill.engine.nets import ops
+from potstill.engine.nets.attention import ordered
 from potstill.engine.nets.layers import ResidualBlock
-
-EPS = 1e-4  # added to a norm, relative to a unit one
-SILU_SIZE = 0.596  # root mean square of silu(z) for standard normal z
-
-
-def normalized(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """x / (1e-4 + its root mean square over `dims`), the statistics in float32."""
-    count = math.prod(x.shape[dim] for dim in dims)
-    size = torch.linalg.vector_norm(x, dim=tuple(dims), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x / (EPS + size * (1 / math.sqrt(count))).to(x.dtype)
+from potstill.engine.nets.shadow import UnitShadow
+from potstill.kernels import reference
 
 
-def mp_silu(x: Tensor) -> Tensor:
-    return F.silu(x) / SILU_SIZE
+def mp() -> Any:
+    """The operations of kernels/mp.py, each a pass; within `ops.definitions()` their definitions."""
+    return reference if ops.by_definition() else kernels
 
 
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """a and b, weighted 1 - t and t."""
-    return torch.lerp(a, b, t) / math.sqrt((1 - t) ** 2 + t**2)
-
-
-def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """The channels of a, then b, whose contributions are weighted 1 - t and t whatever their numbers."""
-    n_a, n_b = a.shape[1], b.shape[1]
-    size = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
-    return torch.cat([a * (size * (1 - t) / math.sqrt(n_a)), b * (size * t / math.sqrt(n_b))], 1)
+def unit_vectors(x: Tensor) -> Tensor:
+    """x over its root mean square along the last dimension, which 1e-4 is added to; statistics in float32."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x / (1e-4 + size / math.sqrt(x.shape[-1])).to(x.dtype)
 
 
 class MPConv(nn.Module):
-    """A convolution, or with kernel () a linear map, by weights of unit length: [N, in, H, W] -> [N, out, H, W] or [N, in] -> [N, out]."""
+    """A convolution, or with kernel () a linear map, by weights of unit length: [N, in, H, W] -> [N, out, H, W] or [N, in] -> [N, out].
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...]):
+    gained: is it called with a gain, which goes into the weight before it is rounded?
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, ...], *, gained: bool = False):
         super().__init__()
+        self.shadow_kind = None if gained else UnitShadow
         self.in_channels, self.out_channels = in_channels, out_channels
         planned = torch.empty(out_channels, in_channels, *kernel)
         self.weight = nn.Parameter(laid_out(planned if planned.is_meta else torch.randn(planned.shape)))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """gain: a number, or a parameter [1]."""
-        weight = self.weight
-        scale = gain / math.sqrt(weight[0].numel())
-        w = (normalized(weight, range(1, weight.ndim)) * scale).to(x.dtype)
+        w = self.computed(x.dtype, gain)
         if w.ndim == 2:
             return F.linear(x, w)
         return ops.convolution(x, w, None, frozen=not w.requires_grad, padding=w.shape[-1] // 2)
+
+    def computed(self, dtype: torch.dtype, gain: Tensor | float = 1.0) -> Tensor:
+        """The weight as the layer computes with it: each output channel of length `gain`."""
+        shadow = None if self.shadow_kind is None or ops.by_definition() else getattr(self.weight, "_shadow", None)
+        if shadow is not None and shadow.dtype is dtype:
+            return shadow.of(self.weight)
+        return mp().normalized_weight(self.weight, gain.reshape(()) if isinstance(gain, Tensor) else gain, dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "MPConv":
         """Where it moves to, the weight lies as images do, so that no convolution lays it out anew."""
@@ -77,15 +75,13 @@ def laid_out(weight: Tensor) -> Tensor:
     return ops.in_memory_format(weight) if weight.ndim == 4 else weight
 
 
-@torch.no_grad()
 def force_norms(weights: Sequence[Tensor]) -> None:
     """Forced weight normalisation (Sec. 2.3): weights [out, …] in place, each output channel to root mean square 1 (1 - 1e-4).
 
     No version of a tensor is counted up: for weights that are normalised already this changes nothing but last bits, and a forward
     between two others must not spoil their backward.
     """
-    for weight in weights:
-        weight.data.copy_(normalized(weight, range(1, weight.ndim)))
+    kernels.force_weight_norm_([weight.data for weight in weights])
 
 
 class MPFourier(nn.Module):
@@ -101,7 +97,7 @@ class MPFourier(nn.Module):
         self.register_buffer("phases", planned.clone() if planned.is_meta else 2 * math.pi * torch.rand(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float().outer(self.freqs.float()) + self.phases.float()).cos() * math.sqrt(2)
+        return (x.outer(self.freqs.to(x.dtype)) + self.phases.to(x.dtype)).cos() * math.sqrt(2)
 
 
 class Gained(nn.Module):
@@ -136,6 +132,7 @@ class MPStyle:
     """What all blocks of one U-Net share."""
 
     emb_channels: int
+    concat_balance: float
     resample_filter: tuple[int, ...]
     channels_per_head: int
     dropout: float
@@ -149,6 +146,8 @@ class MPBlock(ResidualBlock, Gained):
 
     An encoder's block normalises every pixel; a decoder's does not, and changes the number of channels after its branch has left.
     """
+
+    joins = True
 
     def __init__(
         self, in_channels: int, out_channels: int, style: MPStyle, *, decoder: bool = False, up: bool = False, down: bool = False,
@@ -168,47 +167,54 @@ class MPBlock(ResidualBlock, Gained):
         self.attn_qkv = MPConv(out_channels, out_channels * 3, (1, 1)) if self.heads else None
         self.attn_proj = MPConv(out_channels, out_channels, (1, 1)) if self.heads else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, beside: Tensor | None = None) -> Tensor:
+        """`beside`: channels that follow those of x, weighed against them, which nobody has put into one tensor yet."""
         if self.checkpoint and torch.is_grad_enabled() and not ops.by_definition():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, x, emb, beside, use_reentrant=False)
+        return self._forward(x, emb, beside)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, beside: Tensor | None) -> Tensor:
         style, x = self.style, self._resampled(ops.in_memory_format(x))
-        if not self.decoder:
-            x = self._entered(x)
-        y = self.conv_res0(mp_silu(x))
-        scale = (self.emb_linear(emb, self.gain) + 1).to(y.dtype)
-        y = F.dropout(mp_silu(y * scale[:, :, None, None]), self.dropout, self.training)
+        if beside is not None:
+            x, h = mp().mp_cat_silu(x, ops.in_memory_format(beside), style.concat_balance)
+        elif self.decoder:
+            h = mp().mp_silu(x)
+        else:
+            x, h = mp().pixel_norm_silu(x if self.conv_skip is None else self.conv_skip(x))
+        y, key = self.conv_res0(h), self._key(x.device)
+        y = mp().mp_silu(y, self.emb_linear(emb, self.gain) + 1, 0.0 if key is None else self.dropout, key)
         y = self.conv_res1(y)
         if self.decoder and self.conv_skip is not None:
             x = self.conv_skip(x)
-        x = mp_sum(x, y, style.res_balance)
-        if self.heads:
-            x = mp_sum(x, self._attention(x), style.attn_balance)
-        return x if style.clip_act is None else x.clamp(-style.clip_act, style.clip_act)
+        x = mp().mp_sum(x, y, style.res_balance, None if self.heads else style.clip_act)
+        return mp().mp_sum(x, self._attention(x), style.attn_balance, style.clip_act) if self.heads else x
 
     def shortcut(self, x: Tensor) -> Tensor:
         x = self._resampled(x)
-        return self._entered(x) if not self.decoder else x if self.conv_skip is None else self.conv_skip(x)
+        x = x if self.conv_skip is None else self.conv_skip(x)
+        return x if self.decoder else mp().pixel_norm(x)
+
+    def _key(self, device: torch.device) -> Tensor | None:
+        """What fixes the mask of this call's dropout, if there is one: from PyTorch's own generator, so that its seed does."""
+        if not (self.training and self.dropout):
+            return None
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
     @property
     def plain_scale(self) -> float:
         balances = [self.style.res_balance, self.style.attn_balance][: 1 + bool(self.heads)]
         return math.prod((1 - t) / math.sqrt((1 - t) ** 2 + t**2) for t in balances)
 
-    def _entered(self, x: Tensor) -> Tensor:
-        """What enters an encoder's block: every pixel a vector of unit magnitude."""
-        return normalized(x if self.conv_skip is None else self.conv_skip(x), [1])
-
     def _attention(self, x: Tensor) -> Tensor:
         """Self-attention over pixels with q, k and v of unit magnitude, projected."""
         assert self.attn_qkv is not None and self.attn_proj is not None
         n, c, height, width = x.shape
-        qkv = self.attn_qkv(x).reshape(n, self.heads, c // self.heads, 3, height * width)
-        q, k, v = (one.transpose(-2, -1) for one in normalized(qkv, [2]).unbind(3))
-        a = ops.attention(q, k, v).transpose(-2, -1).reshape(x.shape)
-        return self.attn_proj(ops.in_memory_format(a))
+        weight = ordered(self.attn_qkv.computed(x.dtype).flatten(1), self.heads)
+        qkv = F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), weight).view(n, height * width, 3, self.heads, c // self.heads)
+        q, k, v = unit_vectors(qkv).permute(2, 0, 3, 1, 4).unbind()
+        a = ops.attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        a = F.linear(a, self.attn_proj.computed(x.dtype).flatten(1))
+        return ops.in_memory_format(a.unflatten(1, (height, width)).permute(0, 3, 1, 2))
 
     def _resampled(self, x: Tensor) -> Tensor:
         if not (self.up or self.down):

@@ -75,7 +75,7 @@ class SkippableDenoiser(EDMDenoiser):
             self.u = net.u  # a file's levels are not to the bit those that we compute
         self.train(net.training)
         self.to(next(net.parameters()).device)
-        self.compute_dtype, self.parts = net.compute_dtype, blocks_of(model)
+        self.compute_dtype, self.guide, self.parts = net.compute_dtype, net.guide, blocks_of(model)
 
     def blocks(self) -> list[nn.Module]:
         """What is left out or not: the wrappers stay."""

@@ -7,7 +7,8 @@ The freeze levels of GDD-I (2405.20750, released code):
     2  the attentions' query, key and value too
     3  the 1x1 convolutions of the skips too
 
-Norms, the maps of noise level and class, the blocks' affine maps of them, and the first and last convolutions always train.
+EDM2's nets have the same kinds of layers under other names (conv_res, attn_proj, attn_qkv, conv_skip), and these levels; that is ours, not
+published. Norms, the maps of noise level and class, the blocks' affine maps of them, and the first and last convolutions always train.
 
 The paper freezes by kind. `propose` is ours: at as many trained parameters as a published level, what trains is chosen by
 *need*. A block that matters at some noise levels (its Taylor error) but not at the highest, where the student starts, has to
@@ -34,6 +35,7 @@ PLACES = ("block", "in", "up", "down")
 def is_frozen(name: str, level: int) -> bool:
     """Does a U-Net's parameter of this name stay at freeze level `level`? By the words in it, as in the released code."""
     kinds = [kind for kinds in KINDS[:level] for kind in kinds]
+    name = name.replace("conv_skip", "skip")  # EDM2's
     return any(kind in name for kind in kinds) and any(place in name for place in PLACES)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 
 from potstill.engine.common.checks import above, at_least, finite, one_of, wants
+from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.shadow import shadow_of
 from potstill.engine.training.ranks import Ranks
-from potstill.kernels import AdamEMA, native
+from potstill.kernels import AdamEMA, force_weight_norm_, native
 from potstill.kernels.total_norm import total_norm
 
 
@@ -29,6 +30,7 @@ class OptimConfig:
     eps: float = 1e-8  # added to the root of the square
     weight_decay: float = 0.0  # adam: L2 in the gradient; adamw: decoupled
     clip: float | None = None  # global gradient norm; null: none
+    forced_norm: bool = True  # of nets whose weights are directions (EDM2): put them back to unit length in every iteration
     clip_value: float | None = None  # of every single number of the gradient, before `clip`; null: none
     warmup: int = 0  # iterations of linear warm-up
     schedule: str = "constant"  # of the learning rate: constant | linear (to 0 at the end) | halfway (a tenth from the middle on, as SFD)
@@ -123,6 +125,10 @@ def rates_as_tensors(optimizer: torch.optim.Optimizer) -> None:
             group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
 
 
+def denoisers_in(net: nn.Module) -> list[Denoiser]:
+    return [module for module in net.modules() if isinstance(module, Denoiser)]
+
+
 class Trained:
     """A net as the step, the average and the checkpoint see it; this one is whole on every rank.
 
@@ -131,13 +137,26 @@ class Trained:
 
     cfg: OptimConfig
     optimizer: torch.optim.Optimizer
+    unit: list[Tensor]
 
     def __init__(self, net: nn.Module, ranks: Ranks):
         self.net, self.ranks = net, ranks
+        for one in denoisers_in(net):
+            one.forces_norms = False  # not in a forward: once in an iteration, before it
 
     def give_optimizer(self, cfg: OptimConfig, implementation: str, average: nn.Module | None) -> None:
         """average: the copy of the net that AdamEMA lets follow it in every step."""
         self.cfg, self.optimizer = cfg, build_optimizer(self.net, cfg, implementation, average)
+        self.unit = self.directions()
+
+    def directions(self) -> list[Tensor]:
+        """The weights that are put back to unit length (`Denoiser.weights_of_unit_length`), as the optimiser sees them."""
+        return [p for one in denoisers_in(self.net) for p in one.weights_of_unit_length() if p.requires_grad]
+
+    def force_norms(self) -> None:
+        """Put them back, where the settings say so."""
+        if self.cfg.forced_norm and self.unit:
+            force_weight_norm_(self.unit)
 
     def before_backward(self, *, last: bool) -> None:
         """Is the coming backward that of the last micro-batch?"""

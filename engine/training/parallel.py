@@ -29,7 +29,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
-from potstill.engine.training.optim import Trained
+from potstill.engine.training.optim import Trained, denoisers_in
 from potstill.engine.training.ranks import Ranks
 from potstill.kernels.total_norm import total_norm
 
@@ -162,6 +162,8 @@ class Sharded(Trained):
         memo |= {id(b): b.to("meta") for b in net.buffers()}
         self.skeleton = copy.deepcopy(net, memo)  # the net without numbers
         self.group = mesh["shards"].get_group()
+        directions = {id(p) for one in denoisers_in(net) for p in one.weights_of_unit_length()}
+        self.directed = [id(p) in directions for p in net.parameters()]
         self.modules = [m for one in (net, *views) for m in shard(one, mesh, cfg)]
         self.full, self.views = net, list(views)
         self.names, self.parameters = zip(*net.named_parameters(), strict=True)
@@ -179,6 +181,15 @@ class Sharded(Trained):
         for whole, own in zip(self.parameters, self.net.parameters(), strict=True):
             if whole.grad is not None:
                 own.grad, whole.grad = whole.grad.to_local(), None
+
+    def directions(self) -> list[Tensor]:
+        """Shards have whole output channels, whose lengths no other rank need know."""
+        return [p for p, directed in zip(self.net.parameters(), self.directed, strict=True) if directed and p.requires_grad]
+
+    def force_norms(self) -> None:
+        super().force_norms()
+        if self.unit:
+            self.after_step()
 
     def before_backward(self, *, last: bool) -> None:
         for module in self.modules:

@@ -122,6 +122,8 @@ class Run(State):
 
     def _prepare(self, own: Share, decay: float) -> None:
         """What comes before the turns: shadows, the guard's look, seeds, learning rates, the decay of the average."""
+        for one in self.trained.values():
+            one.force_norms()
         renew_stale(self.weights_with_shadows)
         if self.guard is not None:
             before = self.guard.state

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import test_convert_edm
+import test_convert_edm2
 import test_convert_sfd
 import torch
 from hypothesis import strategies as st
@@ -279,13 +280,30 @@ def _easy() -> dict[str, dict[str, Any]]:
     return {"dnnlib": {}, "dnnlib.util": {"EasyDict": type("EasyDict", (dict,), {})}}
 
 
-def _edm_pickle(folder: Path) -> None:
+def _persistence() -> dict[str, dict[str, Any]]:
     def _reconstruct_persistent_obj(meta: Any) -> None:
         raise AssertionError("executed")
 
-    persistence = {"_reconstruct_persistent_obj": _reconstruct_persistent_obj}
-    with pretended(_easy() | {"torch_utils": {}, "torch_utils.persistence": persistence}):
+    return _easy() | {"torch_utils": {}, "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj}}
+
+
+def _edm_pickle(folder: Path) -> None:
+    with pretended(_persistence()):
         (folder / "net.pkl").write_bytes(pickle.dumps(test_convert_edm.snapshot(tiny()), protocol=4))
+
+
+def _edm2_pickle(folder: Path) -> None:
+    with pretended(_persistence()):
+        (folder / "net.pkl").write_bytes(pickle.dumps(test_convert_edm2.snapshot2(test_convert_edm2.tiny2()), protocol=4))
+
+
+def _edm2_state(folder: Path) -> None:
+    net = test_convert_edm2.tiny2()
+    save_net(folder / "like.safetensors", net)
+    averages = {"stds": [0.05, 0.1], "emas": [net.state_dict(), net.state_dict()]}
+    with pretended(_easy()):
+        state = sys.modules["dnnlib.util"].EasyDict(cur_nimg=8192)
+        torch.save({"state": state, "ema": averages}, folder / "net.pkl", _use_new_zipfile_serialization=False)
 
 
 def _sfd_pickle(folder: Path) -> None:
@@ -305,10 +323,10 @@ def _state_dict(zipped: bool) -> Callable[[Path], None]:
     return make
 
 
-def _converted(folder: Path) -> dict[str, Any]:
+def _converted(folder: Path, net: str | None = None) -> dict[str, Any]:
     like = folder / "like.safetensors"
-    found = read_net(folder / "net.pkl", like=like if like.is_file() else None)
-    return contents(found.net, found.net.kwargs)
+    found = read_net(folder / "net.pkl", net=net, like=like if like.is_file() else None)
+    return contents(found.net, found.net.kwargs | {"encoder": found.encoder})
 
 
 def _false_conversion(found: dict[str, Any], right: dict[str, Any], damaged: bool) -> str | None:
@@ -336,6 +354,10 @@ READERS = [
     Reader("folder of the hub", _hub_folder, _pretrained, {"model.safetensors": safetensors_of, "config.json": json_of}, false_net, 80),
     Reader("plan", _plan, _follow, {"plan.json": json_of}, _false_plan, 500),
     Reader("EDM's pickle", _edm_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 400),
+    Reader("EDM2's snapshot", _edm2_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 300),
+    Reader(
+        "EDM2's training state", _edm2_state, lambda folder: _converted(folder, "ema.0.100"), {"net.pkl": pickle_of}, _false_conversion, 150
+    ),
     Reader("SFD's pickle", _sfd_pickle, _converted, {"net.pkl": pickle_of}, _false_conversion, 200),
     Reader("torch.save, zip", _state_dict(True), _converted, {"net.pkl": None}, _false_conversion, 300),
     Reader("torch.save, older", _state_dict(False), _converted, {"net.pkl": pickle_of}, _false_conversion, 300),

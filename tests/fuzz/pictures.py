@@ -93,6 +93,17 @@ def _zip(folder: Path) -> None:
         archive.writestr("dataset.json", _dataset_json())
 
 
+def _moments_zip(folder: Path) -> None:
+    """EDM2's: an .npy of means and deviations for each picture."""
+    draw = np.random.default_rng(0)
+    with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+        for k in range(N):
+            out = io.BytesIO()
+            np.save(out, np.concatenate([draw.normal(0, 4, (4, SIZE, SIZE)), draw.uniform(0.2, 0.6, (4, SIZE, SIZE))]).astype(np.float32))
+            archive.writestr(f"0/img{k}.npy", out.getvalue())
+        archive.writestr("dataset.json", _dataset_json().replace(".png", ".npy"))
+
+
 def _folder(folder: Path) -> None:
     (folder / "0").mkdir()
     for k in range(N):
@@ -165,6 +176,7 @@ PICTURES = {
 READERS = [
     Reader("zip of images", _zip, _read("set.zip"), {"set.zip": zip_of(_inside)}, _checked, 1400),
     Reader("zip, converted", _zip, _zip_converted, {"set.zip": zip_of(_inside)}, _false_conversion, 300),
+    Reader("zip of moments", _moments_zip, _read("set.zip"), {"set.zip": zip_of(_inside)}, _checked, 500),
     Reader("folder of images", _folder, _read(""), {"dataset.json": json_of, "0/img3.png": png_of}, _unchecked, 900),
     Reader(".npz of images", _npz, _read("set.npz"), {"set.npz": zip_of(_inside)}, _unchecked, 800),
     Reader(".tar of images", _tar, _read("set.tar"), {"set.tar": tar_of}, _unchecked, 800),
