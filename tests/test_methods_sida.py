@@ -1,5 +1,6 @@
 """SiDA: the released code's numbers, the gradients by hand, who receives one, the order of the turns, and that it learns."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from toy import Mixture, apart, batch_of, default_dtype, draws, image, largest, 
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Batch, Turn, lasting, taken_apart
+from potstill.engine.methods.base import Batch, OneRank, Turn, lasting, taken_apart
 from potstill.engine.methods.sida import SIDA, SIDAConfig
 from potstill.engine.models.weights import read_tensors
 from potstill.engine.nets.edm import from_kwargs
@@ -213,6 +214,32 @@ def test_fake_gradient_by_hand(label_dim):
     torch.testing.assert_close(found, list(wanted), rtol=1e-8, atol=1e-10)
 
 
+class Half(OneRank):
+    """One of two ranks that have these samples."""
+
+    count = 2
+
+    def __init__(self, a: Tensor, b: Tensor):
+        self.of_all = torch.stack([a.mean(), b.mean()]).detach()
+
+    def average(self, tensors) -> None:
+        tensors[0].copy_(self.of_all)
+
+
+@default_dtype(torch.float64)
+def test_what_weighs_the_gan_is_a_mean_over_all_ranks():
+    """Two ranks' gradients of mean(a) mean(b), averaged, are those of one with all samples; apart they are of each half."""
+    method, a, b = sida(Mixture()), torch.rand(8, requires_grad=True), torch.rand(8, requires_grad=True)
+    wanted = torch.autograd.grad(a.mean() * b.mean(), [a, b])
+    halves = [slice(0, 4), slice(4, 8)]
+    method.ranks, method.together = Half(a, b), True
+    shares = [method.product_of_means(a[n], b[n]) for n in halves]
+    torch.testing.assert_close(torch.autograd.grad(sum(shares) / 2, [a, b]), wanted)
+    torch.testing.assert_close(sum(shares) / 2, a.mean() * b.mean())
+    method.together = False
+    torch.testing.assert_close(method.product_of_means(a[:4], b[:4]), a[:4].mean() * b[:4].mean())
+
+
 def test_each_turn_reaches_its_own_net():
     method = sida(Mixture())
     assert [turn.trains for turn in method.turns] == ["fake", "student", "student"]
@@ -292,6 +319,23 @@ def test_the_average_follows_through_all_parts_of_a_run(optimizer):
     other, _ = moves(sida(Mixture(), student_after=0.032, gan_after=0.064), 7, optimizer="torch", ema_kimg=0.05, ema_ramp_up=1.0)
     for a, b in zip(run.ema.net.parameters(), other.ema.net.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_that_went_on_is_the_run_that_did_not_stop():
+    """Cut off in every part, with what a checkpoint holds: the same bits."""
+    settings = {"student_after": 0.032, "gan_after": 0.064}
+    whole, _ = moves(sida(Mixture(), **settings), 7)
+    for cut in (2, 4, 6):
+        first, _ = moves(sida(Mixture(), **settings), cut)
+        second, _ = moves(sida(Mixture(), **settings), 0)
+        second.load_state_dict(copy.deepcopy(first.state_dict()) | {"step": cut})
+        for step in range(cut, 7):
+            second.take(*Mixture().sample_data(16, torch.Generator().manual_seed(step)))
+        for net in ("student", "fake"):
+            for a, b in zip(whole.method.nets[net].parameters(), second.method.nets[net].parameters(), strict=True):
+                assert torch.equal(a, b), (cut, net)
+        for a, b in zip(whole.ema.net.parameters(), second.ema.net.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_turns_that_share_an_iteration_are_known():
