@@ -118,6 +118,7 @@ def settings(args: argparse.Namespace, chosen: list[str], folder: Path, seed: in
 
 def made(cfg: Config, seconds: float) -> dict[str, Any]:
     """A student trained for so many seconds: its distance, and what it took."""
+    assert cfg.run_dir is not None
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cfg.train.kimg = kimg_in(seconds, cfg, folder / "kimg.json", of_teacher=False)
