@@ -20,6 +20,7 @@ from potstill.engine.methods.gdd import GDD, GDDConfig
 from potstill.engine.methods.moment_matching import Alternating, Instant, MomentMatchingConfig
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.sfd import SFD, SFDConfig
+from potstill.engine.methods.sida import SIDA, SIDAConfig
 from potstill.engine.methods.sim import SIM, SIMConfig
 from potstill.engine.methods.teacher import EDMLoss, Teacher
 from potstill.engine.nets.edm import from_kwargs
@@ -89,6 +90,11 @@ def sim():
     return SIM(SIMConfig(scale=1.0), net(1), net(2), net(3))
 
 
+def sida():
+    """All three of its turns within 20 iterations; a student that moves, so that its gradient and the GAN's are there from the start."""
+    return SIDA(SIDAConfig(scale=1.0, student_after=0.032, gan_after=0.064), net(1), net(2), net(3))
+
+
 def alternating():
     return Alternating(MomentMatchingConfig(steps=2, weight="flat"), net(1), net(2), net(3))
 
@@ -137,6 +143,7 @@ def light():
 METHODS = {
     "dmd": dmd,
     "sim": sim,
+    "sida": sida,
     "alternating": alternating,
     "instant": instant,
     "gdd": gdd,

@@ -34,6 +34,7 @@ SETTINGS = {
     "dmd2": {"name": "dmd", "fake_per_student": 2, "gan": True},
     "sim": {"dropout": 0.1},
     "sid": {"name": "sim", "distance": "l2", "alpha": 1.2},
+    "sida": {"student_after": 0.008, "gan_after": 0.024, "dropout": 0.1},  # from iterations 2 and 4 on
     "gdd": {"r1_every": 2, "r1_gamma": 0.1, "width": 8},
     "few_dmd2": {"name": "dmd", "fake_per_student": 2, "gan": True, "steps": [700, 300]},
     "few_sim": {"name": "sim", "dropout": 0.1, "steps": [700, 300]},

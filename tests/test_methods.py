@@ -47,6 +47,7 @@ def test_a_name_that_another_method_has_is_refused():
         ("dmd", {"gan": True, "guidance": 2.0}, {"data": True, "classes": True}),
         ("dmd", {"regression": 0.25, "pairs": 7, "pair_steps": 3}, {"pairs": (7, 3)}),
         ("sim", {"guidance": 1.5}, {"data": False, "classes": True}),
+        ("sida", {}, {"data": True, "classes": False, "batch_statistics": True, "whole_teacher": False}),
         ("moment_matching", {}, {"data": True, "batch_statistics": False, "whole_teacher": False}),
         ("moment_matching", {"variant": "instant"}, {"batch_statistics": True, "whole_teacher": True}),
         ("gdd", {}, {"data": True, "batch_statistics": True, "whole_teacher": True}),

@@ -1,5 +1,6 @@
 """SiDA: the released code's numbers, the gradients by hand, who receives one, the order of the turns, and that it learns."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from toy import Mixture, apart, batch_of, default_dtype, draws, image, largest, 
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Batch, Turn, lasting, taken_apart
+from potstill.engine.methods.base import Batch, OneRank, Turn, lasting, taken_apart
 from potstill.engine.methods.sida import SIDA, SIDAConfig
 from potstill.engine.models.weights import read_tensors
 from potstill.engine.nets.edm import from_kwargs
@@ -213,6 +214,32 @@ def test_fake_gradient_by_hand(label_dim):
     torch.testing.assert_close(found, list(wanted), rtol=1e-8, atol=1e-10)
 
 
+class Half(OneRank):
+    """One of two ranks that have these samples."""
+
+    count = 2
+
+    def __init__(self, a: Tensor, b: Tensor):
+        self.of_all = torch.stack([a.mean(), b.mean()]).detach()
+
+    def average(self, tensors) -> None:
+        tensors[0].copy_(self.of_all)
+
+
+@default_dtype(torch.float64)
+def test_what_weighs_the_gan_is_a_mean_over_all_ranks():
+    """Two ranks' gradients of mean(a) mean(b), averaged, are those of one with all samples; apart they are of each half."""
+    method, a, b = sida(Mixture()), torch.rand(8, requires_grad=True), torch.rand(8, requires_grad=True)
+    wanted = torch.autograd.grad(a.mean() * b.mean(), [a, b])
+    halves = [slice(0, 4), slice(4, 8)]
+    method.ranks, method.together = Half(a, b), True
+    shares = [method.product_of_means(a[n], b[n]) for n in halves]
+    torch.testing.assert_close(torch.autograd.grad(sum(shares) / 2, [a, b]), wanted)
+    torch.testing.assert_close(sum(shares) / 2, a.mean() * b.mean())
+    method.together = False
+    torch.testing.assert_close(method.product_of_means(a[:4], b[:4]), a[:4].mean() * b[:4].mean())
+
+
 def test_each_turn_reaches_its_own_net():
     method = sida(Mixture())
     assert [turn.trains for turn in method.turns] == ["fake", "student", "student"]
@@ -294,6 +321,23 @@ def test_the_average_follows_through_all_parts_of_a_run(optimizer):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_that_went_on_is_the_run_that_did_not_stop():
+    """Cut off in every part, with what a checkpoint holds: the same bits."""
+    settings = {"student_after": 0.032, "gan_after": 0.064}
+    whole, _ = moves(sida(Mixture(), **settings), 7)
+    for cut in (2, 4, 6):
+        first, _ = moves(sida(Mixture(), **settings), cut)
+        second, _ = moves(sida(Mixture(), **settings), 0)
+        second.load_state_dict(copy.deepcopy(first.state_dict()) | {"step": cut})
+        for step in range(cut, 7):
+            second.take(*Mixture().sample_data(16, torch.Generator().manual_seed(step)))
+        for net in ("student", "fake"):
+            for a, b in zip(whole.method.nets[net].parameters(), second.method.nets[net].parameters(), strict=True):
+                assert torch.equal(a, b), (cut, net)
+        for a, b in zip(whole.ema.net.parameters(), second.ema.net.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_turns_that_share_an_iteration_are_known():
     a, b = Turn("student", None, seen=(-1.0, 5.0)), Turn("student", None, seen=(5.0, 9.0))
     assert taken_apart([a, b])
@@ -321,7 +365,11 @@ def test_the_gradient_that_a_guard_compares_is_this_part_of_the_runs():
 def tiny(seed: int = 1, **kwargs):
     torch.manual_seed(seed)
     shape = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
-    return from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=3, dropout=0.0, **shape | kwargs)
+    net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=3, dropout=0.0, **shape | kwargs)
+    with torch.no_grad():  # a fresh net hardly hears what it is told
+        for p in net.parameters():
+            p += 0.05 * torch.randn(p.shape)
+    return net
 
 
 NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
@@ -410,8 +458,8 @@ def test_the_student_of_a_run_goes_on_and_all_else_begins_anew(tmp_path):
         assert any((before["ema"][name] - before["nets"]["student"][name]).abs().max() > 1e-3 for name in before["ema"])
     with pytest.raises(UserError, match=r"students.start wants the folder of a run with this method, whose nets all go on, got the file"):
         train.main(["digits_sid", f"run_dir={tmp_path}/no", *small, teacher, f"students.start={tmp_path}/sid/student.safetensors"])
+    wide = [one for one in small if "model_channels" not in one] + ["net.model_channels=16"]
     with pytest.raises(UserError, match=r"students.start: net 'student' in .* is of another shape"):
-        wide = [one for one in small if "model_channels" not in one] + ["net.model_channels=16"]
         train.main(["digits_sida", f"run_dir={tmp_path}/wide", *wide, f"students.start={tmp_path}/sid"])
 
 

@@ -42,8 +42,9 @@ MICRO = [
     ("light", "ddp", {"micro_batch": 4}),
     ("sim", "ddp", {"micro_batch": 8}),
     ("few", "ddp", {"micro_batch": 2}),
+    ("sida", "ddp", {"micro_batch": 2}),
 ]
-COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"})]
+COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"}), ("sida", "ddp", {"compile": "net"})]
 OPTIONS = [
     ("sim", "fsdp", {"fsdp": FSDPConfig(reshard_after_forward=False, teacher="shard")}),
     ("dmd", "fsdp", {"fsdp": FSDPConfig(replicas=2)}),

@@ -108,6 +108,9 @@ class Place:
         for count in ("r1_every", "measure_every"):
             if hasattr(method, count):
                 setattr(method, count, max(1, round(share * getattr(method, count))))
+        for kimg in ("student_after", "gan_after"):  # of SiDA: else its student would not move in so short a run
+            if hasattr(method, kimg):
+                setattr(method, kimg, 0.0)
         if getattr(method, "regression", 0):
             method.pairs, method.pair_steps = IMAGES, 3
         if hasattr(method, "features"):

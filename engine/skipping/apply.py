@@ -88,8 +88,10 @@ class Skipping(SkippableDenoiser):
         return Denoiser.estimate_and_features(self, x, sigma, condition, guidance=guidance)
 
     def _raw(
-        self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, x: Tensor, sigma: Tensor, condition: Condition | None, *, augment_labels: Tensor | None = None, steps: int | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        assert seen is None  # features are the full net's
         self.memory.reuse = self.active and self.cache > 1 and sigma.ndim == 0 and self.remembers(x)
         schedule = self.schedule(sigma, len(x)) if self.active else None
         self.follow(schedule)
