@@ -1,9 +1,11 @@
-"""Any pictures become a data set (EDM's zip), pictures and prompts what a pipeline's nets see of them, networks weight files.
+"""Any pictures become a data set (EDM's zip), pictures and prompts what a pipeline's nets see of them, networks weight files,
+and the averages that a run has kept one of another length.
 
     potstill convert images SRC OUT.zip --resolution 64
     potstill convert latents SRC OUT --pipeline FOLDER
     potstill convert prompts PROMPTS OUT --pipeline FOLDER
     potstill convert edm IN.pkl|URL OUT.safetensors
+    potstill convert phema RUN OUT.safetensors --std 0.08
 
 `potstill convert images --help` and so on say more.
 """
@@ -11,6 +13,7 @@
 import argparse
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -26,11 +29,15 @@ from potstill.engine.data.progress import in_order
 from potstill.engine.data.sources import Source, open_source
 from potstill.engine.data.vae import write_latents
 from potstill.engine.diffusion.sampling import Sampler, one_step
+from potstill.engine.formats.edm2_snapshots import NAME, Snapshot, snapshots_in
 from potstill.engine.formats.edm_pickle import Found, read_net
 from potstill.engine.formats.images import RESAMPLING, Fit, channels_of, dataset_zip, fitted, plain, png
+from potstill.engine.models.descriptions import described
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import fetched
-from potstill.engine.models.weights import save_net
+from potstill.engine.models.weights import save_net, save_weights
+from potstill.engine.training.phema import LIMIT
+from potstill.engine.training.posthoc import Profile, profiles_in, reconstructed
 
 IMAGES = """\
 SRC is a folder (sub-folders are classes), an EDM dataset zip, an .npz, webdataset's shards ('train-{000..063}.tar'),
@@ -52,6 +59,11 @@ EDM = """\
 IN is a network pickle of EDM, EDM2, SiD, SiDA, GDD, ECT or SFD, or a PyTorch checkpoint of such a net (DMD2, FastGen, training
 states) with --like, or the address of one: it is then downloaded into $POTSTILL_CACHE (~/.cache/potstill). Pickles can hold
 programs: nothing in the file is executed, and one that asks for anything but a network is refused."""
+PHEMA = """\
+RUN is the folder of a run with train.phema=[0.05,0.1], RUN/teacher that of its teacher's training, RUN/student-0 that of
+one of several students; or a folder of the profiles that one has kept, or of EDM2's (network-snapshot-KIMG-STD.pkl). OUT is the
+average of the weights of another relative length, as if it had been followed from the start (power-function EMA, 2312.02696),
+after as many images as some of the profiles."""
 LICENSE = (
     "These weights are somebody else's: EDM's and EDM2's, and what is made from them (SiD, SiDA, GDD, ECT, SFD, DMD2), are CC BY-NC-SA 4.0 "
     "(attribution, non-commercial, share alike)."
@@ -62,7 +74,7 @@ ONE_STEP = {"GDDPrecond": 80.0, "ECMPrecond": 80.0}  # where GDD's and ECT's gen
 
 def main(argv: list[str]) -> None:
     parser = parser_of("convert", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="images|latents|prompts|edm", help="what is converted:")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="images|latents|prompts|edm|phema", help="what is converted:")
 
     images = commands.add_parser("images", help="pictures -> EDM dataset zip", description=IMAGES, formatter_class=RAW)
     images.set_defaults(call=convert_images)
@@ -110,6 +122,14 @@ def main(argv: list[str]) -> None:
         "--one-step", metavar="SIGMA", type=float, help="it is a generator, x = D(SIGMA z): SiD, SiDA 2.5; DMD2, GDD and ECT 80"
     )
     edm.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
+
+    phema = commands.add_parser("phema", help="averages of a run -> one of any length", description=PHEMA, formatter_class=RAW)
+    phema.set_defaults(call=convert_phema)
+    phema.add_argument("source", metavar="RUN", type=Path, help="a run folder, or one with its profiles")
+    phema.add_argument("out", metavar="OUT.safetensors", type=Path, help="the weight file to be written")
+    phema.add_argument("--std", metavar="S", type=float, required=True, help=f"relative length of the average, above 0 and below {LIMIT}")
+    phema.add_argument("--kimg", metavar="N", type=float, help="thousands of images seen, the nearest that was kept (default: the last)")
+    phema.add_argument("--force", action="store_true", help="overwrite OUT.safetensors")
 
     arguments = parser.parse_args(argv)
     arguments.again = shlex.join(["potstill", "convert", *argv])
@@ -199,10 +219,7 @@ def _check_counts(arguments: argparse.Namespace, *names: str) -> None:
 
 def convert_edm(arguments: argparse.Namespace) -> None:
     """Fetch, read, save; prints one line about the net."""
-    out, sigma = arguments.out.expanduser(), arguments.one_step
-    if out.suffix != ".safetensors":
-        raise UserError(f"wanted an output that ends in .safetensors, got {out}")
-    check_free(out, arguments.force)
+    out, sigma = _weight_file(arguments), arguments.one_step
     if sigma is not None and not 0 < sigma < float("inf"):
         raise UserError(f"--one-step wants the noise level of the generator, above 0, got {sigma:g}")
     source = arguments.source
@@ -221,6 +238,40 @@ def convert_edm(arguments: argparse.Namespace) -> None:
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{out}: {_described(found)} ({metadata['source']}, sha256 {metadata['sha256'][:12]})")
+
+
+def convert_phema(arguments: argparse.Namespace) -> None:
+    """Read, combine, save; prints one line about the average."""
+    out = _weight_file(arguments)
+    profiles = _profiles(arguments.source.expanduser())
+    made = reconstructed(profiles, arguments.std, arguments.kimg)
+    save_weights(out, made.tensors, made.metadata)
+    lengths = sorted({one.std for one in profiles})
+    of = f"{made.used} profiles of std {', '.join(f'{std:g}' for std in lengths)}"
+    print(f"{out}: std {arguments.std:g} at {made.images / 1000:g} kimg, of {of} (its weights over time off by {made.off:.1%})")
+
+
+def _profiles(where: Path) -> list[Profile]:
+    """The averages that a run has kept, or one of EDM2's trainings as snapshots."""
+    if where.is_dir() and any(NAME.fullmatch(path.name) for path in where.iterdir()):
+        return [_of_snapshot(one) for one in snapshots_in(where)]
+    return profiles_in(where)
+
+
+def _of_snapshot(one: Snapshot) -> Profile:
+    found = read_net(one.path)
+    encoder = {"encoder": found.encoder} if found.encoder else {}
+    metadata = {"source": f"snapshots of {one.path.parent.name}", "license": LICENSE} | encoder | described(found.net)
+    return Profile(one.images, one.std, lambda: nullcontext(one.tensors()), metadata, one.path)
+
+
+def _weight_file(arguments: argparse.Namespace) -> Path:
+    """OUT.safetensors. UserError for another name, and for a file that nobody wants to lose."""
+    out = arguments.out.expanduser()
+    if out.suffix != ".safetensors":
+        raise UserError(f"wanted an output that ends in .safetensors, got {out}")
+    check_free(out, arguments.force)
+    return out
 
 
 def _sampler(found: Found, sigma: float | None, path: Path) -> Sampler | None:

@@ -16,15 +16,15 @@ from torch import Tensor
 from potstill.kernels import mp_weights, residual
 from potstill.kernels._adam import LAUNCHERS
 from potstill.kernels._lib import TRITON, cdiv
-from potstill.kernels._triton import tl, triton
+from potstill.kernels._triton import triton
 from potstill.kernels.adam_ema import AdamEMA
 from potstill.kernels.estimate import Estimate
 
 #: (C, resolution) of every GroupNorm in the DDPM++/NCSN++ (add or nothing) and ADM (scale and shift) networks of EDM.
 SONG = [(128, 64), (128, 32), (256, 32), (256, 16), (384, 32), (512, 16), (512, 8)]
 ADM = [(192, 64), (384, 64), (384, 32), (576, 32), (768, 16), (960, 32), (1152, 16), (1344, 16), (1536, 8)]
-#: (C, resolution) in EDM2's networks, from XS at the top to XXL at the bottom: mp_cat has twice as many channels and fewer.
-EDM2 = [(128, 64), (192, 64), (256, 32), (320, 64), (384, 16), (448, 64), (512, 8), (896, 32), (1152, 16), (1344, 16), (1536, 8), (1792, 8)]
+#: (C, resolution) of all blocks of EDM2's networks, XS (128) to XXL (448).
+EDM2 = sorted({(size * (i + 1), 64 >> i) for size in (128, 192, 256, 320, 384, 448) for i in range(4)})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: N and D. Triton compiles a kernel once more for integers that 16 divides, and once more for a 1, which is then a constant.
 SIZES = {"": (63, 3 * 63 * 63), ", D % 16 = 0": (64, 3 * 64 * 64)}
@@ -134,9 +134,10 @@ def _launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{c}x{resolution}x{resolution} bf16, {form}", partial(_mp, c, resolution, form=form)
     for n in (64, 576, 768, 1152, 1728, 3456, 4608, 8064, 16128, 32256):  # 1x1 and 3x3 of 64 to 3584 channels, an embedding's 768
         yield f"rows of {n}, bf16", partial(_mp_weights, 192, n, "bf16", False)
-    for n, dtype, learnt in product((576, 16128, 32256), DTYPES, (True, False)):
+    for n, dtype, learnt in product((576, 3456, 16128, 32256), DTYPES, (True, False)):
         yield f"rows of {n}, {dtype}{', gain' * learnt}", partial(_mp_weights, 192, n, dtype, learnt)
-    yield "rows of 75, fp32, gain", partial(_mp_weights, 7, 75, "fp32", True)
+    for dtype, learnt in (("bf16", False), ("fp32", True)):  # the first convolution's: 9 numbers of 4 channels and of the ones beside them
+        yield f"rows of 45, {dtype}{', gain' * learnt}", partial(_mp_weights, 192, 45, dtype, learnt)
     for dtype, full in product(("fp32", "bf16"), (True, False)):
         yield f"{dtype}, {'ema + shadow' if full else 'bare'}", partial(_adam_ema, DTYPES[dtype], full)
 
@@ -221,12 +222,12 @@ def _mp(c: int, resolution: int, dtype: str = "bf16", *, form: str = "") -> None
 
 
 def _mp_weights(rows: int, n: int, dtype: str, learnt: bool) -> None:
-    """A weight for images of a dtype, its gain learnt or a number; with a number also in place, on the 16-byte grid; with 75, off it."""
+    """A weight for images of a dtype, its gain learnt or a number; and in place, on the 16-byte grid or off it."""
     weight, gain = _empty(rows, n), _empty() if learnt else None
     out = TRITON["normalized_weight"](weight, gain, 1.0, DTYPES[dtype], 1e-4)
     TRITON["normalized_weight_backward"](out, weight, gain, 1.0, 1e-4, [True, learnt])
     table, programs = _empty(3, 3, dtype=torch.int64), _empty(9, 2, dtype=torch.int32)
-    mp_weights.force_kernel[(9,)](table, programs, 1e-4, DTYPE=tl.float32, ALIGNED=not learnt, **mp_weights.plan(n))
+    mp_weights.launch_force(table, programs, 1e-4, torch.float32, n, not learnt)
 
 
 def _adam_ema(dtype: torch.dtype, full: bool) -> None:

@@ -69,8 +69,8 @@ def norm_grad_kernel(
     if ds_ptr is not None:
         g += _get(ds_ptr + start, at, mask) * _slope(n, ASM)
     r = tl.load(r_ptr + pixel, mask=pixel < pixels, other=0.0)
-    # n = x/(eps + r), and r changes with x by n·(eps + r)/(C·r)
-    along = tl.where(r > 0, tl.sum(g * n, 1) / (C * r), 0.0)
+    # n = x/(eps + r), and r changes with x by n·(eps + r)/(C·r); where r is 0, n is
+    along = tl.sum(g * n, 1) / (C * tl.where(r > 0, r, 1.0))
     tl.store(dx_ptr + start + at, g * (1.0 / (eps + r))[:, None] - n * along[:, None], mask=mask)
 
 

@@ -5,18 +5,18 @@
     mp_sum            ((1 - t)·x + t·y)/√((1 - t)² + t²), no further from 0 than `clip`
     mp_cat_silu       cat[wa·a, wb·b], wa = K(1 - t)/√Ca, wb = K·t/√Cb, K = √((Ca + Cb)/((1 - t)² + t²));  s = silu(cat)/0.596
 
-Images read + written, forward | backward; in eager PyTorch (16 bits, EDM2's operations one by one) and as torch.compile fuses the
-same formula by itself:
+Images read and written, forward | backward, in 16 bits: by ours; by PyTorch's operations one by one; by what torch.compile makes of
+those, as Inductor 2.13 schedules them for a CPU (its Triton may fuse more). Numbers per pixel or per channel of a sample are left out.
 
-                                    ours                 eager           torch.compile
-    pixel_norm_silu                 1 + 2 | 3 + 1        {norm}
-    pixel_norm                      1 + 1 | 2 + 1        {normonly}
-    mp_silu, scale and dropout      1 + 1 | 2 + 1        {silu}
-    mp_sum, clip                    2 + 1 | 1 + 2        {sum}
-    mp_cat_silu                     1 + 2 | 3 + 1        {cat}
+                                ours              one by one    compiled
+    pixel_norm_silu             1 + 2 | 3 + 1     7 | 37        3 | 10
+    pixel_norm                  1 + 1 | 2 + 1     3 | 29        2 | 3
+    mp_silu, scale, dropout     1 + 1 | 2 + 1     8.5 | 13.5    3 | 6.5
+    mp_sum, clip                2 + 1 | 1 + 2     7 | 13        3.5 | 3.5     ours: and the bits, 1/16 of an image each way
+    mp_cat_silu                 1 + 2 | 3 + 1     8 | 10        4 | 9         a and b together are one image
 
-Kept for backward: n, which is the block's skip, and 4 bytes a pixel; x and scale; with a clip one bit a number; cat, which the
-block's own 1x1 convolution reads. What dropout leaves is computed again.
+Kept for backward: n, which is the block's skip, and 4 bytes a pixel; x and scale; with a clip a bit a number, and without one nothing;
+cat, which the block's own 1x1 convolution reads. What dropout leaves is computed again.
 Kernels read NHWC images: others are copied first, and float64 takes the definition, kernels/reference.py, as CPU tensors do.
 Source of the operations: arXiv 2312.02696, Section 2 and Appendix B.
 """

@@ -3,7 +3,9 @@
     normalized_weight      w/(eps + |w|/√n)·gain/√n, in the dtype of the images
     force_weight_norm_     w <- w/(eps + |w|/√n) for a whole net, which keeps Adam's steps from shrinking relative to the weights
 
-Bytes a number of a float32 weight for bfloat16 images, forward | backward: ours 6 | 10; {normalized}. In place: ours 8; {forced}.
+Bytes a number of a float32 weight for bfloat16 images, forward | backward: ours 6 | 10; PyTorch's operations one by one 26 | 98, with a
+gain that is learnt 26 | 114; as Inductor 2.13 schedules them for a CPU 6 | 10, and 6 | 16: of a number as gain a compiler makes the same.
+In place: ours 8 in a few launches for a net, one by one 24 in four launches a weight.
 Rows up to 16384 numbers, 3x3 of 1820 channels, stay in registers and are read once; of longer ones the second reading is not counted.
 Nothing is kept for backward but the weight itself. float64 takes the definition, kernels/reference.py, as CPU tensors do.
 Source: arXiv 2312.02696, Section 2.3, Algorithm 1 and Appendix B.
@@ -99,7 +101,7 @@ def normalize_grad_kernel(
         if gain_ptr is not None:
             factor *= tl.load(gain_ptr).to(tl.float32)
         of_g = factor / d
-        of_w = tl.where(r > 0, of_g * dot_r / (d * r * n), 0.0)
+        of_w = of_g * dot_r / (d * tl.where(r > 0, r, 1.0) * n)  # where r is 0, dot is
         if ONCE:
             tl.store(dw_ptr + at, g * of_g[:, None] - w * of_w[:, None], mask=valid & (col < n))
         else:
@@ -142,14 +144,15 @@ def force_kernel(
             tl.store(w_ptr + i + at, _get(w_ptr + i, at, mask) * (1.0 / d)[:, None], mask=mask)
 
 
-_NUMBERS = 4096  # of a program at least, in whole rows
+#: Numbers of one tensor that a program of 4 warps has, in whole rows; backward has two tensors.
+_FORWARD, _BACKWARD = 4096, 2048
 _LONGEST = 16384  # numbers of a row that stay in registers
 
 
-def plan(n: int) -> dict[str, Any]:
+def plan(n: int, numbers: int = _FORWARD) -> dict[str, Any]:
     """How many numbers of a row of n a program takes at a time (COLS), how many rows, whether it reads them once, and its warps."""
     cols = min(power_of_2(n), _LONGEST)
-    return {"COLS": cols, "ROWS": max(1, _NUMBERS // cols), "ONCE": n <= cols, "num_warps": max(4, cols // 1024)}
+    return {"COLS": cols, "ROWS": max(1, numbers // cols), "ONCE": n <= cols, "num_warps": min(16, max(4, 4 * cols // numbers))}
 
 
 def _launch(weight: Tensor, gain: Tensor | None, factor: float, dtype: torch.dtype, eps: float) -> Tensor:
@@ -165,7 +168,7 @@ def _launch_grad(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dw, dots = _gradients(g, weight, gain, factor, eps, wanted)
     if weight.numel():
-        rows, n, p = *_sizes(weight), plan(_sizes(weight)[1])
+        rows, n, p = *_sizes(weight), plan(_sizes(weight)[1], _BACKWARD)
         given = dw if wanted[0] else None, dots if wanted[1] else None
         normalize_grad_kernel[(cdiv(rows, p["ROWS"]),)](g, weight, gain, *given, rows, n, factor * n**-0.5, eps, **p)
     return dw, dots
@@ -186,9 +189,12 @@ _rows = Rows()
 
 def _force(weights: list[Tensor], eps: float) -> None:
     for (dtype, n, aligned), group in _groups(weights).items():
-        p = plan(n)
-        addresses, programs = _rows(group, p["ROWS"])
-        force_kernel[(len(programs),)](addresses, programs, eps, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **p)
+        launch_force(*_rows(group, plan(n)["ROWS"]), eps, dtype, n, aligned)
+
+
+def launch_force(weights: Tensor, programs: Tensor, eps: float, dtype: torch.dtype, n: int, aligned: bool) -> None:
+    """On the tables of weights whose rows have up to n numbers, or more than stay in registers."""
+    force_kernel[(len(programs),)](weights, programs, eps, DTYPE=_DTYPES[dtype], ALIGNED=aligned, **plan(n))
 
 
 def _groups(weights: Sequence[Tensor]) -> dict[tuple[torch.dtype, int, bool], list[Tensor]]:
@@ -298,7 +304,7 @@ def normalized_weight_grad(g: Tensor, weight: Tensor, eps: float = 1e-4) -> Tens
 def force_weight_norm_(weights: Sequence[Tensor], eps: float = 1e-4) -> None:
     """w <- w/(eps + |w|/√n) for each row w of n numbers of each weight, in place and without a gradient.
 
-    At most four launches a dtype, of a table that a first call makes and later calls find. A call that a CUDA graph captures wants
+    At most four launches a dtype where all rows begin on the 16-byte grid, else up to eight, of a table that a first call makes and later calls find. A call that a CUDA graph captures wants
     an eager one of the same weights before it.
 
     Args:

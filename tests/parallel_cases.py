@@ -109,6 +109,19 @@ def gdd():
     return GDD(GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0), net(2), [load_feature_net("teacher", frozen(teacher))])
 
 
+def few():
+    """DMD2 in three steps: all ranks and micro-batches stop at one of them."""
+    cfg = DMDConfig(gan=True, gan_student=0.1, gan_fake=0.1, fake_per_student=2, steps=[700, 500, 300])
+    return DMD(cfg, net(1), net(2), net(3))
+
+
+def few_gdd():
+    teacher = net(1)
+    torch.manual_seed(4)
+    cfg = GDDConfig(width=4, sum_over=1.0, r1_every=4, r1_gamma=1.0, steps=[700, 500, 300])
+    return GDD(cfg, net(2), [load_feature_net("teacher", frozen(teacher))])
+
+
 def sfd():
     return SFD(SFDConfig(num_steps=[4, 5], K=2, step_condition=True), net(1), net(2))
 
@@ -127,7 +140,18 @@ def light():
     return method
 
 
-METHODS = {"dmd": dmd, "sim": sim, "sida": sida, "alternating": alternating, "instant": instant, "gdd": gdd, "sfd": sfd, "tsm": tsm}
+METHODS = {
+    "dmd": dmd,
+    "sim": sim,
+    "sida": sida,
+    "alternating": alternating,
+    "instant": instant,
+    "gdd": gdd,
+    "sfd": sfd,
+    "tsm": tsm,
+    "few": few,
+    "few_gdd": few_gdd,
+}
 METHODS |= {"edm2": edm2, "edm2_teacher": edm2_teacher}
 
 
@@ -172,8 +196,9 @@ def advance(run: Run, steps: int) -> list[dict[str, float]]:
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    """All trained nets and the average, whole."""
+    """All trained nets and the averages, whole."""
     nets = {name: one.whole(one.net) for name, one in run.trained.items()} | {"average": run.average()}
+    nets |= {f"profile {std:g}": run.profile(std) for std in run.cfg.phema}
     return {f"{name}.{key}": t.clone() for name, one in nets.items() for key, t in one.state_dict().items()}
 
 
@@ -190,9 +215,9 @@ def key(name: str, parallel: str, settings: dict) -> tuple:
     return name, parallel, *sorted((k, str(v)) for k, v in settings.items())
 
 
-def part(ranks: Ranks, folder: str, parallel: str, steps: int) -> tuple[list[dict[str, float]], dict]:
+def part(ranks: Ranks, folder: str, parallel: str, steps: int, settings: dict | None = None) -> tuple[list[dict[str, float]], dict]:
     """Go on from the newest checkpoint in `folder` for some steps, and leave one."""
-    run, path = new_run("dmd", ranks, parallel), Path(folder)
+    run, path = new_run("dmd", ranks, parallel, **settings or {}), Path(folder)
     if state := load_newest(path, CPU, run.like if run.sharded else None):
         run.load_state_dict(state)
     curve = advance(run, steps)

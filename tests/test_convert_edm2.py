@@ -16,6 +16,7 @@ from safetensors import safe_open
 from test_convert_edm import _Persistent, assert_same, converted, dumped, nvidia, persistent, pickle_recursion, refused, teacher
 from torch import nn
 
+from potstill.engine import convert
 from potstill.engine.common.errors import UserError
 from potstill.engine.formats.edm2_pickle import encoder_in, named_averages
 from potstill.engine.formats.edm2_snapshots import images_at, snapshots_in
@@ -24,10 +25,11 @@ from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.edm2_layers import MPBlock
 from potstill.engine.readers.pickles import Unreadable
 from potstill.engine.readers.torch_pickles import Persistent
+from potstill.engine.training.phema import gamma_of
 
 __all__ = ["nvidia"]  # a fixture: nothing in a file is executed
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("edm2_*cond.safetensors"))
+GOLDEN = sorted((Path(__file__).parent / "golden/edm2").glob("*cond.safetensors"))
 TINY = {
     "img_resolution": 8, "img_channels": 4, "label_dim": 3, "model_channels": 4, "channel_mult": [1, 2], "num_blocks": 1,
     "attn_resolutions": [4], "channels_per_head": 4, "logvar_channels": 6, "use_fp16": False,
@@ -297,3 +299,22 @@ def test_what_was_converted_is_sampled(tmp_path):
     assert_same(again, net)
     assert metadata["precond"] == "EDM2Precond"
     assert net(torch.zeros(1, 4, 8, 8), torch.ones(1)).shape == (1, 4, 8, 8)
+
+
+def test_an_average_of_any_length_comes_out_of_a_folder_of_snapshots(tmp_path, capsys):
+    """θ(t) = t/T: the average of std with exponent γ at time t is (γ+1)/(γ+2)·t/T, and that of one that was not kept as well."""
+    net = tiny2()
+    for kimg in range(4, 36, 4):
+        for std in (0.05, 0.1):
+            gamma, t = gamma_of(std), images_at(kimg) / images_at(32)
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.fill_((gamma + 1) / (gamma + 2) * t)
+            dumped(tmp_path / f"network-snapshot-{kimg:07d}-{std:.3f}.pkl", snapshot2(net))
+    out = tmp_path / "mixed.safetensors"
+    convert.main(["phema", str(tmp_path), str(out), "--std", "0.08"])
+    made, metadata = load_net(out)
+    wanted = (gamma_of(0.08) + 1) / (gamma_of(0.08) + 2)
+    assert all((p - wanted).abs().max() < 1e-3 * wanted for p in made.parameters())  # kept as float16: 5e-4 each
+    assert metadata["precond"] == "EDM2Precond" and metadata["reconstructed"]["std"] == 0.08 and "CC BY-NC-SA" in metadata["license"]
+    assert torch.equal(made.logvar_fourier.freqs, net.logvar_fourier.freqs)

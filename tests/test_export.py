@@ -271,7 +271,11 @@ KINDS = {
     "edm2, other": ("EDM2Precond", EDM2 | {"resample_filter": [1, 3, 3, 1], "clip_act": None, "label_dim": 0, "channel_mult_noise": 2}),
     "sigma_data": ("EDMPrecond", SONG | {"sigma_data": 0.7, "use_fp16": False}),
 }  # fmt: skip
-WALKS = {"one": one_step(2.5), "ancestral": ANCESTRAL, "afs": few_step(4), "plain": few_step(3, afs=False)}
+WALKS = {
+    "one": one_step(2.5), "unit": Sampler("one_step", [2.5], start="unit"), "ancestral": ANCESTRAL,
+    "two": Sampler("renoise", [17.5, 0.9]), "four": Sampler("renoise", [80.0, 17.5, 2.5, 0.17], start="unit"),
+    "afs": few_step(4), "plain": few_step(3, afs=False),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sfd-v"])  # which is sampled below
@@ -365,7 +369,7 @@ def test_latents_and_generators_are_taken_as_diffusers_does(tmp_path, stubbed):
 
 @pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed: pip install diffusers")
 def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
-    for name, walk in (("one", one_step(2.5)), ("few", few_step(4))):
+    for name, walk in (("one", one_step(2.5)), ("few", few_step(4)), ("again", WALKS["four"])):
         net = net_of(**SONG)
         export(run_folder(tmp_path / f"run-{name}", net, walk), "diffusers", tmp_path / name)
         torch.save(expected(net, walk, range(4)), tmp_path / f"{name}.pt")
@@ -376,7 +380,7 @@ def test_diffusers_itself_loads_it_in_a_process_without_us(tmp_path):
     code = """if True:
         import sys, torch
         from diffusers import DiffusionPipeline
-        pipes = {d: DiffusionPipeline.from_pretrained(d, custom_pipeline=d, trust_remote_code=True) for d in ("one", "few")}
+        pipes = {d: DiffusionPipeline.from_pretrained(d, custom_pipeline=d, trust_remote_code=True) for d in ("one", "few", "again")}
         for name, pipe in pipes.items():
             found = pipe(seeds=range(4), output_type="raw").images
             assert (found - torch.load(f"{name}.pt")).abs().max() <= 1e-5
@@ -409,8 +413,8 @@ SMALL = SONG | {"channel_mult": [1], "attn_resolutions": []}  # tracing takes it
 @pytest.mark.parametrize(
     ("walk", "kwargs"),
     [(one_step(2.5), SMALL), (Sampler("ancestral", [80.0, 1.0]), SMALL | {"label_dim": 0}), (few_step(3), SMALL),
-     (few_step(3), SMALL | {"precond": "iDDPMPrecond"})],
-    ids=["one", "ancestral", "afs", "iddpm"],
+     (few_step(3), SMALL | {"precond": "iDDPMPrecond"}), (WALKS["two"], SMALL), (WALKS["four"], SMALL)],
+    ids=["one", "ancestral", "afs", "iddpm", "two", "four"],
 )  # fmt: skip
 def test_the_exported_program_is_the_generator_for_any_batch(walk, kwargs):
     net = net_of(**kwargs)
@@ -441,14 +445,14 @@ ONNX = all(map(find_spec, ("onnx", "onnxscript", "onnxruntime")))
 
 
 @pytest.mark.skipif(not ONNX, reason="onnx, onnxscript, onnxruntime are not all installed: pip install 'potstill[onnx]'")
-@pytest.mark.parametrize("walk", ["one", "afs", "ancestral"])
+@pytest.mark.parametrize("walk", ["one", "afs", "ancestral", "four"])
 def test_onnxruntime_gives_the_same_images(walk, tmp_path):
     import onnxruntime
 
     net = net_of(**SONG)
     out = export(run_folder(tmp_path / "run", net, WALKS[walk]), "onnx", tmp_path / "out")
     session = onnxruntime.InferenceSession(out / "student.onnx", providers=["CPUExecutionProvider"])
-    draws = [] if WALKS[walk].solver != "ancestral" else [3]
+    draws = [WALKS[walk].nfe] if WALKS[walk].solver in ("ancestral", "renoise") else []
     z = torch.stack([torch.randn(*draws, 1, 8, 8, generator=torch.Generator().manual_seed(s)) for s in range(5)])
     (found,) = session.run(None, {"z": z.numpy(), "labels": np.arange(5) % 3})
     torch.testing.assert_close(torch.from_numpy(found), expected(net, WALKS[walk], range(5)), rtol=0, atol=1e-5)
@@ -522,7 +526,7 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path):
     assert "cannot write" in refused(run, "--to", "hub", "--out", tmp_path / "file/out")
     save_net(tmp_path / "heun.safetensors", net, method="sfd", sampler=ode("heun", 4).to_dict())
     sentence = refused(tmp_path / "heun.safetensors", "--to", "diffusers", "--out", tmp_path / "out")
-    assert "samples by one_step, ancestral, euler, this file wants heun" in sentence
+    assert "samples by one_step, ancestral, renoise, euler, this file wants heun" in sentence
     (run / "student.safetensors").write_bytes(b"damaged")
     assert "is not a complete safetensors file" in refused(run, *out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "heun.safetensors", "run", "there"]

@@ -36,6 +36,9 @@ SETTINGS = {
     "sid": {"name": "sim", "distance": "l2", "alpha": 1.2},
     "sida": {"student_after": 0.008, "gan_after": 0.024, "dropout": 0.1},  # from iterations 2 and 4 on
     "gdd": {"r1_every": 2, "r1_gamma": 0.1, "width": 8},
+    "few_dmd2": {"name": "dmd", "fake_per_student": 2, "gan": True, "steps": [700, 300]},
+    "few_sim": {"name": "sim", "dropout": 0.1, "steps": [700, 300]},
+    "few_gdd": {"name": "gdd", "r1_every": 2, "r1_gamma": 0.1, "width": 8, "steps": [700, 300]},
     "moment_matching": {"steps": 2},
     "instant": {"name": "moment_matching", "variant": "instant", "steps": 2, "measure_every": 2, "measure_batch": 4},
     "instant_difference": {
@@ -150,14 +153,14 @@ def weights(run: Run) -> list[Tensor]:
     return [t for net in nets for t in net.state_dict().values()]
 
 
-@pytest.mark.parametrize(("name", "micro"), [*((name, None) for name in TAPED), ("dmd2", 4)])
+@pytest.mark.parametrize(("name", "micro"), [*((name, None) for name in TAPED), ("dmd2", 4), ("few_gdd", 4)])
 def test_replayed_iterations_are_those_of_an_eager_run(name, micro):
-    """Weights, averages and logs after 6 iterations bit for bit: schedules, clip, dropout, noise, lazy turns, choices."""
+    """Weights, averages and logs after 6 iterations bit for bit (12 where a step is chosen): schedules, clip, dropout, noise, lazy turns."""
     graphs = Graphs(Taped(), warmup=1)
     eager, graphed = run_of(name, micro_batch=micro), run_of(name, graphs=graphs, micro_batch=micro)
     for one in eager.trained.values():
         rates_as_tensors(one.optimizer)
-    for step in range(6):
+    for step in range(12 if name.startswith("few_") else 6):
         with Watched():
             eager.take(*batch(step))
             graphed.take(*batch(step))
@@ -167,6 +170,20 @@ def test_replayed_iterations_are_those_of_an_eager_run(name, micro):
     report = graphs.report()
     assert report["replayed"] >= 4 and report["stay_eager"] == []
     assert report["captured"] == len(graphs.backend.tapes) >= len(report["pieces"])
+
+
+def test_every_step_of_a_few_step_student_has_a_graph_of_its_own():
+    """The host's choice is in the key, that of both micro-batches: two steps are two graphs of the student's turn and of the fake net's,
+    which has a third for the iterations in which the student's turn has made the images."""
+    graphs = Graphs(Taped(), warmup=1)
+    run = run_of("few_dmd2", graphs=graphs, micro_batch=4)
+    for step in range(20):
+        run.take(*batch(step))
+    pieces = graphs.report()["pieces"]
+    captured = {name.partition("(")[2][:-1]: piece["captured"] for name, piece in pieces.items() if "turn" in name}
+    assert captured == {"student": 2, "fake": 3} and graphs.report()["stay_eager"] == []
+    answers = [key for key in graphs.captured if isinstance(key[-1], int)]
+    assert len({key[-1] for key in answers}) == 2 and all(key[-1] == key[0][-1] for key in answers)  # of micro-batches alike
 
 
 def test_a_teacher_that_leaves_out_something_else_is_captured_anew():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from potstill.kernels import _norm, aot
-from potstill.kernels._aot import ADM, SIZES, SONG, AotCase
+from potstill.kernels._aot import ADM, EDM2, SIZES, SONG, AotCase
 from potstill.kernels._lib import INTERPRET, REGISTERS
 
 triton = pytest.importorskip("triton", reason="compiles with Triton, and it is not installed")
@@ -106,6 +106,16 @@ def test_every_width_of_the_edm_and_adm_networks_is_compiled():
     names = [c.name for c in aot.cases() if c.name.startswith("norm.")]
     for direction in ("forward", "backward"):
         assert widths <= {int(n.partition("[")[2].partition("x")[0]) for n in names if direction in n}
+
+
+@needs_compiler
+def test_every_width_of_the_edm2_networks_is_compiled():
+    """model_channels·(1, 2, 3, 4) at 64, 32, 16 and 8 pixels, of XS, S, M, L, XL and XXL; a kernel depends on a few more facts than that."""
+    assert {c for c, _ in EDM2} == {size * factor for size in (128, 192, 256, 320, 384, 448) for factor in (1, 2, 3, 4)}
+    names = [c.name for c in aot.cases() if c.name.startswith("mp.")]
+    for kernel in ("norm", "norm_grad", "silu", "silu_grad", "cat", "cat_grad"):
+        compiled = {n.partition("[")[2].partition("x")[0] for n in names if n.startswith(f"mp.{kernel}[")}
+        assert {str(c) for c, _ in EDM2} <= compiled, kernel
 
 
 @needs_compiler

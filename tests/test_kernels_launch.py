@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_cases import INTERPRET
 
-from potstill.kernels import _norm, aot
+from potstill.kernels import _mp, _norm, aot, mp_weights
 from potstill.kernels._aot import NoGPU
 from potstill.kernels.estimate import Estimate
 from potstill.kernels.score_match import difference
@@ -131,6 +131,31 @@ def test_a_norm_of_the_networks_is_launched_as_it_is_compiled_ahead(trained, ahe
     assert len(LAUNCHED) == 2 + trained
     for _, signature, attributes in LAUNCHED:
         assert (signature, attributes) in known, (signature, attributes)
+
+
+def test_edm2s_operations_are_launched_as_they_are_compiled_ahead(ahead, compiled):
+    """16 images, forward and backward, and a weight for them; every image is read and written 128 bits at a time."""
+    x = torch.zeros(16, 192, 64, 64).bfloat16().to(memory_format=torch.channels_last)
+    n, _, r = _mp.norm(x, 1e-4, True)
+    _mp.norm_grad(x, x, n, r, 1e-4)
+    drop = torch.zeros(16, 192).bfloat16(), 0.1, torch.zeros(1, dtype=torch.int64)
+    _mp.silu(x, *drop)
+    _mp.silu_grad(x, x, *drop, [True, True])
+    _, bits = _mp.weighted_sum(x, x, 0.3, 256.0, True)
+    _mp.weighted_sum_grad(x, bits, 0.3, [True, True])
+    cat, _ = _mp.cat(x, x[:, :96].contiguous(memory_format=torch.channels_last), 0.5)
+    _mp.cat_grad(cat, cat, cat, 0.5, 192, [True, True])
+    weight = torch.zeros(192, 192, 3, 3)
+    out = mp_weights._launch(weight, None, 1.0, torch.bfloat16, 1e-4)
+    mp_weights._launch_grad(out, weight, None, 1.0, 1e-4, [True, False])
+    mp_weights._force([weight, weight[:96]], 1e-4)
+    known = [(c.signature, c.attributes) for c in ahead if c.name.startswith("mp")]
+    assert len(LAUNCHED) == len(compiled) == 11
+    for kernel, signature, attributes in LAUNCHED:
+        assert (signature, {k: v for k, v in attributes.items() if k != "maxnreg"}) in known, (kernel.fn.__name__, signature, attributes)
+    for name, ptx in compiled.items():
+        narrow = [a for a in accesses(ptx) if "v4.b32" not in a]
+        assert len(narrow) <= (5 if name == "force_kernel" else 2), (name, narrow)  # tables, keys, and a number a pixel or channel
 
 
 @pytest.mark.parametrize("c", [128, 192])

@@ -9,7 +9,6 @@ from kernel_cases import BF16, F16, F32, F64, Case, made_of, of_ops, off_the_gri
 from places import everywhere
 from torch.nn import functional as F
 
-from benches.rehearse import REHEARSING
 from potstill import kernels
 from potstill.kernels import _mp, reference
 from potstill.kernels._aot import EDM2
@@ -87,7 +86,7 @@ CASES = [
     Case((0, 8, 4, 4), F32, "nhwc"),
     Case((1, 2, 1, 1), F32),  # and not one channel, which is its own norm: its gradient is what rounding leaves of 0
     Case((1, 130, 2, 3), F32, "nhwc"),  # more channels than a tile
-    Case((2, 12, 37, 40), F16, "nhwc"),  # more pixels than the tiles of one program
+    Case((1, 12, 37, 40), F16, "nhwc"),  # more pixels than the tiles of one program
 ]
 #: What the networks have.
 ON_GPU = [Case((2, c, r, r), dtype, "nhwc") for c, r in EDM2 for dtype in (BF16, F16)]
@@ -275,10 +274,17 @@ def test_gradcheck(op):
 
 @of_ops
 def test_opcheck():
-    check, ops = torch.library.opcheck, torch.ops.potstill
-    x, y = (torch.randn(2, 6, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
+    """Each op once whole, and its other forms without what takes an interpreter minutes: compiling them for sizes not known ahead."""
+    ops, done = torch.ops.potstill, set()
+
+    def check(op, given):
+        first = () if op in done else ("test_aot_dispatch_dynamic",)
+        torch.library.opcheck(op, given, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", *first))
+        done.add(op)
+
+    x, y = (torch.randn(2, 6, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
     scale, key = torch.randn(2, 6, requires_grad=True), torch.tensor([KEY])
-    g, r = x.detach(), torch.rand(18)
+    g, r = x.detach(), torch.rand(8)
     for activated in (True, False):
         check(ops.pixel_norm.default, (x, 1e-4, activated))
     for dn, ds in ((g, g), (g, None), (None, g)):
@@ -289,7 +295,7 @@ def test_opcheck():
         check(ops.mp_silu.default, (x, *given))
     for wanted in ([True, True], [True, False], [False, True]):
         check(ops.mp_silu_backward.default, (g, g, scale.detach(), 0.1, key, wanted))
-        check(ops.mp_sum_backward.default, (g, torch.zeros(14, dtype=torch.uint8), 0.3, wanted))
+        check(ops.mp_sum_backward.default, (g, torch.zeros(6, dtype=torch.uint8), 0.3, wanted))
     for clip, keep in ((None, True), (1.0, True), (1.0, False)):
         check(ops.mp_sum.default, (x, y, 0.3, clip, keep)) if keep else ops.mp_sum.default(x, y, 0.3, clip, keep)
 
@@ -304,7 +310,6 @@ def test_compiles_into_one_graph(op, place):
         torch.testing.assert_close(found, expected[name])  # the compiler differentiates a definition by other formulas
 
 
-@pytest.mark.skipif(INTERPRET or REHEARSING, reason="of shapes, not of kernels")
 def test_a_tile_of_every_width_keeps_its_loads_whole():
     for c, _ in EDM2:
         p = _mp._tile(c, 2048)

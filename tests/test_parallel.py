@@ -42,6 +42,7 @@ MICRO = [
     ("light", "ddp", {"micro_batch": 4}),
     ("sim", "ddp", {"micro_batch": 8}),
     ("sida", "ddp", {"micro_batch": 2}),
+    ("few", "ddp", {"micro_batch": 2}),
 ]
 COMPILED = [("sim", "ddp", {"compile": "net"}), ("sim", "fsdp", {"compile": "blocks"}), ("sida", "ddp", {"compile": "net"})]
 OPTIONS = [

@@ -75,6 +75,10 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         if not cfg.eval.scores:
             rules |= dict.fromkeys(("eval.n", "eval.seed", "train.eval_kimg"), "data.path=null")
     for name, stage in (("teacher.train", cfg.teacher.train), ("students.tsm", cfg.students.tsm), ("train", cfg.train)):
+        if stage.ema_std is not None:
+            rules |= dict.fromkeys((f"{name}.ema_kimg", f"{name}.ema_ramp_up"), f"{name}.ema_std={stage.ema_std:g}")
+        if not stage.phema:
+            rules[f"{name}.phema_kimg"] = f"{name}.phema=[]"
         if ranks == 1:
             rules |= dict.fromkeys((f"{name}.parallel", f"{name}.fsdp"), "one process; torchrun starts several")
         elif stage.parallel != "fsdp":

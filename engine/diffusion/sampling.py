@@ -210,7 +210,7 @@ def first_state(net: Any, z: Tensor, sigma: Tensor, start: str) -> Tensor:
     """x at level sigma (scalar or [N]) from standard normals z [N, …]: one of STARTS."""
     if start == "sigma":
         return z * sigma
-    c_in = net.coefficients(sigma.to(z.device).reshape(-1).expand(len(z))).c_in
+    c_in = net.coefficients(sigma.to(z.device).reshape(-1).expand(z.shape[0])).c_in  # a tracer takes len() for a number
     return z / c_in.reshape(-1, *(1,) * (z.ndim - 1))
 
 

@@ -17,7 +17,7 @@ from potstill.engine.nets.edm2 import EDM2Denoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 FILES = Path(__file__).parent / "standalone"
-SOLVERS = ("one_step", "ancestral", "euler")  # what pipeline.py knows
+SOLVERS = ("one_step", "ancestral", "renoise", "euler")  # what pipeline.py knows
 DIFFUSERS = "0.30.0"  # the form of the files; written where diffusers puts its version
 
 

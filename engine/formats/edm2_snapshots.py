@@ -26,7 +26,7 @@ class Snapshot(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """Its weights and buffers by name, float32. UserError where it cannot be read, or is refused (`edm_pickle.read_net`)."""
-        return dict(read_net(self.path).net.state_dict())
+        return {name: t.contiguous() for name, t in read_net(self.path).net.state_dict().items()}
 
 
 def snapshots_in(folder: Path) -> Iterator[Snapshot]:

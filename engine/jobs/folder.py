@@ -32,7 +32,7 @@ FREE = (
     "deterministic",
     "max_hours",
 )
-FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "on_nonfinite", "micro_batch", "parallel")
+FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "phema_kimg", "on_nonfinite", "micro_batch", "parallel")
 
 
 def check_folder(cfg: Config) -> list[str]:

@@ -238,11 +238,14 @@ class Job(Workplace):
         share = k if self.partition else None
         run = self.stage(method, self.cfg.train, self.student_file(k).parent, share, guard, spare=(teacher, start))
         self.prepared(teacher)
-        about = {"partition": self.partition.hash, "student": k} if self.partition else {}
-        self.save(run, self.student_file(k), **about)
+        self.save(run, self.student_file(k), **self.part_of(share))
         average = run.average()
         assert isinstance(average, Denoiser)
         return average, sampler
+
+    def part_of(self, student: int | None) -> dict[str, Any]:
+        """What the weight file of one of several students says of its part."""
+        return {} if student is None or self.partition is None else {"partition": self.partition.hash, "student": student}
 
     def student_file(self, k: int) -> Path:
         return (student_folder(self.dir, k) if self.partition else self.dir) / "student.safetensors"
@@ -267,6 +270,8 @@ class Job(Workplace):
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg and self.distance is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
+        if cfg.phema:
+            hooks.append(Hook(cfg.between_profiles, lambda run: self.keep_profiles(run, folder, **self.part_of(student))))
         title = method.product if folder == self.dir else folder.name
         stream = self.stream(cfg, share, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None

@@ -50,10 +50,10 @@ def dry_run(cfg: Config) -> None:
     for note in method.notes:
         print(f"# {note}")
     print("# trained: " + ", ".join(f"{name} {n:,}" for name, n in trained.items()))
-    # weights, gradients, two Adam moments in float32; the teacher's weights; the EMA
+    # weights, gradients, two Adam moments in float32; the teacher's weights; the averages
     product = method.nets[method.product]
     average = trained[method.product] if cfg.lora.rank else sum(p.numel() for p in product.parameters())
-    size = 16 * sum(trained.values()) + 4 * average + job.weights_dtype.itemsize * parameters
+    size = 16 * sum(trained.values()) + 4 * average * (1 + len(cfg.train.lengths)) + job.weights_dtype.itemsize * parameters
     print(f"# memory without activations: {size / 2**30:.2f} GiB")
     print(iterations)
 

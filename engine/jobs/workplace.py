@@ -21,6 +21,7 @@ from potstill.engine.models.origins import is_pipeline, local_path, metadata_of_
 from potstill.engine.models.weights import is_whole, read_tensors, save_net
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.edm2_latents import ENCODER as STABILITY_ENCODER
+from potstill.engine.training.posthoc import profile_file
 from potstill.engine.training.ranks import Ranks
 from potstill.engine.training.run import Run, TrainConfig
 
@@ -103,11 +104,26 @@ class Workplace:
         """Write the average of a run's product as a weight file that says what it is and where it comes from."""
         product = run.average()
         assert isinstance(product, Denoiser)
-        self.ranks.on_first(lambda: save_net(
-            path, product, sampler=run.method.sampler.to_dict(), kimg=run.kimg, seconds=round(run.seconds, 1),
-            method=self.cfg.method.name if run.method.product == "student" else "teacher",
-            data=self.images.name if self.images else "none", **self.inherited, **more,
-        ))  # fmt: skip
+        self.ranks.on_first(lambda: save_net(path, product, **self.about(run), **more))
+
+    def keep_profiles(self, run: Run, folder: Path, **more: Any) -> dict[str, float]:
+        """Write the averages of `train.phema` as weight files, of which `potstill convert phema` makes one of any length."""
+        about = self.about(run)
+        del about["seconds"]  # a run that goes on writes the same files again
+        for std in run.cfg.phema:
+            average, path = run.profile(std), profile_file(folder, run.images_seen, std)
+            assert isinstance(average, Denoiser)
+            phema = {"std": std, "images": run.images_seen}
+            self.ranks.on_first(lambda net=average, path=path, phema=phema: save_net(path, net, **about, **more, phema=phema))
+        return {}
+
+    def about(self, run: Run) -> dict[str, Any]:
+        """What a weight file of a stage says of itself."""
+        return {
+            "sampler": run.method.sampler.to_dict(), "kimg": run.kimg, "seconds": round(run.seconds, 1),
+            "method": self.cfg.method.name if run.method.product == "student" else "teacher",
+            "data": self.images.name if self.images else "none", **self.inherited,
+        }  # fmt: skip
 
     @cached_property
     def inherited(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ difference, which is the gradient of KL(student || data) averaged over noise lev
 l is a head on μ_fake's encoder, x_s and y_s are generated and real images with noise of their own (diffusion GAN).
 TTUR: `fake_per_student` updates of μ_fake for each of G, on G's turns with the very images G was trained on.
 
-Few-step students (DMD2's `steps`) are trained on the inputs that they make themselves (`parts.Generator`). Text-to-image: the
+Few-step students (DMD2's `steps`) are trained on the inputs that they make themselves (`parts.Generator`); the regression is then of
+their first step alone, since on fresh noise no pair is known. Text-to-image: the
 noise levels are the net's own, the weights are 1 on its raw output, `start: unit` gives the net z itself, as the released code
 does, and `fake_guidance` guides the fake net as well, in its own training too (SiD-LSG, 2406.01561).
 

@@ -8,8 +8,10 @@ discriminator judges patches through frozen feature nets n; l_n(x) are its logit
     L_D  =  Σ_i Σ_n  mean softplus(l_n(G(80 z_i))) + mean softplus(-l_n(y_i))                         then
     L_R1 =  16 · mean_i  γ/2 · |∇_y Σ_n sum l_n(y_i)|²                          every 16th, its own optimiser step
 
-G moves first; every turn has fresh z; classes are those of the real batch y. GDD-I freezes most convolutions of G
+G moves first; every turn has fresh z, and of few-step students a step of its own; classes are those of the real batch y. GDD-I freezes most convolutions of G
 (`freeze: 1`, engine.skipping.freezing): the layers of a diffusion U-Net that are active at different noise levels can do one step as they are.
+
+Few-step students (`steps`) are ours: G(80 z) is then what one of its steps makes of images of its own (`parts.Generator`).
 
 The paper's Σ_i runs over the batch of one GPU, and so fixes how L_D weighs against L_R1. Here it is `sum_over` times the
 mean, whatever the batch, the micro-batch and the number of ranks: 64 is the paper's batch per GPU, 128 on ImageNet.
@@ -32,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from potstill.engine.common.checks import Unused, above, at_least, one_of, wants
 from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Batch, Logs, Method, MethodConfig, Needs, Turn, copied, frozen
-from potstill.engine.methods.parts import Generator, noise_like
+from potstill.engine.methods.parts import Generator, check_generator, noise_like
 from potstill.engine.methods.vitals import accuracy, variance
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
@@ -50,7 +52,9 @@ class GDDConfig(MethodConfig):
     """Defaults: GDD for CIFAR-10 (released code) but for the feature nets."""
 
     name: str = "gdd"  # set by method=…
-    sigma: float = 80.0  # the student's only noise level
+    sigma: float = 80.0  # the student's only noise level, unless `steps` names others
+    steps: list[int] = field(default_factory=list)  # the student's levels among the net's 1000, such as [999, 749, 499, 249]; []: sigma
+    start: str = "sigma"  # what the student begins with: sigma (x = σ z) | unit (z is what enters the net)
     freeze: int = 0  # how much of the student stays the teacher's: 0: GDD, nothing; 1: GDD-I; 2 and 3 freeze still more (its ablations)
     freeze_plan: str | None = None  # of potstill probe: freeze what it proposes at as few trained parameters; ours, not the paper's
     features: list[str] = field(default_factory=lambda: ["teacher"])  # D's nets: teacher[:SIGMA] | timm:NAME | torchscript:FILE
@@ -65,6 +69,7 @@ class GDDConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         above(self, 0, "sigma", "sum_over")
+        check_generator(self)
         wants(self, "freeze", self.freeze in FREEZE_LEVELS, f"one of {', '.join(map(str, FREEZE_LEVELS))}")
         wants(self, "features", bool(self.features), "at least one feature net (teacher needs no download)")
         one_of(self, "feature_dtype", ("fp32", "bf16"))
@@ -85,8 +90,14 @@ class GDDConfig(MethodConfig):
         return GDD(self, copied(start).without_augmentation(), features)
 
     def unused(self) -> Unused:
-        return ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"}) | (
-            {} if any(name.startswith("teacher") for name in self.features) else {"feature_noise": "none of method.features is the teacher"}
+        return (
+            ({} if self.r1_gamma else {"r1_every": "method.r1_gamma=0"})
+            | ({"sigma": "method.steps"} if self.steps else {})
+            | (
+                {}
+                if any(name.startswith("teacher") for name in self.features)
+                else {"feature_noise": "none of method.features is the teacher"}
+            )
         )
 
 
@@ -96,7 +107,7 @@ class GDD(Method):
     def __init__(self, cfg: GDDConfig, student: Denoiser, features: Sequence[FeatureNet]):
         self.cfg, self.student, self.features = cfg, student, list(features)
         student.set_dropout(0.0)
-        self.generate = Generator(student, cfg.sigma, [], "sigma")
+        self.generate = Generator(student, cfg.sigma, cfg.steps, cfg.start)
         if cfg.freeze_plan:
             stay, total = freeze_named(student.model, proposed(load_plan(Path(cfg.freeze_plan).expanduser()), cfg.freeze))
         else:

@@ -23,7 +23,8 @@ class Generator:
     """x = D(σ z; σ, condition) in one step, or a few: noise again at the next level what came of the last (2405.14867, Sec. 4.4).
 
     In training a batch stops at one of its steps, drawn for all ranks alike, and only that step is differentiated: what goes into
-    it is what the student makes itself, as in sampling (DMD2's backward simulation).
+    it is what the student makes itself, as in sampling (DMD2's backward simulation): at the levels at which the sampler asks it, and,
+    where it is trained with dropout, by the net without.
 
     Args:
         net: whose levels these are.
@@ -35,18 +36,19 @@ class Generator:
     def __init__(self, net: Denoiser, sigma: float, steps: list[int], start: str):
         host = {"dtype": torch.float64, "device": "cpu"}  # also where nets are planned on "meta"
         wanted = grid_level(net, torch.tensor(steps, **host)) if steps else torch.tensor([sigma], **host)
-        self.sigmas: list[float] = net.told(wanted).tolist()
-        self.sampler = Sampler(RENOISE if len(self.sigmas) > 1 else ONE_STEP, self.sigmas, start=start)
+        told: list[float] = net.told(wanted).tolist()
+        self.sampler = Sampler(RENOISE if len(told) > 1 else ONE_STEP, told, start=start)
+        self.sampler.sigmas = self.sigmas = self.sampler.levels(net).tolist()
 
-    def __call__(self, net: Denoiser, draws: Draws, condition: Condition | None) -> Tensor:
-        """Images [N, C, H, W] from noise of `draws`."""
+    def __call__(self, net: Denoiser, draws: Draws, condition: Condition | None, before: Denoiser | None = None) -> Tensor:
+        """Images [N, C, H, W] from noise of `draws`. before: the net in eval mode, which takes the steps before the last; None: it has no dropout."""
         z = draws.normal(*net.shape)
         last = draws.choice(range(len(self.sigmas))) if len(self.sigmas) > 1 else 0
         sigma = z.new_full((len(z),), self.sigmas[0])
         x = self.first(net, z, sigma)
         for level in self.sigmas[1 : last + 1]:
             with torch.no_grad():
-                clean = net(x, sigma, condition)
+                clean = (before or net)(x, sigma, condition)
             sigma = z.new_full((len(z),), level)
             x = add_noise(clean, sigma, draws.normal(*net.shape))
         return net(x, sigma, condition)

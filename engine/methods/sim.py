@@ -97,7 +97,7 @@ class SIM(Implicit):
     def student_loss(self, batch: Batch) -> tuple[Tensor, Logs]:
         """L_g on fresh noise and labels."""
         labels = conditions(self.student, batch, ask=1)
-        x = self.generate(self.student, batch.draws, labels)
+        x = self.generate(self.student, batch.draws, labels, before=self.frozen_student)
         sigma = self.teacher_level(batch.draws.level())
         weight = 1 / (1 + sigma) if self.cfg.weight == "one_minus_t" else None
         (loss, nonfinite), gaps = self.implicit_distance(x, sigma, noise_like(x, batch.draws), labels, weight)

@@ -37,7 +37,8 @@ def _is_encoder(value: Any) -> bool:
 ENCODER = Kind(_is_encoder, "a class and perhaps a VAE with its scale and bias")
 METADATA: dict[str, Kind] = {
     "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
-    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": ENCODER, "sampler": DICT, "teacher": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
+    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": ENCODER, "sampler": DICT, "teacher": DICT, "phema": DICT,
+    "reconstructed": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
     "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
 }  # fmt: skip
 
@@ -67,10 +68,21 @@ def metadata_of(path: Path, file: Any) -> dict[str, Any]:
 
 def tensors_of(path: Path, file: Any) -> dict[str, torch.Tensor]:
     """All tensors of an open file. Damaged unless they and its metadata have the checksum that it names, if it names one."""
-    tensors, metadata = dict(Lazily(file)), file.metadata() or {}
-    if not _as_promised(tensors, metadata):
-        raise Damaged(f"{path} is damaged (its checksum differs): copy it again; a run makes its own again")
+    tensors = dict(Lazily(file))
+    _check_promise(path, tensors, file)
     return tensors
+
+
+def streamed(path: Path, file: Any) -> Lazily:
+    """The same, without more than one in memory: they are read once for the checksum, and again when they are asked for."""
+    tensors = Lazily(file)
+    _check_promise(path, tensors, file)
+    return tensors
+
+
+def _check_promise(path: Path, tensors: Mapping[str, torch.Tensor], file: Any) -> None:
+    if not _as_promised(tensors, file.metadata() or {}):
+        raise Damaged(f"{path} is damaged (its checksum differs): copy it again; a run makes its own again")
 
 
 def _as_promised(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bool:

@@ -28,8 +28,12 @@ def save_net(path: Path, net: Denoiser, **metadata: Any) -> None:
     (`descriptions.described`) and `metadata`; atomic.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    meta = {"format": FORMAT} | metadata | described(net)
-    write_tensors(path, tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in meta.items()})
+    save_weights(path, tensors, {"format": FORMAT} | metadata | described(net))
+
+
+def save_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
+    """A weight file of these tensors and all that it says of itself; atomic."""
+    write_tensors(path, tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
 
 
 def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, Any]]:
@@ -42,7 +46,7 @@ def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, 
     """
     with opened(path) as file:
         meta = metadata_of(path, file)
-        check_fits(_planned(path, meta, file.keys()), kinds_of(file), str(path))
+        check_fits(planned(path, meta, file.keys()), kinds_of(file), str(path))
         tensors = tensors_of(path, file)
     if "lora" in meta:
         net = _on_base(path, meta, base)
@@ -53,7 +57,7 @@ def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, 
     return net.eval(), meta
 
 
-def _planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denoiser:
+def planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denoiser:
     """The net that a file describes, without memory for its numbers. UserError for none, and one that cannot be."""
     try:
         check_described(path, meta, len(names))

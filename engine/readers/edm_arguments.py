@@ -27,9 +27,9 @@ def argument(name: Any, value: Any) -> Any:
     """A keyword argument as plain data, if it is one of EDM's or EDM2's and within reason."""
     if name not in {*COUNTS, *LISTS, *NUMBERS, *TEXTS, "use_fp16"}:
         raise Unreadable(f"holds a net made with {shown(name)}, a keyword argument that is not EDM's")
-    value = value.value.tolist() if isinstance(value, NumpyArray) and value.value is not None else value
-    if value is None and name in NONE:
+    if name in NONE and value is None:
         return None
+    value = value.value.tolist() if isinstance(value, NumpyArray) and value.value is not None else value
     if name in COUNTS and is_whole(value, *COUNTS[name]):
         return int(value)
     short = name in LISTS and type(value) in (list, tuple) and len(value) <= LONGEST_LIST

@@ -9,6 +9,7 @@ from potstill.engine.training.graphs import MODES as GRAPHS
 from potstill.engine.training.optim import IMPLEMENTATIONS, OptimConfig
 from potstill.engine.training.parallel import MODES as PARALLEL
 from potstill.engine.training.parallel import FSDPConfig
+from potstill.engine.training.phema import LIMIT, is_std
 
 ON_NONFINITE = ("stop", "rollback")
 
@@ -28,6 +29,9 @@ class TrainConfig:
     shadows: bool = True  # 16-bit nets keep a 16-bit copy of their weights, renewed each step: the same bits as casting
     ema_kimg: float = 500.0  # half-life of the average of the weights (EMA), in thousands of images; 0: no average
     ema_ramp_up: float = 0.05  # but at most this share of the images seen so far
+    ema_std: float | None = None  # relative length of a power-function average (EDM2) instead, such as 0.1; null: ema_kimg's
+    phema: list[float] = field(default_factory=list)  # relative lengths of more averages, such as [0.05,0.1]: `potstill convert phema`
+    phema_kimg: float | None = None  # thousands of images between two that are kept of each; null: sixteen over the run
     activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
     log_iterations: int = 50  # between two log lines
     grid_kimg: float | None = None  # thousands of images between two grids of samples from fixed latents; null: ten over the run
@@ -42,9 +46,13 @@ class TrainConfig:
         if isinstance(self.micro_batch, str) and self.micro_batch.strip().isdecimal():
             self.micro_batch = int(self.micro_batch)  # recipes are read as text, and this setting may be text
         wants(self, "kimg", self.kimg <= 1e12, "at most 1e12")
-        above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg")
+        above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg", "phema_kimg")
         at_least(self, 1, "batch", "log_iterations", "keep")
         at_least(self, 0, "ema_kimg", "ema_ramp_up")
+        wants(self, "ema_std", self.ema_std is None or is_std(self.ema_std), f"a relative length above 0 and below {LIMIT}")
+        files = [round(std, 3) for std in self.phema]  # which are named so
+        good = all(map(is_std, self.phema)) and len({0.0, *files}) == len(files) + 1
+        wants(self, "phema", good, f"relative lengths from 0.001 to below {LIMIT} that differ in their first three decimals")
         micro = self.micro_batch
         wants(self, "micro_batch", not isinstance(micro, str) or micro == "auto", "a number, auto or null")
         if isinstance(micro, int) and (micro < 1 or self.batch % micro):
@@ -55,6 +63,16 @@ class TrainConfig:
         one_of(self, "activation_checkpointing", CHECKPOINTING)
         one_of(self, "graphs", GRAPHS)
         one_of(self, "on_nonfinite", ON_NONFINITE)
+
+    @property
+    def between_profiles(self) -> float:
+        """Thousands of images."""
+        return self.phema_kimg or self.kimg / 16
+
+    @property
+    def lengths(self) -> list[float]:
+        """Of the averages beside the product's own."""
+        return [std for std in self.phema if std != self.ema_std]
 
     def optim_of(self, net: str) -> OptimConfig:
         """The optimiser settings of one net."""

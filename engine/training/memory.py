@@ -87,7 +87,7 @@ def estimate(run: Run) -> list[str]:
         weights = sum(p.nbytes for p in one.net.parameters() if p.data_ptr() not in counted)
         counted |= {p.data_ptr() for p in one.net.parameters()}
         trains = sum(p.nbytes for p in one.net.parameters() if p.requires_grad)
-        average = trains if name == run.method.product else 0
+        average = trains * (1 + len(run.profiles)) if name == run.method.product else 0
         total = weights + 3 * trains + average
         lines.append(
             f"memory, {name}: {gib(total)} GiB (weights {gib(weights)}, gradients {gib(trains)}, moments {gib(2 * trains)}"

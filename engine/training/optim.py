@@ -141,8 +141,6 @@ class Trained:
 
     def __init__(self, net: nn.Module, ranks: Ranks):
         self.net, self.ranks = net, ranks
-        for one in denoisers_in(net):
-            one.forces_norms = False  # not in a forward: once in an iteration, before it
 
     def give_optimizer(self, cfg: OptimConfig, implementation: str, average: nn.Module | None) -> None:
         """average: the copy of the net that AdamEMA lets follow it in every step."""

@@ -84,6 +84,8 @@ def build_trained(
     From here on all ranks have rank 0's weights and buffers. Sharded nets are changed in place.
     """
     nets, held = method.nets, modules_of(method)
+    for one in [one for net in nets.values() for one in denoisers_in(net)]:
+        one.forces_norms = False  # not in a forward: once in an iteration, before it
     if not ranks.several:
         return {name: Trained(net, ranks) for name, net in nets.items()}
     tensors = {

@@ -24,7 +24,7 @@ from potstill.engine.training.graphs import Graphs, build_graphs
 from potstill.engine.training.optim import learning_rate, set_learning_rate
 from potstill.engine.training.parallel import largest_part
 from potstill.engine.training.ranks import ALONE, Ranks
-from potstill.engine.training.state import State, ema_decay
+from potstill.engine.training.state import State
 
 
 class Share(NamedTuple):
@@ -75,7 +75,7 @@ class Run(State):
         """
         method, graphs, own = self.method, self.graphs, Share(images, labels, prompts)
         logs: Logs = {}
-        decay = ema_decay(self.cfg.batch, self.images_seen, self.cfg.ema_kimg * 1000, self.cfg.ema_ramp_up)
+        decay = self.decay()
         with graphs.backend.stream() if graphs else nullcontext():
             self._prepare(own, decay)
             shared: list[Any] = self.batches.cut(own, self.batch_number(self.step))
@@ -118,6 +118,7 @@ class Run(State):
             self.step += 1
             averaged = self.averaging_optimizer is not None and f"{method.product}/grad_norm" in logs  # its optimiser has done it
             self.ema.update(decay, weights=not averaged)
+            self.update_profiles()
             self.meter.add(logs)
 
     def _prepare(self, own: Share, decay: float) -> None:

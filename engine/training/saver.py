@@ -7,11 +7,16 @@ from typing import Any
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.training.checkpoint import drop, load_newest, save_checkpoint
+from potstill.engine.training.posthoc import PROFILES
 from potstill.engine.training.run import Run
 from potstill.engine.training.sharded import ShardedWriter
 from potstill.engine.training.states import NotFinite, not_finite
 
-NUMBERED = {"samples": ".png", "snapshots": ".safetensors"}  # files whose names begin with the number of images seen
+NUMBERED = {
+    "samples": ".png",
+    "snapshots": ".safetensors",
+    PROFILES: ".safetensors",
+}  # files whose names begin with the number of images seen
 
 
 class Saver:
@@ -28,15 +33,16 @@ class Saver:
         state = load_newest(self.checkpoints, run.device, run.like if run.sharded else None, ranks=ranks, say=say)
         if state:
             run.load_state_dict(state)
-            ranks.on_first(self._forget_later)
+        ranks.on_first(self._forget_later)
         ranks.wait()  # else the first could write a new checkpoint while the last looks for the newest
         return state is not None
 
     def _forget_later(self) -> None:
-        """Pictures and snapshots of the stretch that comes again; they would stand beside its own where it takes another course."""
+        """Pictures, snapshots and profiles of the stretch that comes again; they would stand beside its own where it takes another course."""
         for name, suffix in NUMBERED.items():
             for file in (self.folder / name).glob(f"[0-9]*{suffix}"):
-                if file.stem.isdecimal() and int(file.stem) > self.run.images_seen:
+                number = file.stem.partition("-")[0]  # a profile's std comes after it
+                if number.isdecimal() and int(number) > self.run.images_seen:
                     file.unlink(missing_ok=True)
 
     def save(self) -> Path:

@@ -11,6 +11,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method, modules_of, taken_apart
 from potstill.engine.nets.shadow import give_shadows
 from potstill.engine.skipping.apply import Guard
+from potstill.engine.training import phema
 from potstill.engine.training.checkpoint import load_fitting
 from potstill.engine.training.config import TrainConfig
 from potstill.engine.training.log import Meter
@@ -23,7 +24,8 @@ from potstill.kernels import AdamEMA
 class State:
     """Everything that changes in a stage; `state_dict` is what a checkpoint holds of it.
 
-    trained: the method's nets with their optimisers. ema: the average of the product's weights. step: iterations done.
+    trained: the method's nets with their optimisers. ema: the average of the product's weights. profiles: more of them, by relative
+    length (`engine.training.phema`). step: iterations done.
     seconds: training time so far. best: the least distance measured so far. guard: of a teacher that leaves out layers.
     left_out: numbers of batches that gave something that is not finite (`engine.training.rollback`), ascending.
     """
@@ -39,6 +41,7 @@ class State:
             net.train()
         self.trained = build_trained(method, cfg.parallel, cfg.fsdp, ranks, device, together=together)
         self.ema = EMA(self.product.net)
+        self.profiles = {std: EMA(self.product.net) for std in cfg.lengths}
         self.averaging_optimizer: AdamEMA | None = None  # the product's optimiser, where it averages as well
         self.weights_with_shadows = give_shadows(modules_of(method)) if cfg.shadows else []
         for name, one in self.trained.items():
@@ -87,6 +90,22 @@ class State:
         """The net that is sampled and saved, the average of the product's weights. All ranks must ask for it."""
         return self.product.whole(self.ema.net)
 
+    def profile(self, std: float) -> nn.Module:
+        """The average of this relative length, one of `train.phema`. All ranks must ask for it."""
+        return self.product.whole(self.profiles[std].net) if std in self.profiles else self.average()
+
+    def decay(self) -> float:
+        """Of the average, in the iteration to come."""
+        cfg, seen = self.cfg, self.images_seen
+        if cfg.ema_std is not None:
+            return phema.decay(cfg.ema_std, cfg.batch, seen + cfg.batch)
+        return ema_decay(cfg.batch, seen, cfg.ema_kimg * 1000, cfg.ema_ramp_up)
+
+    def update_profiles(self) -> None:
+        """After an iteration; its decays are numbers that the host knows, so nothing waits."""
+        for std, one in self.profiles.items():
+            one.update(phema.decay(std, self.cfg.batch, self.images_seen))
+
     def forget_gradients(self) -> None:
         for one in self.trained.values():
             one.optimizer.zero_grad(set_to_none=True)
@@ -108,7 +127,7 @@ class State:
             "seconds": self.seconds,
             "best": self.best,
             "left_out": list(self.left_out),
-        }
+        } | ({"phema": {str(std): self.product.state(one.net) for std, one in self.profiles.items()}} if self.profiles else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint: `state_dict` and its step. UserError where it is of other nets or settings."""
@@ -120,6 +139,8 @@ class State:
             one.after_step()
         self.place_rates()
         load_fitting(partial(self.product.load, self.ema.net), state["ema"], "EMA")
+        for std, one in self.profiles.items():
+            load_fitting(partial(self.product.load, one.net), state.get("phema", {}).get(str(std), {}), f"average of std {std:g}")
         load_fitting(self.method.state.load_state_dict, state["method"], "method state")
         self.meter.load_state_dict(state["meter"], self.ranks)
         if self.guard is not None and state.get("guard"):
@@ -134,7 +155,7 @@ class State:
                 found = self.trained[net].like(name)
             case ("optimizers", net, "state", number, _):
                 found = self.trained[net].like(str(number))
-            case ("ema", name):
+            case ("ema", name) | ("phema", _, name):
                 found = self.product.like(name)
             case _:
                 return None

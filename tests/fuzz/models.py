@@ -27,12 +27,13 @@ from potstill.engine.models.opening import Model, open_models
 from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import Router, student_folder, write_manifest
 from potstill.engine.models.student import Student
-from potstill.engine.models.weights import load_net, save_net, weights_hash
+from potstill.engine.models.weights import load_net, save_net, save_weights, weights_hash
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan, check_plan, load_plan, save_plan
 from potstill.engine.skipping.probe import Probed
+from potstill.engine.training.posthoc import profile_file, profiles_in, reconstructed
 
 from .forms import pickle_of, safetensors_of
 from .jail import Reader
@@ -129,6 +130,21 @@ def _open(folder: Path) -> dict[str, Any]:
     model = open_models(folder / "net.safetensors")[0]
     image = Student(model.net, model.sampler, model.metadata).eval()(seeds=[0])
     return contents(model.net, model.metadata, model=model, image=image)
+
+
+# Averages that a run has kept
+
+
+def _profiles(folder: Path) -> None:
+    for k, (images, std) in enumerate(((100, 0.05), (100, 0.1), (200, 0.05), (200, 0.1))):
+        save_net(profile_file(folder, images, std), tiny(k), method="dmd", sampler=WAY, phema={"std": std, "images": images})
+
+
+def _reconstructed(folder: Path) -> dict[str, Any]:
+    """As `potstill convert phema` does, and then the net."""
+    made = reconstructed(profiles_in(folder), 0.07)
+    save_weights(folder / "net.safetensors", made.tensors, made.metadata)
+    return _load(folder)
 
 
 # Run folders and manifests
@@ -347,6 +363,7 @@ SUMMED = {"summary.json": json_of, "config.yaml": yaml_of}
 READERS = [
     Reader("weight file", _weights, _load, NET, false_net, 700),
     Reader("weight file, sampled", _weights, _open, NET, false_net, 100, both=0.0),
+    Reader("profiles", _profiles, _reconstructed, {"phema/0000000200-0.050.safetensors": safetensors_of}, false_net, 100),
     Reader("run folder", _run, _run_read, {"config.yaml": yaml_of}, _false_run, 70),
     Reader("manifest", _students, _manifest_read, TABLE, _false_manifest, 200),
     Reader("export to hub", _students, _exported("hub"), TABLE, _false_export, 100),

@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class StudentPipeline(DiffusionPipeline):
-    """`sampler` says how the student was trained to be sampled: solver, noise levels `sigmas`, afs, step_condition."""
+    """`sampler` says how the student was trained to be sampled: solver, noise levels `sigmas`, start, afs, step_condition."""
 
     model_cpu_offload_seq = "unet"
 
@@ -102,9 +102,13 @@ class StudentPipeline(DiffusionPipeline):
                 raise ValueError(f"this student's levels follow no Karras schedule: {self.nfe} network evaluations only, got {steps}")
             sigmas = karras(told, sigmas[-1], sigmas[0], rho)
         if solver == "one_step":
-            return self.unet(draw() * sigmas[0], sigmas[0], labels)
+            return self.unet(self.begin(draw(), sigmas[0]), sigmas[0], labels)
         sigmas = [self.unet.round_sigma(sigma) for sigma in sigmas]
-        x = (draw() * sigmas[0]).double()
+        x = self.begin(draw(), sigmas[0]).double()
+        if solver == "renoise":
+            for high, low in zip(sigmas[:-1], sigmas[1:]):  # noqa: B905
+                x = self.unet(x.float(), high, labels).double() + low * draw()
+            return self.unet(x.float(), sigmas[-1], labels)
         if solver == "ancestral":
             for high, low in zip(sigmas[:-1], sigmas[1:]):  # noqa: B905
                 r = (low / high) ** 2
@@ -119,6 +123,12 @@ class StudentPipeline(DiffusionPipeline):
                 slope = (x - self.unet(x.float(), high, labels, steps=told).double()) / high
             x = x + (low - high) * slope
         return x.float()
+
+    def begin(self, z, sigma):
+        """What standard normals z are at the first level: sigma z, or ("unit") what enters the net as z."""
+        if self.config.sampler.get("start", "sigma") == "sigma":
+            return z * sigma
+        return z / self.unet.coefficients(torch.full((1,), sigma, device=z.device))[2]
 
     @property
     def nfe(self):
