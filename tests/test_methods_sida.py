@@ -70,7 +70,7 @@ class Released:
         cfg = SIDAConfig(P_mean=hyper["P_mean"], P_std=hyper["P_std"], gan_fake=hyper["lsd"], **settings)
         self.method = SIDA(cfg, nets[0], nets[0], nets[1].train())
         self.x = self.t["in.images"].clone().requires_grad_()
-        self.method.generate = lambda net, draws, labels: self.x if torch.is_grad_enabled() else self.x.detach()
+        self.method.generate = lambda net, draws, labels, before=None: self.x if torch.is_grad_enabled() else self.x.detach()
 
     def student(self, share: float | None) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient for the images. share: of the GAN."""
@@ -263,7 +263,7 @@ def test_a_sample_that_is_not_finite_counts_for_nothing():
     x = method.generate(method.student, draws(16), None).detach()
     x[3] = torch.nan
     x.requires_grad_()
-    method.generate = lambda *given: x
+    method.generate = lambda *given, **more: x
     loss, logs = method.turns[2].loss(batch_of(Mixture()))
     (gradient,) = torch.autograd.grad(loss, x)
     assert logs["nonfinite"] == 1

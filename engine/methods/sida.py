@@ -137,7 +137,7 @@ class SIDA(Implicit):
     def student_loss(self, batch: Batch, gan_share: float | None) -> tuple[Tensor, Logs]:
         """(1 - b) L_sid + b L_gan on fresh noise and labels, b = gan_share; None: L_sid alone."""
         labels = conditions(self.student, batch)
-        x = self.generate(self.student, batch.draws, labels)
+        x = self.generate(self.student, batch.draws, labels, before=self.frozen_student)
         sigma = self.teacher_level(batch.draws.level())
         x_t = add_noise(x, sigma, noise_like(x, batch.draws))
         real, guidance = self.teacher.estimate(x_t, sigma, labels, guidance=self.cfg.guidance), self.cfg.fake_guidance
