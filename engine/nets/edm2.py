@@ -143,7 +143,7 @@ class EDM2Denoiser(EDMDenoiser):
         self.forces_norms = True
 
     @property
-    def model(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def model(self) -> Any:
         return self.unet
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, return_logvar: bool = False, **how: Any) -> Any:

@@ -147,7 +147,9 @@ class MPBlock(ResidualBlock, Gained):
     An encoder's block normalises every pixel; a decoder's does not, and changes the number of channels after its branch has left.
     """
 
-    joins = True
+    @property
+    def joins(self) -> bool:
+        return True
 
     def __init__(
         self, in_channels: int, out_channels: int, style: MPStyle, *, decoder: bool = False, up: bool = False, down: bool = False,

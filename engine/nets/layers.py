@@ -220,8 +220,7 @@ class BlockStyle:
 class ResidualBlock(nn.Module):
     """A block of a U-Net that adds something to a skip path: what may be left out, sharded, compiled, recomputed by itself.
 
-    checkpoint: keep only what enters for backward, and compute the block again (same numbers, same dropout). joins: does it take
-    `beside`? maps_plainly: may engine.nets.modulation take the map of the embedding out of it?
+    checkpoint: keep only what enters for backward, and compute the block again (same numbers, same dropout).
     """
 
     in_channels: int
@@ -229,8 +228,16 @@ class ResidualBlock(nn.Module):
     dropout: float
     checkpoint: bool
     heads: int
-    joins: bool = False
-    maps_plainly: bool = False
+
+    @property
+    def joins(self) -> bool:
+        """Does it take `beside`?"""
+        return False
+
+    @property
+    def maps_plainly(self) -> bool:
+        """May engine.nets.modulation take the map of the embedding out of it?"""
+        return False
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The skip path without the block's scale."""
@@ -304,12 +311,12 @@ class UNetBlock(ResidualBlock):
         return self.skip_scale ** (2 if self.heads else 1)
 
     @property
-    def maps_plainly(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def maps_plainly(self) -> bool:
         """Not where FSDP gathers its weights."""
         return self.joins and type(self.affine) is Linear
 
     @property
-    def joins(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def joins(self) -> bool:
         """A block that is compiled, sharded or within another takes one tensor."""
         return type(self) is UNetBlock and self._compiled_call_impl is None
 

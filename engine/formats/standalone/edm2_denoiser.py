@@ -84,8 +84,8 @@ class Block(nn.Module):
         self.emb_linear = MPConv(emb, cout)
         self.conv_res1 = MPConv(cout, cout, 3, 3)
         self.conv_skip = MPConv(cin, cout, 1, 1) if cin != cout else None
-        self.attn_qkv = MPConv(cout, 3 * cout, 1, 1) if self.heads else None
-        self.attn_proj = MPConv(cout, cout, 1, 1) if self.heads else None
+        if self.heads:
+            self.attn_qkv, self.attn_proj = MPConv(cout, 3 * cout, 1, 1), MPConv(cout, cout, 1, 1)
 
     def forward(self, x, emb):
         x = self.resampled(x)
