@@ -30,6 +30,7 @@ from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.gdd import GDDConfig
 from potstill.engine.methods.moment_matching import MomentMatchingConfig
 from potstill.engine.methods.sfd import SFDConfig
+from potstill.engine.methods.sida import SIDAConfig
 from potstill.engine.methods.sim import SIMConfig
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
@@ -45,6 +46,10 @@ try:
     from potstill.engine.nets import ops
 except ImportError:
     ops = None
+try:
+    from potstill.engine.nets import edm2_layers
+except ImportError:
+    edm2_layers = None
 try:
     from potstill.engine.training import graphs
 except ImportError:
@@ -96,7 +101,7 @@ class Stack:
     tf32: bool = False
     bf16: bool = False
     sdpa: bool = False
-    norm: bool = False  # fused GroupNorm+SiLU, and with it NHWC
+    norm: bool = False  # fused GroupNorm+SiLU, and with it NHWC; of EDM2's nets their operations of one pass
     fixed: bool = False  # convolutions that do not train keep nothing
     losses: bool = False
     optimizer: bool = False  # shadow weights, fused Adam and EMA
@@ -138,13 +143,15 @@ def applied(stack: Stack, device: torch.device) -> Iterator[None]:
             patch(torch.nn.functional, "scaled_dot_product_attention", einsum_attention)
             if hasattr(ops, "attention"):  # which is not SDPA on a CPU
                 patch(ops, "attention", einsum_attention)
+        if edm2_layers is not None and not stack.norm:
+            patch(edm2_layers, "mp", lambda: reference)
         if ops is not None and not stack.norm:
             patch(ops, "norm_silu", plain)
             patch(ops, "memory_format", lambda device: torch.contiguous_format)
         if ops is not None and hasattr(ops, "_keeps_nothing") and not stack.fixed:
             patch(ops, "_keeps_nothing", lambda x, fixed: False)
         if not stack.losses:
-            for module in ("dmd", "gdd", "moment_matching", "sfd", "sim"):
+            for module in ("dmd", "gdd", "moment_matching", "sfd", "sim", "sida"):
                 where = importlib.import_module(f"potstill.engine.methods.{module}")
                 for name in LOSSES:
                     if hasattr(where, name):
@@ -194,10 +201,17 @@ SMALL = Shape("cifar-small", 32, 3, 16, 0, song(model_channels=64, channel_mult=
 CIFAR = Shape("cifar10", 32, 3, 64, 0, song(model_channels=128, channel_mult=[2, 2, 2], attn_resolutions=[16]))
 FFHQ = Shape("ffhq64", 64, 3, 64, 0, song(model_channels=128, channel_mult=[1, 2, 2, 2], attn_resolutions=[16]))
 ADM = Shape("imagenet64", 64, 3, 64, 1000, {"model_type": "DhariwalUNet", "dropout": 0.0})
+# EDM2's: on a CPU the digits' own, on a GPU the XS for latents of ImageNet at 512 pixels in a quarter of its micro-batch.
+DIGITS2 = Shape(
+    "digits-edm2", 8, 1, 64, 10, {"model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 32},
+    "EDM2Precond",
+)  # fmt: skip
+EDM2 = Shape("edm2-img512-xs", 64, 4, 16, 1000, {"model_channels": 128}, "EDM2Precond")
 
 METHODS: dict[str, Callable[[], Any]] = {
     "sim": SIMConfig,
     "sid": lambda: SIMConfig(distance="l2", alpha=1.2),
+    "sida": lambda: SIDAConfig(student_after=0.0, gan_after=0.0),
     "dmd": lambda: DMDConfig(fake_per_student=1),
     "dmd2": lambda: DMDConfig(fake_per_student=1, gan=True),
     "moment_matching": MomentMatchingConfig,
@@ -363,6 +377,11 @@ def cases() -> Iterator[Any]:
         yield pytest.param(f"net {use}", SMALL, harness.CPU, id=f"net-{use}-cifar-small-cpu")
         for shape in (CIFAR, FFHQ, ADM):
             yield pytest.param(f"net {use}", shape, harness.CUDA, id=f"net-{use}-{shape.name}-cuda", marks=pytest.mark.gpu)
+    for use in ("infer", "train", "input"):
+        yield pytest.param(f"net {use}", DIGITS2, harness.CPU, id=f"net-{use}-{DIGITS2.name}-cpu")
+        yield pytest.param(f"net {use}", EDM2, harness.CUDA, id=f"net-{use}-{EDM2.name}-cuda", marks=pytest.mark.gpu)
+    yield pytest.param("sida", DIGITS2, harness.CPU, id=f"sida-{DIGITS2.name}-cpu")
+    yield pytest.param("sida", EDM2, harness.CUDA, id=f"sida-{EDM2.name}-cuda", marks=pytest.mark.gpu)
     for method in METHODS:
         yield pytest.param(method, DIGITS, harness.CPU, id=f"{method}-digits-cpu")
     yield pytest.param("sim", SMALL, harness.CPU, id="sim-cifar-small-cpu")
