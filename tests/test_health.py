@@ -283,6 +283,14 @@ def test_what_is_usual_raises_none(metrics, tmp_path):
     assert kinds(tmp_path, lines_of(**metrics)) == []
 
 
+def test_a_student_that_began_late_has_its_time_to_rise(tmp_path):
+    """SiDA's waits; a fifth of the run counts from its first turn."""
+    waiting = lines_of(fake__denoise=[1.0] * 30)
+    learning = lines_of(student__variance_ratio=[0.05] * 60)[30:]
+    assert kinds(tmp_path, [*waiting, *learning[:20]]) == []
+    assert kinds(tmp_path, learning[20:23]) == ["variance"]
+
+
 @pytest.mark.parametrize(
     ("distances", "said"),
     [

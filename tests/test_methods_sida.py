@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from toy import Mixture, apart, batch_of, default_dtype, draws, image, largest, 
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
-from potstill.engine.methods.base import Batch, OneRank, Turn, lasting, taken_apart
+from potstill.engine.jobs.students import earlier_weights
+from potstill.engine.methods.base import Batch, Method, OneRank, Turn, lasting, taken_apart
+from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.sida import SIDA, SIDAConfig
-from potstill.engine.models.weights import read_tensors
+from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.models.weights import read_tensors, save_net
 from potstill.engine.nets.edm import from_kwargs
+from potstill.engine.nets.guide import Guide
 from potstill.engine.skipping.apply import Skipping
 from potstill.engine.skipping.blocks import blocks_of
 from potstill.engine.skipping.plan import Plan
@@ -362,10 +367,10 @@ def test_the_gradient_that_a_guard_compares_is_this_part_of_the_runs():
 # Nets of ours.
 
 
-def tiny(seed: int = 1, **kwargs):
+def tiny(seed: int = 1, precond: str = "EDMPrecond", **kwargs):
     torch.manual_seed(seed)
     shape = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
-    net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=3, dropout=0.0, **shape | kwargs)
+    net = from_kwargs(precond, img_resolution=8, img_channels=1, dropout=0.0, **{"label_dim": 3} | shape | kwargs)
     with torch.no_grad():  # a fresh net hardly hears what it is told
         for p in net.parameters():
             p += 0.05 * torch.randn(p.shape)
@@ -460,7 +465,57 @@ def test_the_student_of_a_run_goes_on_and_all_else_begins_anew(tmp_path):
         train.main(["digits_sid", f"run_dir={tmp_path}/no", *small, teacher, f"students.start={tmp_path}/sid/student.safetensors"])
     wide = [one for one in small if "model_channels" not in one] + ["net.model_channels=16"]
     with pytest.raises(UserError, match=r"students.start: net 'student' in .* is of another shape"):
-        train.main(["digits_sida", f"run_dir={tmp_path}/wide", *wide, f"students.start={tmp_path}/sid"])
+        train.main(["digits_sida", f"run_dir={tmp_path}/wide", *wide, f"students.start={tmp_path}/sid", "method.student_after=0"])
+
+
+def given_start(tmp_path, *more: str) -> None:
+    small = [*TINY, "device=cpu", "log.tensorboard=false", f"run_dir={tmp_path}/run"]
+    train.main(["digits_sida", *small, "method.student_after=0", "method.gan_after=0", *more])
+
+
+def test_a_run_that_ends_before_the_student_begins_is_refused(tmp_path):
+    """96 images; the student's first turn would be in the iteration that 96 come before, or 80, the last."""
+    with pytest.raises(UserError, match=r"train.kimg = 0.1 is over before the student begins to learn, 0.08 thousand images later"):
+        given_start(tmp_path, "method.student_after=0.08", "method.gan_after=0.08", "--dry-run")
+    given_start(tmp_path, "method.student_after=0.079", "method.gan_after=0.08", "--dry-run")
+
+
+def test_no_name_is_no_start(tmp_path):
+    with pytest.raises(UserError, match=r"students.start wants a run or a weight file, or null for none"):
+        given_start(tmp_path, "students.start=")
+
+
+def test_every_student_is_looked_for_before_any_is_trained(tmp_path):
+    """Of an earlier run with fewer students the last ones are not there."""
+    (tmp_path / "two/student-0/checkpoints").mkdir(parents=True)
+    (tmp_path / "two/student-0/checkpoints/00000001.pt").touch()
+    with pytest.raises(UserError, match=r"students.start: no checkpoint in .*/two/student-1/checkpoints"):
+        given_start(tmp_path, "students.count=2", f"students.start={tmp_path}/two")
+
+
+def test_a_weight_file_that_is_not_there_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=r"students.start: no weight file at .*no.safetensors\. "):
+        given_start(tmp_path, f"students.start={tmp_path}/no.safetensors")
+
+
+def test_a_weight_file_of_another_preconditioning_is_refused(tmp_path):
+    """The same names and shapes, and another net."""
+    save_net(tmp_path / "vp.safetensors", tiny(precond="VPPrecond"))
+    method = SIDAConfig().build(tiny(), tiny())
+    with pytest.raises(UserError, match=r"students.start: the net in .* is preconditioned by VPPrecond .*, the teacher by EDMPrecond"):
+        earlier_weights(method, tmp_path / "vp.safetensors")
+    save_net(tmp_path / "edm.safetensors", tiny())
+    assert set(earlier_weights(method, tmp_path / "edm.safetensors")) == {"student"}
+
+
+@pytest.mark.parametrize("config", [SIDAConfig, SIMConfig, partial(DMDConfig, steps=[500])])
+def test_a_fake_net_has_no_guide(config):
+    """A teacher without classes can be led away from a worse net; its copies are led by nothing."""
+    teacher = tiny(label_dim=0)
+    teacher.guide = Guide(tiny(2, label_dim=0))
+    assert isinstance(config(guidance=2.0).build(teacher, teacher), Method)
+    with pytest.raises(UserError, match=r"method.fake_guidance = 2.0 wants a teacher that knows classes .* one: set it to 1$"):
+        config(fake_guidance=2.0).build(teacher, teacher)
 
 
 @pytest.mark.parametrize(

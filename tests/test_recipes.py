@@ -96,8 +96,9 @@ class Place:
             net.model_channels = 8 if net is cfg.net else 4
             net.num_blocks, net.channel_mult, net.attn_resolutions = 1, [1], []
         if cfg.data.path not in ("digits", "scenes"):
-            cfg.data.path, cfg.data.resolution = f"synthetic:8x3x{CLASSES.get(data, 0)}x{IMAGES}", 8
-            cfg.eval.features = self.inception
+            channels, classes = cfg.data.channels or 3, CLASSES.get(data, 0)
+            cfg.data.path, cfg.data.resolution = f"synthetic:8x{channels}x{classes}x{IMAGES}", 8
+            cfg.eval.features, cfg.teacher.vae = self.inception if channels == 3 else "pixels", None  # latents: of themselves
         cfg.eval.n, cfg.eval.batch = IMAGES, IMAGES
         cfg.students.count = min(cfg.students.count, 2)
         share = ITERATIONS / iterations(cfg.train)

@@ -190,6 +190,7 @@ class StudentsConfig:
         at_least(self, 1, "count")
         one_of(self, "partition", PARTITIONS)
         wants(self, "count", self.partition != "quadrants" or self.count in (1, 2, 4), "2 or 4 where students.partition=quadrants")
+        wants(self, "start", self.start != "", "a run or a weight file, or null for none")
 
     def unused(self) -> Unused:
         return {"partition": "students.count=1"} if self.count == 1 else {}

@@ -103,6 +103,17 @@ def check_optimizers(cfg: Config, method: Method) -> None:
             raise UserError(f"{name}.optim wants {' or '.join(sorted(wanted))}, which are trained here, got {unknown[0]!r}")
 
 
+def check_begins(cfg: Config, method: Method) -> None:
+    """UserError for a run that is over before the student's first turn."""
+    before_last = (max(1, round(cfg.train.kimg * 1000 / cfg.train.batch)) - 1) * cfg.train.batch
+    begins = min(turn.seen[0] for turn in method.turns if turn.trains == method.product)
+    if begins > 0 and before_last <= begins:
+        raise UserError(
+            f"train.kimg = {cfg.train.kimg:g} is over before the student begins to learn, {begins / 1000:g} thousand images later than the "
+            "other nets: train longer, or lower method.student_after"
+        )
+
+
 def missing(cfg: Config) -> list[str]:
     """What a run needs and does not find on disk, with the commands that get it."""
     wants = []
@@ -132,8 +143,11 @@ def missing(cfg: Config) -> list[str]:
     if plan and not Path(plan).expanduser().is_file():
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
         wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path or 'DATA'}{unlabelled} --out {plan}")
-    if (earlier := earlier_place(cfg, cfg.student or 0)) and not is_earlier(earlier):
-        wants.append(f"students.start: no checkpoint in {earlier / 'checkpoints'}. potstill train RECIPE of the stage before makes some")
+    students = range(cfg.students.count) if cfg.student is None else [cfg.student]
+    if lacking := [one for k in students if (one := earlier_place(cfg, k)) and not is_earlier(one)]:
+        first = lacking[0]
+        where = f"no weight file at {first}" if first.suffix == ".safetensors" else f"no checkpoint in {first / 'checkpoints'}"
+        wants.append(f"students.start: {where}. potstill train RECIPE of the stage before makes some")
     logs = [Extra("wandb", "log.wandb", "set log.wandb=null")] if cfg.log.wandb else []
     pipelines = [Extra("diffusers", f"teacher.checkpoint={checkpoint}", "give a .safetensors file")] if to_come(cfg) else []
     vaes = [Extra("diffusers", f"teacher.vae={cfg.teacher.vae}", "set teacher.vae=null")] if cfg.teacher.vae else []
@@ -203,6 +217,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         method = cfg.method.build(teacher, start or teacher)
     build.check_lighten(method, cfg.skipping)
     check_optimizers(cfg, method)
+    check_begins(cfg, method)
     if not cfg.data.path and cfg.method.needs().data:
         raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
     if not cfg.data.path and students:

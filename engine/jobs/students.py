@@ -13,6 +13,8 @@ from potstill.engine.methods.msd import make_partition
 from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import student_folder
 from potstill.engine.models.weights import load_net
+from potstill.engine.nets.edm_denoiser import EDMDenoiser
+from potstill.engine.nets.guide import preconditioning
 from potstill.engine.training.checkpoint import checkpoints, load_newest
 
 
@@ -90,7 +92,16 @@ def earlier_weights(method: Method, place: Path) -> dict[str, dict[str, torch.Te
     if place.is_file():
         if not method.product_alone:
             raise UserError(f"students.start wants the folder of a run with this method, whose nets all go on, got the file {place}")
-        nets = {method.product: load_net(place)[0].state_dict()}
+        given, ours = load_net(place)[0], method.nets[method.product]
+        if (
+            isinstance(given, EDMDenoiser)
+            and isinstance(ours, EDMDenoiser)
+            and (its := preconditioning(given)) != (mine := preconditioning(ours))
+        ):
+            raise UserError(
+                f"students.start: the net in {place} is preconditioned by {its}, the teacher by {mine}: wanted the same of both"
+            )
+        nets = {method.product: given.state_dict()}
     else:
         state = load_newest(place / "checkpoints", "cpu")
         if state is None:

@@ -104,7 +104,7 @@ class DMD(Method):
 
     def __init__(self, cfg: DMDConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)
-        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
+        check_guidance(cfg.fake_guidance, fake, "fake_guidance")
         for net in (student, fake):
             net.set_dropout(0.0)  # DMD and DMD2 train without
         self.cfg, self.teacher = cfg, frozen(teacher)

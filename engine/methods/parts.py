@@ -82,13 +82,13 @@ def noise_like(x: Tensor, draws: Draws) -> Tensor:
 
 
 def check_guidance(guidance: float, teacher: Denoiser, name: str = "guidance") -> None:
-    """UserError if guidance is asked of a teacher that is told nothing, or never learnt to do without."""
+    """UserError if guidance is asked of a teacher, or of its copy, that is told nothing, or never learnt to do without."""
     if guidance == 1 or teacher.guidable:
         return
     got = "an unconditional one" if not teacher.conditional else "one that was never trained without (Flux has its guidance embedded)"
+    other = ", or give teacher.guide=FILE, a worse net to lead away from" if name == "guidance" else ""  # a fake net has no guide
     raise UserError(
-        f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1, or give "
-        "teacher.guide=FILE, a worse net to lead away from"
+        f"method.{name} = {guidance} wants a teacher that knows classes or prompts, and none of them; got {got}: set it to 1{other}"
     )
 
 
@@ -101,7 +101,7 @@ class Implicit(Method):
 
     def __init__(self, cfg: Any, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         check_guidance(cfg.guidance, teacher)
-        check_guidance(cfg.fake_guidance, teacher, "fake_guidance")
+        check_guidance(cfg.fake_guidance, fake, "fake_guidance")
         if cfg.dropout is not None:
             student.set_dropout(cfg.dropout)
             fake.set_dropout(cfg.dropout)

@@ -26,7 +26,7 @@ REPEAT = 20  # lines between two alarms of a kind
 MEMORY = 200  # lines that are looked at
 
 ALIKE, SUNK = 0.25, 0.5  # of the data's variance, and of what it was: a student may start as a mean image, and rises
-NEVER_RISEN = 0.1  # of the data's variance, past a fifth of the run
+NEVER_RISEN = 0.1  # of the data's variance, when the student has learnt for a fifth of the run
 VARIED, SATURATED = 3.0, 1.5  # of the data's variance
 GROWTH = 10.0  # of a gradient norm, beside all but the highest tenth of those before
 EARLIER = 5  # lines that there must be of them
@@ -103,7 +103,8 @@ def variance(lines: Lines, total: int) -> str | None:
         known = name.endswith("_ratio")
         of, whose = (1.0, "the data's") if known else (held or 1.0, "what it was")
         least, most = max(seen[-ROW:]) / of, min(seen[-ROW:]) / of
-        if (least < ALIKE and least < SUNK * held / of) or (least < NEVER_RISEN and lines[-1]["step"] > total / 5):
+        waited = next(line["step"] for line in lines if name in line) if name not in lines[0] else 0  # SiDA's student begins later
+        if (least < ALIKE and least < SUNK * held / of) or (least < NEVER_RISEN and lines[-1]["step"] - waited > total / 5):
             return (
                 f"the variance of the student's images is {least:.2g} of {whose}: they are alike (mode collapse), which rarely mends itself; "
                 "go on from an earlier checkpoint with a lower train.optim.student.lr, or with more turns or a higher rate for its opponent"
