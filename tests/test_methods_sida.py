@@ -13,11 +13,12 @@ from toy import Mixture, apart, batch_of, default_dtype, draws, image, largest, 
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
-from potstill.engine.jobs.students import earlier_weights
+from potstill.engine.jobs.students import check_same_part, earlier_weights
 from potstill.engine.methods.base import Batch, Method, OneRank, Turn, lasting, taken_apart
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.sida import SIDA, SIDAConfig
 from potstill.engine.methods.sim import SIMConfig
+from potstill.engine.models.partitions import Partition
 from potstill.engine.models.weights import read_tensors, save_net
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.guide import Guide
@@ -500,12 +501,38 @@ def test_a_weight_file_that_is_not_there_is_called_one(tmp_path):
 
 def test_a_weight_file_of_another_preconditioning_is_refused(tmp_path):
     """The same names and shapes, and another net."""
-    save_net(tmp_path / "vp.safetensors", tiny(precond="VPPrecond"))
+    save_net(tmp_path / "vp.safetensors", tiny(precond="VPPrecond"), method="sim")
     method = SIDAConfig().build(tiny(), tiny())
     with pytest.raises(UserError, match=r"students.start: the net in .* is preconditioned by VPPrecond .*, the teacher by EDMPrecond"):
         earlier_weights(method, tmp_path / "vp.safetensors")
-    save_net(tmp_path / "edm.safetensors", tiny())
+    save_net(tmp_path / "edm.safetensors", tiny(), method="sim")
     assert set(earlier_weights(method, tmp_path / "edm.safetensors")) == {"student"}
+    save_net(tmp_path / "teacher.safetensors", tiny())
+    with pytest.raises(UserError, match=r"students.start=.* holds a teacher, wanted a student's"):
+        earlier_weights(method, tmp_path / "teacher.safetensors")
+
+
+def test_a_run_that_has_begun_wants_nothing_of_the_earlier_one(tmp_path):
+    """The earlier run may be gone: what it gave is in the checkpoints."""
+    save_net(tmp_path / "sid.safetensors", tiny(label_dim=10), method="sim")
+    weights = tmp_path / "sid.safetensors"
+    teacher = tmp_path / "teacher.safetensors"
+    save_net(teacher, tiny(2, label_dim=10))
+    more = [f"students.start={weights}", f"teacher.checkpoint={teacher}", "train.checkpoint_kimg=0.032"]
+    given_start(tmp_path, *more)
+    (tmp_path / "run/student.safetensors").unlink()
+    weights.unlink()
+    given_start(tmp_path, *more)
+    with pytest.raises(UserError, match="no weight file at"):
+        given_start(tmp_path, *more, f"run_dir={tmp_path}/other")
+
+
+def test_students_of_another_partition_do_not_go_on(tmp_path):
+    first, second = Partition("blocks", (0, 0, 1)), Partition("random", (0, 1, 0))
+    save_net(tmp_path / "student.safetensors", tiny(), method="sim", partition=first.hash, student=0)
+    check_same_part(tmp_path, first)
+    with pytest.raises(UserError, match=r"another partition .* students.partition=random"):
+        check_same_part(tmp_path, second)
 
 
 @pytest.mark.parametrize("config", [SIDAConfig, SIMConfig, partial(DMDConfig, steps=[500])])

@@ -56,6 +56,8 @@ def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:
         rules["teacher.guide"] = "method.guidance=1" if hasattr(cfg.method, "guidance") else f"method {cfg.method.name} has no guidance"
     if isinstance(teacher, DiffusersDenoiser):
         rules["teacher.vae"] = "a pipeline has its own"
+    if cfg.train.kimg <= (joins := getattr(cfg.method, "gan_after", 0.0)):
+        rules |= dict.fromkeys(("method.gan_student", "method.gan_share"), f"train.kimg={cfg.train.kimg:g}: method.gan_after={joins:g}")
     if not teacher.text:
         rules["teacher.loss.prompt_dropout"] = rules["text.encoder"] = "the teacher is told no prompts"
     elif file is not None:

@@ -21,7 +21,7 @@ from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs, text_marks
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
 from potstill.engine.jobs.shares import Shares, keep_shares, read_shares, try_shares
-from potstill.engine.jobs.students import earlier_place, earlier_weights, listed
+from potstill.engine.jobs.students import earlier_place, earlier_weights, has_begun, listed
 from potstill.engine.jobs.workplace import Share, Workplace
 from potstill.engine.measure.report import write_report
 from potstill.engine.methods.base import Method
@@ -225,7 +225,7 @@ class Job(Workplace):
         """Student k (the average of its weights), trained on its share of classes or prompts if there are several; how it is sampled."""
         self.fresh(k)
         method = self.cfg.method.build(teacher, start)
-        if earlier := earlier_place(self.cfg, k):
+        if (earlier := earlier_place(self.cfg, k)) and not self.ranks.agree(has_begun(self.cfg, k)):
             for name, weights in earlier_weights(method, earlier).items():
                 method.nets[name].load_state_dict(weights, strict=False)  # parts that it may lack stay new, and optimisers are new
         if wanted := self.cfg.method.needs().pairs:

@@ -21,7 +21,15 @@ from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine
 from potstill.engine.jobs.inputs import Marks, check_inputs, marks_of
 from potstill.engine.jobs.shares import check_prompts
-from potstill.engine.jobs.students import classes_without_images, earlier_place, earlier_weights, is_earlier, partition_of
+from potstill.engine.jobs.students import (
+    check_same_part,
+    classes_without_images,
+    earlier_place,
+    earlier_weights,
+    has_begun,
+    is_earlier,
+    partition_of,
+)
 from potstill.engine.jobs.told import check_caches, check_told
 from potstill.engine.measure.networks import INCEPTION_URL, check_features_name
 from potstill.engine.measure.scores import check_score_names
@@ -144,7 +152,7 @@ def missing(cfg: Config) -> list[str]:
         unlabelled = " --unlabelled" if cfg.data.unlabelled else ""
         wants.append(f"plan: no file at {plan}. potstill probe TEACHER.safetensors --data {path or 'DATA'}{unlabelled} --out {plan}")
     students = range(cfg.students.count) if cfg.student is None else [cfg.student]
-    if lacking := [one for k in students if (one := earlier_place(cfg, k)) and not is_earlier(one)]:
+    if lacking := [one for k in students if (one := earlier_place(cfg, k)) and not is_earlier(one) and not has_begun(cfg, k)]:
         first = lacking[0]
         where = f"no weight file at {first}" if first.suffix == ".safetensors" else f"no checkpoint in {first / 'checkpoints'}"
         wants.append(f"students.start: {where}. potstill train RECIPE of the stage before makes some")
@@ -226,6 +234,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
     if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not to_come(cfg):
         earlier_weights(method, earlier)
+        check_same_part(earlier, partition)
     return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)
 
 

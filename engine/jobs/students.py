@@ -6,13 +6,14 @@ import numpy as np
 import torch
 
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.kinds import shown
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import make_partition
 from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import student_folder
-from potstill.engine.models.weights import load_net
+from potstill.engine.models.weights import load_net, read_metadata
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 from potstill.engine.nets.guide import preconditioning
 from potstill.engine.training.checkpoint import checkpoints, load_newest
@@ -83,6 +84,23 @@ def is_earlier(place: Path) -> bool:
     return place.is_file() or bool(checkpoints(place / "checkpoints"))
 
 
+def has_begun(cfg: Config, student: int) -> bool:
+    """Has this student a checkpoint of its own? Then it wants nothing of the run that it began with."""
+    folder = Path(cfg.run_dir or "").expanduser()
+    return bool(checkpoints((student_folder(folder, student) if cfg.students.count > 1 else folder) / "checkpoints"))
+
+
+def check_same_part(place: Path, partition: Partition | None) -> None:
+    """UserError where the student of an earlier run had other classes than this one has."""
+    file = place / "student.safetensors"
+    theirs = read_metadata(file).get("partition") if partition and file.is_file() else None
+    if partition and theirs is not None and theirs != partition.hash:
+        raise UserError(
+            f"students.start: {place} was trained on the classes of another partition ({shown(theirs)}) than students.partition="
+            f"{partition.kind} makes here ({partition.hash}): set the one of that run"
+        )
+
+
 def earlier_weights(method: Method, place: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights that the method's nets go on with, by net. UserError unless they fit (`may_be_new` apart).
 
@@ -92,7 +110,11 @@ def earlier_weights(method: Method, place: Path) -> dict[str, dict[str, torch.Te
     if place.is_file():
         if not method.product_alone:
             raise UserError(f"students.start wants the folder of a run with this method, whose nets all go on, got the file {place}")
-        given, ours = load_net(place)[0], method.nets[method.product]
+        (given, said), ours = load_net(place), method.nets[method.product]
+        if said.get("method", "teacher") == "teacher":
+            raise UserError(
+                f"students.start={place} holds a teacher, wanted a student's, such as potstill convert edm --one-step makes, or a run"
+            )
         if (
             isinstance(given, EDMDenoiser)
             and isinstance(ours, EDMDenoiser)

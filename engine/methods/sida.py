@@ -106,7 +106,7 @@ class SIDA(Implicit):
 
     def __init__(self, cfg: SIDAConfig, teacher: Denoiser, student: Denoiser, fake: Denoiser):
         super().__init__(cfg, teacher, student, fake)
-        begins, joined = (1000 * kimg if kimg else ALWAYS[0] for kimg in (cfg.student_after, cfg.gan_after))
+        begins, joined = (round(1000 * kimg) if kimg else ALWAYS[0] for kimg in (cfg.student_after, cfg.gan_after))
         alone = partial(self.student_loss, gan_share=None)
         both = partial(self.student_loss, gan_share=cfg.gan_share)
         self.turns = (
