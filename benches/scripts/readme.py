@@ -3,7 +3,7 @@
     python -m benches.scripts.readme           rewrites every marked section
     python -m benches.scripts.readme --check   fails if a section differs from its file, or holds a number that its file does not
 
-A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: demo (summary.json), compare
+A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: sida (digits.json), few_steps (few_steps.json), demo (summary.json), compare
 (compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
 (ladder_quality.json), soak (faults.json, before.json), endurance (endurance.json), fuzz (readers.json, before.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
 if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.

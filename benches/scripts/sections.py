@@ -202,7 +202,50 @@ def guided_sim(run: dict[str, Any]) -> str:
     return table(rows)
 
 
+def few_steps(run: dict[str, Any]) -> str:
+    """A method a row, one to four evaluations."""
+    evaluations = sorted({one["nfe"] for one in run["means"]})
+    rows = [["FD-pixels; training, an image", *(f"{n} evaluation{'s' * (n > 1)}" for n in evaluations)]]
+    for method in dict.fromkeys(one["method"] for one in run["means"]):
+        cells = {one["nfe"]: one for one in run["means"] if one["method"] == method}
+        rows.append(
+            [
+                NAMES[method],
+                *(_few(cells[n], [one["fd"] for one in run["rows"] if (one["method"], one["nfe"]) == (method, n)]) for n in evaluations),
+            ]
+        )
+    teachers = ", ".join(short(one["fd"]) for one in run["teachers"])
+    floor = short(run["teachers"][0]["floor"])
+    return (
+        f"{run['device']}, one thread a run, torch {run['versions']['torch']}; means of {run['seeds']} seeds, in brackets the least and the greatest; "
+        f"teachers {teachers} at {run['teachers'][0]['nfe']} evaluations, real images {floor}.\n\n{table(rows)}"
+    )
+
+
+def _few(cell: dict[str, Any], each: list[float]) -> str:
+    return (
+        f"{short(cell['fd'])} ({short(min(each))} … {short(max(each))}); {cell['seconds']:.0f} s, {1000 * cell['seconds_per_image']:.2f} ms"
+    )
+
+
+SIDA = {"sim": "SIM", "sid": "SiD", "sida": "SiDA", "sid2a": "SiD²A, half of the time SiD", "dmd2": "DMD2, a GAN head"}
+
+
+def sida(run: dict[str, Any]) -> str:
+    """A method a row, at equal seconds."""
+    rows = [["", "evaluations", f"FD-pixels, n = {run['n']:,}", "seconds of training", "thousand images"]] if run["n"] else [
+        ["", "evaluations", "FD-pixels", "seconds of training", "thousand images"]
+    ]  # fmt: skip
+    for name, each in run["rows"].items():
+        mean, fds = run["means"][name], [one["fd"] for one in each]
+        fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
+        rows.append([SIDA.get(name, name), f"{mean['nfe']:.0f}", fd, cell(mean.get("seconds"), ".0f"), cell(mean.get("kimg"), ".1f")])
+    about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; means of {run['seeds']} seeds"
+    return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
+
+
 KINDS = {
+    "sida": ("digits.json", sida), "few_steps": ("few_steps.json", few_steps),
     "captions": ("all.json", captions), "guided": ("sim.json", guided_sim),
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
