@@ -353,3 +353,8 @@ def test_the_step_condition_is_refused_in_one_sentence():
 def test_unknown_keywords_are_refused(bad):
     with pytest.raises(ValueError, match="EDM2"):
         from_kwargs("EDM2Precond", **SMALL | bad)
+
+
+def test_a_head_of_no_channels_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="channels_per_head wants a number from 1"):
+        net_of(channels_per_head=0)
