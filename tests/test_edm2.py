@@ -28,6 +28,7 @@ from potstill.engine.skipping.freezing import freeze, is_frozen
 from potstill.engine.skipping.plan import Plan
 from potstill.engine.skipping.probe import Material, probe
 from potstill.engine.training.optim import OptimConfig
+from potstill.engine.training.parallel import own_guides
 from potstill.engine.training.run import Run, TrainConfig
 from potstill.kernels import normalized_weight
 
@@ -323,6 +324,16 @@ def test_autoguidance_leads_away_from_the_worse_net():
     SIM(SIMConfig(guidance=2.0), unconditional, copied(unconditional), copied(unconditional))
 
 
+def test_a_method_whose_guide_is_cut_into_shards_leaves_the_teachers_own_whole():
+    """One rank alone samples the teacher after the run: with a guide in shards it waited for the others for ever."""
+    teacher = led_by(net_of(1), net_of(2), "guide.safetensors")
+    method, (x, sigma, labels) = SIM(SIMConfig(guidance=2.0), frozen(teacher), copied(teacher), copied(teacher)), inputs()
+    own_guides(method)
+    assert teacher.guide is not None and all(m is not teacher.guide.net for m in modules_of(method))
+    denoised = [one.estimate(x, sigma, labels, guidance=2.0).denoised() for one in (teacher, method.teacher)]
+    assert torch.equal(*denoised)
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [
@@ -353,3 +364,8 @@ def test_the_step_condition_is_refused_in_one_sentence():
 def test_unknown_keywords_are_refused(bad):
     with pytest.raises(ValueError, match="EDM2"):
         from_kwargs("EDM2Precond", **SMALL | bad)
+
+
+def test_a_head_of_no_channels_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="channels_per_head wants a number from 1"):
+        net_of(channels_per_head=0)

@@ -133,6 +133,13 @@ def test_what_does_not_go_together_is_refused_before_the_run(tmp_path, latents, 
     assert not (tmp_path / "run").exists()
 
 
+def test_latents_that_are_not_square_are_refused_before_a_teacher_is_trained_for_them(tmp_path):
+    wide = zipped(tmp_path / "wide.zip", np.tile(moments(), (1, 1, 1, 2)))
+    with pytest.raises(UserError, match=r"nets for squares \[C, H, H\], data wide has \[4, 4, 8\]"):
+        run(tmp_path, wide, *NET, "teacher.train.kimg=0.016", "teacher.train.batch=8")
+    assert not (tmp_path / "run").exists()
+
+
 # Decoding
 
 

@@ -46,6 +46,10 @@ class EDM2UNet(Gained):
         attn_balance: float = 0.3,
         clip_act: float | None = 256.0,
     ):
+        if channels_per_head < 1:
+            raise ValueError(
+                f"channels_per_head wants a number from 1 (more than a layer has: no attention there), got {channels_per_head}"
+            )
         super().__init__("out_gain")
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         resolutions, widths = resolutions_of(img_resolution, len(channel_mult)), [model_channels * mult for mult in channel_mult]

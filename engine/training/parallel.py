@@ -29,6 +29,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.methods.base import Method, modules_of
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.discriminators import Critic
+from potstill.engine.nets.guide import Guide
 from potstill.engine.training.optim import Trained, denoisers_in
 from potstill.engine.training.ranks import Ranks
 from potstill.kernels.total_norm import total_norm
@@ -83,6 +84,8 @@ def build_trained(
 
     From here on all ranks have rank 0's weights and buffers. Sharded nets are changed in place.
     """
+    if ranks.several and parallel == "fsdp" and cfg.teacher == "shard":
+        own_guides(method)
     nets, held = method.nets, modules_of(method)
     for one in [one for net in nets.values() for one in denoisers_in(net)]:
         one.forces_norms = False  # not in a forward: once in an iteration, before it
@@ -113,6 +116,13 @@ def build_trained(
             shard(one, mesh, cfg)
     with_unet = {name for name, net in nets.items() if any(isinstance(m, Denoiser) for m in net.modules())}
     return {n: Sharded(net, views[n], mesh, cfg, ranks) if n in with_unet else Trained(net, ranks) for n, net in nets.items()}
+
+
+def own_guides(method: Method) -> None:
+    """A guide is shared with the teacher outside of the method, which one rank alone samples: of what is cut here, the method has a copy."""
+    for one in modules_of(method):
+        if isinstance(one, Denoiser) and one.guide is not None:
+            one.guide = Guide(copy.deepcopy(one.guide.net))
 
 
 def is_view(view: nn.Module, net: nn.Module) -> bool:
