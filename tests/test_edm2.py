@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -358,6 +359,25 @@ def test_the_step_condition_is_refused_in_one_sentence():
     net = net_of()
     with pytest.raises(UserError, match="step_condition"):
         SFD(SFDConfig(num_steps=[4, 5], step_condition=True), net, copied(net))
+
+
+def test_numpys_numbers_and_no_classes_are_plain_in_a_file(tmp_path):
+    net = net_of(channel_mult=np.array([1, 2]), model_channels=np.int64(8), label_dim=None)
+    save_net(tmp_path / "net.safetensors", net)
+    again, meta = load_net(tmp_path / "net.safetensors")
+    assert meta["kwargs"]["channel_mult"] == [1, 2] and meta["kwargs"]["label_dim"] == 0 == again.label_dim
+
+
+def test_the_log_variance_of_one_level_is_one_number():
+    net, (x, sigma, labels) = net_of(), inputs()
+    assert net(x, sigma, labels, return_logvar=True)[1].shape == (4, 1, 1, 1)
+    assert net(x, sigma[0], labels, return_logvar=True)[1].shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("bad", [{"resample_filter": [1, 2, 1]}, {"channels_per_head": 0}])
+def test_what_cannot_be_is_said_when_the_net_is_made(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} wants"):
+        from_kwargs("EDM2Precond", **SMALL | bad)
 
 
 @pytest.mark.parametrize("bad", [{"model_type": "SongUNet"}, {"channels_per_heads": 8}, {"step_condition": True}])

@@ -57,6 +57,16 @@ def final(raw, noise):
     return (mean + std * noise) * scale - (RAW_MEAN * 0.5 / RAW_STD)[:, None, None]
 
 
+def test_a_latent_that_was_not_looked_at_first_may_not_be_nan(tmp_path, monkeypatch):
+    monkeypatch.setattr("potstill.engine.data.latents.LOOKED_AT", 2)
+    arrays = list(moments())
+    arrays[3] = arrays[3] * np.float32(np.nan)
+    images = open_images(str(zipped(tmp_path / "img512-sd.zip", arrays)))
+    images.read(2)
+    with pytest.raises(UserError, match=r"00000003\.npy.* holds numbers that are not finite: encode its picture again"):
+        images.read(3)
+
+
 def test_a_zip_is_a_labelled_set_of_half_its_channels(latents):
     found = open_images(latents)
     assert (len(found), found.shape, found.channels, found.resolution, found.latent, found.moments) == (
@@ -176,7 +186,7 @@ def broken(change):
         (broken(lambda a: npy(a).replace(b"(8, 4, 4)", b"(8, 4, 4(")), r"00000002.npy is no complete .npy"),
         ([npy(np.array([{}], object), allow_pickle=True)] * 3, r"no complete .npy of plain numbers"),
         (moments() * 9, r"standard deviation of 5.\d*, wanted 0.25 to 2"),
-        (moments() * 0 + np.float32(np.nan), r"below 0|standard deviation of nan"),
+        (moments() * 0 + np.float32(np.nan), r"00000000\.npy.* holds numbers that are not finite"),
         (-moments(), r"no means and deviations, some of which are below 0"),
         (moments().astype(np.float64), r"00000000.npy is \[8, 4, 4\] float64, wanted \[C, H, W\] in float16 or float32"),
         (moments()[:, 0], r"00000000.npy is \[4, 4\] float32, wanted \[C, H, W\]"),

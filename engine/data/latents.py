@@ -86,7 +86,7 @@ class LatentSource:
         latent = self._latents(i).numpy()
         if (latent.shape, latent.dtype) != self._header[:2]:
             raise UserError(f"{self.title(i)} is {list(latent.shape)} {latent.dtype}, wanted {self._header} {self._header.dtype.__name__}")
-        return latent
+        return finite(latent, self.title(i))
 
     def _latents(self, i: int) -> Tensor:
         return self.shards.row(int(i))[LATENTS]
@@ -156,7 +156,7 @@ class ArrayLatents(LatentSource):
                 f"{self.title(i)} is {list(found.shape)} {found.dtype}, wanted {list(self._header.stored)} {self._header.dtype.__name__} as "
                 f"{self.title(0)} is"
             )
-        return found
+        return finite(found, self.title(i))
 
     def _array(self, i: int) -> np.ndarray:
         data = self.files.read(i)
@@ -211,6 +211,13 @@ def _labels(source: LatentSource) -> Labels | None:
         raise UserError(f"{source.path} has labels {list(labels.shape)} {labels.dtype}, wanted [{len(source)}] integers")
     classes = source.manifest.about.get("classes") if source.manifest else None
     return checked(labels.numpy(), classes, [source.title(i) for i in range(len(source))], source.path)
+
+
+def finite(latent: np.ndarray, title: str) -> np.ndarray:
+    """The same. UserError where a number of it is NaN or infinite."""
+    if not np.isfinite(latent).all():
+        raise UserError(f"{title} holds numbers that are not finite: encode its picture again, or leave it out")
+    return latent
 
 
 def check_std(latents: Tensor, where: str) -> None:

@@ -34,6 +34,9 @@ def from_kwargs(precond: str, **kwargs: Any) -> EDMDenoiser:
     One keyword is ours: `step_condition=True` for the nets of `engine.nets.steps`.
     Raises ValueError for an unknown class, U-Net or keyword.
     """
+    kwargs = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in kwargs.items()}  # numpy's, as plain numbers
+    if "label_dim" in kwargs:
+        kwargs["label_dim"] = kwargs["label_dim"] or 0  # None: no classes
     if precond not in SCHEMES:
         raise ValueError(f"precond wants one of {', '.join(SCHEMES)}, got {precond!r}")
     defaults = SCHEMES[precond]

@@ -50,6 +50,8 @@ class EDM2UNet(Gained):
             raise ValueError(
                 f"channels_per_head wants a number from 1 (more than a layer has: no attention there), got {channels_per_head}"
             )
+        if len(resample_filter) % 2:
+            raise ValueError(f"resample_filter wants an even number of taps, as doubling and halving do, got {list(resample_filter)}")
         super().__init__("out_gain")
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         resolutions, widths = resolutions_of(img_resolution, len(channel_mult)), [model_channels * mult for mult in channel_mult]
@@ -151,12 +153,11 @@ class EDM2Denoiser(EDMDenoiser):
         return self.unet
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Condition | None = None, *, return_logvar: bool = False, **how: Any) -> Any:
-        """D [N, *shape] float32, and with return_logvar, as in EDM2's code, the log-variance [N, 1, 1, 1] beside it."""
+        """D [N, *shape] float32, and with return_logvar the log-variance beside it, as in EDM2's code [N, 1, 1, 1], or 1 for one sigma."""
         denoised = super().forward(x, sigma, condition, **how)
         if not return_logvar:
             return denoised
-        v = self.logvar(self._sigmas(sigma, x))
-        return denoised, v.reshape(-1, 1, 1, 1)
+        return denoised, self.logvar(sigma.float().to(x.device).reshape(-1)).reshape(-1, 1, 1, 1)
 
     def logvar(self, sigma: Tensor) -> Tensor:
         if self.training and self.forces_norms:
