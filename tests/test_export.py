@@ -413,13 +413,16 @@ SMALL = SONG | {"channel_mult": [1], "attn_resolutions": []}  # tracing takes it
 @pytest.mark.parametrize(
     ("walk", "kwargs"),
     [(one_step(2.5), SMALL), (Sampler("ancestral", [80.0, 1.0]), SMALL | {"label_dim": 0}), (few_step(3), SMALL),
-     (few_step(3), SMALL | {"precond": "iDDPMPrecond"}), (WALKS["two"], SMALL), (WALKS["four"], SMALL)],
-    ids=["one", "ancestral", "afs", "iddpm", "two", "four"],
+     (few_step(3), SMALL | {"precond": "iDDPMPrecond"}), (WALKS["two"], SMALL), (WALKS["four"], SMALL),
+     (WALKS["two"], EDM2 | {"precond": "EDM2Precond"})],
+    ids=["one", "ancestral", "afs", "iddpm", "two", "four", "edm2"],
 )  # fmt: skip
 def test_the_exported_program_is_the_generator_for_any_batch(walk, kwargs):
     net = net_of(**kwargs)
     graph = Graph(Student(net, walk).eval())
-    made = program(graph, graph.example()).module()
+    exported = program(graph, graph.example())
+    assert "potstill" not in str(exported.graph)
+    made = exported.module()
     for n in (1, 5):
         shape = (graph.student.draws, *graph.student.shape)[graph.student.draws == 1 :]
         inputs = (torch.randn(n, *shape), torch.arange(n) % 3)[: 2 if net.label_dim else 1]
