@@ -178,9 +178,9 @@ def test_student_and_teacher_from_the_same_noise(run_dir, tmp_path, capsys):
 
 
 def test_presets_cost_what_the_paper_says():
-    """2206.00364, Table 2 and its text: evaluations per image."""
+    """2206.00364, Table 2 and its text, and 2312.02696: evaluations per image."""
     nfe = {name: ode("heun", preset["steps"]).nfe for name, preset in PRESETS.items()}
-    assert nfe == {"cifar10": 35, "ffhq64": 79, "afhqv2_64": 79, "imagenet64": 511}
+    assert nfe == {"cifar10": 35, "ffhq64": 79, "afhqv2_64": 79, "imagenet64": 511, "edm2": 63}
 
 
 def test_a_teacher_by_preset_and_by_hand(run_dir, tmp_path, capsys):

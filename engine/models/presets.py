@@ -1,6 +1,6 @@
-"""How EDM's authors sampled their published teachers: steps of Heun's method and, for ImageNet-64, churn.
+"""How the authors of EDM and EDM2 sampled their published teachers: steps of Heun's method and, for ImageNet-64, churn.
 
-Sources: the commands beside the published nets, and 2206.00364, Tables 2 and 5.
+Sources: the commands beside the published nets, and 2206.00364, Tables 2 and 5; 2312.02696.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -15,6 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {"solver": "heun", "steps": 18},  # 35 evaluations
     "ffhq64": {"solver": "heun", "steps": 40},  # 79
     "afhqv2_64": {"solver": "heun", "steps": 40},
+    "edm2": {"solver": "heun", "steps": 32},  # 63; 2312.02696
     "imagenet64": {"solver": "heun", "steps": 256, "churn": IMAGENET_CHURN},  # 511
 }
 
@@ -23,7 +24,7 @@ def add_options(p: ArgumentParser) -> None:
     """How a net is sampled, for potstill sample and evaluate."""
     p.add_argument("--steps", type=int, help="sampling steps, for nets that can be sampled so (default: those of the file)")
     p.add_argument("--solver", choices=list(SOLVERS), help="sample with this ODE solver")
-    p.add_argument("--preset", choices=list(PRESETS), help="sample the teacher as EDM's authors did for this data set")
+    p.add_argument("--preset", choices=list(PRESETS), help="sample the teacher as its authors did for this data set")
     p.add_argument("--guidance", type=float, metavar="W", help="of the teacher: lead away from no class, or from --guide (1: none)")
     p.add_argument("--guide", metavar="FILE", help="a worse net's weight file, to lead the teacher away from (autoguidance)")
     p.add_argument("--S_churn", type=float, metavar="S", help="EDM's stochastic sampler, for the teacher (default 0: none)")
