@@ -245,12 +245,12 @@ def sida(run: dict[str, Any]) -> str:
 
 
 KINDS = {
-    "sida": ("digits.json", sida), "few_steps": ("few_steps.json", few_steps),
     "captions": ("all.json", captions), "guided": ("sim.json", guided_sim),
     "demo": ("summary.json", demo), "compare": ("compare.json", compare),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
     "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
     "soak": ("faults.json", "before.json", soak), "endurance": ("endurance.json", endurance), "fuzz": ("readers.json", "before.json", fuzz),
+    "sida": ("digits.json", sida), "few_steps": ("few_steps.json", few_steps),
 }  # fmt: skip
 
 
