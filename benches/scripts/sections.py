@@ -233,13 +233,11 @@ SIDA = {"sim": "SIM", "sid": "SiD", "sida": "SiDA", "sid2a": "SiD²A, half of th
 
 def sida(run: dict[str, Any]) -> str:
     """A method a row, at equal seconds."""
-    rows = [["", "evaluations", f"FD-pixels, n = {run['n']:,}", "seconds of training", "thousand images"]] if run["n"] else [
-        ["", "evaluations", "FD-pixels", "seconds of training", "thousand images"]
-    ]  # fmt: skip
+    rows = [["", "evaluations", "FD-pixels", "seconds of training", "thousand images"]]
     for name, each in run["rows"].items():
         mean, fds = run["means"][name], [one["fd"] for one in each]
         fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
-        rows.append([SIDA.get(name, name), f"{mean['nfe']:.0f}", fd, cell(mean.get("seconds"), ".0f"), cell(mean.get("kimg"), ".1f")])
+        rows.append([SIDA.get(name, name), f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")])
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; means of {run['seeds']} seeds"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 
