@@ -237,7 +237,9 @@ def sida(run: dict[str, Any]) -> str:
     for name, each in run["rows"].items():
         mean, fds = run["means"][name], [one["fd"] for one in each]
         fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
-        rows.append([SIDA.get(name, name), f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")])
+        rows.append(
+            [SIDA[name] if name in SIDA else name, f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")]
+        )
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; means of {run['seeds']} seeds"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 
