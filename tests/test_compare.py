@@ -122,7 +122,9 @@ def test_where_a_comparison_is_written(monkeypatch):
 
 def test_siblings_of_a_recipe_by_name_are_in_the_package_and_of_a_path_beside_it(tmp_path):
     ours = compare.siblings(find("digits"), "all")
-    assert list(ours) == ["dmd", "gdd", "moment_matching", "msd", "sfd", "sid", "sida", "sim"]  # sid2a goes on from a run of sid's
+    assert list(ours) == [
+        "dmd", "four", "gdd", "gdd_four", "gdd_two", "moment_matching", "msd", "sfd", "sid", "sida", "sim", "sim_four", "sim_two", "two",
+    ]  # fmt: skip  # sid2a goes on from a run of sid's
     assert list(compare.siblings(find("digits"), "sid2a")) == ["sid2a"]
     for name in ("digits", "digits_sim"):
         (tmp_path / f"{name}.yaml").write_text(text_of(ours["dmd" if name == "digits" else "sim"]))

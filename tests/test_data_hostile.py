@@ -17,6 +17,7 @@ from PIL import Image
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.convert import main
+from potstill.engine.data.files import open_files
 from potstill.engine.data.images import open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -185,6 +186,21 @@ def test_arrays_that_claim_terabytes_or_unpack_to_next_to_nothing(tmp_path, monk
     monkeypatch.setattr("potstill.engine.data.arrays.BOMB", 2**20)
     np.savez_compressed(tmp_path / "c.npz", images=np.zeros((2000, 32, 32), np.uint8))
     assert f"of 'images' to {2000 * 32 * 32 + 128:,}, which pictures never do: write it with numpy.savez" in refused(tmp_path / "c.npz")
+
+
+def test_a_file_in_a_zip_that_claims_gigabytes_takes_no_more_memory_than_the_zip_has_bytes(tmp_path):
+    path = archive(tmp_path / "a.zip", [("a.png", encoded(PIXELS[0])), ("b.png", encoded(PIXELS[1]))])
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02") + 20  # the packed size, in the directory
+    data[at : at + 4] = (2**31).to_bytes(4, "little")
+    path.write_bytes(data)
+    files = open_files(path)
+
+    def read():
+        with pytest.raises(UserError, match=r"a.png is damaged"):
+            files.read(0)
+
+    assert measured(read)[1] < 2**24
 
 
 def test_a_dataset_json_far_longer_than_its_images_need(tmp_path, monkeypatch):

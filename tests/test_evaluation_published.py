@@ -675,7 +675,10 @@ def test_all_known_networks_are_described():
         (["RUN", "--seed", str(2**63 - 10), "--n", "20"], "beyond the last seed"),
         (["RUN", "--S_max", "5"], "add --S_churn"),
         (["RUN", "--S_churn", "5", "--S_min", "9", "--S_max", "3"], "S_min <= S_max"),
-        (["RUN", "--which", "student", "--preset", "cifar10"], "presets and churn are for teachers"),
+        (["RUN", "--which", "student", "--preset", "cifar10"], "presets, churn and guidance are for teachers"),
+        (["RUN", "--which", "student", "--guidance", "2"], "presets, churn and guidance are for teachers"),
+        (["RUN", "--which", "teacher", "--guide", "RUN/teacher.safetensors"], "wants --guidance, how strongly"),
+        (["RUN", "--which", "teacher", "--guidance", "-1"], "--guidance wants a number above 0"),
     ],
 )
 def test_evaluate_says_what_is_wrong(run_dir, tmp_path, monkeypatch, arguments, message):

@@ -175,14 +175,15 @@ class OpenFile:
 
     def __init__(self, path: Path):
         self.path, self.fd = path, os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows would make line ends of some
+        self.length = os.fstat(self.fd).st_size
         weakref.finalize(self, os.close, self.fd)
 
     def __reduce__(self):
         return OpenFile, (self.path,)
 
     def read(self, size: int, offset: int) -> bytes:
-        """At most `size` bytes from `offset` on, whoever else is reading."""
-        return read_at(self.fd, size, offset)
+        """At most `size` bytes from `offset` on, whoever else is reading. No more memory is taken than the file has bytes there."""
+        return read_at(self.fd, max(0, min(size, self.length - offset)), offset)
 
 
 _reading = threading.Lock()
