@@ -235,9 +235,7 @@ def cat_grad_kernel(
 #: Numbers of one image that a program of 4 warps handles at a time: in 16 bits four loads of 16 bytes a thread; backward reads two or three.
 _FORWARD, _BACKWARD = 4096, 2048
 _CHANNELS = 64  # of a tile: 128 bytes of a pixel in 16 bits; 64 divides the widths of all EDM2 nets
-_STEPS = (
-    8  # tiles that a program sums to the gradient of a scale: what is written of sums is 1/256 of the image or less, for 32 pixels a tile
-)
+_STEPS = 8  # tiles that a program sums to the gradient of a scale: sums that are written are 1/256 of the image, for 32 pixels a tile
 _BLOCK = 2048
 
 

@@ -43,15 +43,8 @@ def _get(ptr, at, mask):
 
 
 @triton.jit
-def normalize_kernel(
-    w_ptr, gain_ptr, out_ptr, rows, n, factor, eps,
-    COLS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
-):  # fmt: skip
-    start, at, col, valid = _place(rows, n, COLS, ROWS)
-    w_ptr += start
-    out_ptr += start
-    if gain_ptr is not None:
-        factor *= tl.load(gain_ptr).to(tl.float32)
+def _normalize(w_ptr, out_ptr, at, col, valid, n, factor, eps, COLS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr):
+    """Each row times factor/(eps + its root mean square); out_ptr may be w_ptr."""
     if ONCE:
         w = _get(w_ptr, at, valid & (col < n))
         d = eps + tl.sqrt(tl.sum(w * w, 1) / n)
@@ -65,6 +58,19 @@ def normalize_kernel(
         for i in range(0, n, COLS):
             mask = valid & (i + col < n)
             tl.store(out_ptr + i + at, _get(w_ptr + i, at, mask) * (factor / d)[:, None], mask=mask)
+
+
+@triton.jit
+def normalize_kernel(
+    w_ptr, gain_ptr, out_ptr, rows, n, factor, eps,
+    COLS: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr,
+):  # fmt: skip
+    start, at, col, valid = _place(rows, n, COLS, ROWS)
+    w_ptr += start
+    out_ptr += start
+    if gain_ptr is not None:
+        factor *= tl.load(gain_ptr).to(tl.float32)
+    _normalize(w_ptr, out_ptr, at, col, valid, n, factor, eps, COLS, ROWS, ONCE)
 
 
 @triton.jit
@@ -127,21 +133,8 @@ def force_kernel(
         n = tl.multiple_of(n, 16)
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     valid = (block * ROWS + row < rows)[:, None]
-    at = row[:, None] * n + col
     w_ptr += block * ROWS * n
-    if ONCE:
-        w = _get(w_ptr, at, valid & (col < n))
-        d = eps + tl.sqrt(tl.sum(w * w, 1) / n)
-        tl.store(w_ptr + at, w * (1.0 / d)[:, None], mask=valid & (col < n))
-    else:
-        square = tl.zeros((ROWS, COLS), tl.float32)
-        for i in range(0, n, COLS):
-            w = _get(w_ptr + i, at, valid & (i + col < n))
-            square += w * w
-        d = eps + tl.sqrt(tl.sum(square, 1) / n)
-        for i in range(0, n, COLS):
-            mask = valid & (i + col < n)
-            tl.store(w_ptr + i + at, _get(w_ptr + i, at, mask) * (1.0 / d)[:, None], mask=mask)
+    _normalize(w_ptr, w_ptr, row[:, None] * n + col, col, valid, n, 1.0, eps, COLS, ROWS, ONCE)
 
 
 #: Numbers of one tensor that a program of 4 warps has, in whole rows; backward has two tensors.
