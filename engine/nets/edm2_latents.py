@@ -7,6 +7,7 @@ are chosen for a mean of 0 and a standard deviation of 0.5 in every channel; `ST
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +31,18 @@ class Affine(NamedTuple):
         return cls(tuple(scale), tuple(m - raw * s for m, raw, s in zip(mean, raw_mean, scale, strict=True)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale, bias = self._on(x)
+        scale, bias = _on(self, x.dtype, x.device)
         return x * scale + bias
 
     def inverse(self, x: Tensor) -> Tensor:
-        scale, bias = self._on(x)
+        scale, bias = _on(self, x.dtype, x.device)
         return (x - bias) / scale
 
-    def _on(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as [C, 1, 1]. The numbers go to the device without waiting for it."""
-        return tuple(torch.tensor(v, dtype=x.dtype).view(-1, 1, 1).to(x.device, non_blocking=True) for v in self)  # pyright: ignore[reportReturnType]  # two
+
+@cache
+def _on(affine: Affine, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Scale and bias as [C, 1, 1], copied to a device once: every step asks for them."""
+    return [torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device) for values in affine]
 
 
 STABILITY = Affine.to([FINAL_MEAN] * 4, [FINAL_STD] * 4, RAW_MEAN, RAW_STD)
