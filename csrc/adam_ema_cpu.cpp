@@ -40,6 +40,7 @@ T* pointer(const std::optional<Tensor>& t) {
   return t.has_value() ? pointer<T>(*t) : nullptr;
 }
 
+// To be called before threads share the work: what is thrown within loses its words.
 const Level& level() {
   static const Level& chosen = POTSTILL_LEVEL(potstill::adam);
   return chosen;
@@ -65,10 +66,11 @@ void each_chunk(const Tensor& fixed, const Tensor& chunks, F f) {
 
 void check(Tensor fixed, Tensor grads, Tensor chunks, Tensor flag, Tensor) {
   const int64_t* table = pointer<int64_t>(grads);
+  const Level& loops = level();
   std::atomic<bool> bad = false;
   each_chunk(fixed, chunks, [&](int64_t tensor, int64_t first, int64_t n) {
     const float* g = reinterpret_cast<const float*>(table[tensor]);
-    if (g != nullptr && !level().finite(n, g + first)) bad = true;
+    if (g != nullptr && !loops.finite(n, g + first)) bad = true;
   });
   if (bad) *pointer<float>(flag) = 1.0f;
 }
@@ -109,6 +111,7 @@ void update(
   const int64_t *addresses = pointer<int64_t>(fixed), *table = pointer<int64_t>(grads), tensors = fixed.size(1);
   const float* all = pointer<float>(coefs);
   const bool half = shadow_like.scalar_type() == ScalarType::Half;
+  const Level& loops = level();
   each_chunk(fixed, chunks, [&](int64_t tensor, int64_t first, int64_t n) {
     const float* c = all + tensor * COEFS;
     if (c[GO] == 0.0f) return;
@@ -117,8 +120,8 @@ void update(
     const float* g = reinterpret_cast<const float*>(table[tensor]);
     const Step step{c[INV_SCALE], decay, decoupled ? c[LR_DECAY] : 0.0f, a, static_cast<float>(beta2), b, c[STEP_SIZE],
                     c[RSQRT_BC2], static_cast<float>(eps)};
-    if (g != nullptr) level().move(step, n, p, g + first, at(EXP_AVG) + first, at(EXP_AVG_SQ) + first);
-    if (ema != nullptr) level().average(c[EMA_WEIGHT], n, p, ema + first);
+    if (g != nullptr) loops.move(step, n, p, g + first, at(EXP_AVG) + first, at(EXP_AVG_SQ) + first);
+    if (ema != nullptr) loops.average(c[EMA_WEIGHT], n, p, ema + first);
     if (shadow == nullptr) return;
     if (half) {
       round(n, p, reinterpret_cast<Half*>(shadow) + first);
@@ -141,8 +144,9 @@ void norm(Tensor gradients, Tensor norm) {
     for (int64_t n = table[count + t]; n > 0; n -= CHUNK, from += CHUNK) spans.push_back({from, std::min<int64_t>(CHUNK, n)});
   }
   std::vector<double> sums(spans.size());
+  const Level& loops = level();
   torch::stable::parallel_for(0, static_cast<int64_t>(spans.size()), GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) sums[k] = level().squares(spans[k].n, spans[k].from);
+    for (int64_t k = begin; k < end; ++k) sums[k] = loops.squares(spans[k].n, spans[k].from);
   });
   double total = 0.0;
   for (const double sum : sums) total += sum;

@@ -102,6 +102,13 @@ print(json.dumps([t.double().norm().item() for t in stepped()]))
         assert found == pytest.approx(t.double().norm().item(), rel=rounding, abs=rounding)
 
 
+def test_a_level_that_is_none_is_named():
+    code = "import sys; sys.path[:0] = ['tests']; from test_native_adam_ema import stepped; stepped()"
+    environment = os.environ | {"POTSTILL_CPU": "sse", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "avx512_bf16, got sse" in done.stderr
+
+
 LISTS = {
     "many sizes": some(),
     "nothing": [],

@@ -213,7 +213,7 @@ def test_churn_noise_is_each_seed_s_own(run_dir, tmp_path):
         (["--frames", "4", "--out", "x.png"], "--frames is of --strip"),
         (["--beside", "--out", "x.npz"], "--beside makes one picture"),
         (["--beside", "SMALL", "--out", "x.png"], "small.safetensors 1x16x16 with 10 classes"),
-        (["--preset", "cifar10", "--out", "x.png"], "presets and churn are for teachers"),
+        (["--preset", "cifar10", "--out", "x.png"], "presets, churn and guidance are for teachers"),
         (["--teacher", "--S_noise", "2", "--out", "x.png"], "add --S_churn"),
         (["--teacher", "--S_churn", "-2", "--out", "x.png"], "S_churn >= 0"),
         (["--teacher", "--S_churn", "2", "--solver", "dpmpp_2m", "--out", "x.png"], "churn wants a walk with euler or heun"),

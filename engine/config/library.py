@@ -15,7 +15,7 @@ import yaml
 from potstill.engine.common.errors import UserError, reading
 
 RECIPES = Path(__file__).parents[2] / "configs"
-MOST_LETTERS = 2**16  # of a file of recipes; our largest has 5,000
+MOST_LETTERS = 2**16  # of a file of recipes; our largest has 10,000
 FIELD = re.compile(r"# ([A-Z][a-z ]+): (.*)")
 
 

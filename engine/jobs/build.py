@@ -51,12 +51,13 @@ def fresh_teacher(cfg: Config, images: Images) -> Denoiser:
     """A teacher that knows nothing yet, for these images and, of a class of diffusers, for the captions' encoder."""
     if is_text(cfg.net):
         return fresh_net(cfg.net.model_type, cfg.net.config, cfg.net.prediction, images.shape, width_of(encoder_of(cfg)))
+    net = build_net(cfg.net, images.resolution, images.channels, images.label_dim)  # what is wrong with it on any data is said first
     if len(images.shape) != 3 or images.shape[1] != images.shape[2]:
         raise UserError(
             f"net.precond={cfg.net.precond} is of nets for squares [C, H, H], data {images.name} has {list(images.shape)}: give latents of "
             "square pictures, or a teacher for these (teacher.checkpoint)"
         )
-    return build_net(cfg.net, images.resolution, images.channels, images.label_dim)
+    return net
 
 
 def student_net(cfg: NetConfig, teacher: Denoiser) -> Denoiser:

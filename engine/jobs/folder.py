@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, flat, to_yaml
 from potstill.engine.methods.table import METHODS
 from potstill.engine.readers.harmless import check_text
+from potstill.engine.training.optim import OptimConfig
 
 # Settings that may change when a run is continued; all others would make the new part disagree with the old.
 FREE = (
@@ -32,6 +34,7 @@ FREE = (
     "deterministic",
     "max_hours",
 )
+STAGES = ("teacher.train", "students.tsm", "train")
 FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "phema_kimg", "on_nonfinite", "micro_batch", "parallel")
 
 
@@ -70,9 +73,12 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def check_settings(before: str, now: str, folder: Path) -> list[str]:
     """What to say of settings that differ between two files of them. UserError for those that may not."""
     tree = _tree(before, folder)
-    unset: Any = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
+    unset: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))  # what a run did before a setting was there
     if (method := METHODS.get(OmegaConf.select(tree, "method.name", default=""))) is not None:
         unset["method"] = OmegaConf.to_container(OmegaConf.structured(method))
+    for stage in STAGES:
+        nets = OmegaConf.select(tree, f"{stage}.optim") or {}
+        OmegaConf.update(unset, f"{stage}.optim", {net: asdict(OptimConfig()) for net in nets})
     old, new = (flat(OmegaConf.to_container(one)) for one in (OmegaConf.merge(unset, tree), OmegaConf.create(now)))
     for key in old | new:
         if old.get(key) != new.get(key) and not _free(key):
