@@ -223,9 +223,7 @@ def few_steps(run: dict[str, Any]) -> str:
 
 
 def _few(cell: dict[str, Any], each: list[float]) -> str:
-    return (
-        f"{short(cell['fd'])} ({short(min(each))} … {short(max(each))}); {cell['seconds']:.0f} s, {1000 * cell['seconds_per_image']:.2f} ms"
-    )
+    return f"{short(cell['fd'])} ({short(min(each))} … {short(max(each))}); {cell['seconds']:.0f} s, {cell['ms_per_image']:.2f} ms"
 
 
 SIDA = {"sim": "SIM", "sid": "SiD", "sida": "SiDA", "sid2a": "SiD²A, half of the time SiD", "dmd2": "DMD2, a GAN head"}
