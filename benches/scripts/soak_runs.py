@@ -44,7 +44,7 @@ CASES = {
     "sim": ["digits_sim"],
     "sim_l2": ["digits_sim", "method=sim_l2"],
     "sid": ["digits_sim", "method=sid"],
-    "sida": ["digits_sida"],
+    "sida": ["digits_sida", "method.student_after=0.032", "method.gan_after=0.064"],
     "gdd": ["digits_gdd"],
     "gdd_i": ["digits_gdd", "method=gdd_i"],
     "moment_matching": ["digits_moment_matching"],
