@@ -231,7 +231,7 @@ SIDA = {"sim": "SIM", "sid": "SiD", "sida": "SiDA", "sid2a": "SiD²A, half of th
 
 def sida(run: dict[str, Any]) -> str:
     """A method a row, at equal seconds."""
-    rows = [["", "evaluations", "FD-pixels", "seconds of training", "thousand images"]]
+    rows = [["", "evaluations", f"FD-{run.get('features', 'pixels')}", "seconds of training", "thousand images"]]
     for name, each in run["rows"].items():
         mean, fds = run["means"][name], [one["fd"] for one in each]
         fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
@@ -248,7 +248,7 @@ KINDS = {
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
     "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
     "soak": ("faults.json", "before.json", soak), "endurance": ("endurance.json", endurance), "fuzz": ("readers.json", "before.json", fuzz),
-    "sida": ("digits.json", sida), "few_steps": ("few_steps.json", few_steps),
+    "sida": ("digits.json", sida), "sida_fast32": ("fast32.json", sida), "few_steps": ("few_steps.json", few_steps),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python -m benches.scripts.sida                                  all of it into benches/results/cpu-sida, on two cores
     python -m benches.scripts.sida --seconds 20 --seeds 1 --only sid,sida --out DIR --work DIR
     python -m benches.scripts.sida --read                           make nothing, and put together what is there
-    python -m benches.scripts.sida --recipe fast32 --out DIR data=fast32_cpu data.path=FILE.zip
+    python -m benches.scripts.sida --recipe fast32 data=fast32_cpu data.path=FILE.zip eval.features=NET.pt
 
 Every row and seed is a process of one thread, two at a time; a row that is measured is not made again. A few iterations are timed and
 the length is set from them, as in `potstill compare`. SiD²A has SiD's and its own half of the seconds. FD is the squared Fréchet distance
@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> None:
             list(pool.map(lambda job: apart(args, arguments, *job), [(name, seed) for seed in range(args.seeds) for name in names]))
     found = {row: [read(place(args, row, seed)) for seed in range(args.seeds)] for row in [TEACHER, *rows]}
     about = {"recipe": args.recipe, "device": device_title(torch.device("cpu")), "threads": 1, "seconds_each": args.seconds}
-    about |= {"n": load(args.recipe, args.settings).eval.n, "seeds": args.seeds, "versions": versions()}
+    judged = load(args.recipe, args.settings).eval
+    about |= {"features": Path(judged.features).stem, "n": judged.n, "seeds": args.seeds, "versions": versions()}
     means = {row: {key: sum(one[key] for one in each) / len(each) for key in each[0] if key != "curve"} for row, each in found.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / f"{args.recipe}.json", about | {"means": means, "rows": found})
