@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import operator
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from potstill.engine import train
@@ -15,6 +17,7 @@ from potstill.engine.common.checks import BadSetting
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.tree import Config, load, to_yaml
 from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.jobs.folder import check_settings
 from potstill.engine.methods.dmd import DMDConfig
 from potstill.engine.methods.table import METHODS
 from potstill.engine.models.weights import save_net
@@ -169,6 +172,37 @@ def test_the_dry_run_asks_the_run_folder_too(tmp_path):
         sentence = refused(digits, f"run_dir={tmp_path}/{folder}", "--dry-run")
         assert words in sentence
         assert refused(digits, f"run_dir={tmp_path}/{folder}") == sentence
+
+
+@pytest.mark.parametrize(
+    ("branch", "damaged", "said"),
+    [
+        (("students",), [1], "students was [1], now None"),
+        (("train",), 7, "train was 7, now None"),
+        (("train", "optim"), [5, 6], "train.optim was [5, 6], now None"),
+        (("train", "optim", "student"), 5, "train.optim.student was 5, now None"),
+        (("train", "optim", "student", "lr"), None, "train.optim.student.lr was None, now 0.0005"),
+    ],
+)
+def test_settings_of_a_run_that_are_of_another_kind(branch, damaged, said, tmp_path):
+    now = to_yaml(load(CONFIGS / "digits.yaml", []))
+    before = yaml.safe_load(now)
+    parent = before
+    for name in branch[:-1]:
+        parent = parent[name]
+    parent[branch[-1]] = damaged
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_settings(yaml.safe_dump(before), now, tmp_path)
+
+
+def test_what_an_old_run_did_not_know_is_its_default(tmp_path):
+    now = to_yaml(load(CONFIGS / "digits.yaml", []))
+    before = yaml.safe_load(now)
+    for optim in (before["train"]["optim"], before["teacher"]["train"]["optim"]):
+        for net in optim:
+            assert optim[net].pop("forced_norm") and optim[net].pop("clip_value", 0) is None
+    del before["train"]["phema"], before["teacher"]["guide"], before["method"]["gan"], before["students"]["start"]
+    assert check_settings(yaml.safe_dump(before), now, tmp_path) == []
 
 
 @pytest.mark.parametrize(

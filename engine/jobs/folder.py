@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ FREE = (
     "deterministic",
     "max_hours",
 )
-STAGES = ("teacher.train", "students.tsm", "train")
+OPTIMISER = re.compile(r"(.+\.optim\.[^.]+)\.[^.]+")  # of one net, and a setting of it
 FREE_OF_STAGE = ("kimg", "keep", "grid_kimg", "eval_kimg", "checkpoint_kimg", "phema_kimg", "on_nonfinite", "micro_batch", "parallel")
 
 
@@ -73,13 +74,14 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 def check_settings(before: str, now: str, folder: Path) -> list[str]:
     """What to say of settings that differ between two files of them. UserError for those that may not."""
     tree = _tree(before, folder)
-    unset: Any = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config)))  # what a run did before a setting was there
+    unset: Any = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
     if (method := METHODS.get(OmegaConf.select(tree, "method.name", default=""))) is not None:
         unset["method"] = OmegaConf.to_container(OmegaConf.structured(method))
-    for stage in STAGES:
-        nets = OmegaConf.select(tree, f"{stage}.optim") or {}
-        OmegaConf.update(unset, f"{stage}.optim", {net: asdict(OptimConfig()) for net in nets})
-    old, new = (flat(OmegaConf.to_container(one)) for one in (OmegaConf.merge(unset, tree), OmegaConf.create(now)))
+    old, new = (flat(OmegaConf.to_container(one)) for one in (tree, OmegaConf.create(now)))
+    nets = {found[1] for found in map(OPTIMISER.fullmatch, old) if found}
+    unset = flat(unset) | {f"{net}.{name}": value for net in nets for name, value in asdict(OptimConfig()).items()}
+    for key, value in unset.items():
+        old.setdefault(key, value)
     for key in old | new:
         if old.get(key) != new.get(key) and not _free(key):
             raise UserError(
