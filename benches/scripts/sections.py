@@ -226,7 +226,14 @@ def _few(cell: dict[str, Any], each: list[float]) -> str:
     return f"{short(cell['fd'])} ({short(min(each))} … {short(max(each))}); {cell['seconds']:.0f} s, {cell['ms_per_image']:.2f} ms"
 
 
-SIDA = {"sim": "SIM", "sid": "SiD", "sida": "SiDA", "sid2a": "SiD²A, half of the time SiD", "dmd2": "DMD2, a GAN head"}
+SIDA = {
+    "teacher": "teacher",
+    "sim": "SIM",
+    "sid": "SiD",
+    "sida": "SiDA",
+    "sid2a": "SiD²A, half of the time SiD",
+    "dmd2": "DMD2, a GAN head",
+}
 
 
 def sida(run: dict[str, Any]) -> str:
@@ -235,9 +242,7 @@ def sida(run: dict[str, Any]) -> str:
     for name, each in run["rows"].items():
         mean, fds = run["means"][name], [one["fd"] for one in each]
         fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
-        rows.append(
-            [SIDA[name] if name in SIDA else name, f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")]
-        )
+        rows.append([SIDA[name], f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")])
     about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; means of {run['seeds']} seeds"
     return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
 
