@@ -241,10 +241,10 @@ def sida(run: dict[str, Any]) -> str:
     rows = [["", "evaluations", f"FD-{run.get('features', 'pixels')}", "seconds of training", "thousand images"]]
     for name, each in run["rows"].items():
         mean, fds = run["means"][name], [one["fd"] for one in each]
-        fd = f"{short(mean['fd'])} ({short(min(fds))} … {short(max(fds))})"
+        fd = short(mean["fd"]) + (f" ({short(min(fds))} … {short(max(fds))})" if len(fds) > 1 else "")
         rows.append([SIDA[name], f"{mean['nfe']:.0f}", fd, cell(mean["seconds"], ".0f"), cell(mean["kimg"], ".1f")])
-    about = f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; means of {run['seeds']} seeds"
-    return f"{about}; in brackets the least and the greatest.\n\n{table(rows)}"
+    seeds = f"means of {run['seeds']} seeds; in brackets the least and the greatest" if run["seeds"] > 1 else "one seed"
+    return f"{run['device']}, one thread a run, torch {run['versions']['torch']}; {run['recipe']}; {seeds}.\n\n{table(rows)}"
 
 
 KINDS = {
