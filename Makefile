@@ -4,7 +4,7 @@ RUN := .venv/bin/python
 WORKERS ?= 2
 STAMP := .venv/.installed
 
-.PHONY: demo test diffusers fuzz soak bench kernels-aot csrc-torches gpu lint lock clean .venv
+.PHONY: demo test docs diffusers fuzz soak bench kernels-aot csrc-torches gpu lint lock clean .venv
 
 demo: $(STAMP)  ## train a teacher on handwritten digits, distil it into one step, write runs/digits/report.html
 	$(RUN) -m engine.train configs/digits.yaml
@@ -40,6 +40,10 @@ gpu:  ## what needs a GPU, in MINUTES=12; uses .venv if there is one, else $(PYT
 lint: $(STAMP)  ## ruff, its format, and pyright over everything but the tests' types
 	$(call LOCKED,lint)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+
+docs: $(STAMP)  ## the pages of docs/ as a site, build/docs/index.html; a warning is an error; no network once it is installed
+	$(call LOCKED,docs)
+	$(RUN) -m sphinx -q -W --keep-going -E -b html docs build/docs
 
 lock:  ## constraints.txt anew; NEWER="ruff numpy" for newer ones, NEWER=all (see .ci/lock.py)
 	$(PYTHON) -m venv build/lock && build/lock/bin/python -m pip install -q uv==0.13.8

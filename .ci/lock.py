@@ -37,6 +37,7 @@ PARAGRAPHS = {
     "run": "potstill, its tests and the demo",
     "diffusers": "`make diffusers`, the extra of that name",
     "lint": "`make lint`",
+    "docs": "`make docs`",
     "cuda": "what PyPI's PyTorch for Linux asks for besides, and no other",
 }
 
@@ -85,7 +86,7 @@ def main(newer: list[str]) -> None:
     before = packages(LOCK.read_text())
     (torch,) = [name for name in newer if name.startswith("torch==")] or [p for p in before if re.fullmatch(r"torch==[\d.]+", p)]
     upgrades = ["--upgrade"] if newer == ["all"] else [word for name in newer for word in ("--upgrade-package", name)]
-    sources, extras = ["pyproject.toml", "--extra", "test"], {title: ["--extra", title] for title in ("diffusers", "lint")}
+    sources, extras = ["pyproject.toml", "--extra", "test"], {title: ["--extra", title] for title in ("diffusers", "lint", "docs")}
     text = resolved(LOCK.read_text(), *sources, *chain(*extras.values()), *upgrades, requirements=[torch, *BUILD])
     wanted = {title: packages(resolved(text, *sources, *extra, requirements=[torch])) for title, extra in ({"run": []} | extras).items()}
     homes = {package: paragraphs(package, wanted) for package in packages(text)}

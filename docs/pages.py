@@ -1,4 +1,8 @@
-"""python docs/pages.py: writes docs/api.md from the docstrings of everything public. tests/test_docs.py says when it is old."""
+"""python docs/pages.py: writes the pages of docs/ that are made from the sources. tests/test_docs.py says when one is old.
+
+api.md is the docstrings of everything public, settings.md the dataclasses' comments, recipes.md the heads of the recipes, and methods/ has a
+page for every file of engine/methods with what it says, its settings and its recipes.
+"""
 
 import ast
 import inspect
@@ -6,12 +10,17 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import potstill  # noqa: E402
+from potstill.engine import settings  # noqa: E402
+from potstill.engine.config.library import find, groups_of, head_of, names  # noqa: E402
+from potstill.engine.methods import dmd, gdd, moment_matching, msd, sfd, sida, sim  # noqa: E402
+from potstill.engine.recipes import COLUMNS, in_short, title_of  # noqa: E402
 from potstill.kernels import compat  # noqa: E402
 
 HEAD = """\
@@ -164,5 +173,68 @@ def prose(doc: str | None) -> str:
     return "\n".join(line if line.startswith("    ") else re.sub(r"<(?=\w)", r"\<", line) for line in found) + "\n"
 
 
+METHODS = [dmd, sim, sida, gdd, moment_matching, sfd, msd]
+WRITTEN = "Written by `python docs/pages.py` from"
+
+
+def method_page(module: ModuleType) -> str:
+    """docs/methods/NAME.md: what the file says of its paper, the recipes that train by it, and its settings."""
+    name = module.__name__.rpartition(".")[2]
+    title, _, about = inspect.cleandoc(module.__doc__ or "").partition("\n")
+    title, _, what = title.partition(": ")
+    found = [branch for branch in settings.branches() if branch.schema.__module__ == module.__name__]
+    if module is msd:
+        found = [branch for branch in settings.branches() if branch.title == "students"]
+    chosen = [part.split(" ")[0].removeprefix("method=") for branch in found for part in branch.title.split(" | ")]
+    recipes = [one for one in names() if groups_of(find(one))["method"] in chosen or (module is msd and "msd" in one)]
+    lines = [f"# {title}", "", f"{what[0].upper()}{what[1:]}", "", prose(about)]
+    lines += [f"{WRITTEN} [engine/methods/{name}.py](../../engine/methods/{name}.py), which is the method itself.", ""]
+    lines += ["## Recipes", "", table_of(recipes, links="../recipes.md")]
+    for branch in found:
+        lines += [settings.table(branch, f"## {branch.title if module is msd else 'Settings: ' + branch.title}"), ""]
+    return "\n".join(lines)
+
+
+def recipes_page() -> str:
+    """docs/recipes.md: an index by data set, then the whole head of every recipe."""
+    by_data: dict[str, list[str]] = {}
+    for name in names():
+        by_data.setdefault(groups_of(find(name))["data"], []).append(name)
+    lines = [RECIPES_HEAD.format(count=len(names()), written=WRITTEN)]
+    for data, some in by_data.items():
+        lines += [f"## {data}", "", f"{title_of(data)}.", "", table_of(some), ""]
+    lines += ["## What each says", ""]
+    for name in names():
+        lines += [f"### {name}", "", "```text", head_of(find(name)).text, "```", ""]
+    return "\n".join(lines)
+
+
+RECIPES_HEAD = """\
+# Recipes
+
+{written} the heads of the {count} recipes in configs/. `potstill recipes` has the same in a terminal, `potstill recipes --copy NAME .`
+makes a copy to change. *Published* is the paper's number and not ours. *Cost* is the paper's, or arithmetic that says so.
+*Run by us* says what was run here, and whether it was a smaller stand-in.
+"""
+
+
+def table_of(recipes: list[str], links: str = "") -> str:
+    """A row for every recipe: its name with a link to its head, method, published quality, cost, and what was run by us."""
+    rows = ["| recipe | method | published | cost | run by us |", "| --- | --- | --- | --- | --- |"]
+    for name in recipes:
+        fields = head_of(find(name)).fields
+        cells = [f"[{name}]({links}#{name})", f"`{groups_of(find(name))['method']}`", *(in_short(fields[one]) for one in COLUMNS)]
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """Everything that is made, by its path below docs/."""
+    methods = {f"methods/{module.__name__.rpartition('.')[2]}.md": method_page(module) for module in METHODS}
+    found = {"api.md": page(), "settings.md": settings.page(settings.branches()), "recipes.md": recipes_page()} | methods
+    return {path: re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n" for path, text in found.items()}
+
+
 if __name__ == "__main__":
-    (ROOT / "docs/api.md").write_text(page())
+    for path, text in pages().items():
+        (ROOT / "docs" / path).write_text(text)

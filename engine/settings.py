@@ -157,10 +157,14 @@ def page(found: list[Branch]) -> str:
     lines = [HEAD]
     for schema in dict.fromkeys(branch.schema for branch in found):
         same = [branch for branch in found if branch.schema is schema]
-        lines += ["", f"## {', '.join(branch.title for branch in same)}", ""]
-        lines += [same[0].about, ""] if same[0].about else []
-        lines += ["| setting | type | default | |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {s.about.translate(SHOWN)} |" for s in same[0].settings]
+        lines += ["", table(same[0], f"## {', '.join(branch.title for branch in same)}")]
+    return "\n".join(lines)
+
+
+def table(branch: Branch, heading: str) -> str:
+    """One dataclass in Markdown."""
+    lines = [heading, "", *([branch.about, ""] if branch.about else []), "| setting | type | default | |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{s.name}` | {s.kind} | {s.default and f'`{s.default}`'} | {s.about.translate(SHOWN)} |" for s in branch.settings]
     return "\n".join(lines)
 
 

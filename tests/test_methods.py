@@ -1,4 +1,4 @@
-"""The table of methods, and CONTRIBUTING.md's example of a new one: its text is a method that trains and that is its formula."""
+"""The table of methods, and docs/adding_a_method.md's example of a new one: its text is a method that trains and that is its formula."""
 
 import importlib
 import json
@@ -88,8 +88,8 @@ def test_a_rehearsal_of_a_method_with_pairs(capsys):
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """CONTRIBUTING.md's method as if its two files lay in their folders; returns its module and a recipe beside its YAML."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    """docs/adding_a_method.md's method as if its two files lay in their folders; returns its module and a recipe beside its YAML."""
+    text = (ROOT / "docs/adding_a_method.md").read_text()
     code, page, recipe = (found[1] for found in re.finditer(r"^```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     (tmp_path / "methods").mkdir()
     (tmp_path / "method").mkdir()

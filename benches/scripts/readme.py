@@ -1,9 +1,9 @@
-"""The results in README.md come from files under benches/results/, and from nowhere else.
+"""The results in README.md and docs/ come from files under benches/results/, and from nowhere else.
 
-    python -m benches.scripts.readme           rewrites every marked section
+    python -m benches.scripts.readme           rewrites every marked section of both
     python -m benches.scripts.readme --check   fails if a section differs from its file, or holds a number that its file does not
 
-A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: sida (digits.json), few_steps (few_steps.json), demo (summary.json), compare
+A section stands between `<!-- results:KIND FOLDER -->` and `<!-- /results -->`. KIND: sida (digits.json), few_steps (few_steps.json), demo (summary.json), compare and night
 (compare.json), time (time_to_quality.json), scaling (scaling.json), skipping (skipping.json), ladder (ladder.json), quality
 (ladder_quality.json), soak (faults.json, before.json), endurance (endurance.json), fuzz (readers.json, before.json), gpu (no FOLDER: the newest folder of every GPU, or the sentence that there is none). A number is sourced
 if it is one in the file, in units, thousands, millions or billions (or GiB of bytes), rounded as shown.
@@ -27,17 +27,18 @@ NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 and say what is wrong")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", type=Path, nargs="+", default=[ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], metavar="PAGE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
-    text = args.readme.read_text()
-    wrong = problems(text, args.results)
+    texts = {page: page.read_text() for page in args.readme}
+    wrong = [f"{page.name}: {line}" for page, text in texts.items() for line in problems(text, args.results)]
     if args.check and not wrong:
-        wrong += [f"section {name!r} is not what its file says: run python -m benches.scripts.readme" for name in stale(text, args.results)]
-    if not args.check and not wrong:
-        args.readme.write_text(rewritten(text, args.results))
+        old = [(page, name) for page, text in texts.items() for name in stale(text, args.results)]
+        wrong += [f"{page.name}: section {name!r} is not what its file says: run python -m benches.scripts.readme" for page, name in old]
     if wrong:
-        sys.exit("\n".join(f"{args.readme.name}: {line}" for line in wrong))
+        sys.exit("\n".join(wrong))
+    for page, text in texts.items() if not args.check else []:
+        page.write_text(rewritten(text, args.results))
 
 
 def rewritten(text: str, results: Path) -> str:

@@ -1,4 +1,4 @@
-"""The sections of README.md: each is text made of one file of results. gpu_section.py has that of the GPUs."""
+"""The sections of README.md and docs/: each is text made of one file of results. gpu_section.py has that of the GPUs."""
 
 from typing import Any
 
@@ -38,6 +38,19 @@ def compare(run: dict[str, Any]) -> str:
         ])  # fmt: skip
     about = f"{run['device']}, {run['precision']} U-Nets, torch {run['versions']['torch']}; {run['data']}.\n\n"
     return about + table(rows)
+
+
+def night(run: dict[str, Any]) -> str:
+    """What the picture at the top of the README shows, in a sentence."""
+    title = next(iter(run["floor"]["scores"]))
+    shown = min((name for name, one in run["methods"].items() if one["nfe"] == 1), key=lambda name: run["methods"][name]["scores"][title])
+    teacher, student = run["teacher"], run["methods"][shown]
+    fd = ", ".join(f"{who} {short(one['scores'][title])}" for who, one in (("real images", run["floor"]), ("teacher", teacher), ("student", student)))
+    return (
+        f"A JPEG copy of CIFAR-10 from nothing on {run['device']}, no GPU: real images, a teacher of {run['parameters'] / 1e6:.1f} M parameters after "
+        f"{teacher['seconds'] / 60:.0f} minutes at {teacher['nfe']} evaluations, and its {NAMES.get(shown, shown)} student after "
+        f"{student['seconds'] / 60:.0f} minutes at {student['nfe']}. {title}, n = {run['n']:,}: {fd}; this is no FID.\n"
+    )
 
 
 def time_to_quality(run: dict[str, Any]) -> str:
@@ -249,7 +262,7 @@ def sida(run: dict[str, Any]) -> str:
 
 KINDS = {
     "captions": ("all.json", captions), "guided": ("sim.json", guided_sim),
-    "demo": ("summary.json", demo), "compare": ("compare.json", compare),
+    "demo": ("summary.json", demo), "compare": ("compare.json", compare), "night": ("compare.json", night),
     "time": ("time_to_quality.json", time_to_quality), "scaling": ("scaling.json", scaling), "skipping": ("skipping.json", skipping),
     "ladder": ("ladder.json", ladder), "quality": ("ladder_quality.json", quality),
     "soak": ("faults.json", "before.json", soak), "endurance": ("endurance.json", endurance), "fuzz": ("readers.json", "before.json", fuzz),

@@ -1,4 +1,4 @@
-"""Moment matching distillation (2406.04103): students of k steps whose every jump keeps the data's conditional means.
+"""Moment matching: students of k steps whose every jump keeps the data's conditional means (2406.04103).
 
 The student g_η guesses the clean image x̃ from z_t, and z_s follows by the posterior with fresh noise. If E[x̃ | z_s] is what
 the teacher g_θ(z_s) says it is for data, k such jumps lead from noise to data. Everything in EDM's coordinates, z = x + S ε:
