@@ -8,14 +8,10 @@ Any of them can be given as key=value to `potstill train` and `potstill compare`
 [1,2]. What is said here stands beside each setting in the source.
 """
 
-import ast
 import dataclasses
 import inspect
-import io
 import json
-import tokenize
 from collections.abc import Iterator
-from functools import cache
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +20,7 @@ from omegaconf import MISSING
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
+from potstill.engine.config.chosen import comments_of, default_of, written
 from potstill.engine.config.library import RECIPES
 from potstill.engine.config.tree import Config
 from potstill.engine.config.written import branch_of
@@ -108,26 +105,9 @@ def _kind(kind: Any) -> str:
     return {int: "int", float: "float", str: "text", bool: "true or false", type(None): "null", Any: "see below"}[kind]
 
 
-def _default(field: dataclasses.Field) -> str:
-    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    if value in (MISSING, dataclasses.MISSING):
-        return ""
-    return value if isinstance(value, str) and value else json.dumps(value)
-
-
-@cache
-def comments_of(schema: type) -> dict[str, str]:
-    """{name: comment} of the fields of a dataclass: what stands on the lines of each one's definition."""
-    source = inspect.getsource(schema)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    found, (definition,) = {}, ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    for node in definition.body:
-        if isinstance(node, ast.AnnAssign):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            found[ast.unparse(node.target)] = " ".join(comments[line] for line in lines if line in comments)
-    return found
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = default_of(field)
+    return "" if value in (MISSING, dataclasses.MISSING) else written(value)
 
 
 def _recipes_of(schema: str) -> list[str]:
