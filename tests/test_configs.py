@@ -15,6 +15,7 @@ import yaml
 
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
+from potstill.engine.config.chosen import as_lines, chosen
 from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import rehearsal
@@ -112,6 +113,18 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, 
     assert "student" in method.nets
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_a_dry_run_prints_is_all_that_is_set(name, tmp_path):
+    cfg = load(name, [])
+    printed = [line for line in (line.split("  ")[0] for line in as_lines(list(chosen(cfg)))) if "=" in line]
+    assert len(printed) < 75
+    (tmp_path / "bare.yaml").write_text(f"defaults: [schema, {{method: {groups_of(find(name))['method']}}}, _self_]\n")
+    again = load(tmp_path / "bare.yaml", [f"{one.name}={as_lines([one])[0].partition('=')[2].removesuffix('  ' + one.about).strip()}" for one in chosen(cfg)])
+    for one in (cfg, again):
+        one.data.how = one.teacher.how = ""
+    assert dataclasses.asdict(again) == dataclasses.asdict(cfg)
 
 
 @pytest.mark.parametrize("name", [name for name in names() if "net" not in groups_of(find(name))])
