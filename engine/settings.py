@@ -116,6 +116,7 @@ def _recipes_of(schema: str) -> list[str]:
     for path in sorted((RECIPES / "method").glob("*.yaml")):
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         if tree.pop("defaults") == [f"{schema}_schema"]:
+            tree.pop("name", None)
             sets = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in tree.items())
             found.append(f"method={path.stem}" + (f" ({sets})" if sets else ""))
     return found

@@ -12,11 +12,16 @@ runs/<name of the recipe> unless it is given. Ctrl-C, SIGTERM, SIGUSR1 and the e
 In a checkout, python -m engine.train configs/ffhq64.yaml is the same, alone or under torchrun.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.signals import stoppable
-from potstill.engine.config.tree import load
+from potstill.engine.config.tree import load, notes_of_method
 from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.preflight import Missing
 from potstill.engine.jobs.rehearsal import dry_run, rehearse
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 
@@ -35,14 +40,29 @@ def main(arguments: list[str]) -> None:
 
 def distil(recipe: str, overrides: list[str], on_paper: bool, ranks: Ranks) -> None:
     cfg = load(recipe, overrides)
+    note, better = notes_of_method(recipe, overrides)
+    if ranks.first and note:
+        print(note, file=sys.stderr)
     if ranks.count > 1 and (on_paper or cfg.rehearse):
         raise UserError(f"--dry-run and rehearse=true are for one process, got {ranks.count}: start it without torchrun")
-    if on_paper:
-        return dry_run(cfg)
-    if cfg.rehearse:
-        return rehearse(cfg)
+    if on_paper or cfg.rehearse:
+        with naming(better):
+            return dry_run(cfg) if on_paper else rehearse(cfg)
     with stoppable(cfg.max_hours):
-        Job(cfg, ranks=ranks).run()
+        with naming(better):
+            job = Job(cfg, ranks=ranks)
+        job.run()
+
+
+@contextmanager
+def naming(better: str) -> Iterator[None]:
+    """Say of what this method cannot have which command has it otherwise."""
+    try:
+        yield
+    except Missing:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; or take the recipe that is made for it: {better}") from error if better else error
 
 
 if __name__ == "__main__":

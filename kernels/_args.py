@@ -9,8 +9,18 @@ from torch import Tensor
 from potstill.kernels.estimate import Estimate
 
 
+def check_tensor(op: str, name: str, t: Any, *, or_estimate: bool = False) -> None:
+    """t is a tensor."""
+    if not isinstance(t, Tensor):
+        array = type(t).__module__ == "numpy"
+        got = f"{'numpy.' * array}{type(t).__name__}" if t is not None else "None"
+        how = f": torch.from_numpy({name}) makes one" if array else ""
+        raise ValueError(f"{op}: wanted {name} as a torch.Tensor{' or an Estimate' * or_estimate}, got {got}{how}")
+
+
 def check_image(op: str, name: str, t: Tensor, ref_name: str, ref: Tensor) -> None:
     """t is floating and has the reference's shape and device."""
+    check_tensor(op, name, t)
     if t.shape != ref.shape or t.device != ref.device:
         raise ValueError(
             f"{op}: wanted {name} shaped and placed like {ref_name}, {tuple(ref.shape)} on {ref.device}, got {tuple(t.shape)} on {t.device}"
@@ -21,23 +31,23 @@ def check_image(op: str, name: str, t: Tensor, ref_name: str, ref: Tensor) -> No
 
 def check_root(op: str, name: str, x: Tensor) -> None:
     """x is floating and a batch of at least one number per sample."""
+    check_tensor(op, name, x)
     if x.ndim < 2 or (x.numel() == 0 and x.shape[0] != 0):
         raise ValueError(f"{op}: wanted {name} [N, ...] with at least one number per sample, got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{op}: wanted {name} of a floating dtype, got {x.dtype}")
 
 
-def check_constant(op: str, name: str, t: Tensor | None, wrt: str) -> None:
-    """The op has no gradient for t, so t must not ask for one."""
+def check_constant(op: str, name: str, t: Tensor | None, wrt: str, how: str = "detach it, or compute it under torch.no_grad()") -> None:
+    """The op has no gradient for t, so t must not ask for one; how: it can be had without."""
     if t is not None and t.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op} has a gradient for {wrt} only: wanted {name} without requires_grad "
-            "(detach it, or compute it under torch.no_grad()), got requires_grad=True"
+            f"{op} has a gradient for {wrt} only: wanted {name} without requires_grad ({how}), got requires_grad=True"
         )
 
 
 def check_per_sample(op: str, name: str, v: Tensor, ref_name: str, ref: Tensor, *, scalar: bool = False) -> Tensor:
-    """v, one constant per sample of the reference, as a contiguous [N]. `scalar` also takes a 0-d tensor."""
+    """v, one constant per sample of the reference, [N] or [N, 1, ..., 1], as a contiguous [N]. `scalar` also takes a 0-d tensor."""
     n = ref.shape[0]
     if not isinstance(v, Tensor) or not v.is_floating_point():
         got = v.dtype if isinstance(v, Tensor) else type(v).__name__
@@ -45,9 +55,12 @@ def check_per_sample(op: str, name: str, v: Tensor, ref_name: str, ref: Tensor, 
     check_constant(op, name, v, "images")
     if v.device != ref.device:
         raise ValueError(f"{op}: wanted {name} on the device of {ref_name}, {ref.device}, got {v.device}")
-    if v.shape != (n,):
+    if v.shape == (n, *[1] * (ref.ndim - 1)):
+        v = v.reshape(n)
+    elif v.shape != (n,):
         if not (scalar and v.ndim == 0):
-            raise ValueError(f"{op}: wanted {name} [N] with N = {n} of {ref_name}, got {tuple(v.shape)}")
+            shapes = f"[N] or [N{', 1' * (ref.ndim - 1)}]"
+            raise ValueError(f"{op}: wanted {name} {shapes} with N = {n} of {ref_name}, got {tuple(v.shape)}")
         v = v.expand(n)
     return v.contiguous()
 
@@ -57,6 +70,8 @@ def check_estimate(op: str, name: str, e: Estimate | Tensor, ref_name: str, ref:
     if isinstance(e, Tensor):
         check_image(op, name, e, ref_name, ref)
         return Estimate(e)
+    if not isinstance(e, Estimate):
+        check_tensor(op, name, e, or_estimate=True)
     raw, x_t, c_skip, c_out, uncond, guidance = e
     check_image(op, f"{name}.raw", raw, ref_name, ref)
     if uncond is not None:
@@ -74,10 +89,22 @@ def check_estimate(op: str, name: str, e: Estimate | Tensor, ref_name: str, ref:
     return e._replace(c_skip=c_skip, c_out=c_out)
 
 
+def check_estimates(
+    op: str, real: Estimate | Tensor, fake: Estimate | Tensor, ref_name: str, ref: Tensor
+) -> tuple[Estimate, Estimate]:
+    """Both as Estimates that fit the reference; constants that were one tensor in both still are."""
+    checked, own = check_estimate(op, "real", real, ref_name, ref), check_estimate(op, "fake", fake, ref_name, ref)
+    if isinstance(real, Estimate) and isinstance(fake, Estimate):
+        own = own._replace(c_skip=checked.c_skip) if fake.c_skip is real.c_skip else own
+        own = own._replace(c_out=checked.c_out) if fake.c_out is real.c_out else own
+    return checked, own
+
+
 def check_constant_estimate(op: str, name: str, e: Estimate, wrt: str) -> None:
     """The op has no gradient for the images of an estimate."""
-    for field, image in zip(("raw", "x_t", "raw_uncond"), e.images, strict=True):
-        check_constant(op, f"{name}.{field}", image, wrt)
+    check_constant(op, f"{name}.raw", e.raw, wrt)
+    check_constant(op, f"{name}.x_t", e.x_t, wrt, f"make x_t from {wrt}.detach()")
+    check_constant(op, f"{name}.raw_uncond", e.raw_uncond, wrt)
 
 
 def check_choice(op: str, name: str, value: str, choices: Iterable[str]) -> None:

@@ -22,6 +22,16 @@ from potstill.kernels.noising import add_noise
 from potstill.kernels.score_implicit import score_implicit
 from potstill.kernels.score_match import weighted
 
+__all__ = [
+    "SiDLoss",
+    "denoising_score_matching_loss",
+    "distribution_matching_loss",
+    "gan_loss_discriminator",
+    "gan_loss_generator",
+    "sid_generator_loss",
+    "variational_score_distillation_loss",
+]
+
 
 def _match(op: str, x: Tensor, real: tuple[str, Tensor], fake: tuple[str, Tensor], scale: Tensor | None, eps: float) -> Tensor:
     check_root(op, "the generated images", x)

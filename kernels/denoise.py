@@ -79,7 +79,7 @@ def denoise(estimate: Estimate | Tensor, target: Tensor, weight: Tensor | None =
     Args:
         estimate: what the network says about its noisy input, or the clean image D itself.
         target: the images that were noised [N, C, H, W], a constant.
-        weight: w [N] float32, lambda(sigma); None is 1.
+        weight: w [N] or [N, 1, 1, 1] float32, lambda(sigma); None is 1.
         reduction: over C, H, W of a sample: "mean" (DMD2), or "sum" (EDM, SiD).
 
     Raises:

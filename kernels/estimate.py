@@ -27,13 +27,15 @@ class Estimate(NamedTuple):
         D = c_skip · x_t + c_out · (F_u + guidance · (F - F_u))
 
     The losses of this package take estimates as they are and form D in registers, in float32, whatever dtype and
-    memory format F comes in. A plain tensor stands for an estimate whose raw output already is D.
+    memory format F comes in. A plain tensor stands for an estimate whose raw output already is D. c_skip and c_out are one
+    number per sample, [N] or, as EDM's preconditioning has them, [N, 1, 1, 1]. A loss that has a gradient for the student's
+    images x alone, such as score_match, wants x_t made from x.detach().
     """
 
     raw: Tensor  # F [N, C, H, W], any floating dtype and memory format
     x_t: Tensor | None = None  # the noisy input [N, C, H, W], before c_in; None: F already is D
-    c_skip: Tensor | None = None  # [N] float32
-    c_out: Tensor | None = None  # [N] float32
+    c_skip: Tensor | None = None  # [N] or [N, 1, 1, 1] float32
+    c_out: Tensor | None = None  # [N] or [N, 1, 1, 1] float32
     raw_uncond: Tensor | None = None  # F_u [N, C, H, W], without the condition, for classifier-free guidance
     guidance: float = 1.0  # F <- F_u + guidance·(F - F_u)
 

@@ -11,7 +11,7 @@ Source: arXiv 2406.04103, Alg. 2.
 from torch import Tensor
 
 from potstill.kernels import reference
-from potstill.kernels._args import check_choice, check_constant_estimate, check_estimate, check_per_sample, check_root, flattened
+from potstill.kernels._args import check_choice, check_constant_estimate, check_estimates, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
@@ -65,15 +65,14 @@ def moments(
     Args:
         x: the student's clean images [N, C, H, W].
         real, fake: what teacher and auxiliary network say about z_s, noised from x; estimates, or clean images D.
-        weight: w(s) [N] float32; None is 1.
+        weight: w(s) [N] or [N, 1, 1, 1] float32; None is 1.
         reduction: over C, H, W of a sample: "mean", or "sum" as the paper writes it.
 
     Raises:
         ValueError: shapes or devices differ, or anything but `x` asks for a gradient.
     """
     check_root("moments", "x", x)
-    real = check_estimate("moments", "real", real, "x", x)
-    fake = check_estimate("moments", "fake", fake, "x", x)
+    real, fake = check_estimates("moments", real, fake, "x", x)
     check_constant_estimate("moments", "real", real, "x")
     check_constant_estimate("moments", "fake", fake, "x")
     check_choice("moments", "reduction", reduction, ("mean", "sum"))

@@ -60,7 +60,7 @@ def add_noise(x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 
     Args:
         x: clean images [N, C, H, W].
-        sigma: noise levels, [N] or a scalar tensor, floating.
+        sigma: noise levels, [N], [N, 1, 1, 1] or a scalar tensor, floating.
         noise: standard normals [N, C, H, W].
 
     Returns:

@@ -46,7 +46,7 @@ def _losses(formula: Callable[..., Tensor], images: Sequence[Estimate | Tensor],
         each: one number per sample each, or None.
     """
     dtype = accum(*[t for given in images for t in (given.images if isinstance(given, Estimate) else [given])])
-    inputs = [*images, *[None if t is None else t.to(dtype) for t in each]]
+    inputs = [*images, *[None if t is None else t.to(dtype).reshape(-1) for t in each]]
     with torch.no_grad():
         finite_n = formula(*inputs).isfinite()
     value_n = torch.where(finite_n, formula(*[_zeros_where_not(finite_n, given) for given in inputs]), 0)
@@ -170,7 +170,8 @@ def trajectory(
     """
     x, target = x.detach(), target.detach()
     dtype = accum(x, target, *(estimate.images if isinstance(estimate, Estimate) else [estimate]))
-    ratio_n = ((sigma_next.to(dtype) - sigma.to(dtype)) / sigma.to(dtype)).expand(x.shape[0])
+    sigma, sigma_next = sigma.to(dtype).reshape(-1), sigma_next.to(dtype).reshape(-1)
+    ratio_n = ((sigma_next - sigma) / sigma).expand(x.shape[0])
 
     def formula(x: Tensor, estimate: Estimate | Tensor, target: Tensor, ratio_n: Tensor) -> Tensor:
         e = euler(x, denoised(estimate), ratio_n) - target

@@ -17,7 +17,7 @@ Source: huber arXiv 2410.16794 (SIM), l2 arXiv 2404.04057 (SiD; alpha = 1 is SIM
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
-from potstill.kernels._args import check_choice, check_estimate, check_per_sample, check_root, flattened
+from potstill.kernels._args import check_choice, check_estimates, check_per_sample, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, Outputs, cdiv, empty_gradients, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
@@ -184,7 +184,7 @@ def score_implicit(
         c: of "huber" only, in units of the image, its norm being over all of C, H, W. The paper's value is not
             known; 0.03 is 0.00054·sqrt(3·32·32), the constant of arXiv 2310.14189. At 0 a delta of exactly 0 counts
             as non-finite.
-        weight: w [N] float32, replacing the default: 1 for "huber", SiD's 1/max(mean|x - D_real|, 1e-5) for "l2",
+        weight: w [N] or [N, 1, 1, 1] float32, replacing the default: 1 for "huber", SiD's 1/max(mean|x - D_real|, 1e-5) for "l2",
             through which no gradient runs.
         detach: for ablations: "normaliser" holds sqrt(|delta|² + c²) constant, "factor" the whole first factor,
             which halves the gradient of some directions and not of others.
@@ -193,8 +193,7 @@ def score_implicit(
         ValueError: shapes or devices differ, a choice is unknown, or `weight` or a coefficient asks for a gradient.
     """
     check_root("score_implicit", "x", x)
-    real = check_estimate("score_implicit", "real", real, "x", x)
-    fake = check_estimate("score_implicit", "fake", fake, "x", x)
+    real, fake = check_estimates("score_implicit", real, fake, "x", x)
     check_choice("score_implicit", "distance", distance, ("huber", "l2"))
     if detach is not None:
         check_choice("score_implicit", "detach", detach, ("normaliser", "factor"))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from potstill.kernels import _score_cuda, reference
-from potstill.kernels._args import check_constant_estimate, check_estimate, check_root, flattened
+from potstill.kernels._args import check_constant_estimate, check_estimates, check_root, flattened
 from potstill.kernels._inference import takes_inference_tensors
 from potstill.kernels._lib import BLOCK, REGISTERS, Outputs, cdiv, results, rows, splits, tl_dtype
 from potstill.kernels._loss import define_loss, uses_reference
@@ -121,8 +121,7 @@ def score_match(x: Tensor, real: Estimate | Tensor, fake: Estimate | Tensor, *, 
         ValueError: shapes or devices differ, or `real` or `fake` asks for a gradient.
     """
     check_root("score_match", "x", x)
-    real = check_estimate("score_match", "real", real, "x", x)
-    fake = check_estimate("score_match", "fake", fake, "x", x)
+    real, fake = check_estimates("score_match", real, fake, "x", x)
     check_constant_estimate("score_match", "real", real, "x")
     check_constant_estimate("score_match", "fake", fake, "x")
     return weighted(x, real, fake, None, eps=eps, plus=0.0)

@@ -152,7 +152,7 @@ def trajectory(
     Args:
         x: the state [N, C, H, W] at noise level sigma, a constant.
         estimate: what the student says about x (its x_t is x), or its clean image D.
-        sigma, sigma_next: noise levels before and after the step, [N] or a scalar tensor, floating.
+        sigma, sigma_next: noise levels before and after the step, [N], [N, 1, 1, 1] or a scalar tensor, floating.
         target: the teacher's state [N, C, H, W] at sigma_next, a constant.
         metric: "l1" (SFD's), "l2" (squared) or "huber" (sqrt(sum e² + c²) - c, norm over C, H, W).
         c: of "huber" only, in units of the image. The paper's value is not known; as in `score_implicit`.

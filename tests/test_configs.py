@@ -20,7 +20,7 @@ from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import Config, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
-from potstill.engine.methods.table import METHODS
+from potstill.engine.methods.table import METHODS, settings_of
 from potstill.engine.models import origins
 from potstill.engine.training.optim import OptimConfig
 
@@ -54,7 +54,9 @@ def resolved(case: str) -> dict[str, Any]:
 
 def with_defaults(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The defaults of this recipe's method in place of those of every method."""
-    return {**defaults, "method": defaults["method"][tree["method"]["name"]]}
+    kind = settings_of(tree["method"]["name"])
+    assert kind is not None
+    return {**defaults, "method": defaults["method"][kind.name]}
 
 
 def write_snapshot() -> None:
@@ -110,7 +112,7 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, 
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
     assert all(any(c in line for c in ("potstill convert", "potstill train", "pip install")) for line in missing), missing
     method = jobs[0].on_paper.method
-    assert "student" in method.nets
+    assert set(method.nets) == set(jobs[0].cfg.method.needs().nets)
     assert method.sampler.nfe >= 1
     assert {turn.trains for turn in method.turns} == set(method.nets)
 

@@ -51,7 +51,7 @@ def test_a_name_that_another_method_has_is_refused():
         ("moment_matching", {}, {"data": True, "batch_statistics": False, "whole_teacher": False}),
         ("moment_matching", {"variant": "instant"}, {"batch_statistics": True, "whole_teacher": True}),
         ("gdd", {}, {"data": True, "batch_statistics": True, "whole_teacher": True}),
-        ("sfd", {}, {"data": False, "pairs": None}),
+        ("sfd", {}, {"data": False, "pairs": None, "nets": ("student",)}),
     ],
 )
 def test_what_methods_need(name, given, wanted):

@@ -54,6 +54,13 @@ def family_of(recipe: Path) -> list[Path]:
     return sorted(recipe.with_name(f"{name}.yaml") for file in files for name in recipes_in(file) if name.startswith(beginning))
 
 
+def of_method(recipe: Path, method: str) -> Path | None:
+    """The recipe of the same family that is this method's: digits_sim of digits and sim, or digits_gdd; None without one."""
+    whole, cut = recipe.stem, recipe.stem.partition(f"_{groups_of(recipe).get('method')}")[0]
+    near = [recipe.with_name(f"{stem}.yaml") for stem in (f"{whole}_{method}", f"{cut}_{method}", cut)]
+    return next((one for one in near if one != recipe and file_of(one) and groups_of(one).get("method") == method), None)
+
+
 def text_of(recipe: Path) -> str:
     """A recipe as it is written. FileNotFoundError without one."""
     if (file := file_of(recipe)) is None:

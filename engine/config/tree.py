@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from potstill.engine.common.checks import BadSetting, Unused, above, at_least, finite, one_of, probability, seed, wants
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.library import RECIPES, find, names
+from potstill.engine.config.library import RECIPES, find, groups_of, names, of_method
 from potstill.engine.config.written import Recipes, as_written, kinds
 from potstill.engine.data.prompts import TextConfig
 from potstill.engine.formats.newborn import PREDICTIONS
@@ -42,6 +42,8 @@ from potstill.engine.training.run import TrainConfig
 
 #: Branches that a recipe may leave out, which Hydra's overrides can then not reach into: another net, an optimiser of its own.
 ABSENT = re.compile(r"\+{0,2}(students\.net|net\.config|(teacher\.train|students\.tsm|train)\.optim\.[^.=]+)(\.[^=]*=|=\{)")
+OPTIMISER = re.compile(r"\+{0,2}train\.optim\.([^.=]+)")
+METHOD = re.compile(r"method=(\w+)")  # the choice of one
 NOT_IN = re.compile(r"Key '\w+' not in '\w+'\s+full_key: (\S+)")
 MOST_IMAGES = 10_000_000  # of a Frechet distance: their seeds lie in memory
 
@@ -258,17 +260,18 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
     with initialize_config_dir(str(recipe.resolve().parent), version_base="1.3"):
         try:
             written = [as_written(one, _kind) for one in overrides]
-            tree = _composed(recipe, [one for one in written if not ABSENT.match(one)])
+            within, absent = ([one for one in written if bool(ABSENT.match(one)) is far] for far in (False, True))
+            tree, other = _tree(recipe, within)
             OmegaConf.set_struct(tree, False)  # new names among the optimisers; dataclasses stay closed
-            tree.merge_with(*[_nested(one) for one in written if ABSENT.match(one)])
+            tree.merge_with(*map(_nested, absent))
             check_references(OmegaConf.to_container(tree, resolve=False), recipe.name)
             if unknown := list(_unknown(tree)):
-                raise UserError(_no_such_setting(unknown[0], recipe))
+                raise UserError(_no_such_setting(unknown[0], recipe, overrides))
             config = OmegaConf.to_object(tree)
         except BadSetting as error:
             raise error.at(_place(tree)) from None
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_sentence(error, recipe)) from error
+            raise UserError(_sentence(error, recipe, overrides)) from error
         except YAMLError as error:
             raise UserError(f"{recipe} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, Config):
@@ -277,8 +280,52 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
         raise UserError(
             f"method wants one of {', '.join(sorted(p.stem for p in (RECIPES / 'method').glob('*.yaml')))}, got {config.method!r:.60}"
         )
+    named = {found[1] for one in absent if (found := OPTIMISER.match(one))}
+    for net in set(config.train.optim) - {"student", *config.method.needs().nets} - named if other else ():
+        del config.train.optim[net]
     config.run_dir = config.run_dir or f"runs/{recipe.stem}"
     return config
+
+
+def other_method(recipe: Path, overrides: list[str]) -> str:
+    """The method that an override chooses in place of the recipe's own; "" where none does. UserError for one that there is not."""
+    chosen = [found[1] for one in overrides if (found := METHOD.fullmatch(one))]
+    if len(chosen) > 1:
+        raise UserError(f"wanted one method, got {' and '.join(chosen)}")
+    own = groups_of(recipe).get("method") if chosen else None
+    if own is None or own == chosen[-1]:
+        return ""
+    known = sorted({path.stem for folder in (recipe.parent, RECIPES) for path in (folder / "method").glob("*.yaml")})
+    if chosen[-1] not in known:
+        near = difflib.get_close_matches(chosen[-1], known, 2, 0.6)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"{recipe.name}: there is no method {chosen[-1]!r} to take; {hint}wanted one of {', '.join(known)}")
+    return chosen[-1]
+
+
+def notes_of_method(recipe: str | Path, overrides: list[str]) -> tuple[str, str]:
+    """What to say where the method is not the recipe's own, and the command whose recipe is made for it; "" and "" for neither."""
+    recipe = find(recipe)
+    if not (method := other_method(recipe, overrides)):
+        return "", ""
+    own = of_method(recipe, method)
+    better = f"potstill train {own.stem if own.parent == RECIPES else own}" if own else ""
+    note = f"note: method={method} begins with its own defaults, and all else is {recipe.stem}'s, chosen for {groups_of(recipe)['method']}"
+    return f"{note}; made for it is: {better}" if better else note, better
+
+
+def _tree(recipe: Path, overrides: list[str]) -> tuple[DictConfig, str]:
+    """A recipe with overrides, and which other method than its own they choose, "" for none: that one begins with its own defaults, and what
+    the recipe says of its own method's settings is left out.
+    """
+    if not any(map(METHOD.fullmatch, overrides)):
+        return _composed(recipe, overrides), ""
+    theirs = [one for one in overrides if METHOD.fullmatch(one) or one.lstrip("+").startswith("method.")]
+    tree = _composed(recipe, [one for one in overrides if one not in theirs])  # which a recipe that is none does not survive
+    if not (method := other_method(recipe, overrides)):
+        return _composed(recipe, overrides), ""
+    tree.method = _composed(recipe.with_name("schema.yaml"), [f"+{one}" if METHOD.fullmatch(one) else one for one in theirs]).method
+    return tree, method
 
 
 def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
@@ -288,7 +335,7 @@ def _composed(recipe: Path, overrides: list[str]) -> DictConfig:
     except UserError:
         raise
     except MissingConfigException as error:  # an OSError too
-        raise UserError(_sentence(error, recipe)) from error
+        raise UserError(_sentence(error, recipe, overrides)) from error
     except (OSError, ValueError, TypeError, AssertionError, AttributeError, RecursionError) as error:
         given = f" with {' '.join(overrides)}" if overrides else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -357,7 +404,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _sentence(error: Exception, recipe: Path) -> str:
+def _sentence(error: Exception, recipe: Path, overrides: list[str]) -> str:
     """What went wrong, from the innermost of Hydra's nested errors."""
     if isinstance(error, MissingConfigException):
         group, _, name = str(error.missing_cfg_file).rpartition("/")
@@ -366,7 +413,7 @@ def _sentence(error: Exception, recipe: Path) -> str:
     if isinstance(error, OverrideParseException):
         return " ".join(str(error).split())
     if isinstance(error, ConfigCompositionException) and (found := NOT_IN.search(str(error))):  # a line of the recipe's own
-        return _no_such_setting(found[1], recipe)
+        return _no_such_setting(found[1], recipe, overrides)
     inner: BaseException = error
     while isinstance(inner.__cause__, HydraException | OmegaConfBaseException):
         inner = inner.__cause__
@@ -374,7 +421,7 @@ def _sentence(error: Exception, recipe: Path) -> str:
     message = str(inner).splitlines()[0]
     unknown = isinstance(inner, AttributeError | KeyError) or "not in" in message
     if key and unknown:
-        return _no_such_setting(key, recipe)
+        return _no_such_setting(key, recipe, overrides)
     if isinstance(error, ConfigCompositionException) and not key:
         return " ".join(str(error).split())
     return f"{recipe.name}: {key}: {message}" if key else f"{recipe.name}: {message}"
@@ -385,11 +432,11 @@ def _near(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"wanted one of {', '.join(known)}"
 
 
-def _no_such_setting(key: str, recipe: Path) -> str:
+def _no_such_setting(key: str, recipe: Path, overrides: list[str]) -> str:
     try:
-        known = list(flat(OmegaConf.to_container(compose(recipe.stem))))
+        known = list(flat(OmegaConf.to_container(_tree(recipe, [one for one in overrides if METHOD.fullmatch(one)])[0])))
         known += sorted({key.rpartition(".")[0] for key in known} - {""})
-    except (HydraException, OmegaConfBaseException):  # a recipe that does not compose does not say which method's they are
+    except (HydraException, OmegaConfBaseException, UserError):  # a recipe that does not compose does not say which method's they are
         known = [name for name, _ in _kinds()]
     if key in known:
         return f"{recipe.name} sets {key}, which this method does not have; wanted a recipe of this method (`potstill recipes`), or a copy without it"

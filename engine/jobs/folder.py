@@ -15,7 +15,7 @@ from yaml import SafeLoader, YAMLError
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
 from potstill.engine.config.tree import Config, flat, to_yaml
-from potstill.engine.methods.table import METHODS
+from potstill.engine.methods.table import settings_of
 from potstill.engine.readers.harmless import check_text
 from potstill.engine.training.optim import OptimConfig
 
@@ -75,13 +75,15 @@ def check_settings(before: str, now: str, folder: Path) -> list[str]:
     """What to say of settings that differ between two files of them. UserError for those that may not."""
     tree = _tree(before, folder)
     unset: Any = OmegaConf.to_container(OmegaConf.structured(Config))  # what a run did that began before a setting was there
-    if (method := METHODS.get(OmegaConf.select(tree, "method.name", default=""))) is not None:
+    if (method := settings_of(OmegaConf.select(tree, "method.name", default=""))) is not None:
         unset["method"] = OmegaConf.to_container(OmegaConf.structured(method))
     old, new = (flat(OmegaConf.to_container(one)) for one in (tree, OmegaConf.create(now)))
     nets = {found[1] for found in map(OPTIMISER.fullmatch, old) if found}
     unset = flat(unset) | {f"{net}.{name}": value for net in nets for name, value in asdict(OptimConfig()).items()}
     for key, value in unset.items():
         old.setdefault(key, value)
+    if method is not None and settings_of(new["method.name"]) is method:
+        old["method.name"] = new["method.name"]  # a variant's name says nothing that its other settings do not
     for key in old | new:
         if old.get(key) != new.get(key) and not _free(key):
             raise UserError(

@@ -181,11 +181,15 @@ def fetch_teacher(cfg: Config) -> None:
         fetch_vae(name)
 
 
+class Missing(UserError):
+    """Something is not on disk that a run needs."""
+
+
 def check_complete(cfg: Config) -> None:
-    """UserError with every missing thing and the commands that get it, in one message."""
+    """Missing with every missing thing and the commands that get it, in one message."""
     if wants := missing(cfg):
         are = "thing is" if len(wants) == 1 else "things are"
-        raise UserError(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
+        raise Missing(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
 
 
 def unfetched(features: str) -> str | None:

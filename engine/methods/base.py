@@ -39,6 +39,7 @@ class Needs:
     """What a method needs beside a teacher. A run looks at it before it builds or trains anything."""
 
     data: bool = True  # real images? (Classes are drawn from the data set either way.)
+    nets: Sequence[str] = ("student",)  # which are trained, each by an optimiser of its own
     classes: bool = False  # a teacher that knows classes?
     pairs: PairsNeeded | None = None
     extras: Sequence[Extra] = ()
@@ -53,6 +54,8 @@ class MethodConfig:
     """Base of all methods' settings: dataclasses whose first field is `name`, by which METHODS knows them."""
 
     name: str
+    #: Other names that `method=` knows, of files in configs/method/ that set it and other defaults: dmd2 of dmd.
+    variants: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if (other := METHODS.setdefault(cls.name, cls)) is not cls:
@@ -60,7 +63,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         """BadSetting for a value that no run can use."""
-        one_of(self, "name", (type(self).name,))
+        one_of(self, "name", (type(self).name, *self.variants))
         finite(self)
 
     def needs(self) -> Needs:

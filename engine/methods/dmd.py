@@ -43,6 +43,7 @@ class DMDConfig(MethodConfig):
     """Defaults: DMD2's ImageNet-64 recipe (released code)."""
 
     name: str = "dmd"  # set by method=…
+    variants = ("dmd2",)
     sigma: float = 80.0  # the student's only noise level, unless `steps` names others
     steps: list[int] = field(default_factory=list)  # the student's levels among the net's 1000, such as [999, 749, 499, 249]; []: sigma
     start: str = "sigma"  # what the student begins with: sigma (x = σ z) | unit (z is what enters the net)
@@ -74,6 +75,7 @@ class DMDConfig(MethodConfig):
         perceptual = self.regression > 0 and self.regression_metric == "lpips"
         return Needs(
             data=self.gan,
+            nets=("student", "fake"),
             classes=self.guidance != 1 or self.fake_guidance != 1,
             pairs=PairsNeeded(self.pairs, self.pair_steps) if self.regression else None,
             extras=[lpips_extra("method.regression", "set method.regression_metric=l2")] if perceptual else [],

@@ -52,6 +52,7 @@ class GDDConfig(MethodConfig):
     """Defaults: GDD for CIFAR-10 (released code) but for the feature nets."""
 
     name: str = "gdd"  # set by method=…
+    variants = ("gdd_i",)
     sigma: float = 80.0  # the student's only noise level, unless `steps` names others
     steps: list[int] = field(default_factory=list)  # the student's levels among the net's 1000, such as [999, 749, 499, 249]; []: sigma
     start: str = "sigma"  # what the student begins with: sigma (x = σ z) | unit (z is what enters the net)
@@ -78,7 +79,7 @@ class GDDConfig(MethodConfig):
         at_least(self, 1, "r1_every", "width")
 
     def needs(self) -> Needs:
-        return Needs(extras=timm_extras(self.features), batch_statistics=True, whole_teacher=True)
+        return Needs(nets=("student", "discriminator"), extras=timm_extras(self.features), batch_statistics=True, whole_teacher=True)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "GDD":
         if self.freeze and isinstance(start, DiffusersDenoiser):

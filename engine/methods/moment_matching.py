@@ -46,6 +46,7 @@ class MomentMatchingConfig(MethodConfig):
     """Defaults: eight steps, as in the paper's best results; w and S(t) from public reimplementations."""
 
     name: str = "moment_matching"  # set by method=…
+    variants = ("moment_matching_instant",)
     variant: str = "alternating"  # alternating (Alg. 2) | instant (Alg. 3; for k = 8, worse with fewer steps)
     steps: int = 8  # k: evaluations per image; the paper has 1, 2, 4 and 8
     levels: str = "karras"  # S(t): karras | cosine | log_uniform | own (the net's times)
@@ -78,7 +79,8 @@ class MomentMatchingConfig(MethodConfig):
 
     def needs(self) -> Needs:
         instant = self.variant == "instant"
-        return Needs(classes=self.guidance != 1, batch_statistics=instant, whole_teacher=instant)
+        nets = ("student",) if instant else ("student", "fake")
+        return Needs(nets=nets, classes=self.guidance != 1, batch_statistics=instant, whole_teacher=instant)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "MomentMatching":
         if self.variant == "instant":

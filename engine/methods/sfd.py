@@ -45,6 +45,7 @@ class SFDConfig(MethodConfig):
     """Defaults: SFD for two evaluations (released code)."""
 
     name: str = "sfd"  # set by method=…
+    variants = ("sfd_v", "sfd_second")
     num_steps: list[int] = field(default_factory=lambda: [4])  # noise levels, N + 1; several: SFD-v draws one an iteration
     sample_num_steps: int | None = None  # of SFD-v, how its samples are drawn meanwhile; null: the last of num_steps
     K: int = 4  # teacher steps per student step

@@ -90,7 +90,7 @@ class SIDAConfig(MethodConfig):
         wants(self, "gan_after", self.gan_after >= self.student_after, f"at least student_after = {self.student_after}")
 
     def needs(self) -> Needs:
-        return Needs(classes=self.guidance != 1 or self.fake_guidance != 1, batch_statistics=True)
+        return Needs(nets=("student", "fake"), classes=self.guidance != 1 or self.fake_guidance != 1, batch_statistics=True)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "SIDA":
         return SIDA(self, teacher, student=copied(start), fake=copied(teacher, "fake"))

@@ -41,6 +41,7 @@ class SIMConfig(MethodConfig):
     """Defaults: SiD's CIFAR-10 settings (released code) with SIM's distance."""
 
     name: str = "sim"  # set by method=…
+    variants = ("sim_l2", "sid")
     distance: str = "huber"  # of the scores: huber (SIM) | l2 (SiD)
     weight: str = "own"  # w: own (huber's 1, l2's 1 / mean|x - D_q|) | one_minus_t (1 / (1 + σ): a flow's 1 - t; SiD-DiT)
     c: float | None = None  # of huber; null: 0.00054·sqrt(C·H·W), 0.03 for CIFAR-10 (from 2310.14189; SIM's is unverified)
@@ -64,7 +65,7 @@ class SIMConfig(MethodConfig):
         check_implicit(self)
 
     def needs(self) -> Needs:
-        return Needs(data=False, classes=self.guidance != 1 or self.fake_guidance != 1)
+        return Needs(data=False, nets=("student", "fake"), classes=self.guidance != 1 or self.fake_guidance != 1)
 
     def build(self, teacher: Denoiser, start: Denoiser) -> "SIM":
         return SIM(self, teacher, student=copied(start), fake=copied(teacher, "fake"))
