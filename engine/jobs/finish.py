@@ -17,6 +17,7 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.pictures import captioned, grid, save_png, side_by_side
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.measure.caveats import caveats
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import Reference, picture_shape, reference, score, scored, shown
@@ -219,5 +220,7 @@ def print_result(summary: dict[str, Any], folder: Path) -> None:
         if figures:
             nfe = f"  NFE {one['nfe']:>3}" if "nfe" in one else "         "
             print(f"{name:8}{nfe}  {', '.join(figures)}")
+    for sentence in caveats(summary):
+        print(f"note: {sentence}")
     seconds = summary["seconds"]
     print(f"teacher {seconds['teacher']:.0f} s, student {seconds['student']:.0f} s; look at {folder}/samples.png, {folder}/report.html")

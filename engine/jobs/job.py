@@ -20,6 +20,7 @@ from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, me
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs, text_marks
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
+from potstill.engine.jobs.progress import tell, tell_end, telling
 from potstill.engine.jobs.shares import Shares, keep_shares, read_shares, try_shares
 from potstill.engine.jobs.students import earlier_place, earlier_weights, has_begun, listed
 from potstill.engine.jobs.workplace import Share, Workplace
@@ -104,8 +105,13 @@ class Job(Workplace):
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
-        with self.lock:
+        with self.lock, telling(self.dir) if self.tells else nullcontext():
             return self.all_stages()
+
+    @property
+    def tells(self) -> bool:
+        """Does this process keep report.html up to date while it works? Not where jobs of several students share the folder."""
+        return self.ranks.first and self.cfg.student is None
 
     def all_stages(self) -> dict[str, Any] | None:
         with self.shared_work():
@@ -273,6 +279,9 @@ class Job(Workplace):
         if cfg.phema:
             hooks.append(Hook(cfg.between_profiles, lambda run: self.keep_profiles(run, folder, **self.part_of(student))))
         title = method.product if folder == self.dir else folder.name
+        if self.tells:
+            tell(self.dir, title, run)
+        hooks.append(Hook(min(hook.kimg for hook in hooks), lambda run: self.tell(run, title)))
         stream = self.stream(cfg, share, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
@@ -298,6 +307,12 @@ class Job(Workplace):
         self.ranks.on_first(lambda: save_png(self.gallery.grid(net, run.method.sampler), path))
         return {}
 
+    def tell(self, run: Run, title: str) -> dict[str, float]:
+        """What there is by now, in report.html."""
+        if self.tells:
+            tell(self.dir, title, run)
+        return {}
+
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """The Fréchet distance now, labelled with its n, and the scores; the best average by distance so far is kept as a weight file."""
         assert self.distance is not None
@@ -315,10 +330,14 @@ class Job(Workplace):
 
     def finish(self, nets: Nets) -> dict[str, Any]:
         """Measure, and write what a user looks at."""
+        if self.tells:
+            tell(self.dir, "measuring teacher and student")
         found = self.measure(nets)
         files = [self.student_file(k) for k in range(self.cfg.students.count)]
         summary = summary_of(self, files, nets["teacher"][0], found, self.graphs, time.perf_counter() - self.began)
         write_json(self.dir / "summary.json", summary)
+        if self.tells:
+            tell_end(self.dir)
         write_report(self.dir)
         print_result(summary, self.dir)
         return summary

@@ -13,7 +13,7 @@ TEXT = Kind(lambda value: is_text(value) and value.isprintable() and len(value) 
 NUMBERS = Kind(lambda value: is_dict(value) and all(TEXT.fits(k) and NUMBER.fits(v) for k, v in value.items()), "numbers by name")
 SCORE: dict[str, Kind] = {
     "fd": NUMBER, "kid": NUMBER, "precision": SHARE, "recall": SHARE, "nfe": count(0), "n": count(0), "best_of": count(1),
-    "features": TEXT, "seeds": TEXT, "data": TEXT, "warning": TEXT, "features_sha256": optional(TEXT), "reference_sha256": optional(TEXT),
+    "features": TEXT, "num_features": count(1), "seeds": TEXT, "data": TEXT, "warning": TEXT, "features_sha256": optional(TEXT), "reference_sha256": optional(TEXT),
     "reference_images": optional(count(0)), "scores": NUMBERS,
 }  # fmt: skip
 PARTS: dict[str, dict[str, Kind]] = {"student": SCORE, "teacher": SCORE, "real": SCORE, "floor": {"fd": optional(NUMBER)}}
