@@ -9,6 +9,7 @@ import platform
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ from potstill.engine.measure.summary import read_summary
 from potstill.engine.models.opening import settings
 
 MOST_GRIDS = 8  # of the sample grids over time
+NEIGHBOURS = "neighbours.png"
 LEVELS = "levels.json"  # of the curve in a stage's folder: what real images and the teacher have, measured alike
 PACKAGES = ("potstill", "torch", "triton", "numpy", "torchmetrics", "safetensors")
 BOOKKEEPING = ("/nonfinite", "images_per_second")  # curves that are shown last
 HEALTH = ("/grad_norm", "/variance_ratio", "/variance", "/accuracy", "/logit_fake", "/logit_real")  # what alarms look at, with /gap@σ
+CHEAP = (
+    "fd@{n}-8x8 is a cheap distance of {n} images in pixels of 8x8; teacher and floor are measured alike: read it within its chart alone"
+)
 DATA = {"data": 1.0}  # the level in charts of ratios to the data
 
 Levels = dict[str, dict[str, float]]  # of a curve, by its name, or by "fd@" for all distances: lines, by what they are
@@ -50,6 +55,9 @@ def write_report(run_dir: Path) -> Path:
         tiles=list(_tiles(summary)),
         caveats=caveats(summary),
         samples=_pictures([run_dir / "samples.png"]),
+        neighbours=_pictures([run_dir / NEIGHBOURS]) if summary.get("student", {}).get("neighbours") else [],
+        near=_near(summary),
+        classes=list(_classes(summary)),
         alarms=[alarm for stage in (run_dir / "teacher", *stages) for alarm in read_alarms(stage)],
         students=[stage for where in stages if (stage := _stage(where, summary, run_dir)) or where == run_dir],
         teacher=None if _part(told, "teacher").get("checkpoint") else _stage(run_dir / "teacher", {}, run_dir),
@@ -74,7 +82,8 @@ def _stage(folder: Path, summary: dict[str, Any], run_dir: Path) -> dict[str, An
     if not curves and not grids:
         return {}
     name = "" if folder in (run_dir, run_dir / "teacher") else f", {folder.name}"
-    return {"name": name, "charts": _charts(others, levels), "health": _charts(health, {}), "grids": grids}
+    note = next((CHEAP.format(n=found[1]) for found in map(re.compile(r"fd@(\d+)-8x8").fullmatch, others) if found), "")
+    return {"name": name, "note": note, "charts": _charts(others, levels), "health": _charts(health, {}), "grids": grids}
 
 
 def _lead(summary: dict[str, Any]) -> str:
@@ -121,6 +130,26 @@ def _facts(summary: dict[str, Any], told: dict[str, Any]) -> Iterator[tuple[str,
         yield "seed", f"{seed:g}"
     if device := summary.get("device"):
         yield "device", f"{device}, {summary['precision']}" if summary.get("precision") else device
+
+
+def _near(summary: dict[str, Any]) -> str:
+    """How near training images are to the student's, and to one another."""
+    if not (found := summary.get("student", {}).get("neighbours")):
+        return ""
+    student, real = (f"{median(found[who]):.3g} (the nearest {min(found[who]):.3g})" for who in ("student", "real"))
+    return (
+        f"Below each of the student's images is the one of {found['images']:,} training images that is nearest in pixels. The median of these "
+        f"differences is {student} of 255 levels, root mean square; of as many real images and their nearest others it is {real}. Images that "
+        "are much nearer than real ones are copies."
+    )
+
+
+def _classes(summary: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Each class's distance, and its share of the largest, for bars."""
+    found = summary.get("student", {}).get("classes") or {}
+    most = max(found.values(), default=0)
+    for name, fd in found.items():
+        yield name, short(fd), round(100 * max(fd, 0) / most, 1) if most > 0 else 0
 
 
 def _tiles(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
