@@ -82,7 +82,7 @@ WRONG = [
     ("digits", "train.batch=64 train.micro_batch=24", "train.micro_batch = 24 does not divide batch = 64"),
     ("digits", "train.micro_batch=most", "train.micro_batch wants a number, auto or null, got 'most'"),
     ("digits", "train.kimg=inf", "train.kimg wants a finite number"),
-    ("digits", "train.eval_kimg=0", "train.eval_kimg wants more than 0"),
+    ("digits", "train.eval_kimg=-1", "train.eval_kimg wants at least 0"),
     ("digits", "train.checkpoint_kimg=-1", "train.checkpoint_kimg wants more than 0"),
     ("digits", "train.grid_kimg=nan", "train.grid_kimg wants a finite number"),
     ("digits", "train.ema_ramp_up=-0.1", "train.ema_ramp_up wants at least 0"),

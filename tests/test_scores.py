@@ -25,7 +25,7 @@ from potstill.engine.data.images import open_images
 from potstill.engine.formats.card import _quality
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.measure import scores
-from potstill.engine.measure.report import read_curves
+from potstill.engine.measure.chart import read_curves
 from potstill.engine.measure.resized import resized
 from potstill.engine.measure.scores import Tally, figures_of, open_score
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from potstill.engine.common.kinds import is_dict
 from potstill.engine.common.packages import versions_of
+from potstill.engine.measure.caveats import caveats
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
 UNKNOWN = (
@@ -85,8 +86,8 @@ def _quality(about: About) -> str:
     for key, title in (("features_sha256", "Features'"), ("reference_sha256", "Reference's")):
         if student.get(key):
             told += f" {title} sha256: `{student[key]}`."
-    warning = [student["warning"] + "."] if "warning" in student else []
-    return "\n".join(table) + "\n\n" + " ".join(filter(None, [told, *warning, _scores(summary)]))
+    care = "".join(f"\n* {sentence}" for sentence in caveats(summary))
+    return "\n".join(table) + "\n\n" + " ".join(filter(None, [told, _scores(summary)])) + f"\n\nTo be read with care:\n{care}"
 
 
 def _scores(summary: dict[str, Any]) -> str:

@@ -14,10 +14,12 @@ from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import AT_ONCE
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.pictures import captioned, grid, save_png, side_by_side
+from potstill.engine.formats.pictures import captioned, grid, save_png, side_by_side, stacked
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
+from potstill.engine.measure.caveats import caveats
 from potstill.engine.measure.features import Features
+from potstill.engine.measure.neighbours import by_class, looked_up
 from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import Reference, picture_shape, reference, score, scored, shown
 from potstill.engine.measure.scores import Score, figures_of, open_score
@@ -181,6 +183,22 @@ def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
     save_png(side_by_side(grids), path)
 
 
+def looked_closer(nets: Nets, gallery: Gallery, distance: Distance | None, path: Path) -> dict[str, Any]:
+    """Of the student's pictures: how near they are to training images, which `path` shows, and each class's distance. {} where data and
+    samples are no pictures of one kind.
+    """
+    images, (net, sampler) = gallery.images, nets["student"]
+    if images is None or images.latent or gallery.shown.decode is not None or images.shape != net.shape:
+        return {}
+    both, found = looked_up(gallery.samples(net, sampler), images, gallery.device)
+    rows = dict(zip(("student", "the nearest of the training images"), both.chunk(2), strict=True))
+    save_png(stacked([side_by_side({title: grid(row, len(row))}) for title, row in rows.items()]), path)
+    if distance is None or gallery.shown.prompts is not None:
+        return {"neighbours": found}
+    how: dict[str, Any] = {name: distance.settings[name] for name in ("n", "seed", "batch", "device")}
+    return {"neighbours": found} | ({"classes": each} if (each := by_class(net, sampler, images, distance.features, **how)) else {})
+
+
 def summary_of(
     place: Workplace, students: list[Path], teacher: Denoiser, found: dict[str, Any], graphs: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
@@ -219,5 +237,7 @@ def print_result(summary: dict[str, Any], folder: Path) -> None:
         if figures:
             nfe = f"  NFE {one['nfe']:>3}" if "nfe" in one else "         "
             print(f"{name:8}{nfe}  {', '.join(figures)}")
+    for sentence in caveats(summary):
+        print(f"note: {sentence}")
     seconds = summary["seconds"]
     print(f"teacher {seconds['teacher']:.0f} s, student {seconds['student']:.0f} s; look at {folder}/samples.png, {folder}/report.html")

@@ -16,14 +16,16 @@ from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.newborn import write_newborn, write_trained
 from potstill.engine.formats.pictures import save_png
 from potstill.engine.jobs import build, preflight, told
-from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, measured, print_result, summary_of
+from potstill.engine.jobs.curve import POINTS, CurveOf, size_of
+from potstill.engine.jobs.finish import Distance, Gallery, Nets, Shown, draw, looked_closer, measured, print_result, summary_of
 from potstill.engine.jobs.folder import check_folder, prepare, write_json
 from potstill.engine.jobs.inputs import marks_of, note_inputs, text_marks
 from potstill.engine.jobs.lock import COMMON, lock, lock_run
+from potstill.engine.jobs.progress import tell, tell_end, telling
 from potstill.engine.jobs.shares import Shares, keep_shares, read_shares, try_shares
 from potstill.engine.jobs.students import earlier_place, earlier_weights, has_begun, listed
 from potstill.engine.jobs.workplace import Share, Workplace
-from potstill.engine.measure.report import write_report
+from potstill.engine.measure.report import NEIGHBOURS, write_report
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import TSM
 from potstill.engine.methods.teacher import Teacher
@@ -104,8 +106,13 @@ class Job(Workplace):
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
-        with self.lock:
+        with self.lock, telling(self.dir) if self.tells else nullcontext():
             return self.all_stages()
+
+    @property
+    def tells(self) -> bool:
+        """Does this process keep report.html up to date while it works? Not where jobs of several students share the folder."""
+        return self.ranks.first and self.cfg.student is None
 
     def all_stages(self) -> dict[str, Any] | None:
         with self.shared_work():
@@ -234,9 +241,10 @@ class Job(Workplace):
         for note in method.notes:
             self.say(note)
         sampler = method.sampler
-        guard = build.lighten(method, self.cfg.skipping, self.say)
         share = k if self.partition else None
-        run = self.stage(method, self.cfg.train, self.student_file(k).parent, share, guard, spare=(teacher, start))
+        curve = self.curve(teacher, sampler, share, self.student_file(k).parent)
+        guard = build.lighten(method, self.cfg.skipping, self.say)
+        run = self.stage(method, self.cfg.train, self.student_file(k).parent, share, guard, spare=(teacher, start), curve=curve)
         self.prepared(teacher)
         self.save(run, self.student_file(k), **self.part_of(share))
         average = run.average()
@@ -252,11 +260,11 @@ class Job(Workplace):
 
     def stage(
         self, method: Method, cfg: TrainConfig, folder: Path, student: int | None = None, guard: Guard | None = None,
-        spare: Sequence[Denoiser] = (),
+        spare: Sequence[Denoiser] = (), curve: CurveOf | None = None,
     ) -> Run:  # fmt: skip
         """Train a method's nets to the end of cfg, in `folder`; of several students, one on its share.
 
-        spare: nets that wait in host memory meanwhile, where the method has them in shards.
+        spare: nets that wait in host memory meanwhile, where the method has them in shards. curve: what is measured in the run.
         """
         share = self.share(student)
         for net in method.nets.values():
@@ -270,9 +278,14 @@ class Job(Workplace):
         hooks = [Hook(cfg.grid_kimg or cfg.kimg / 10, lambda run: self.draw(run, folder))]
         if cfg.eval_kimg and self.distance is not None:
             hooks.append(Hook(cfg.eval_kimg, lambda run: self.evaluate_within(run, folder)))
+        if curve is not None:
+            hooks.append(Hook(cfg.kimg / POINTS, lambda run: self.point(run, curve)))
         if cfg.phema:
             hooks.append(Hook(cfg.between_profiles, lambda run: self.keep_profiles(run, folder, **self.part_of(student))))
         title = method.product if folder == self.dir else folder.name
+        if self.tells:
+            tell(self.dir, title, run)
+        hooks.append(Hook(min(hook.kimg for hook in hooks), lambda run: self.tell(run, title)))
         stream = self.stream(cfg, share, run.batches.window, method.asks)
         profile = Profile(folder) if self.cfg.profile and self.ranks.first else None
         group = self.dir.resolve().name
@@ -298,6 +311,12 @@ class Job(Workplace):
         self.ranks.on_first(lambda: save_png(self.gallery.grid(net, run.method.sampler), path))
         return {}
 
+    def tell(self, run: Run, title: str) -> dict[str, float]:
+        """What there is by now, in report.html."""
+        if self.tells:
+            tell(self.dir, title, run)
+        return {}
+
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """The Fréchet distance now, labelled with its n, and the scores; the best average by distance so far is kept as a weight file."""
         assert self.distance is not None
@@ -311,14 +330,36 @@ class Job(Workplace):
         distances = {f"fd@{result['n']}": result["fd"]} if "fd" in result else {}
         return distances | {f"score/{figure}": mean for figure, mean in result.get("scores", {}).items()}
 
+    def curve(self, teacher: Denoiser, sampler: Sampler, student: int | None, folder: Path) -> CurveOf | None:
+        """What the student's distance is measured with while it learns, where no other measurement is asked for. The teacher's is noted."""
+        share, cfg, walk = self.share(student), self.cfg, build.teacher_sampler(self.cfg, teacher)
+        if cfg.train.eval_kimg is not None or share.images is None:
+            return None
+        n = size_of(share.images, self.shown.decode, cfg.train.kimg, sampler, walk)
+        if n is None:
+            return None
+        prompts = (share.told.captions or share.told.prompts) if share.told else None
+        found = CurveOf(share.images, n, min(cfg.eval.batch, cfg.train.batch), self.device, prompts, self.shown.decode)
+        self.ranks.on_first(lambda: found.note_levels(folder, teacher, walk))
+        return found
+
+    def point(self, run: Run, curve: CurveOf) -> dict[str, float]:
+        net = run.average()
+        assert isinstance(net, Denoiser)
+        return {curve.name: self.ranks.agree(self.ranks.on_first(lambda: curve.of(net, run.method.sampler)) or 0.0)}
+
     # the end
 
     def finish(self, nets: Nets) -> dict[str, Any]:
         """Measure, and write what a user looks at."""
+        if self.tells:
+            tell(self.dir, "measuring teacher and student")
         found = self.measure(nets)
         files = [self.student_file(k) for k in range(self.cfg.students.count)]
         summary = summary_of(self, files, nets["teacher"][0], found, self.graphs, time.perf_counter() - self.began)
         write_json(self.dir / "summary.json", summary)
+        if self.tells:
+            tell_end(self.dir)
         write_report(self.dir)
         print_result(summary, self.dir)
         return summary
@@ -326,4 +367,6 @@ class Job(Workplace):
     def measure(self, nets: Nets) -> dict[str, Any]:
         """samples.png, and the distances of teacher, student and real images."""
         draw(nets, self.gallery, self.dir / "samples.png")
-        return measured(nets, self.distance)
+        found = measured(nets, self.distance)
+        found["student"] |= looked_closer(nets, self.gallery, self.distance, self.dir / NEIGHBOURS)
+        return found

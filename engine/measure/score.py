@@ -84,7 +84,7 @@ def reference(
         tally: Tally | None = None,
     ):
         mine = indices[share(ranks, len(indices), batch)]
-        pictures = resized(_read(images, mine, batch, device, fingerprint, decode), resize)
+        pictures = resized(pictures_of(images, mine, batch, device, decode, fingerprint), resize)
         if tally and captions:
             pictures = tally.over(pictures, [captions[int(i)] for i in mine])
         return moments(pictures, features, kept=kept, ranks=ranks).gaussian(kind)
@@ -259,8 +259,8 @@ def _rows(kept: list[Tensor], features: Features) -> Tensor:
     return torch.cat(kept) if kept else torch.zeros(0, features.num_features, dtype=torch.float64, device=features.device)
 
 
-def _read(
-    images: Images, indices: np.ndarray, batch: int, device: Device, fingerprint: Fingerprint | None, decode: Decode | None
+def pictures_of(
+    images: Images, indices: np.ndarray, batch: int, device: Device, decode: Decode | None = None, fingerprint: Fingerprint | None = None
 ) -> Iterator[Tensor]:
     """Real images [<= batch, C, H, W] uint8 on the device."""
     for start in range(0, len(indices), batch):

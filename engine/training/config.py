@@ -35,7 +35,9 @@ class TrainConfig:
     activation_checkpointing: str = "off"  # off | blocks: compute every block again in backward; a third more work, less memory
     log_iterations: int = 50  # between two log lines
     grid_kimg: float | None = None  # thousands of images between two grids of samples from fixed latents; null: ten over the run
-    eval_kimg: float | None = None  # thousands of images between two measurements (`eval`) in the run; null: never
+    eval_kimg: float | None = (
+        None  # thousands of images between two measurements (`eval`) in the run; null: eight cheap ones of a student; 0: none
+    )
     checkpoint_kimg: float | None = None  # thousands of images between two checkpoints; null: ten over the run
     keep: int = 2  # newest checkpoints kept
     on_nonfinite: str = "stop"  # when a number is not finite: stop | rollback (to the last checkpoint, and on without that batch)
@@ -46,9 +48,9 @@ class TrainConfig:
         if isinstance(self.micro_batch, str) and self.micro_batch.strip().isdecimal():
             self.micro_batch = int(self.micro_batch)  # recipes are read as text, and this setting may be text
         wants(self, "kimg", self.kimg <= 1e12, "at most 1e12")
-        above(self, 0, "kimg", "grid_kimg", "eval_kimg", "checkpoint_kimg", "phema_kimg")
+        above(self, 0, "kimg", "grid_kimg", "checkpoint_kimg", "phema_kimg")
         at_least(self, 1, "batch", "log_iterations", "keep")
-        at_least(self, 0, "ema_kimg", "ema_ramp_up")
+        at_least(self, 0, "ema_kimg", "ema_ramp_up", "eval_kimg")
         wants(self, "ema_std", self.ema_std is None or is_std(self.ema_std), f"a relative length above 0 and below {LIMIT}")
         files = [round(std, 3) for std in self.phema]  # which are named so
         good = all(map(is_std, self.phema)) and len({0.0, *files}) == len(files) + 1
