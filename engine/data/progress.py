@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from potstill.engine.common.errors import harmless
+
 T = TypeVar("T")
 
 
@@ -52,4 +54,4 @@ def in_order(work: Callable[[int], T], n: int, what: str | None, *, chunk: int =
 def note(text: str) -> None:
     """A line on stderr, from one process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {harmless(text)}", file=sys.stderr)
