@@ -5,6 +5,7 @@ Only a grid holds all images in memory. Every file is written beside its place a
 """
 
 import math
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def grid(
 
 def _under(heads: Sequence[str], picture: Image.Image, across: int) -> Image.Image:
     """A grid with words over its columns, in MOST_LINES lines at most; smaller where a word would be broken."""
-    width, words = across - LINE, [word[:width] for text in heads for word in text.split()]
+    width = across - LINE
+    words = [word[:width] for text in heads for word in text.split()]
     sizes = (SMALL, SMALL - 1, SMALL - 2)
     size = next((size for size in sizes if all(ImageFont.load_default(size).getlength(word) <= width for word in words)), SMALL)
     font = ImageFont.load_default(size)
@@ -150,14 +152,16 @@ def columns_of(classes: int, n: int) -> int:
 
 def titles(classes: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> list[str]:
     """How classes are called on a picture: by their names, where they have some in letters that are there; else by their numbers."""
-    known = {k: names[k] for k in set(map(int, classes)) if k < len(names)} if names else {}
-    return [known[k] if known.get(k) and _drawable(known[k]) else str(k) for k in map(int, classes)]
+    known = {k: _drawable(names[k]) for k in set(map(int, classes)) if k < len(names)} if names else {}
+    return [known.get(k) or str(k) for k in map(int, classes)]
 
 
-def _drawable(text: str) -> bool:
-    """Has the font of captions a letter for every one of these?"""
+def _drawable(text: str) -> str:
+    """The text in letters that the font of captions has, which are few, without accents that it lacks; "" where it lacks others."""
     font: Any = ImageFont.load_default(SMALL)
-    return all(c.isascii() or bytes(font.getmask(c)) != bytes(font.getmask("\U0010fffd")) for c in text)
+    none = bytes(font.getmask("\U0010fffd"))
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return next((one for one in (text, plain) if all(c.isascii() or bytes(font.getmask(c)) != none for c in one)), "")
 
 
 def side_by_side(grids: Mapping[str, Image.Image]) -> Image.Image:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from potstill.engine.common.class_names import plain
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import Images
 from potstill.engine.data.sampler import Stream
@@ -134,8 +133,7 @@ class Workplace:
     def class_names(self) -> list[str] | None:
         """Names of the classes, or of the first of them: the teacher's, which knows what it was told, else the data's."""
         own = metadata_of_origin(self.given_teacher) if self.given_teacher else {}
-        names = own.get("classes") or (self.images.classes if self.images else None)
-        return names and list(map(plain, names))
+        return own.get("classes") or (self.images.classes if self.images else None)
 
     @cached_property
     def inherited(self) -> dict[str, Any]:

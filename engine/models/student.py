@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from potstill.engine.common.class_names import number_named, plain
+from potstill.engine.common.class_names import number_named
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.embeddings import Encoder
 from potstill.engine.data.pipelines import decodes
@@ -191,8 +191,7 @@ class Student(nn.Module):
     @property
     def classes(self) -> list[str] | None:
         """Names of the net's classes, or of the first of them; None where they have none."""
-        names = self.metadata.get("classes")
-        return names and list(map(plain, names))
+        return self.metadata.get("classes")
 
     @property
     def device(self) -> torch.device:
