@@ -173,7 +173,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         say(f"real: {in_words(against.scores)}, {against.scores['scores_of']['n']} images")
     found: dict[str, Any] = {}
     for model in models:
-        bar, one_shown = model.role if ranks.first else None, shown[model.role]
+        bar, one_shown = f"measuring the {model.role}" if ranks.first else None, shown[model.role]
         how = common | {"prompts": one_shown.prompts, "decode": one_shown.decode}
         if features is None:
             prompts = how.pop("prompts")

@@ -22,6 +22,7 @@ import torch
 from potstill.engine.common.class_names import numbers_in
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.progress import Bar
 from potstill.engine.data.captions import read_prompts
 from potstill.engine.formats.pictures import Layout, layout, open_output, out_kind, save_png, side_by_side
 from potstill.engine.jobs.shown import check_teacher, shown_of
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> None:
 
     def made(model: Model) -> Iterator[np.ndarray]:
         told = shown.prompts if labels is None else labels
-        for batch in generate(model.net, model.sampler, told, seeds, batch=args.batch, device=device, decode=shown.decode):
+        batches = generate(model.net, model.sampler, told, seeds, batch=args.batch, device=device, decode=shown.decode)
+        for batch in Bar(f"sampling the {model.role}", len(seeds), unit="images").over(batches):
             yield batch.cpu().numpy()
 
     if args.beside is not None:

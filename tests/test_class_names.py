@@ -16,7 +16,6 @@ from potstill.engine.data.images import open_images
 from potstill.engine.data.labels import from_json
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.formats.pictures import grid, layout, titles
-from potstill.engine.models.opening import open_models
 from potstill.engine.models.student import Student
 from potstill.engine.models.weights import load_net, read_metadata, save_net
 from tests.test_sample import HEAD, tiny_net

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from potstill.engine.common.progress import Bar
 from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
@@ -88,9 +89,9 @@ class Distance:
         assert prompts is not None
         return scored(net.eval(), sampler, settings.pop("scores"), prompts, **settings)
 
-    def of_held_out(self, net: Denoiser, sampler: Sampler) -> dict[str, Any]:
+    def of_held_out(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The scores of as many images of the prompts that are held out."""
-        settings = self.settings
+        settings: dict[str, Any] = self.settings | {"progress": progress}
         assert self.shown.held_out is not None
         return scored(net.eval(), sampler, settings.pop("scores"), self.shown.held_out, **settings)
 
@@ -200,7 +201,7 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
     for name, net in nets.items():
         found[name] = distance.of(*net, progress=f"measuring the {name}")
         if distance.shown.held_out is not None:
-            found[name]["held_out"] = distance.of_held_out(*net)
+            found[name]["held_out"] = distance.of_held_out(*net, progress=f"measuring the {name} on held-out prompts")
     return found
 
 
@@ -208,8 +209,10 @@ def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
     """Real images and each net's, one sheet beside the other."""
     part = gallery.said(nets["student"][0].label_dim)
     grids = {} if gallery.images is None else {f"real{part}": gallery.grid_of_real(gallery.columns(nets["student"][0]))}
-    for name, (net, sampler) in nets.items():
-        grids[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}{part}"] = gallery.grid(net, sampler)
+    with Bar(f"drawing {path.name}", len(nets), unit="nets") as bar:
+        for name, (net, sampler) in nets.items():
+            grids[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}{part}"] = gallery.grid(net, sampler)
+            bar.update()
     save_png(side_by_side(grids), path)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from potstill.engine.common.class_names import numbers_in
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.progress import Bar
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 from potstill.engine.models.tensors import write_tensors
 
@@ -122,7 +123,8 @@ def write_pairs(
     """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
     shape = net.shape
     z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
-    y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
+    batches = generate(net, sampler, labels, range(n), batch=batch, device=device)
+    y = torch.cat([images.cpu() for images in Bar("making pairs", n, unit="pairs").over(batches)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
     write_tensors(path, tensors, {})
 
