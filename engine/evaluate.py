@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from potstill.engine.common.class_names import numbers_in
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.download import digest, file_at, is_url
 from potstill.engine.common.errors import Damaged, UserError
@@ -35,7 +36,7 @@ from potstill.engine.measure.score import FD, METRICS, Reference, check_fit, pic
 from potstill.engine.measure.scores import check_score_names, open_score
 from potstill.engine.measure.summary import read_summary
 from potstill.engine.models import presets
-from potstill.engine.models.generate import RANDOM, parse_classes
+from potstill.engine.models.generate import BALANCED, DATA, RANDOM
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, pipeline_named, settings
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import one_of
@@ -91,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--seed", type=int, help="of the first image; the next one has the next (default: the run's, else 0)")
     p.add_argument(
-        "--labels", help="data, balanced, random (EDM's, from the seeds) or classes such as 0,1 (default data; random with --reference)"
+        "--labels",
+        help="data, balanced, random (EDM's, from the seeds) or classes such as 0,1 or cats,dogs (default data; random with --reference)",
     )
     p.add_argument("--best-of", type=int, default=1, metavar="K", help="the smallest of K distances on n seeds each, marked as such")
     p.add_argument("--batch", type=int, help="images at a time (default: the run's, else 256)")
@@ -134,7 +136,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         if images is not None and not args.resize:
             named = (recipe.get("teacher") or {}).get("checkpoint") or (model.path if is_pipeline(model.path) else "FOLDER")
             check_latents(model, images, str(pipeline or named))
-        check_model(model, images, args.labels, resize)
+        check_model(model, images, resize)
+    labelled = {model.role: labels_of(model, args) for model in models}
     beside = told is None and args.source and is_pipeline(args.source) and getattr(models[0].net, "text", False)
     asked = (images.captions if images else None) if beside else told
     shown = {model.role: in_turn(ranks, lambda model=model: shown_of(args.source, model, device, asked, pipeline)) for model in models}
@@ -170,16 +173,15 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         say(f"real: {in_words(against.scores)}, {against.scores['scores_of']['n']} images")
     found: dict[str, Any] = {}
     for model in models:
-        bar, one_shown = model.role if ranks.first else None, shown[model.role]
+        bar, one_shown = f"measuring the {model.role}" if ranks.first else None, shown[model.role]
         how = common | {"prompts": one_shown.prompts, "decode": one_shown.decode}
         if features is None:
             prompts = how.pop("prompts")
             many = n if chosen["n"] is not None else min(len(prompts), n)
             one = scored(model.net, model.sampler, how.pop("scores"), prompts, n=many, **how, progress=bar)
         else:
-            labels = (args.labels or (RANDOM if args.reference else None)) if model.net.label_dim else None
             one = score(
-                model.net, model.sampler, images, features, n=n, **how, against=against, labels=labels, metrics=metrics,
+                model.net, model.sampler, images, features, n=n, **how, against=against, labels=labelled[model.role], metrics=metrics,
                 best_of=args.best_of, progress=bar,
             )  # fmt: skip
         found[model.role] = one = one | about(model)
@@ -246,13 +248,23 @@ def check_text(models: Iterable[Model], scores: list[str]) -> None:
         raise UserError(f"scores are of pictures and their prompts, and {model.path} is told none: leave --scores out")
 
 
-def check_model(model: Model, images: Images | None, labels: str | None, resize: int | None) -> None:
+def check_model(model: Model, images: Images | None, resize: int | None) -> None:
     if images is not None:
         check_fit(model.net, images, resize)
-    if labels not in (None, "data", "balanced", RANDOM) and model.net.label_dim:
-        parse_classes(labels, model.net.label_dim)
-    if labels is not None and not model.net.label_dim:
-        raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
+
+
+def labels_of(model: Model, args: argparse.Namespace) -> str | None:
+    """How the classes are chosen, by numbers where they are given by names. UserError for a net without, and what it does not know."""
+    labels = args.labels
+    if not model.net.label_dim:
+        if labels is not None:
+            raise UserError(f"the {model.role} ({model.path}) knows no classes, got --labels {labels}")
+        return None
+    if labels is None:
+        return RANDOM if args.reference else None
+    if labels in (DATA, BALANCED, RANDOM):
+        return labels
+    return ",".join(map(str, numbers_in(labels, model.net.label_dim, model.metadata.get("classes"))))
 
 
 def check_latents(model: Model, images: Images, pipeline: str) -> None:

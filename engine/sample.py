@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from potstill.engine.common.class_names import numbers_in
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
+from potstill.engine.common.progress import Bar
 from potstill.engine.data.captions import read_prompts
-from potstill.engine.formats.pictures import columns_for, open_output, out_kind, save_png, sheet
+from potstill.engine.formats.pictures import Layout, layout, open_output, out_kind, save_png, side_by_side
 from potstill.engine.jobs.shown import check_teacher, shown_of
 from potstill.engine.models import presets
-from potstill.engine.models.generate import Between, generate, parse_classes
+from potstill.engine.models.generate import Between, generate
 from potstill.engine.models.opening import ROLES, STUDENT, TEACHER, Model, device_named, open_models, pipeline_named, weight_files
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.nets.denoiser import Denoiser
@@ -45,7 +47,8 @@ def main(argv: list[str]) -> None:
     pipeline = pipeline_named(args.pipeline)
     models = chosen_models(args, device, pipeline)
     models[-1] = with_skipping(models[-1], args.plan, args.cache)
-    labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args)
+    names = models[0].metadata.get("classes")
+    labels = parse_labels(args.labels, models[0].net.label_dim, [s.start if isinstance(s, Between) else s for s in seeds], args, names)
     columns = args.frames if args.strip else None
     shown = shown_of(args.source, models[0], device, prompts_in(args.prompts), pipeline)
     for model in models[1:]:
@@ -56,16 +59,18 @@ def main(argv: list[str]) -> None:
 
     def made(model: Model) -> Iterator[np.ndarray]:
         told = shown.prompts if labels is None else labels
-        for batch in generate(model.net, model.sampler, told, seeds, batch=args.batch, device=device, decode=shown.decode):
+        batches = generate(model.net, model.sampler, told, seeds, batch=args.batch, device=device, decode=shown.decode)
+        for batch in Bar(f"sampling the {model.role}", len(seeds), unit="images").over(batches):
             yield batch.cpu().numpy()
 
     if args.beside is not None:
-        grids = {title(model): np.concatenate(list(made(model))) for model in models}
+        how = Layout(columns) if columns else layout(labels, len(seeds), names)
+        grids = {title(model): how.draw(np.concatenate(list(made(model)))) for model in models}
         with writing(args.out):
-            save_png(sheet(grids, columns or columns_for(labels, len(seeds))), args.out)
+            save_png(side_by_side(grids), args.out)
     else:
         numbers = [i if isinstance(seed, Between) else seed for i, seed in enumerate(seeds)]  # frames are counted
-        with open_output(args.out, kind, labels, numbers, columns) as add:
+        with open_output(args.out, kind, labels, numbers, columns, names) as add:
             for images in made(models[0]):
                 add(images)
     said = "; ".join(describe(model, len(seeds), labels) for model in models)
@@ -80,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, help=f"images of a strip, its ends among them (default {FRAMES})")
     p.add_argument(
         "--labels",
-        help="classes such as 0,1,2, or all: given to the images (or strips) in turn (default: seed s has class s mod classes)",
+        help="classes by number or name, such as 0,1,2 or cats,dogs, or all: given to the images (or strips) in turn (default: seed s has "
+        "class s mod classes); number:3 and name:3 where 3 could be either",
     )
     prompts = "of a net that is told some: a file (.txt, .jsonl) or one prompt, given to the images in turn (default: the run's)"
     p.add_argument("--prompts", metavar="FILE|TEXT", help=prompts)
@@ -197,7 +203,9 @@ def parse_strips(text: str, frames: int | None) -> list[Between]:
     return points
 
 
-def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: argparse.Namespace) -> np.ndarray | None:
+def parse_labels(
+    text: str | None, label_dim: int, seeds: Sequence[int], args: argparse.Namespace, names: Sequence[str] | None = None
+) -> np.ndarray | None:  # fmt: skip
     """The class of every image, [len(seeds)]; None for an unconditional net. All frames of a strip have one class."""
     if not label_dim:
         if text is not None:
@@ -206,7 +214,7 @@ def parse_labels(text: str | None, label_dim: int, seeds: Sequence[int], args: a
     if text is None:
         return np.array([seed % label_dim for seed in seeds])
     each = args.frames if args.strip else 1
-    classes = range(label_dim) if text == "all" else parse_classes(text, label_dim)
+    classes = range(label_dim) if text == "all" else numbers_in(text, label_dim, names)
     return np.resize(list(classes), len(seeds) // each).repeat(each)
 
 

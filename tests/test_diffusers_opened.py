@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from potstill.__main__ import main as potstill
 from potstill.engine.common.errors import UserError
 from potstill.engine.export import main as export
-from potstill.engine.formats.pictures import columns_for, save_png, sheet
+from potstill.engine.formats.pictures import layout, save_png, side_by_side
 from potstill.engine.jobs.finish import Gallery
 from potstill.engine.models import origins
 from potstill.engine.models.student import Student
@@ -150,7 +150,7 @@ def finished(place, pipelines):
             shutil.copytree(pipelines(teacher), place / teacher)
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
-            patch.setattr(Gallery, "count", 10)
+            patch.setattr(Gallery, "whole_rows", lambda *_: 10)
             patch.setattr(Gallery, "samples", lambda *arguments: shown.append(samples(*arguments)) or shown[-1])
             prompts = [] if teacher in ("dit", "unet") else ["text.prompts=prompts.txt", "text.precision=fp32"]
             train(["tiny.yaml", f"run_dir=runs/{kind}", f"teacher.checkpoint={teacher}", *prompts, *KINDS[kind]])
@@ -191,8 +191,9 @@ def test_a_run_is_opened_from_any_folder_with_its_teacher(kind, finished, tmp_pa
     evaluations = 2 if kind == "flux" else 3  # Heun takes one from pure noise
     out, titles = tmp_path / "pair.png", {"student": "student, 1 evaluation", "teacher": f"teacher, {evaluations} evaluations"}
     potstill(["sample", str(folder), "--beside", "--seeds", "0-9", "--device", "cpu", "--out", str(out)])
-    wanted = {title: shown[role].astype(np.uint8).transpose(0, 3, 1, 2) for role, title in titles.items()}
-    save_png(sheet(wanted, columns=columns_for(np.arange(10) % 4 if kind in ("dit", "several") else None, 10)), tmp_path / "wanted.png")
+    how = layout(np.arange(10) % 4 if kind in ("dit", "several") else None, 10)
+    wanted = {title: how.draw(shown[role].astype(np.uint8).transpose(0, 3, 1, 2)) for role, title in titles.items()}
+    save_png(side_by_side(wanted), tmp_path / "wanted.png")
     found, drawn = (np.asarray(Image.open(path)).astype(int) for path in (out, tmp_path / "wanted.png"))
     assert found.shape == drawn.shape and abs(found - drawn).max() <= 1
 

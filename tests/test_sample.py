@@ -21,6 +21,7 @@ from potstill.engine.models.weights import save_net
 from potstill.engine.nets.edm import from_kwargs
 
 ROOT = Path(__file__).parent.parent
+HEAD = 14  # pixels of the words over a grid's columns, on one line
 TINY = {
     "img_resolution": 8,
     "img_channels": 1,
@@ -73,7 +74,9 @@ def test_a_grid_has_a_column_per_class(run_dir, tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
     sample.main([str(run_dir), "--seeds", "0-24", "--out", str(out)])
     picture = read_png(out)
-    assert picture.shape == (1, 3 * 50 - 2, 10 * 50 - 2)
+    assert picture.shape == (1, HEAD + 3 * 50 - 2, 10 * 50 - 2)
+    assert all(picture[:, :HEAD, 50 * k : 50 * k + 48].min() < 128 for k in range(10))  # the class's number
+    picture = picture[:, HEAD:]
     images = made(run_dir, "student", np.arange(25) % 10, range(25))
     for i, image in enumerate(images):
         row, column = divmod(i, 10)
@@ -93,7 +96,7 @@ def test_three_kinds_of_output_hold_the_same_images(run_dir, tmp_path):
     files = sorted((tmp_path / "folder").iterdir())
     assert [f.name for f in files] == ["000003.png", "000004.png", "000005.png", "000007.png"]
     np.testing.assert_array_equal(read_png(files[3]), images[0].transpose(2, 0, 1))
-    assert read_png(tmp_path / "grid.png").shape == (1, 98, 98)  # two classes, two columns
+    assert read_png(tmp_path / "grid.png").shape == (1, HEAD + 98, 98)  # two classes, two columns
     again = open_images(tmp_path / "x.npz")  # what was sampled can be data
     np.testing.assert_array_equal(again.read(1), images[1].transpose(2, 0, 1))
     assert again.labels.tolist() == [4, 1, 4, 1]

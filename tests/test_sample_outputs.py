@@ -168,7 +168,7 @@ def test_student_and_teacher_from_the_same_noise(run_dir, tmp_path, capsys):
     labels = [4, 5, 6, 7]
     rows = {"student, 1 evaluation": made(run_dir, "student", labels, range(4, 8))}
     rows["teacher, 5 evaluations"] = made(run_dir, "teacher", labels, range(4, 8))
-    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(sheet(rows, 4)))
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(sheet(rows, 4, heads=["4", "5", "6", "7"])))
     assert "by the student" in (err := capsys.readouterr().err) and "by the teacher" in err
     again = sampled(run_dir / "student.safetensors", tmp_path / "y.png", "--seeds", "4-7", "--beside", str(run_dir / "teacher.safetensors"))
     assert again.read_bytes() == out.read_bytes()

@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 
-from potstill.engine.common.errors import ADVICE, UserError, told
+from potstill.engine.common.errors import ADVICE, UserError, harmless, told
 from potstill.engine.common.signals import Interrupted
 
 
@@ -27,7 +27,7 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {_escaped(str(error))}", file=sys.stderr)
+        print(f"error: {harmless(str(error))}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -43,8 +43,3 @@ def run(main: Callable[[list[str]], None], arguments: list[str] | None = None) -
             raise
         print(f"error: cannot go on{f' with {error.filename}' * bool(error.filename)}: {told(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def _escaped(text: str) -> str:
-    r"""The text with \x1b for an escape and the like: what a sentence quotes of a file shall not command the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

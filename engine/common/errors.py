@@ -35,6 +35,11 @@ def told(error: OSError) -> str:
     return f"{error.strerror or error}" + (f"; {advice}" if advice else "")
 
 
+def harmless(text: str) -> str:
+    r"""The text with \x1b for an escape and the like: what a sentence quotes of a file shall not command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def _doing(verb: str, path: object) -> Iterator[None]:
     """UserError for what the system has against it."""

@@ -23,6 +23,7 @@ from potstill.engine.data.pipelines import check_text, hash_of_part, index_of, l
 from potstill.engine.data.shards import (
     MANIFEST,
     SHARD_BYTES,
+    Done,
     Manifest,
     Shards,
     begun,
@@ -173,9 +174,12 @@ def write_embeddings(
     null = encoder.null
     write_shard(out / NULL, _packed(null, encoder.dtype) if null else {"none": torch.zeros(1)}, 1, manifest.tag("null"))
 
-    def make(rows: range) -> dict[str, Tensor]:
-        starts = range(rows.start, rows.stop, batch)
-        parts = [_packed(encoder(texts[start : min(start + batch, rows.stop)]), encoder.dtype) for start in starts]
+    def make(rows: range, done: Done) -> dict[str, Tensor]:
+        parts = []
+        for start in range(rows.start, rows.stop, batch):
+            some = texts[start : min(start + batch, rows.stop)]
+            parts.append(_packed(encoder(some), encoder.dtype))
+            done(len(some))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     write_shards(out, manifest, make, "embedding prompts")

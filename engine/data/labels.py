@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from potstill.engine.common.class_names import MOST as MAX_CLASSES  # a one-hot row has this many numbers at most
+from potstill.engine.common.class_names import NAMES as CLASS_NAMES
+from potstill.engine.common.class_names import plain
 from potstill.engine.common.errors import UserError
 
-MAX_CLASSES = 100_000  # a one-hot row has this many numbers at most; a larger label is a mistake, not a class
 MANY, FEW = 1000, 100  # of more than MANY classes at least one in FEW has an image, or the numbers are no classes
 NAMES = (
     "label", "labels", "cls", "class", "class_label", "class_id", "class_idx", "class_index", "label_id", "label_idx",
@@ -29,7 +31,7 @@ Say = Callable[[str], None]
 class Labels(NamedTuple):
     of: np.ndarray  # [N] int64, the class of each image
     dim: int  # how many classes there are: the width of a one-hot row
-    classes: list[str] | None = None  # their names
+    classes: list[str] | None = None  # their names (`class_names.plain`)
 
 
 Reader = Callable[[Say], Labels | None]  # the labels of a source, None where it has none; UserError for what is no label
@@ -44,6 +46,7 @@ def usual(names: Iterable[str], *more: str) -> list[str]:
 def checked(labels: np.ndarray, classes: list[str] | None, names: Sequence[str], where: str) -> Labels:
     """Labels [N] that lie in 0 … dim - 1, where dim is the number of class names or else one above the largest."""
     limit = len(classes) if classes else MAX_CLASSES
+    classes = list(map(plain, classes)) if classes else None
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
         i = wrong[0]
@@ -80,8 +83,8 @@ def from_json(text: bytes, names: Sequence[str], where: str, say: Say) -> Labels
         raise UserError(
             f'{where} is not readable as {{"labels": [[name, class], …]}} ({" ".join(str(error).split()):.100}); {IGNORE}'
         ) from error
-    if classes is not None and not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-        raise UserError(f'{where} has "classes" that are no list of names')
+    if classes not in (None, []) and not CLASS_NAMES.fits(classes):
+        raise UserError(f'{where} has "classes" that are no list of at most {MAX_CLASSES:,} names: mend it, or leave "classes" out')
     if len(given) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise UserError(f"{where} gives {twice} two labels, wanted every image once: remove the other; {IGNORE}")
@@ -132,7 +135,7 @@ def from_folders(names: Sequence[str], where: str, say: Say) -> Labels | None:
     if len({len(path) for path in paths}) > 1 or len(paths[0]) > 1:
         say(f"{where} has folders within folders; the classes are the outer ones ({', '.join(classes[:3])} …), those within are not")
     number = {name: k for k, name in enumerate(classes)}
-    return Labels(np.array([number[path[0]] for path in paths], np.int64), len(classes), classes)
+    return Labels(np.array([number[path[0]] for path in paths], np.int64), len(classes), list(map(plain, classes)))
 
 
 def has_class_folders(names: Sequence[str]) -> bool:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from potstill.engine.common.errors import UserError
+from potstill.engine.common.class_names import NAMES
+from potstill.engine.common.errors import Damaged, UserError
+from potstill.engine.common.kinds import shown
 from potstill.engine.data.files import Folder, Zip
 from potstill.engine.data.fingerprint import fingerprint
 from potstill.engine.data.labels import Labels, Reader, checked
@@ -210,6 +212,8 @@ def _labels(source: LatentSource) -> Labels | None:
     if labels.shape != (len(source),) or labels.is_floating_point():
         raise UserError(f"{source.path} has labels {list(labels.shape)} {labels.dtype}, wanted [{len(source)}] integers")
     classes = source.manifest.about.get("classes") if source.manifest else None
+    if classes is not None and not NAMES.fits(classes):
+        raise Damaged(f"{source.path} has classes = {shown(classes)} in its {MANIFEST}, wanted {NAMES.wanted}: {ADVICE}")
     return checked(labels.numpy(), classes, [source.title(i) for i in range(len(source))], source.path)
 
 

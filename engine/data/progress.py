@@ -1,4 +1,4 @@
-"""Work on every image of a set: done by threads, handed back in order, with a progress bar after the first second; notes."""
+"""Work on every image of a set: done by threads, handed back in order, and said how far it is; notes."""
 
 import os
 import sys
@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from tqdm import tqdm
+from potstill.engine.common.errors import harmless
+from potstill.engine.common.progress import Bar, first_rank
 
 T = TypeVar("T")
 
@@ -32,11 +33,7 @@ def in_order(work: Callable[[int], T], n: int, what: str | None, *, chunk: int =
     def run(start: int) -> list[T]:
         return [work(i) for i in range(start, min(start + chunk, n))]
 
-    bar = tqdm(  # on stderr, from one process only; rewritten often on a terminal and every ten seconds in a log file
-        total=n, desc=what, unit=" images", delay=1.0, mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        disable=what is None or os.environ.get("RANK", "0") != "0",
-    )  # fmt: skip
-    with ThreadPoolExecutor(threads) as pool, bar:
+    with ThreadPoolExecutor(threads) as pool, Bar(what, n, unit="images") as bar:
         waiting = deque(pool.submit(run, start) for start in islice(starts, 2 * threads))
         try:
             while waiting:
@@ -51,5 +48,5 @@ def in_order(work: Callable[[int], T], n: int, what: str | None, *, chunk: int =
 
 def note(text: str) -> None:
     """A line on stderr, from one process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
+    if first_rank():
+        print(f"note: {harmless(text)}", file=sys.stderr)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import DICT, TEXT, check, count
+from potstill.engine.common.progress import Bar
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import save_tensors, whole
 from potstill.engine.readers.headers import opened
@@ -28,6 +28,8 @@ MANIFEST, FORMAT = "shards.json", "potstill-shards-1"
 KINDS = {"format": TEXT, "kind": TEXT, "rows": count(1), "size": count(1), "about": DICT}
 SHARD_BYTES = 2**27  # about as many, in whole rows
 CRC, OF = "crc", "of"
+
+Done = Callable[[int], None]
 
 
 class Manifest(NamedTuple):
@@ -101,15 +103,14 @@ def path_of(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05}.safetensors"
 
 
-def write_shards(folder: Path, manifest: Manifest, make: Callable[[range], dict[str, Tensor]], what: str) -> None:
-    """Every shard that is not there yet, from the tensors that `make` returns for its rows. `what`: for the progress bar."""
+def write_shards(folder: Path, manifest: Manifest, make: Callable[[range, Done], dict[str, Tensor]], what: str) -> None:
+    """Every shard that is not there yet, from the tensors that `make` returns for its rows, which tells how many it has done. `what`: a title."""
     missing = missing_of(folder, manifest)
     todo = sum(len(manifest.rows_of(k)) for k in missing)
-    with tqdm(total=manifest.rows, initial=manifest.rows - todo, desc=what, delay=1.0) as bar:
+    with Bar(what, manifest.rows, manifest.rows - todo, unit=manifest.kind) as bar:
         for k in missing:
             rows = manifest.rows_of(k)
-            write_shard(path_of(folder, k), make(rows), len(rows), manifest.tag(k))
-            bar.update(len(rows))
+            write_shard(path_of(folder, k), make(rows, bar.update), len(rows), manifest.tag(k))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], n: int, tag: str) -> None:

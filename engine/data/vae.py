@@ -21,7 +21,7 @@ from potstill.engine.data.images import Images
 from potstill.engine.data.latents import LABELS, LATENTS, LatentSource, check_std
 from potstill.engine.data.pipelines import hash_of_part, load_autoencoder, load_vae
 from potstill.engine.data.progress import in_order
-from potstill.engine.data.shards import SHARD_BYTES, Manifest, begun, write_shards
+from potstill.engine.data.shards import SHARD_BYTES, Done, Manifest, begun, write_shards
 from potstill.engine.nets.edm2_latents import Affine, decoded
 from potstill.engine.nets.latents import decode_latents, encode_latents
 
@@ -100,11 +100,12 @@ def write_latents(
         with whole(out / CAPTIONS) as part:
             write_captions(part, captions)
 
-    def make(rows: range) -> dict[str, Tensor]:
+    def make(rows: range, done: Done) -> dict[str, Tensor]:
         read = in_order(lambda i: images.read(rows[i]), len(rows), None, chunk=batch)
         parts = []
         while some := list(islice(read, batch)):
             parts.append(vae.encode(seen(some)).cpu())
+            done(len(some))
         latents = torch.cat(parts)
         if not rows.start:
             check_std(latents, f"{images.name}, made by the VAE of {pipeline},")

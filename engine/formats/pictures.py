@@ -5,9 +5,11 @@ Only a grid holds all images in memory. Every file is written beside its place a
 """
 
 import math
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,18 @@ LINE = 2  # between the pictures of a grid
 CAPTION = 14  # height of the captions' letters
 GAP = 12
 TOLD, SMALL, MOST_LINES = 112, 10, 3  # of pictures with their captions: least width, height of letters, lines
-MOST_COLUMNS = 40  # with more classes than this a grid is square
+FEW, MOST_TOLD = 10, 400  # columns that are never too many; pictures with their captions on one sheet
 KINDS = (".png", ".npz", ".zip")
 
 Add = Callable[[np.ndarray], None]  # takes the next images, uint8 [n, C, H, W]
 
 
-def grid(images: Tensor | np.ndarray, columns: int | None = None, *, scale: int | None = None) -> Image.Image:
+def grid(
+    images: Tensor | np.ndarray, columns: int | None = None, *, scale: int | None = None, heads: Sequence[str] = ()
+) -> Image.Image:  # fmt: skip
     """uint8 images [N, C, H, W] (C = 1 or 3) row by row, a thin white line between them; by default about square.
 
-    `scale` repeats every pixel that often; by default just enough for a picture to be at least 48 pixels wide.
+    `scale` repeats every pixel that often; by default just enough for a picture to be at least 48 pixels wide. `heads` stand over the columns.
     """
     pictures = _as_array(images)
     n, channels, height, width = pictures.shape
@@ -46,7 +50,26 @@ def grid(images: Tensor | np.ndarray, columns: int | None = None, *, scale: int 
     for i, picture in enumerate(large):
         top, left = i // columns * down, i % columns * across
         canvas[top : top + down - LINE, left : left + across - LINE] = picture
-    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+    return _under(heads[:columns], picture, across) if heads else picture
+
+
+def _under(heads: Sequence[str], picture: Image.Image, across: int) -> Image.Image:
+    """A grid with words over its columns, in MOST_LINES lines at most; smaller where a word would be broken."""
+    width = across - LINE
+    words = [word[:width] for text in heads for word in text.split()]
+    sizes = (SMALL, SMALL - 1, SMALL - 2)
+    size = next((size for size in sizes if all(ImageFont.load_default(size).getlength(word) <= width for word in words)), SMALL)
+    font = ImageFont.load_default(size)
+    texts = [_wrapped(text, font, width) for text in heads]
+    top = max(map(len, texts)) * (SMALL + LINE) + LINE
+    canvas = Image.new(picture.mode, (picture.width, top + picture.height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, lines in enumerate(texts):
+        at = i * across + (across - LINE) / 2, top - LINE - len(lines) * (SMALL + LINE)
+        draw.multiline_text(at, "\n".join(lines), fill="black", font=font, spacing=LINE, align="center", anchor="ma")
+    canvas.paste(picture, (0, top))
+    return canvas
 
 
 def captioned(images: Tensor | np.ndarray, captions: Sequence[str], columns: int | None = None) -> Image.Image:
@@ -86,9 +109,59 @@ def _wrapped(text: str, font: Any, width: float) -> list[str]:
     return [*lines[: MOST_LINES - 1], f"{last} …"]
 
 
-def sheet(rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None) -> Image.Image:
+def sheet(
+    rows: Mapping[str, Tensor | np.ndarray], columns: int | None = None, *, scale: int | None = None, heads: Sequence[str] = ()
+) -> Image.Image:  # fmt: skip
     """One grid per caption, left to right: for example real | teacher | student. Every value is [N, C, H, W] uint8."""
-    return side_by_side({caption: grid(images, columns, scale=scale) for caption, images in rows.items()})
+    return side_by_side({caption: grid(images, columns, scale=scale, heads=heads) for caption, images in rows.items()})
+
+
+@dataclass
+class Layout:
+    """How pictures of classes lie on a sheet: `columns` side by side, all pictures of a column of one class where these have `heads`; else
+    `told` has the caption of every picture, where it is readable.
+    """
+
+    columns: int
+    heads: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+    def draw(self, images: Tensor | np.ndarray) -> Image.Image:
+        return captioned(images, self.told, self.columns) if self.told else grid(images, self.columns, heads=self.heads)
+
+
+def layout(labels: np.ndarray | None, n: int, names: Sequence[str] | None = None) -> Layout:
+    """Of n pictures, about square. Where few classes come in turn, each has columns of its own under its name, or else its number."""
+    side = default_columns(n)
+    if labels is None:
+        return Layout(side)
+    period = len(np.unique(labels))
+    in_turn = np.array_equal(labels, np.resize(labels[:period], n))
+    columns = columns_of(period, n)
+    if period == 1 and names:
+        return Layout(side, titles(labels[:1], names))
+    if in_turn and period > 1 and columns <= max(2 * side, FEW):
+        return Layout(columns, titles(np.resize(labels[:period], columns), names))
+    return Layout(side, told=titles(labels, names) if names and n <= MOST_TOLD else [])
+
+
+def columns_of(classes: int, n: int) -> int:
+    """A multiple of the number of classes that come in turn, of which n pictures make an about square sheet."""
+    return classes * max(1, round(math.sqrt(n) / classes))
+
+
+def titles(classes: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> list[str]:
+    """How classes are called on a picture: by their names, where they have some in letters that are there; else by their numbers."""
+    known = {k: _drawable(names[k]) for k in set(map(int, classes)) if k < len(names)} if names else {}
+    return [known.get(k) or str(k) for k in map(int, classes)]
+
+
+def _drawable(text: str) -> str:
+    """The text in letters that the font of captions has, which are few, without accents that it lacks; "" where it lacks others."""
+    font: Any = ImageFont.load_default(SMALL)
+    none = bytes(font.getmask("\U0010fffd"))
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return next((one for one in (text, plain) if all(c.isascii() or bytes(font.getmask(c)) != none for c in one)), "")
 
 
 def side_by_side(grids: Mapping[str, Image.Image]) -> Image.Image:
@@ -151,25 +224,27 @@ def out_kind(out: Path) -> str:
 
 
 @contextmanager
-def open_output(out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None) -> Iterator[Add]:
+def open_output(
+    out: Path, kind: str, labels: np.ndarray | None, seeds: Sequence[int], columns: int | None = None, names: list[str] | None = None
+) -> Iterator[Add]:  # fmt: skip
     """What takes the next images, for len(seeds) of them; what is there is replaced. UserError where it cannot be written after all."""
     with writing(out):
         (out if kind == "folder" else out.parent).mkdir(parents=True, exist_ok=True)
         if kind == "png":
-            opened = _grid_file(out, columns or columns_for(labels, len(seeds)))
+            opened = _grid_file(out, Layout(columns) if columns else layout(labels, len(seeds), names))
         elif kind == "npz":
             opened = _npz_file(out, labels, seeds)
         else:
-            opened = _edm_zip(out, labels) if kind == "zip" else _png_folder(out, seeds)
+            opened = _edm_zip(out, labels, names) if kind == "zip" else _png_folder(out, seeds)
         with opened as add:
             yield add
 
 
 @contextmanager
-def _grid_file(out: Path, columns: int) -> Iterator[Add]:
+def _grid_file(out: Path, how: Layout) -> Iterator[Add]:
     images: list[np.ndarray] = []
     yield images.append
-    save_png(grid(np.concatenate(images), columns), out)
+    save_png(how.draw(np.concatenate(images)), out)
 
 
 @contextmanager
@@ -205,22 +280,14 @@ def _npz_file(out: Path, labels: np.ndarray | None, seeds: Sequence[int]) -> Ite
 
 
 @contextmanager
-def _edm_zip(out: Path, labels: np.ndarray | None) -> Iterator[Add]:
+def _edm_zip(out: Path, labels: np.ndarray | None, names: list[str] | None) -> Iterator[Add]:
     """EDM's dataset zip, in the order of the seeds."""
     waiting = None if labels is None else iter(labels)
-    with dataset_zip(out, overwrite=True) as archive:
+    all_named = names is not None and labels is not None and int(labels.max()) < len(names)
+    with dataset_zip(out, classes=names if all_named else None, overwrite=True) as archive:
 
         def add(images: np.ndarray) -> None:
             for image in images:
                 archive.add(png(grid(image[None], 1, scale=1)), None if waiting is None else int(next(waiting)))
 
         yield add
-
-
-def columns_for(labels: np.ndarray | None, n: int) -> int:
-    """One column per class where the classes come in turn, else about square."""
-    if labels is not None:
-        period = len(np.unique(labels))
-        if 1 < period <= MOST_COLUMNS and np.array_equal(labels, np.resize(labels[:period], n)):
-            return period
-    return default_columns(n)

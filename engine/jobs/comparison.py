@@ -36,7 +36,7 @@ from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.training.run import Run
 
 AGAIN = "remove it and repeat the command, which makes it again"
-SHOWN = 30  # pictures of each method in samples.png
+SHOWN = 30  # about as many pictures of each method in samples.png
 
 
 class SnapshotJob(Job):
@@ -186,14 +186,15 @@ def finish_run(job: Job, summary: dict[str, Any], name: str) -> None:
 
 def sheets(job: Job, teacher: Denoiser, summary: dict[str, Any], folder: Path) -> Image.Image:
     """Real images, the teacher's and every method's, all nets from the same noise, three to a row."""
-    gallery = job.gallery
-    pictures = {"real": gallery.real()[:SHOWN]}
+    gallery, columns = job.gallery, job.gallery.columns(teacher)
+    shown = max(1, round(SHOWN / columns)) * columns
+    pictures = {"real": gallery.real()[:shown]}
     teachers = gallery.samples(teacher, build.teacher_sampler(job.cfg, teacher))
-    pictures[f"teacher, NFE {summary['teacher']['nfe']}"] = teachers[:SHOWN]
+    pictures[f"teacher, NFE {summary['teacher']['nfe']}"] = teachers[:shown]
     for name, one in summary["methods"].items():
         (model,) = open_models(folder / name, STUDENT)
-        pictures[f"{name}, NFE {one['nfe']}"] = gallery.samples(job.prepared(model.net).eval(), model.sampler)[:SHOWN]
+        pictures[f"{name}, NFE {one['nfe']}"] = gallery.samples(job.prepared(model.net).eval(), model.sampler)[:shown]
     captions = list(pictures)
     lines = [captions[i : i + 3] for i in range(0, len(captions), 3)]
-    columns = gallery.columns(teacher)
-    return stacked([sheet({caption: pictures[caption] for caption in line}, columns=columns) for line in lines])
+    heads = gallery.heads(teacher.label_dim)
+    return stacked([sheet({caption: pictures[caption] for caption in line}, columns, heads=heads) for line in lines])

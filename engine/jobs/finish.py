@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from potstill.engine.common.progress import Bar
 from potstill.engine.config.tree import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import AT_ONCE
 from potstill.engine.diffusion.sampling import Sampler
-from potstill.engine.formats.pictures import captioned, grid, save_png, side_by_side, stacked
+from potstill.engine.formats.pictures import captioned, columns_of, grid, save_png, side_by_side, stacked, titles
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
 from potstill.engine.measure.caveats import caveats
@@ -29,6 +30,7 @@ from potstill.engine.models.weights import read_metadata
 from potstill.engine.nets.denoiser import Denoiser
 
 MOST = 50_000  # images, unless eval.n asks for more
+MOST_CLASSES = 10  # on a sheet
 
 
 @dataclass
@@ -89,43 +91,64 @@ class Distance:
         assert prompts is not None
         return scored(net.eval(), sampler, settings.pop("scores"), prompts, **settings)
 
-    def of_held_out(self, net: Denoiser, sampler: Sampler) -> dict[str, Any]:
+    def of_held_out(self, net: Denoiser, sampler: Sampler, progress: str | None = None) -> dict[str, Any]:
         """The scores of as many images of the prompts that are held out."""
-        settings = self.settings
+        settings: dict[str, Any] = self.settings | {"progress": progress}
         assert self.shown.held_out is not None
         return scored(net.eval(), sampler, settings.pop("scores"), self.shown.held_out, **settings)
 
 
 class Gallery:
-    """What one data set's pictures show; `images` is None for a data-free run."""
+    """What one data set's pictures show; `images` is None for a data-free run. names: of the classes, where they have some."""
 
-    def __init__(self, images: Images | None, device: torch.device, shown: Shown):
-        self.images, self.device, self.shown = images, device, shown
+    def __init__(self, images: Images | None, device: torch.device, shown: Shown, names: list[str] | None = None):
+        self.images, self.device, self.shown, self.names = images, device, shown, names
 
     @property
     def count(self) -> int:
-        """Sixty divide into rows of 10 classes; beside their captions fewer can be looked at."""
+        """About so many: sixty divide into rows of 10 classes; beside their captions fewer can be looked at."""
         return 24 if self.shown.prompts else 60
+
+    def whole_rows(self, label_dim: int) -> int:
+        """So many, of a net or data with these classes."""
+        columns = self.columns_of(label_dim)
+        return self.count if self.shown.prompts else max(1, round(self.count / columns)) * columns
 
     def grid(self, net: Denoiser, sampler: Sampler) -> Image:
         """Generated images, each with its prompt where there are some."""
         images, prompts, columns = self.samples(net, sampler), self.shown.prompts, self.columns(net)
         if prompts is None:
-            return grid(images, columns)
+            return grid(images, columns, heads=self.heads(net.label_dim))
         return captioned(images, [prompts.text(i % len(prompts)) for i in range(len(images))], columns)
 
     def grid_of_real(self, columns: int) -> Image:
-        """As many real images, with their captions."""
+        """As many real images, with their captions or classes."""
         assert self.images is not None
         told = self.images.captions if self.shown.prompts else None
-        return captioned(self.real(), [told[i] for i in self.real_places()], columns) if told else grid(self.real(), columns)
+        if told:
+            return captioned(self.real(), [told[i] for i in self.real_places()], columns)
+        dim = 0 if self.shown.prompts else self.images.label_dim
+        return grid(self.real(), columns, heads=self.heads(dim) if columns == self.columns_of(dim) else [])
+
+    def heads(self, label_dim: int) -> list[str]:
+        """What stands over the columns; nothing where they are of no class or of one without a name."""
+        classes = self.classes(label_dim) if label_dim else np.arange(0)
+        if len(classes) == 1:
+            return titles(classes, self.names) if self.names else []
+        return titles(np.resize(classes, self.columns_of(label_dim)), self.names) if len(classes) else []
+
+    def said(self, label_dim: int) -> str:
+        """Which part of the classes is shown, if not all."""
+        shown, there = (len(self.classes(label_dim)), len(self.all_classes(label_dim))) if label_dim else (0, 0)
+        return f", {shown} of {there:,} classes" if shown < there else ""
 
     def samples(self, net: Denoiser, sampler: Sampler) -> torch.Tensor:
-        """Generated images [count, C, H, W], uint8."""
-        labels = np.resize(self.classes(net.label_dim), self.count) if net.label_dim else self.shown.prompts
+        """Generated images [whole_rows, C, H, W], uint8."""
+        n = self.whole_rows(net.label_dim)
+        labels = np.resize(self.classes(net.label_dim), n) if net.label_dim else self.shown.prompts
         decode = self.shown.decode
         how: dict[str, Any] = {"batch": AT_ONCE, "decode": decode} if decode else {}
-        return torch.cat(list(generate(net, sampler, labels, range(self.count), device=self.device, **how)))
+        return torch.cat(list(generate(net, sampler, labels, range(n), device=self.device, **how)))
 
     def real(self) -> torch.Tensor:
         """As many real images, uint8."""
@@ -139,22 +162,31 @@ class Gallery:
         if self.shown.prompts is not None and self.images.captions:
             return np.arange(self.count) % len(self.images)
         if self.images.labels is None:
-            return np.linspace(0, len(self.images) - 1, self.count).astype(int)
+            return np.linspace(0, len(self.images) - 1, self.whole_rows(0)).astype(int)
         of_class = [np.flatnonzero(self.images.labels == c) for c in self.classes(self.images.label_dim)]
         columns = len(of_class)
-        return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.count)])
+        return np.array([of_class[i % columns][(i // columns) % len(of_class[i % columns])] for i in range(self.whole_rows(len(of_class)))])
 
     def columns(self, net: Denoiser) -> int:
         """How many pictures stand side by side."""
+        return self.columns_of(net.label_dim)
+
+    def columns_of(self, label_dim: int) -> int:
+        """A multiple of the classes that are shown, so that each has columns of its own."""
         if self.shown.prompts:
             return 4
-        classes = len(self.classes(net.label_dim))
-        return classes if net.label_dim and classes > 1 else 10
+        classes = len(self.classes(label_dim)) if label_dim else 0
+        return columns_of(classes, self.count) if classes > 1 else 10
 
     def classes(self, label_dim: int) -> np.ndarray:
-        """The classes in the columns: the first ten that have images; without labelled data, the first ten."""
+        """The classes in the columns: ten at most, evenly taken from all."""
+        there = self.all_classes(label_dim)
+        return there[np.linspace(0, len(there) - 1, min(len(there), MOST_CLASSES)).round().astype(int)]
+
+    def all_classes(self, label_dim: int) -> np.ndarray:
+        """Those that have images; without labelled data all that there are."""
         labels = None if self.images is None else self.images.labels
-        return (np.arange(label_dim) if labels is None else np.unique(labels))[:10]
+        return np.arange(label_dim) if labels is None else np.unique(labels)
 
 
 Nets = dict[str, tuple[Denoiser, Sampler]]  # {"teacher": …, "student": …}: each net and how it is sampled
@@ -171,15 +203,18 @@ def measured(nets: Nets, distance: Distance | None) -> dict[str, Any]:
     for name, net in nets.items():
         found[name] = distance.of(*net, progress=f"measuring the {name}")
         if distance.shown.held_out is not None:
-            found[name]["held_out"] = distance.of_held_out(*net)
+            found[name]["held_out"] = distance.of_held_out(*net, progress=f"measuring the {name} on held-out prompts")
     return found
 
 
 def draw(nets: Nets, gallery: Gallery, path: Path) -> None:
     """Real images and each net's, one sheet beside the other."""
-    grids = {} if gallery.images is None else {"real": gallery.grid_of_real(gallery.columns(nets["student"][0]))}
-    for name, (net, sampler) in nets.items():
-        grids[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}"] = gallery.grid(net, sampler)
+    part = gallery.said(nets["student"][0].label_dim)
+    grids = {} if gallery.images is None else {f"real{part}": gallery.grid_of_real(gallery.columns(nets["student"][0]))}
+    with Bar(f"drawing {path.name}", len(nets), unit="nets") as bar:
+        for name, (net, sampler) in nets.items():
+            grids[f"{name}, {sampler.nfe} evaluation{'s' * (sampler.nfe > 1)}{part}"] = gallery.grid(net, sampler)
+            bar.update()
     save_png(side_by_side(grids), path)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from potstill.engine.common.class_names import first_unlike
+from potstill.engine.common.errors import harmless
 from potstill.engine.config import unused
 from potstill.engine.config.tree import Config
 from potstill.engine.data.images import data_variance
@@ -61,7 +63,7 @@ class Job(Workplace):
             self.say(note)
         self.graphs: dict[str, Any] = {}  # of every stage of this call: what was replayed and what was not
         self.shown = Shown()
-        self.gallery = Gallery(self.images, self.device, self.shown)
+        self.gallery = Gallery(self.images, self.device, self.shown, self.class_names)
         measured = self.images is not None or cfg.eval.scores
         self.distance = Distance(cfg.eval, self.images, self.device, self.shown) if measured else None
         self.on_paper = preflight.check_on_paper(cfg, self.images, self.dir, ranks)
@@ -89,6 +91,11 @@ class Job(Workplace):
         ranks.on_first(self.begin)
         if self.images is not None and (empty := self.on_paper.empty):
             self.say(f"note: {self.images.name} has no images of {listed(empty)}: left out of the grids and distances")
+        if self.images is not None and (unlike := first_unlike(self.images.classes or [], self.class_names or [])):
+            k, here, there = unlike
+            self.say(
+                harmless(f"note: class {k} is {here} in {self.images.name} and {there} to the teacher: see that both number them alike")
+            )
         among = f"{ranks.count} ranks, {cfg.train.parallel}, " if ranks.count > 1 else ""
         self.say(f"{self.dir}: {among}{self.device.type}, {str(self.dtype).removeprefix('torch.')} U-Nets ({self.why_dtype})")
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.engine.common.download import digest
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import Kind, check, is_list, is_whole, optional
+from potstill.engine.common.progress import Bar
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.tree import Config
 from potstill.engine.data.embeddings import is_made
@@ -143,8 +143,8 @@ def _different(prompts: Prompts) -> np.ndarray:
 
 def _each(prompts: Prompts, ids: np.ndarray, say: Callable[[Text], Tensor]) -> Tensor:
     """`say` of these prompts, on the host."""
-    starts = tqdm(range(0, len(ids), BATCH), desc="sharing out prompts", delay=1.0)
-    return torch.cat([say(prompts.rows(ids[start : start + BATCH].tolist())).cpu() for start in starts])
+    parts = (say(prompts.rows(ids[start : start + BATCH].tolist())).cpu() for start in range(0, len(ids), BATCH))
+    return torch.cat(list(Bar("sharing out prompts", len(ids), unit="prompts").over(parts)))
 
 
 def _mark(folder: Path) -> dict[str, dict[str, str]]:

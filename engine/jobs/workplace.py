@@ -104,7 +104,7 @@ class Workplace:
         """Write the average of a run's product as a weight file that says what it is and where it comes from."""
         product = run.average()
         assert isinstance(product, Denoiser)
-        self.ranks.on_first(lambda: save_net(path, product, **self.about(run), **more))
+        self.ranks.on_first(lambda: save_net(path, product, **self.about(run), **self.named(product), **more))
 
     def keep_profiles(self, run: Run, folder: Path, **more: Any) -> dict[str, float]:
         """Write the averages of `train.phema` as weight files, of which `potstill convert phema` makes one of any length."""
@@ -113,8 +113,8 @@ class Workplace:
         for std in run.cfg.phema:
             average, path = run.profile(std), profile_file(folder, run.images_seen, std)
             assert isinstance(average, Denoiser)
-            phema = {"std": std, "images": run.images_seen}
-            self.ranks.on_first(lambda net=average, path=path, phema=phema: save_net(path, net, **about, **more, phema=phema))
+            said = about | self.named(average) | more | {"phema": {"std": std, "images": run.images_seen}}
+            self.ranks.on_first(lambda net=average, path=path, said=said: save_net(path, net, **said))
         return {}
 
     def about(self, run: Run) -> dict[str, Any]:
@@ -124,6 +124,16 @@ class Workplace:
             "method": self.cfg.method.name if run.method.product == "student" else "teacher",
             "data": self.images.name if self.images else "none", **self.inherited,
         }  # fmt: skip
+
+    def named(self, net: Denoiser) -> dict[str, Any]:
+        """What a weight file says of its net's classes, where they have names."""
+        return {"classes": self.class_names} if net.label_dim and self.class_names else {}
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, or of the first of them: the teacher's, which knows what it was told, else the data's."""
+        own = metadata_of_origin(self.given_teacher) if self.given_teacher else {}
+        return own.get("classes") or (self.images.classes if self.images else None)
 
     @cached_property
     def inherited(self) -> dict[str, Any]:

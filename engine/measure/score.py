@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.packages import versions_of
+from potstill.engine.common.progress import Bar
 from potstill.engine.data.images import Images
 from potstill.engine.diffusion.sampling import Sampled, Sampler
 from potstill.engine.measure.distances import Gaussian, check_neighbours, gathered, kid, moments, precision_recall, share, squared_distance
@@ -84,7 +84,8 @@ def reference(
         tally: Tally | None = None,
     ):
         mine = indices[share(ranks, len(indices), batch)]
-        pictures = resized(pictures_of(images, mine, batch, device, decode, fingerprint), resize)
+        read = pictures_of(images, mine, batch, device, decode, fingerprint)
+        pictures = Bar(f"measuring {images.name}", len(mine), unit="images").over(resized(read, resize))
         if tally and captions:
             pictures = tally.over(pictures, [captions[int(i)] for i in mine])
         return moments(pictures, features, kept=kept, ranks=ranks).gaussian(kind)
@@ -117,7 +118,7 @@ def score(
     that kept its features. best_of > 1 evaluates as often, every time with the next n seeds, and reports the smallest
     distance, marked as such. `prompts` are for nets that are told some, each in turn, and `scores` of their pictures; `decode` shows
     latents, and `resize` is the size that pictures are measured at. `against` saves computing the real side again; `progress` is the
-    title of a bar on stderr.
+    title of a bar.
     UserError where net and data do not fit.
     """
     if images is not None:
@@ -142,7 +143,7 @@ def score(
             classes, labels_kind = labels_for(net, None if images is None else images.labels, n, labels, seed=first)
             own = None if classes is None else classes[mine]
         batches = generate(net, sampler, own, (first + mine).tolist(), batch=batch, device=device, decode=decode)
-        pictures = _with_bar(resized(batches, resize), len(mine), progress)
+        pictures = Bar(progress, len(mine), unit="images").over(resized(batches, resize))
         kept, tally = None if set(metrics) == {FD} else [], Tally(scores, device)
         if isinstance(own, Picked) and scores:
             pictures = tally.over(pictures, own.texts)
@@ -186,7 +187,7 @@ def scored(
     start, mine, tally = time.perf_counter(), share(ranks, n, batch), Tally(scores, device)
     own = Picked.of(prompts, mine)
     batches = generate(net, sampler, own, (seed + mine).tolist(), batch=batch, device=device, decode=decode)
-    for _ in tally.over(_with_bar(resized(batches, resize), len(mine), progress), own.texts):
+    for _ in tally.over(Bar(progress, len(mine), unit="images").over(resized(batches, resize)), own.texts):
         pass
     found = tally.result(ranks) | {"nfe": sampler.nfe, "n": n, "seeds": f"{seed}-{seed + n - 1}"} | told_and_shown(PROMPTS, prompts, resize)
     return found | {
@@ -275,14 +276,6 @@ def shown(images: Images, rows: Tensor, decode: Decode | None) -> Tensor:
     return to_uint8(decode(images.seen(rows)) if decode else images.seen(rows)) if images.latent else rows
 
 
-def _with_bar(batches: Iterator[Tensor], n: int, title: str | None) -> Iterator[Tensor]:
-    """The same batches, with a bar on stderr if that is a terminal."""
-    with tqdm(total=n, desc=title, unit="img", disable=None if title else True, leave=False) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
-
-
 def tools() -> dict[str, str]:
     """Versions of what took part, as far as it is installed."""
     return {"python": platform.python_version()} | versions_of(*PACKAGES)
@@ -315,6 +308,7 @@ class Judge:
         check_fit(net, self.images)
         labels, _ = labels_for(net, self.images.labels, self.n)
         seeds = range(self.seed, self.seed + self.n)
-        shown = list(generate(net, sampler, labels, seeds, batch=self.batch, device=self.device))
+        batches = generate(net, sampler, labels, seeds, batch=self.batch, device=self.device)
+        shown = list(Bar("measuring samples", self.n, unit="images").over(batches))
         fakes = {title: moments(shown, one).gaussian("generated") for title, one in self.features.items()}
         return {title: squared_distance(self.references[title].gaussian, fake) for title, fake in fakes.items()}

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from potstill.engine.common.class_names import numbers_in
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.progress import Bar
 from potstill.engine.diffusion.sampling import Sampled, Sampler, SeedNoise
 from potstill.engine.models.tensors import write_tensors
 
@@ -121,7 +123,8 @@ def write_pairs(
     """A safetensors file of n pairs: noise z (float32), what a deterministic sampler makes of it (y, uint8), labels."""
     shape = net.shape
     z = torch.cat([SeedNoise([seed]).normal(*shape) for seed in range(n)])
-    y = torch.cat([images.cpu() for images in generate(net, sampler, labels, range(n), batch=batch, device=device)])
+    batches = generate(net, sampler, labels, range(n), batch=batch, device=device)
+    y = torch.cat([images.cpu() for images in Bar("making pairs", n, unit="pairs").over(batches)])
     tensors = {"z": z, "y": y} | ({} if labels is None else {"labels": torch.from_numpy(labels)})
     write_tensors(path, tensors, {})
 
@@ -151,7 +154,7 @@ def labels_for(
         if known is None:
             raise UserError("--labels data wants labelled data, and there are none: take balanced or random")
         return known[np.arange(n) * len(known) // n], DATA  # the first n would be one class of sorted data
-    return np.resize(parse_classes(how, net.label_dim), n), how
+    return np.resize(numbers_in(how, net.label_dim, None), n), how
 
 
 def classes_of_seeds(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
@@ -162,11 +165,3 @@ def classes_of_seeds(net: Sampled, seeds: Sequence[int]) -> np.ndarray:
         torch.randn(*shape, generator=generator)
         found.append(int(torch.randint(net.label_dim, (), generator=generator)))
     return np.array(found, np.int64)
-
-
-def parse_classes(text: str, label_dim: int) -> list[int]:
-    """`0,3,5` as classes of a net with so many of them."""
-    parts = [part.strip() for part in text.split(",")]
-    if bad := [p for p in parts if not p.isdecimal() or int(p) >= label_dim]:
-        raise UserError(f"labels want to be among 0 … {label_dim - 1}, such as 0,1,2, or all; got {bad[0]!r}")
-    return [int(part) for part in parts]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from potstill.engine.common.class_names import number_named
 from potstill.engine.common.errors import UserError
 from potstill.engine.data.embeddings import Encoder
 from potstill.engine.data.pipelines import decodes
@@ -147,7 +148,7 @@ class Student(nn.Module):
     def forward(
         self,
         seeds: Sequence[int],
-        labels: Sequence[int] | np.ndarray | Tensor | None = None,
+        labels: Sequence[int | str] | np.ndarray | Tensor | None = None,
         *,
         prompts: Sequence[str] | Text | None = None,
         dtype: torch.dtype = torch.uint8,
@@ -157,7 +158,7 @@ class Student(nn.Module):
 
         Args:
             seeds: whole numbers; noise is drawn on the CPU.
-            labels: one class for each seed; by default seed s has class s mod classes, as in `potstill sample`.
+            labels: one class for each seed, by number or, where classes have names (`classes`), by name; by default seed s has class s mod classes, as in `potstill sample`.
             prompts: of a net that is told some, one for each seed, as texts or embedded (`encode`).
             dtype: uint8, EDM's rounding to 0 … 255; or float32, about in [-1, 1]. Latents are decoded by the VAE of `pipeline`.
             batch: images at a time.
@@ -186,6 +187,11 @@ class Student(nn.Module):
             raise UserError(f"wanted a list of prompts, got {prompts!r:.60}")
         pipeline = self._of_pipeline("embeds prompts")
         return self._kept("encoder", lambda: Encoder(pipeline, self.device, **self.text))(prompts)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the net's classes, or of the first of them; None where they have none."""
+        return self.metadata.get("classes")
 
     @property
     def device(self) -> torch.device:
@@ -242,6 +248,8 @@ class Student(nn.Module):
             return None
         if labels is None:
             return np.array([seed % self.label_dim for seed in seeds], np.int64)
+        if not isinstance(labels, Tensor | np.ndarray):
+            labels = [number_named(one, self.classes) if isinstance(one, str) else one for one in labels]
         classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
         if classes.shape != (len(seeds),) or classes.dtype.kind not in "iu":
             raise UserError(f"wanted one class for each of {len(seeds)} seeds, got {classes.dtype} {list(classes.shape)}")

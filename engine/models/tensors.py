@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from potstill.engine.common.class_names import NAMES, plain
 from potstill.engine.common.errors import Damaged
 from potstill.engine.common.kinds import DICT, NUMBER, Kind, check, count, is_list, is_number, is_text, number
 from potstill.engine.common.writing import save_tensors, whole
@@ -37,7 +38,7 @@ def _is_encoder(value: Any) -> bool:
 ENCODER = Kind(_is_encoder, "a class and perhaps a VAE with its scale and bias")
 METADATA: dict[str, Kind] = {
     "method": Kind(lambda value: is_text(value) and len(value) <= 100 and value.isprintable(), "a name"),
-    "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": ENCODER, "sampler": DICT, "teacher": DICT, "phema": DICT,
+    "classes": NAMES, "kwargs": DICT, "diffusers": DICT, "lora": DICT, "encoder": ENCODER, "sampler": DICT, "teacher": DICT, "phema": DICT,
     "reconstructed": DICT, "kimg": NUMBER, "seconds": number(0), "student": count(0),
     "chosen_by": Kind(lambda value: isinstance(value, dict) and {"metric", "best_of"} <= value.keys(), "a metric and best_of"),
 }  # fmt: skip
@@ -63,7 +64,7 @@ def metadata_of(path: Path, file: Any) -> dict[str, Any]:
     """The metadata of an open file, JSON values decoded, without the checksum. Damaged where one is of another kind than ours are."""
     found = {k: v if k in TEXTS else _decoded(v) for k, v in (file.metadata() or {}).items() if k != CHECKSUM}
     check(path, found, METADATA, "copy or download it again")
-    return found
+    return found | ({"classes": list(map(plain, found["classes"]))} if "classes" in found else {})
 
 
 def tensors_of(path: Path, file: Any) -> dict[str, torch.Tensor]:

@@ -70,6 +70,8 @@ def planned(path: Path, meta: dict[str, Any], names: Collection[str]) -> Denoise
         raise
     except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise Damaged(f"{path} describes a net that cannot be built: {' '.join(str(error).split()):.300}") from error
+    if len(meta.get("classes", ())) > net.label_dim:
+        raise Damaged(f"{path} names {len(meta['classes']):,} classes, and its net knows {net.label_dim:,}: copy or download it again")
     if net.knows_steps and FREQUENCIES not in names:
         raise UserError(
             f"{path} is an SFD-v student of an earlier potstill, which embedded the number of steps otherwise than the released "

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from potstill.engine.common.errors import UserError, reading, writing
+from potstill.engine.common.progress import EVERY, Pulse, tell, tqdm_bar
 from potstill.engine.common.writing import whole
 from potstill.engine.methods.base import Logs
 from potstill.engine.training.ranks import ALONE, Ranks
@@ -51,6 +52,11 @@ class Meter:
         means = {n: v if is_count(n) else v / self.counts[n] for n, v in values.items()}
         self.sums, self.counts = {}, {}
         return means
+
+    def glance(self) -> dict[str, float]:
+        """Means of this rank alone so far, for eyes; it waits for the device, and changes nothing."""
+        values = torch.stack([v.reshape(()) for v in self.sums.values()]).tolist() if self.sums else []
+        return {n: v / self.counts[n] for n, v in zip(self.sums, values, strict=True)}
 
     def finite(self, ranks: Ranks = ALONE) -> bool:
         """Are all means finite so far? It waits for the device."""
@@ -175,46 +181,82 @@ def open_writers(config: LogConfig, folder: Path, first_step: int, *, group: str
         yield [MetricsFile(folder / "metrics.jsonl", first_step), *opened]
 
 
+LOOK = 0.8 * EVERY  # seconds after which losses are read again, before the line is due
+
+
 class Progress:
     """A bar on a terminal, a line now and then elsewhere: kimg, img/s, time left, and the newest metrics.
 
+    Off a terminal there is one in the first seconds and then one every ten at least, whatever the work is at.
     quiet: show nothing, on a rank that leaves it to another.
     """
 
     def __init__(self, title: str, total: int, done: int, *, line_every: float = 5.0, quiet: bool = False):
         self.title, self.total, self.line_every, self.last_line, self.quiet = title, total, line_every, 0.0, quiet
-        hidden = quiet or not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, disable=hidden)
+        self.step, self.per_step, self.losses, self.speed, self.looked = done, 0.0, {}, 0.0, 0.0
+        self.first, self.began = done, time.monotonic()
+        self.bar = tqdm_bar(total=total, initial=done, desc=title, unit="it") if not quiet and sys.stderr.isatty() else None
+        self.pulse = Pulse(self._line if self.bar is None else lambda: None) if not quiet else None
 
     def advance(self) -> None:
-        self.bar.update()
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
 
     def back_to(self, step: int) -> None:
         """The iterations that are done, where they are not those that were shown."""
-        self.bar.initial = self.bar.n = step
-        self.bar.refresh()
+        self.step = self.first = step
+        self.began = time.monotonic()
+        if self.bar is not None:
+            self.bar.initial = self.bar.n = step
+            self.bar.refresh()
+
+    @property
+    def due(self) -> bool:
+        """Is it time to show newer losses? At the first iteration, and then every few seconds."""
+        return not self.quiet and (self.step == self.first + 1 or time.monotonic() - self.looked >= LOOK)
+
+    def glance(self, kimg: float, metrics: dict[str, float]) -> None:
+        """How it is between two lines of metrics: the means of this rank so far."""
+        self._take(kimg, metrics)
+        self._show()
 
     def write(self, metrics: dict[str, Any]) -> None:
         """The newest numbers; off a terminal at most every few seconds, and always the last."""
-        losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and "@" not in k and not k.endswith(("grad_norm", "nonfinite"))}
-        losses |= {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("fd@")}
-        step, speed = metrics["step"], metrics.get("images_per_second", 0.0)
-        if not self.bar.disable:
-            self.bar.set_postfix(losses | {"img/s": f"{speed:.0f}"})
-            return
-        if self.quiet or (time.monotonic() - self.last_line < self.line_every and step < self.total):
-            return
+        self.step, self.speed = metrics["step"], metrics.get("images_per_second", 0.0)
+        self._take(metrics["kimg"], metrics)
+        if self.bar is not None or self.step == self.total or time.monotonic() - self.last_line >= self.line_every:
+            self._show()
+
+    def _take(self, kimg: float, metrics: dict[str, Any]) -> None:
+        left_out = ("grad_norm", "nonfinite")
+        self.losses = {k: f"{v:.4g}" for k, v in metrics.items() if "/" in k and "@" not in k and not k.endswith(left_out)}
+        self.losses |= {k: f"{v:.4g}" for k, v in metrics.items() if k.startswith("fd@")}
+        self.per_step, self.looked = kimg / self.step, time.monotonic()
+
+    def _show(self) -> None:
+        if self.pulse is not None:
+            self.pulse.spoken()
+        if self.bar is not None:
+            self.bar.set_postfix(self.losses | ({"img/s": f"{self.speed:.0f}"} if self.speed else {}))
+        elif not self.quiet:
+            self._line()
+
+    def _line(self) -> None:
+        """Of the newest numbers, which may be some iterations old."""
         self.last_line = time.monotonic()
-        parts = [f"{k} {v}" for k, v in losses.items()]
-        if speed:
-            parts.append(f"{speed:.0f} img/s")
-            if step < self.total:
-                parts.append(f"{tqdm.format_interval((self.total - step) * 1000 * metrics['kimg'] / step / speed)} left")
-        print(f"{self.title} {step}/{self.total}  {metrics['kimg']:.1f} kimg  " + "  ".join(parts), file=sys.stderr)
+        parts = [f"{k} {v}" for k, v in self.losses.items()]
+        if self.speed:
+            parts.append(f"{self.speed:.0f} img/s")
+        if (new := self.step - self.first) > 0 and self.step < self.total:
+            seconds = (time.monotonic() - self.began) / new
+            parts.append(f"{tqdm.format_interval((self.total - self.step) * seconds)} left")
+        tell(f"{self.title} {self.step}/{self.total}  {self.step * self.per_step:.1f} kimg  " + "  ".join(parts))
 
     def compiling(self, modules: int) -> None:
         """Why the first iterations take so long; on a terminal it stands in the bar until there are numbers."""
-        self.bar.set_postfix_str("compiling…")
+        if self.bar is not None:
+            self.bar.set_postfix_str("compiling…")
         self.say(f"{self.title}: compiling {modules} modules; the first iterations take minutes")
 
     def say(self, text: str) -> None:
@@ -222,4 +264,7 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        self.bar.close()
+        if self.pulse is not None:
+            self.pulse.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -128,9 +128,11 @@ def iterate(
         if rollback.watching:
             rollback.look()
         if run.step % cfg.log_iterations == 0 or run.step == run.total:
-            metrics = run.meter.read(ranks)  # the only wait for the device
+            metrics = run.meter.read(ranks)  # with a glance every few seconds the only wait for the device
             check_finite(metrics, run.step)
             write(run, metrics, writers, clock.lap())
+        elif progress.due:
+            progress.glance(run.kimg, run.meter.glance())
         for hook in hooks:
             if run.due(hook.kimg):
                 with clock.stopped():
