@@ -66,9 +66,9 @@ LABELS = re.compile(r"(Args|Returns|Raises):$")
 def page() -> str:
     """docs/api.md."""
     parts, told = [HEAD], set()
-    for title, names in PAGE.items():
+    for title, public in PAGE.items():
         parts.append(f"## {title}\n")
-        for name in names:
+        for name in public:
             thing = getattr(potstill, name)
             home = sys.modules[thing.__module__]
             parts.append(f"### `{name}`\n\n{signature(name, thing)}\n{prose(inspect.getdoc(thing))}")

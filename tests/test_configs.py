@@ -17,7 +17,7 @@ from potstill.engine import train
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.chosen import as_lines, chosen
 from potstill.engine.config.library import find, groups_of, names, text_of
-from potstill.engine.config.tree import Config, load
+from potstill.engine.config.tree import Config, defaults_under, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
 from potstill.engine.methods.table import METHODS, settings_of
@@ -120,12 +120,14 @@ def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, 
 @pytest.mark.parametrize("name", names())
 def test_what_a_dry_run_prints_is_all_that_is_set(name, tmp_path):
     cfg = load(name, [])
-    printed = [line for line in (line.split("  ")[0] for line in as_lines(list(chosen(cfg)))) if "=" in line]
-    assert len(printed) < 75
-    (tmp_path / "bare.yaml").write_text(f"defaults: [schema, {{method: {groups_of(find(name))['method']}}}, _self_]\n")
-    again = load(tmp_path / "bare.yaml", [f"{one.name}={as_lines([one])[0].partition('=')[2].removesuffix('  ' + one.about).strip()}" for one in chosen(cfg)])
+    found = list(chosen(cfg, defaults_under(cfg.method.name)))
+    assert len(found) < 60 and all(one.about for one in found)
+    overrides = [as_lines([one])[0].removesuffix(one.about).strip() for one in found]
+    (tmp_path / "bare.yaml").write_text(f"defaults: [schema, {{method: {cfg.method.name}}}, _self_]\n")
+    again = load(tmp_path / "bare.yaml", overrides)
     for one in (cfg, again):
         one.data.how = one.teacher.how = ""
+        one.train.optim = {net: optim for net, optim in one.train.optim.items() if optim != OptimConfig()}  # a branch without a word
     assert dataclasses.asdict(again) == dataclasses.asdict(cfg)
 
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-
-SAID_APART = ("how", "name")  # how to get what is missing, and a method's name
+SAID_APART = ("data.how", "teacher.how", "method.name")  # how to get what is missing; the method
 
 
 class Chosen(NamedTuple):
@@ -22,17 +21,20 @@ class Chosen(NamedTuple):
     about: str
 
 
-def chosen(tree: Any, place: str = "") -> Iterator[Chosen]:
-    """The settings of a dataclass and those below it that a recipe or a command line has set to something else than the default."""
+def chosen(tree: Any, bare: Any, place: str = "") -> Iterator[Chosen]:
+    """The settings of a dataclass and those below it that are not as in `bare`, the defaults; and the name of the method, if it has one."""
+    comments = comments_of(type(tree))
     for field in dataclasses.fields(tree):
-        value, name = getattr(tree, field.name), f"{place}{field.name}"
+        value, default, name = getattr(tree, field.name), getattr(bare, field.name), f"{place}{field.name}"
+        if name == "method":
+            yield Chosen(name, value.name, comments[name])
         if dataclasses.is_dataclass(value):
-            yield from chosen(value, f"{name}.")
+            yield from chosen(value, default or type(value)(), f"{name}.")
         elif isinstance(value, dict) and all(dataclasses.is_dataclass(one) for one in value.values()):
             for key, one in value.items():
-                yield from chosen(one, f"{name}.{key}.")
-        elif value != default_of(field) and field.name not in SAID_APART:
-            yield Chosen(name, value, comments_of(type(tree)).get(field.name, ""))
+                yield from chosen(one, default.get(key, type(one)()), f"{name}.{key}.")
+        elif value != default and name not in SAID_APART:
+            yield Chosen(name, value, comments.get(field.name, ""))
 
 
 def as_lines(settings: list[Chosen]) -> list[str]:
@@ -43,10 +45,14 @@ def as_lines(settings: list[Chosen]) -> list[str]:
 
 
 def written(value: Any) -> str:
-    """A value as a command line can have it: null, true, 0.5, [1,2]."""
+    """A value as a command line can have it: null, true, 0.5, [1,2], {a:1}."""
+    if isinstance(value, list):
+        return f"[{','.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{written(one)}' for key, one in value.items())}}}"
     if isinstance(value, float) and float(short := f"{value:.10g}") == value:
         return short
-    return value if isinstance(value, str) and value else json.dumps(value, separators=(",", ":"))
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

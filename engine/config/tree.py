@@ -287,6 +287,14 @@ def load(recipe: str | Path, overrides: list[str]) -> Config:
     return config
 
 
+def defaults_under(method: str) -> Config:
+    """All settings as they are where nothing is set but the method, once some recipe has been loaded."""
+    with initialize_config_dir(str(RECIPES), version_base="1.3"):
+        config = OmegaConf.to_object(_composed(RECIPES / "schema.yaml", [f"+method={method}"]))
+    assert isinstance(config, Config)
+    return config
+
+
 def other_method(recipe: Path, overrides: list[str]) -> str:
     """The method that an override chooses in place of the recipe's own; "" where none does. UserError for one that there is not."""
     chosen = [found[1] for one in overrides if (found := METHOD.fullmatch(one))]

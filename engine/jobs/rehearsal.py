@@ -13,7 +13,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import check, number
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.chosen import as_lines, chosen
-from potstill.engine.config.tree import Config
+from potstill.engine.config.tree import Config, defaults_under
 from potstill.engine.data.sampler import Stream
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.folder import write_atomically
@@ -32,10 +32,10 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def dry_run(cfg: Config) -> None:
-    """Make every check that the run makes before it trains, then print what is set, what each setting does and, as comments, sizes and what is missing."""
+    """Make every check that the run makes before it trains, then print what is set, and as comments sizes and what is missing."""
     job = Job(cfg, on_paper=True)
     net, method, *_ = job.on_paper
-    print("\n".join(as_lines(list(chosen(cfg)))))
+    print("\n".join(as_lines(list(chosen(cfg, defaults_under(cfg.method.name))))))
     print("# every other setting is at its default: `potstill settings` lists all")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
