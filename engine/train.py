@@ -21,7 +21,7 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.signals import stoppable
 from potstill.engine.config.tree import load, notes_of_method
 from potstill.engine.jobs.job import Job
-from potstill.engine.jobs.preflight import Missing
+from potstill.engine.jobs.preflight import Missing, check_given_data
 from potstill.engine.jobs.rehearsal import dry_run, rehearse
 from potstill.engine.training.ranks import Ranks, meet, one_voice
 
@@ -43,6 +43,8 @@ def distil(recipe: str, overrides: list[str], on_paper: bool, ranks: Ranks) -> N
     note, better = notes_of_method(recipe, overrides)
     if ranks.first and note:
         print(note, file=sys.stderr)
+    if any(one.startswith("data.path=") for one in overrides):
+        check_given_data(cfg)
     if ranks.count > 1 and (on_paper or cfg.rehearse):
         raise UserError(f"--dry-run and rehearse=true are for one process, got {ranks.count}: start it without torchrun")
     if on_paper or cfg.rehearse:
@@ -59,10 +61,10 @@ def naming(better: str) -> Iterator[None]:
     """Say of what this method cannot have which command has it otherwise."""
     try:
         yield
-    except Missing:
-        raise
     except UserError as error:
-        raise UserError(f"{error}; or take the recipe that is made for it: {better}") from error if better else error
+        if not better or isinstance(error, Missing):
+            raise
+        raise UserError(f"{error}; or take the recipe that is made for it: {better}") from error
 
 
 if __name__ == "__main__":

@@ -41,9 +41,7 @@ def check_root(op: str, name: str, x: Tensor) -> None:
 def check_constant(op: str, name: str, t: Tensor | None, wrt: str, how: str = "detach it, or compute it under torch.no_grad()") -> None:
     """The op has no gradient for t, so t must not ask for one; how: it can be had without."""
     if t is not None and t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op} has a gradient for {wrt} only: wanted {name} without requires_grad ({how}), got requires_grad=True"
-        )
+        raise ValueError(f"{op} has a gradient for {wrt} only: wanted {name} without requires_grad ({how}), got requires_grad=True")
 
 
 def check_per_sample(op: str, name: str, v: Tensor, ref_name: str, ref: Tensor, *, scalar: bool = False) -> Tensor:
@@ -89,9 +87,7 @@ def check_estimate(op: str, name: str, e: Estimate | Tensor, ref_name: str, ref:
     return e._replace(c_skip=c_skip, c_out=c_out)
 
 
-def check_estimates(
-    op: str, real: Estimate | Tensor, fake: Estimate | Tensor, ref_name: str, ref: Tensor
-) -> tuple[Estimate, Estimate]:
+def check_estimates(op: str, real: Estimate | Tensor, fake: Estimate | Tensor, ref_name: str, ref: Tensor) -> tuple[Estimate, Estimate]:
     """Both as Estimates that fit the reference; constants that were one tensor in both still are."""
     checked, own = check_estimate(op, "real", real, ref_name, ref), check_estimate(op, "fake", fake, ref_name, ref)
     if isinstance(real, Estimate) and isinstance(fake, Estimate):

@@ -66,7 +66,10 @@ def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
         ("train.batch", ["key=value"]),
         ("method=dmdd", ["digits.yaml: there is no method 'dmdd' to take; did you mean dmd or dmd2?"]),
         ("method=xx", ["there is no method 'xx' to take; wanted one of dmd, dmd2, gdd"]),
-        ("method=sida", ["train.kimg = 24 is over before the student", "or take the recipe that is made for it: potstill train ", "digits_sida"]),
+        (
+            "method=sida",
+            ["train.kimg = 24 is over before the student", "or take the recipe that is made for it: potstill train ", "digits_sida"],
+        ),
         ("precision=fp8", ["precision wants auto, fp32, bf16, got 'fp8'"]),
         ("precision=fp16", ["precision=fp16 cannot train", "use bf16"]),
         ("train.compile=max", ["train.compile wants one of off, blocks, net, got 'max'"]),

@@ -166,5 +166,5 @@ def test_bad_input():
     x = torch.randn(SHAPE)
     with pytest.raises(ValueError, match=r"teacher_x0 shaped and placed like the generated images"):
         variational_score_distillation_loss(x, x[:, :2], x)
-    with pytest.raises(ValueError, match=r"additional_scale \[N\] with N = 4 of gen_data, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"additional_scale \[N\] or \[N, 1, 1, 1\] with N = 4 of gen_data, got \(3,\)"):
         variational_score_distillation_loss(x, x, x, torch.ones(3))

@@ -56,7 +56,6 @@ class Job(Workplace):
         preflight.check_settings(cfg, ranks.count)
         if not on_paper:
             preflight.fetch_teacher(cfg)
-            preflight.check_complete(cfg)
         notes = check_folder(cfg)
         super().__init__(cfg, ranks)
         for note in notes:
@@ -82,10 +81,16 @@ class Job(Workplace):
                 ranks.on_first(tried.try_features)
             prompt = told.a_prompt(cfg, self.images) if cfg.eval.scores else ""
             ranks.on_first(lambda: tried.try_scores(self.on_paper.teacher.shape, prompt))
+        if preflight.without_data(cfg):
+            self.say(
+                f"note: no images at {cfg.data.path}: trains without, and shows pictures at its end; measure it later, with "
+                f"`potstill evaluate {self.dir} --data FILE`, or by this same command once they are there"
+            )
         if on_paper:
             if self.on_paper.teacher.text and cfg.students.count > 1:
                 try_shares(cfg, self.images, self.dir, self.device, ranks)
             return
+        preflight.check_complete(cfg)
         if not self.given_teacher and not self.exists(self.dir / "teacher.safetensors"):
             ranks.on_first(lambda: [extra.fetch() for extra in cfg.method.needs().extras])  # before hours of training, not after
         ranks.on_first(self.begin)

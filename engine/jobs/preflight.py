@@ -38,7 +38,7 @@ from potstill.engine.models import origins
 from potstill.engine.models.decoding import fetch_vae, is_vae
 from potstill.engine.models.opening import device_named
 from potstill.engine.models.origins import is_pipeline, local_path
-from potstill.engine.models.partitions import Partition
+from potstill.engine.models.partitions import KMEANS, Partition
 from potstill.engine.models.weights import is_whole
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.lora import check_lora
@@ -122,18 +122,37 @@ def check_begins(cfg: Config, method: Method) -> None:
         )
 
 
+FROM_HUB = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only"
+
+
+def without_data(cfg: Config) -> bool:
+    """Are there no images where the settings name some, in a run that trains without any and only measures with them?"""
+    path, students = cfg.data.path, cfg.students
+    told = cfg.teacher.checkpoint and not students.net and (students.count == 1 or students.partition != KMEANS)
+    return bool(path and not is_there(path) and told) and not cfg.method.needs().data
+
+
+def check_given_data(cfg: Config) -> None:
+    """Missing where there are no images at the path that a user has typed, also in a run that trains without."""
+    if without_data(cfg) and not cfg.rehearse:
+        raise Missing(f"1 thing is missing:\n  - {_no_data(cfg)}")
+
+
+def _no_data(cfg: Config) -> str:
+    other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
+    return f"data: nothing at {cfg.data.path}. " + (cfg.data.how or other)
+
+
 def missing(cfg: Config) -> list[str]:
     """What a run needs and does not find on disk, with the commands that get it."""
     wants = []
     path = cfg.data.path
-    if path and not is_there(path):
-        other = "Set data.path to an EDM zip, a folder, an .npz, .tar shards or hf:NAME."
-        wants.append(f"data: nothing at {path}. " + (cfg.data.how or other))
+    if path and not is_there(path) and not without_data(cfg):
+        wants.append(_no_data(cfg))
     checkpoint = cfg.teacher.checkpoint
     if checkpoint and not origins.is_there(checkpoint):
         other = "Set teacher.checkpoint to a .safetensors file, or to a pipeline of diffusers."
-        from_hub = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only."
-        sentences = [from_hub, cfg.teacher.how] if origins.on_hub(checkpoint) else [cfg.teacher.how or other]
+        sentences = [f"{FROM_HUB}.", cfg.teacher.how] if origins.on_hub(checkpoint) else [cfg.teacher.how or other]
         wants.append(f"teacher: no file or pipeline at {checkpoint}. " + " ".join(filter(None, sentences)))
     guide = cfg.teacher.guide
     if guide and not Path(guide).expanduser().is_file():
@@ -141,8 +160,9 @@ def missing(cfg: Config) -> list[str]:
             f"guide: no file at {guide}. Set teacher.guide to a .safetensors file, of a smaller or less trained net than the teacher"
         )
     if vae_to_come(cfg):
-        where = "potstill train downloads it from the Hugging Face hub once nothing else is missing, safetensors only"
-        other = where if origins.on_hub(str(cfg.teacher.vae)) else "It is a folder with config.json and diffusion_pytorch_model.safetensors"
+        other = (
+            FROM_HUB if origins.on_hub(str(cfg.teacher.vae)) else "It is a folder with config.json and diffusion_pytorch_model.safetensors"
+        )
         wants.append(f"VAE: nothing at {cfg.teacher.vae}. {other}; or set teacher.vae=null")
     prompts = cfg.text.prompts
     if prompts and not Path(prompts).expanduser().exists():
@@ -185,9 +205,10 @@ class Missing(UserError):
     """Something is not on disk that a run needs."""
 
 
-def check_complete(cfg: Config) -> None:
-    """Missing with every missing thing and the commands that get it, in one message."""
-    if wants := missing(cfg):
+def check_complete(cfg: Config, *, on_paper: bool = False) -> None:
+    """Missing with every missing thing and the commands that get it, in one message. on_paper: unless the run will download all of them."""
+    wants = missing(cfg)
+    if wants and not (on_paper and all(FROM_HUB in want for want in wants)):
         are = "thing is" if len(wants) == 1 else "things are"
         raise Missing(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
 
@@ -234,7 +255,9 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
     if not cfg.data.path and students:
         raise UserError("students.net is trained on real images first: set data.path")
-    known = (images is not None or not cfg.data.path) and not to_come(cfg)  # else which classes there are is not known yet
+    known = (images is not None or not cfg.data.path or without_data(cfg)) and not to_come(
+        cfg
+    )  # else which classes there are is not known yet
     partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
     if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not to_come(cfg):
         earlier_weights(method, earlier)

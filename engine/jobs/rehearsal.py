@@ -34,11 +34,18 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 def dry_run(cfg: Config) -> None:
     """Make every check that the run makes before it trains, then print what is set, and as comments sizes and what is missing."""
     job = Job(cfg, on_paper=True)
-    net, method, *_ = job.on_paper
-    print("\n".join(as_lines(list(chosen(cfg, defaults_under(cfg.method.name))))))
+    print("
+".join(as_lines(list(chosen(cfg, defaults_under(cfg.method.name))))))
     print("# every other setting is at its default: `potstill settings` lists all")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
+    sizes(cfg, job)
+    preflight.check_complete(cfg, on_paper=True)
+
+
+def sizes(cfg: Config, job: Job) -> None:
+    """Print, as comments, how large everything is."""
+    net, method, *_ = job.on_paper
     if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
         print(f"# will be downloaded: {url}")
     iterations = f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}"
