@@ -42,7 +42,9 @@ SHOWN = 30  # about as many pictures of each method in samples.png
 class SnapshotJob(Job):
     """A run that writes its product every train.eval_kimg, measures nothing itself, and tells nothing before it ends."""
 
-    tells = False
+    @property
+    def tells(self) -> bool:
+        return False
 
     def evaluate_within(self, run: Run, folder: Path) -> dict[str, float]:
         """Write the average of the weights as it is now; the file says after how many images and seconds."""

@@ -140,7 +140,7 @@ def _near(summary: dict[str, Any]) -> str:
     return (
         f"Below each of the student's images is the one of {found['images']:,} training images that is nearest in pixels. The median of these "
         f"differences is {student} of 255 levels, root mean square; of as many real images and their nearest others it is {real}. Images that "
-        "are much nearer than real ones are copies."
+        "are much nearer than real ones are copies; blurred ones are a little nearer."
     )
 
 
