@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError, writing
 from potstill.engine.data.captions import CAPTIONS, read_prompts
-from potstill.engine.formats.card import About, card
+from potstill.engine.formats.card import HERE, About, card, labels_in_python
 from potstill.engine.formats.diffusers import write_diffusers
 from potstill.engine.formats.onnx import largest_difference, write_onnx
 from potstill.engine.formats.pipeline import write_pipeline
@@ -35,6 +35,7 @@ from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
 ONNX = "student.onnx"
+UNKNOWN = "FOLDER"  # a pipeline that nothing names
 MOST_UNLIKE = 1e-3  # between onnxruntime and PyTorch, of images in [-1, 1]: more is another net, not another rounding
 
 
@@ -160,11 +161,11 @@ class Written(NamedTuple):
 
 def to_safetensors(subject: Subject, folder: Path) -> Written:
     copy_weights(subject.path, folder, "student.safetensors")
-    where = "DIR" if subject.about.students > 1 else "student.safetensors"
-    use = _python(subject, "DIR" if subject.about.students > 1 else f'"{where}"')
+    where = "." if subject.about.students > 1 else "student.safetensors"
+    use = _python(subject, f'"{where}"', "  # in this folder")
     more = ""
     if isinstance(net := one_of(subject.student.net), DiffusersDenoiser) and _wants_pipeline(net):
-        more = " --pipeline FOLDER" + ' --prompts "a cat"' * net.text
+        more = f" --pipeline {_its_pipeline(subject)}" + ' --prompts "a cat"' * net.text
     use += f"\n\nOr `potstill sample {where}{more} --seeds 0-63 --out grid.png`."
     return Written("weights with their description in their metadata", "potstill", use)
 
@@ -172,7 +173,11 @@ def to_safetensors(subject: Subject, folder: Path) -> Written:
 def to_hub(subject: Subject, folder: Path) -> Written:
     write_hub(subject.path, folder)
     up = "Upload it with `hf upload USER/NAME DIR`; only safetensors and JSON are ever read."
-    return Written("a folder for the Hugging Face hub", "potstill", _python(subject, '"USER/NAME"', "  # or this folder") + "\n\n" + up)
+    return Written(
+        "a folder for the Hugging Face hub",
+        "potstill",
+        _python(subject, HERE, '  # this folder; once it is on the hub "USER/NAME"') + "\n\n" + up,
+    )
 
 
 def _python(subject: Subject, where: str, comment: str = "") -> str:
@@ -185,23 +190,34 @@ def _python(subject: Subject, where: str, comment: str = "") -> str:
             tell, told, condition = f"\nclasses = torch.arange(16) % {net.label_dim}", ", labels=classes", ", classes"
         place, note = "", comment
         if _wants_pipeline(net):
-            place, note = ", pipeline=FOLDER", (comment or "  #") + "; FOLDER: the teacher's pipeline, which has the text encoder and VAE"
+            its = _its_pipeline(subject)
+            place = f", pipeline={its if its == UNKNOWN else repr(its)}"
+            note = f"{comment}; pipeline: the teacher's, which has the text encoder and VAE"
         return f"""\
 ```python
 import torch
 from potstill.engine.models.student import Student  # potstill
 
-student = Student.from_pretrained({where}{place}){note.replace("#;", "#")}{tell}
+student = Student.from_pretrained({where}{place}){note}{tell}
 images = student(seeds=range(16){told})  # uint8 [16, C, H, W]
 x = student.generate(torch.randn(16, *student.noise_shape){condition})  # float32; of latents what the VAE decodes
 ```"""
+    chosen = ""
+    if net.label_dim:
+        labels = labels_in_python(net.label_dim, subject.about.metadata.get("classes"), 4)
+        chosen = f"\nimages = student(seeds=range(4), labels={labels})  # the class of each"
     return f"""\
 ```python
 from potstill.engine.models.student import Student  # potstill
 
 student = Student.from_pretrained({where}){comment}
-images = student(seeds=range(16))  # uint8 [16, C, H, W]; labels=[…] chooses classes
+images = student(seeds=range(16))  # uint8 [16, C, H, W]{chosen}
 ```"""
+
+
+def _its_pipeline(subject: Subject) -> str:
+    """What the teacher's pipeline is called, as far as that is known."""
+    return subject.named if subject.pipeline else UNKNOWN
 
 
 def _wants_pipeline(net: DiffusersDenoiser) -> bool:
@@ -221,12 +237,12 @@ def to_diffusers(subject: Subject, folder: Path) -> Written:
     metadata = {"license": subject.about.metadata["license"]} if "license" in subject.about.metadata else {}
     assert isinstance(student.net, EDMDenoiser)
     write_diffusers(student.net, student.sampler.to_dict(), folder, metadata)
-    classes = ", class_labels=[0, 1, 2, 3]" if student.label_dim else ""
+    classes = f", class_labels={labels_in_python(student.label_dim, None, 4)}" if student.label_dim else ""
     use = f"""\
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({HERE}, custom_pipeline={HERE}, trust_remote_code=True)  # this folder
 images = pipe(seeds=[0, 1, 2, 3]{classes}).images
 ```
 

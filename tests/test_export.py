@@ -6,6 +6,7 @@ The net of the diffusers folder is a second writing of EDM's U-Nets; it is compa
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -486,6 +487,69 @@ def test_the_card_is_filled_from_the_run(tmp_path):
     assert "Student.from_pretrained" in texts["hub"]
     file = export(run / "student.safetensors", "safetensors", tmp_path / "file")
     assert "| student | 1 | 0.379 |" in (file / "README.md").read_text()
+
+
+def code_in(folder):
+    """The Python of a card, as it stands there."""
+    return re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3, 10])
+@pytest.mark.parametrize("kind", ["safetensors", "hub", "diffusers"])
+def test_the_code_of_a_card_runs_as_it_stands(kind, classes, tmp_path):
+    if kind == "diffusers" and find_spec("diffusers") is None:
+        pytest.skip("diffusers is not installed: pip install diffusers")
+    names = {"classes": ["it's `a`", 'b "\\', *"cdefghij"][:classes]} if classes else {}
+    export(run_folder(tmp_path / "run", net_of(**SONG | {"label_dim": classes}), one_step(2.5), **names), kind, tmp_path / kind)
+    code = code_in(tmp_path / kind) + "\nprint(len(images))\n"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / kind, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("4\n" if classes or kind == "diffusers" else "16\n")
+
+
+@pytest.mark.parametrize("classes", [0, 1, 3, 10])
+def test_the_graphs_code_asks_for_classes_that_there_are(classes, tmp_path, monkeypatch):
+    """With a stand-in for onnxruntime, which looks at what it is given, where the packages are missing."""
+    student, asked = net_of(**SONG | {"label_dim": classes}), []
+
+    class InferenceSession:
+        def __init__(self, path):
+            assert path == "student.onnx"
+
+        def run(self, outputs, given):
+            asked.append(given)
+            return [given["z"]]
+
+    monkeypatch.setattr("potstill.engine.export.write_onnx", lambda *_: None)
+    monkeypatch.setattr("potstill.engine.export.largest_difference", lambda *_: None)
+    export(run_folder(tmp_path / "run", student, one_step(2.5)), "onnx", tmp_path / "onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(InferenceSession=InferenceSession))
+    exec(code_in(tmp_path / "onnx"), {})
+    assert asked[0]["z"].shape == (16, 1, 8, 8) and asked[0]["z"].dtype == np.float32
+    assert asked[0].keys() == ({"z", "labels"} if classes else {"z"})
+    if classes:
+        assert asked[0]["labels"].dtype.kind == "i" and sorted(set(asked[0]["labels"].tolist())) == list(range(classes))
+
+
+def test_a_card_names_the_classes(tmp_path):
+    many = [f"kind {k}" for k in range(998)] + ["crane", "crane"]
+    for names, said, labels in (
+        (
+            ["roses", "sun_flowers", "<b>"],
+            r"Classes: 0 roses, 1 sun\_flowers, 2 \<b\>.",
+            "labels=['roses', 'roses', 'sun_flowers', '<b>'])",
+        ),
+        (many, "19 kind 19 … and 980 more (`classes` in the metadata).", "labels=['kind 0', 'kind 250', 'kind 500', 'kind 750'])"),
+        (None, None, "labels=[0, 0, 1, 2])"),
+    ):
+        place = tmp_path / f"run-{len(names or ())}"
+        net = net_of(**SONG | {"label_dim": len(names or "abc")})
+        text = (
+            export(run_folder(place, net, one_step(2.5), **({"classes": names} if names else {})), "hub", place / "hub") / "README.md"
+        ).read_text()
+        assert labels in text and (said in text if said else "Classes:" not in text)
+    assert json.loads((tmp_path / "run-3/hub/config.json").read_text())["classes"] == ["roses", "sun_flowers", "<b>"]
 
 
 def test_a_file_without_a_run_is_not_measured_and_its_licence_not_known(tmp_path):

@@ -104,7 +104,7 @@ def expected(kind, net, sampler, teacher):
 
 def card_code(use, folder):
     """The card's lines of Python, of which the last calls the pipeline."""
-    code = re.search(r"```python\n(.*?)\n```", use, re.DOTALL).group(1).replace("DIR", repr(str(folder)))
+    code = re.search(r"```python\n(.*?)\n```", use, re.DOTALL).group(1).replace('"."', repr(str(folder)))
     return code.splitlines()
 
 

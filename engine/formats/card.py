@@ -1,10 +1,11 @@
 """The model card of an exported student: a README.md that says what it is, how good, from what, and how to load it."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.engine.common.kinds import is_dict
+from potstill.engine.common.kinds import LONGEST, is_dict
 from potstill.engine.common.packages import versions_of
 from potstill.engine.measure.caveats import caveats
 
@@ -13,6 +14,8 @@ UNKNOWN = (
     "Nothing is recorded about the licence of the teacher's weights or of the data. A student is made from both: look up their "
     "terms before you publish it."
 )
+HERE = '"."'  # how code in a card names the folder that it is in
+MOST_NAMES = 20
 TITLES = {
     "dmd": "DMD/DMD2 (arXiv 2311.18828, 2405.14867)",
     "sim": "SIM/SiD (arXiv 2410.16794, 2404.04057)",
@@ -39,8 +42,25 @@ class About:
 
 def card(about: About, library: str, use: str) -> str:
     """The text of README.md; `use` is Markdown on how this format is loaded, `library` the hub's name of what loads it."""
-    parts = [_front_matter(about, library), f"# {about.name}", _sentence(about), "## Use", use, "## Quality", _quality(about)]
+    parts = [_front_matter(about, library), f"# {about.name}", _sentence(about), "## Use", use, *_classes(about)]
+    parts += ["## Quality", _quality(about)]
     return "\n\n".join([*parts, "## Made with", _made(about), "## Licence", licence(about.metadata)]) + "\n"
+
+
+def _classes(about: About) -> list[str]:
+    """The names of the classes, where they have some."""
+    names = [re.sub(r"([\\\\`*_\[\]<>#|~$&!])", r"\\\1", name) for name in about.metadata.get("classes") or ()]
+    some = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
+    more = f" … and {len(names) - MOST_NAMES:,} more (`classes` in the metadata)" if len(names) > MOST_NAMES else ""
+    return [f"Classes: {some}{more}."] if names else []
+
+
+def labels_in_python(label_dim: int, names: list[str] | None, n: int) -> str:
+    """n classes of a net as code has them: by names that no other class has, as far as they have some."""
+    usable = {name: k for k, name in enumerate(names or ()) if name and len(name) <= LONGEST and (names or []).count(name) == 1}
+    chosen = [min(i * label_dim // n, label_dim - 1) for i in range(n)]
+    named = {k: name for name, k in usable.items() if k in chosen}
+    return f"[{', '.join(repr(named.get(k, k)) for k in chosen)}]"
 
 
 def licence(metadata: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.writing import save_tensors
 from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
+from potstill.engine.formats.card import HERE
 from potstill.engine.formats.schedulers import Plan, plan
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.lora import merged
@@ -85,7 +86,7 @@ def write_pipeline(net: DiffusersDenoiser, sampler: Sampler, folder: Path, teach
     scheduler = ["diffusers", made.scheduler] if made.scheduler else ["student_scheduler", "StudentScheduler"]
     kind = its.pipeline.__name__ if made.scheduler else ["pipeline", "StudentPipeline"]
     write_json(folder / INDEX, its.index | {"_class_name": kind, "_diffusers_version": diffusers().__version__, "scheduler": scheduler})
-    load = f"pipe = DiffusionPipeline.from_pretrained(DIR{'' if made.scheduler else ', trust_remote_code=True'})"
+    load = f"pipe = DiffusionPipeline.from_pretrained({HERE}{'' if made.scheduler else ', trust_remote_code=True'})  # this folder"
     use = snippet(["from diffusers import DiffusionPipeline", "", load, call]) + seeded(sampler)
     if made.scheduler:
         return Made(f"a plain {its.pipeline.__name__} with {made.scheduler}, no code in it", use + WARNING)
@@ -152,16 +153,16 @@ def write_lora(net: DiffusersDenoiser, sampler: Sampler, made: Plan, its: Teache
     if hasattr(its.pipeline, "save_lora_weights"):
         layers = {f"{its.part}_lora_layers": state, f"{its.part}_lora_adapter_metadata": config.to_dict()}
         its.pipeline.save_lora_weights(folder, weight_name=LORA, safe_serialization=True, **layers)
-        read, add = [], f'pipe.load_lora_weights(DIR, weight_name="{LORA}")'
+        read, add = [], f'pipe.load_lora_weights({HERE}, weight_name="{LORA}")'
     else:
         config.save_pretrained(folder)
         tensors = {f"base_model.model.{name}": t for name, t in state.items()}
         save_tensors(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        read, add = ["from peft import PeftModel"], f"pipe.{its.part} = PeftModel.from_pretrained(pipe.{its.part}, DIR)"
+        read, add = ["from peft import PeftModel"], f"pipe.{its.part} = PeftModel.from_pretrained(pipe.{its.part}, {HERE})"
     pipeline = "DiffusionPipeline" if its.pipeline.__name__ == its.index["_class_name"] else its.pipeline.__name__
     lines = [f"from diffusers import {', '.join(sorted({pipeline, made.scheduler}))}", *read, ""]
     lines += [f"pipe = {pipeline}.from_pretrained({its.named!r})  # the teacher"]
-    lines += [f'pipe.scheduler = {made.scheduler}.from_pretrained(DIR, subfolder="scheduler")', add, call]
+    lines += [f'pipe.scheduler = {made.scheduler}.from_pretrained({HERE}, subfolder="scheduler")  # this folder', add, call]
     return Made(f"adapters (LoRA) for {its.named}, with {made.scheduler}", snippet(lines) + seeded(sampler) + WARNING)
 
 

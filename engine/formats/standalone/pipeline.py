@@ -1,9 +1,9 @@
 """Images from a distilled EDM net in one or a few steps, as a diffusers pipeline: needs torch and diffusers only.
 
     pipe = DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)
-    images = pipe(seeds=[0, 1, 2], class_labels=[3, 3, 7]).images
+    images = pipe(seeds=[0, 1, 2]).images
 
-A seed gives the image that `potstill sample` gives for it. Apache-2.0; the weights have their own licence.
+`class_labels`, one for each seed, chooses classes. A seed gives the image that `potstill sample` gives for it. Apache-2.0; the weights have their own licence.
 """
 
 # diffusers is optional, and untyped.
