@@ -34,8 +34,7 @@ PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 def dry_run(cfg: Config) -> None:
     """Make every check that the run makes before it trains, then print what is set, and as comments sizes and what is missing."""
     job = Job(cfg, on_paper=True)
-    print("
-".join(as_lines(list(chosen(cfg, defaults_under(cfg.method.name))))))
+    print("\n".join(as_lines(list(chosen(cfg, defaults_under(cfg.method.name))))))
     print("# every other setting is at its default: `potstill settings` lists all")
     for line in preflight.missing(cfg):
         print(f"# missing {line}")
