@@ -21,8 +21,12 @@ from potstill.engine.config.library import find
 from potstill.engine.config.tree import load
 
 ROOT = Path(__file__).parent.parent
-PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]}
-RUN = ["README.md", "docs/start.md", "docs/kernels.md", "docs/exporting.md", "docs/methods/index.md"] + [n for n in PAGES if "/examples/" in n]
+PAGES = {
+    str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+RUN = ["README.md", "docs/start.md", "docs/kernels.md", "docs/exporting.md", "docs/methods/index.md"] + [
+    n for n in PAGES if "/examples/" in n
+]
 SHORT = ["train.kimg=0.2", "teacher.train.kimg=0.2", "eval.n=128"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PARSED = {  # lines of RUN that are parsed all the same, by their beginnings: why

@@ -27,7 +27,9 @@ NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 and say what is wrong")
-    parser.add_argument("--readme", type=Path, nargs="+", default=[ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], metavar="PAGE")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", default=[ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], metavar="PAGE"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     texts = {page: page.read_text() for page in args.readme}

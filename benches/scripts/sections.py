@@ -45,7 +45,9 @@ def night(run: dict[str, Any]) -> str:
     title = next(iter(run["floor"]["scores"]))
     shown = min((name for name, one in run["methods"].items() if one["nfe"] == 1), key=lambda name: run["methods"][name]["scores"][title])
     teacher, student = run["teacher"], run["methods"][shown]
-    fd = ", ".join(f"{who} {short(one['scores'][title])}" for who, one in (("real images", run["floor"]), ("teacher", teacher), ("student", student)))
+    fd = ", ".join(
+        f"{who} {short(one['scores'][title])}" for who, one in (("real images", run["floor"]), ("teacher", teacher), ("student", student))
+    )
     return (
         f"A JPEG copy of CIFAR-10 from nothing on {run['device']}, no GPU: real images, a teacher of {run['parameters'] / 1e6:.1f} M parameters after "
         f"{teacher['seconds'] / 60:.0f} minutes at {teacher['nfe']} evaluations, and its {NAMES.get(shown, shown)} student after "
