@@ -41,7 +41,7 @@ class Status:
         """The state in words."""
         when = time.strftime("%Y-%m-%d at %H:%M", time.localtime(min(self.at, 1e11)))
         if not self.running:
-            return f"{self.state.capitalize()} on {when}" + (f": {self.why}" if self.why else ".")
+            return f"{self.state.capitalize()} on {when}" + (f": {self.why}" if self.why else "") + "."
         done = f"{self.stage or 'getting ready'}"
         if self.of:
             done += f", {self.kimg:.3g} of {self.of:.3g} kimg" + (
