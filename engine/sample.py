@@ -154,7 +154,13 @@ def chosen_models(args: argparse.Namespace, device: torch.device, pipeline: Path
     pipeline: the teacher's, of nets of diffusers; None: where the run found it.
     """
     how = presets.how(args)
-    which = args.which or (STUDENT if STUDENT in weight_files(args.source, pipeline) else None)
+    files = weight_files(args.source, pipeline)
+    runs = [] if args.which or STUDENT in files else sorted(file.parent for file in args.source.glob("*/student.safetensors"))
+    if runs:  # of potstill compare
+        raise UserError(
+            f"{args.source} holds several runs, got no word of which: potstill sample {' or '.join(map(str, runs))}; its teacher alone: --which teacher"
+        )
+    which = args.which or (STUDENT if STUDENT in files else None)
     if args.beside is None:
         return [open_models(args.source, which, **how, device=device, base=pipeline)[0]]
     own = {"steps": how["steps"], "solver": how["solver"]}

@@ -20,6 +20,7 @@ from potstill.engine.config.library import find, groups_of, names, text_of
 from potstill.engine.config.tree import Config, defaults_under, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
+from potstill.engine.jobs.preflight import Missing
 from potstill.engine.methods.table import METHODS, settings_of
 from potstill.engine.models import origins
 from potstill.engine.training.optim import OptimConfig
@@ -99,17 +100,27 @@ def test_recipe_opens_with_its_command(name):
     assert all(line.startswith("#") for line in head.splitlines() if line)
 
 
+def refusal_of_dry_run(name, tmp_path):
+    """What it says is missing, after all else; "" for nothing."""
+    try:
+        train.main([name, "--dry-run", f"run_dir={tmp_path}/run"])
+    except Missing as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", [name for name in names() if "net" in groups_of(find(name))])
 def test_recipe_builds_on_paper_and_the_dry_run_touches_nothing(name, tmp_path, capsys, monkeypatch):
     jobs = []
     monkeypatch.setattr(rehearsal, "Job", lambda *given, **more: jobs.append(Job(*given, **more)) or jobs[-1])
-    train.main([name, "--dry-run", f"run_dir={tmp_path}/run"])
+    refused = refusal_of_dry_run(name, tmp_path)
     said = capsys.readouterr()
     assert "# trained: " in said.out
     assert "# memory without activations: " in said.out
     assert "do nothing" not in said.err, "the recipe sets something in vain"
     assert not (tmp_path / "run").exists()
     missing = [line for line in said.out.splitlines() if line.startswith("# missing")]
+    assert refused.count("\n  - ") == len(missing)
     assert all(any(c in line for c in ("potstill convert", "potstill train", "pip install")) for line in missing), missing
     method = jobs[0].on_paper.method
     assert set(method.nets) == set(jobs[0].cfg.method.needs().nets)
@@ -135,7 +146,7 @@ def test_what_a_dry_run_prints_is_all_that_is_set(name, tmp_path):
 def test_dry_run_of_a_recipe_for_a_pipeline_says_what_is_missing(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(origins, "_snapshot", lambda name: None)
-    train.main([name, "--dry-run", f"run_dir={tmp_path}/run"])
+    refusal_of_dry_run(name, tmp_path)
     said, cfg = capsys.readouterr(), load(name, [])
     missing = "".join(line for line in said.out.splitlines() if line.startswith("# missing"))
     assert f"no file or pipeline at {cfg.teacher.checkpoint}. potstill train downloads it from the Hugging Face hub" in missing

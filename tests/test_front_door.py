@@ -1,13 +1,21 @@
 """--dry-run and the run refuse the same with the same sentence; a method that needs no images trains where there are none."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from potstill.engine import convert, evaluate, train
+from potstill.engine import convert, evaluate, sample, train
 from potstill.engine.common.cli import run
+from potstill.engine.common.errors import UserError
+from potstill.engine.config.tree import load
+from potstill.engine.diffusion.sampling import one_step
+from potstill.engine.models.student import Student
 from potstill.engine.models.weights import load_net, save_net
 from potstill.engine.nets.edm import from_kwargs
 
@@ -93,3 +101,58 @@ def test_what_needs_images_besides_is_refused_without_them(recipe, tmp_path, cap
         with pytest.raises(SystemExit):
             run(train.main, [str(recipe), *QUICK, f"run_dir={tmp_path}/run", *more])
         assert f"data: nothing at {tmp_path}/mine.zip." in capsys.readouterr().err
+
+
+def test_a_run_is_called_by_the_method_that_was_chosen(teacher, tmp_path, capsys):
+    train.main(["digits", "method=dmd2", f"teacher.checkpoint={teacher}", "method.fake_per_student=1", *QUICK, f"run_dir={tmp_path}/run"])
+    assert json.loads((tmp_path / "run/summary.json").read_text())["method"] == "dmd2"
+    assert load_net(tmp_path / "run/student.safetensors")[1]["method"] == "dmd2"
+    assert re.search(r"^  name: dmd2$", (tmp_path / "run/config.yaml").read_text(), re.MULTILINE)
+
+
+def test_a_student_prints_as_one_line_and_wants_a_list_of_seeds(tmp_path):
+    path = tmp_path / "student.safetensors"
+    net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=10, **TINY)
+    save_net(path, net, method="gdd_i", sampler=one_step(2.5).to_dict())
+    student, size = Student(path), sum(p.numel() for p in net.parameters())
+    assert repr(student) == f"Student(EDMDenoiser, gdd_i, 1x8x8, 10 classes, NFE 1, {size:,} parameters)"
+    with pytest.raises(UserError) as refused:
+        student(4)
+    assert str(refused.value) == "wanted a list of seeds, one for each image, got 4: student([4]) is one, student(range(4)) the first 4"
+
+
+def test_sampling_a_folder_of_several_runs_names_them(teacher, tmp_path):
+    folder = tmp_path / "compare"
+    for name in ("sim", "dmd"):
+        (folder / name).mkdir(parents=True)
+        save_net(folder / name / "student.safetensors", load_net(teacher)[0], method=name, sampler=one_step(2.5).to_dict())
+    shutil.copy(teacher, folder / "teacher.safetensors")
+    with pytest.raises(UserError) as refused:
+        sample.main([str(folder), "--out", str(tmp_path / "a.png")])
+    wanted = f"potstill sample {folder}/dmd or {folder}/sim; its teacher alone: --which teacher"
+    assert str(refused.value) == f"{folder} holds several runs, got no word of which: {wanted}"
+    sample.main([str(folder), "--which", "teacher", "--seeds", "0-1", "--out", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").exists()
+
+
+def test_a_setting_that_begins_as_another_is_told_that_one():
+    with pytest.raises(UserError, match=r"no setting 'train.fake_per'; did you mean method.fake_per_student\?$"):
+        load("digits", ["train.fake_per=3"])
+
+
+def test_a_rehearsal_says_which_batch_its_hours_are_of(capsys):
+    train.main(["digits", "rehearse=true", "net.model_channels=8", "net.channel_mult=[1]", "device=cpu"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "synthetic images, 2 images at once in place of the recipe's batch of 64, which would take minutes on a CPU" in said.err
+    told = f"projected_hours: train.kimg=24 at {found['images_per_second']:g} images a second, as measured with 2 at once"
+    assert f"{told}; an iteration of the recipe is 64" in said.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["recipes", "--help"], []])
+def test_help_loads_no_torch(arguments):
+    """Which takes seconds, for a page of text."""
+    code = "import sys; from potstill.__main__ import main; main(sys.argv[1:])" if arguments else "import sys, potstill"
+    watched = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n{code}"
+    done = subprocess.run([sys.executable, "-c", watched, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, "False\n")

@@ -448,6 +448,8 @@ def _no_such_setting(key: str, recipe: Path, overrides: list[str]) -> str:
         known = [name for name, _ in _kinds()]
     if key in known:
         return f"{recipe.name} sets {key}, which this method does not have; wanted a recipe of this method (`potstill recipes`), or a copy without it"
-    near = difflib.get_close_matches(key, known, 1, 0.3)
+    leaf = key.rpartition(".")[2]
+    begun = [one for one in known if len(leaf) > 3 and one.rpartition(".")[2].startswith(leaf)]
+    near = difflib.get_close_matches(key, known, 1, 0.8) or begun or difflib.get_close_matches(key, known, 1, 0.3)
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{recipe.name}: there is no setting {key!r}{hint}"

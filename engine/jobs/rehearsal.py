@@ -81,8 +81,10 @@ def rehearse(cfg: Config) -> None:
     images, device, dtype = place.images, place.device, place.dtype
     assert images is not None
     batch = cfg.train.micro_batch if isinstance(cfg.train.micro_batch, int) else cfg.train.batch
+    why = f", which train.micro_batch={batch} makes of the recipe's {cfg.train.batch}" if batch != cfg.train.batch else ", the recipe's"
     if device.type == "cpu" and batch > 8:
         batch = 2  # enough to time; what fits and pays on a GPU would take minutes here
+        why = f" at once in place of the recipe's batch of {cfg.train.batch}, which would take minutes on a CPU"
     net = place.prepared(build.build_net(cfg.net, images.resolution, images.channels, images.label_dim))
     if cfg.teacher.guide:
         net.guide = Guide(net)  # as large as the teacher, at most
@@ -96,7 +98,7 @@ def rehearse(cfg: Config) -> None:
     settings = dataclasses.replace(cfg.train, batch=batch, micro_batch=None, kimg=batch * (period + warmup + timed) / 1000)
     run, stream = Run(method, settings, cfg.seed, device), Stream(images, batch=batch, seed=cfg.seed, device=device)
     method.pairs = stand_in_pairs(cfg, stream)
-    place.say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, batch {batch}, {str(dtype).removeprefix('torch.')}")
+    place.say(f"rehearsing {cfg.run_dir}: random weights, synthetic images, {batch} images{why}, {str(dtype).removeprefix('torch.')}")
     flops = counted(run, stream, period)
     seconds_taken(run, stream, range(period, period + warmup))
     seconds = seconds_taken(run, stream, range(period + warmup, period + warmup + timed)) / timed
@@ -113,6 +115,10 @@ def rehearse(cfg: Config) -> None:
         "mfu": mfu(flops / seconds, device),
         "device": device_title(device),
     }
+    place.say(
+        f"projected_hours: train.kimg={cfg.train.kimg:g} at {found['images_per_second']:g} images a second, as measured with {batch} at once; "
+        f"an iteration of the recipe is {cfg.train.batch}"
+    )
     print(json.dumps(found))
 
 

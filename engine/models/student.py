@@ -145,6 +145,13 @@ class Student(nn.Module):
         noise = GivenNoise(z[:, None] if self.draws == 1 else z)
         return self.sampler(self.net, self._rows(labels, z.shape[0]), noise)
 
+    def __repr__(self) -> str:
+        """One line: what it is, and not every layer of it."""
+        size = sum(p.numel() for p in self.net.parameters())
+        told = f", {self.label_dim} classes" if self.label_dim else ", prompts" if getattr(self.net, "text", False) else ""
+        method, shape = self.metadata.get("method", "unknown method"), "x".join(map(str, self.shape))
+        return f"Student({type(one_of(self.net)).__name__}, {method}, {shape}{told}, NFE {self.sampler.nfe}, {size:,} parameters)"
+
     def forward(
         self,
         seeds: Sequence[int],
@@ -167,6 +174,10 @@ class Student(nn.Module):
             UserError: classes or prompts for a net without, too few of them, or a class that there is not; latents or texts without a
                 pipeline; an image that is not finite.
         """
+        if isinstance(seeds, int):
+            raise UserError(
+                f"wanted a list of seeds, one for each image, got {seeds}: student([{seeds}]) is one, student(range({seeds})) the first {seeds}"
+            )
         told = self._told(seeds, labels, prompts)
         decode = self._decode()
         if not len(seeds):
