@@ -32,7 +32,8 @@ def tqdm_bar(**how: Any) -> Any:
         known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # it is none
         known = True
-    return tqdm(**how, **({"dynamic_ncols": True} if known else {"ncols": WIDTH, "nrows": 24}))
+    how |= {"dynamic_ncols": True} if known else {"ncols": WIDTH, "nrows": 24}
+    return tqdm(**how)
 
 
 class Pulse:
@@ -101,7 +102,7 @@ class Bar:
         if self.pulse is not None:
             self.pulse.close()
 
-    def over(self, parts: Iterable[T], size: Callable[[T], int] = len) -> Iterator[T]:  # pyright: ignore[reportArgumentType]
+    def over(self, parts: Iterable[T], size: Callable[[T], int] = len) -> Iterator[T]:
         """The same parts, counted when they have been dealt with."""
         with self:
             for part in parts:
