@@ -132,7 +132,8 @@ class Workplace:
     @cached_property
     def class_names(self) -> list[str] | None:
         """Names of the classes, or of the first of them: the teacher's, which knows what it was told, else the data's."""
-        own = metadata_of_origin(self.given_teacher) if self.given_teacher else {}
+        given = self.given_teacher
+        own = metadata_of_origin(given) if given and given.exists() else {}  # a dry run's may be missing
         return own.get("classes") or (self.images.classes if self.images else None)
 
     @cached_property
