@@ -135,7 +135,7 @@ def without_data(cfg: Config) -> bool:
 def check_given_data(cfg: Config) -> None:
     """Missing where there are no images at the path that a user has typed, also in a run that trains without."""
     if without_data(cfg) and not cfg.rehearse:
-        raise Missing(f"1 thing is missing:\n  - {_no_data(cfg)}")
+        raise Missing.of([_no_data(cfg), *missing(cfg)])
 
 
 def _no_data(cfg: Config) -> str:
@@ -204,13 +204,18 @@ def fetch_teacher(cfg: Config) -> None:
 class Missing(UserError):
     """Something is not on disk that a run needs."""
 
+    @classmethod
+    def of(cls, wants: list[str]) -> "Missing":
+        """All of it in one message."""
+        are = "thing is" if len(wants) == 1 else "things are"
+        return cls(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
+
 
 def check_complete(cfg: Config, *, on_paper: bool = False) -> None:
     """Missing with every missing thing and the commands that get it, in one message. on_paper: unless the run will download all of them."""
     wants = missing(cfg)
     if wants and not (on_paper and all(FROM_HUB in want for want in wants)):
-        are = "thing is" if len(wants) == 1 else "things are"
-        raise Missing(f"{len(wants)} {are} missing:" + "".join(f"\n  - {want}" for want in wants))
+        raise Missing.of(wants)
 
 
 def unfetched(features: str) -> str | None:
