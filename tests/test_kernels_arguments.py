@@ -1,7 +1,4 @@
-"""What the public losses take: one number per sample as [N] and as EDM's [N, 1, 1, 1], the README's lines, and a sentence for all else."""
-
-import re
-from pathlib import Path
+"""What the public losses take: one number per sample as [N] and as EDM's [N, 1, 1, 1], and a sentence for all else."""
 
 import numpy as np
 import pytest
@@ -64,17 +61,6 @@ def test_constants_that_both_estimates_share_stay_shared():
         c_skip, c_out = torch.full(per, 0.7), torch.full(per, 0.1)
         value, _ = score_match(x, Estimate(raw, x_t, c_skip, c_out), Estimate(raw, x_t, c_skip, c_out))
         assert value.tolist() == [0.0] * N
-
-
-def test_the_lines_of_the_readme_run_as_they_stand():
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = re.search(r"### One line in your trainer\n\n```python\n(.*?)```", text, re.DOTALL)
-    assert lines
-    net = torch.nn.Conv2d(2, 2, 1)
-    given = {"x": net(torch.randn(SHAPE)), "sigma": torch.rand(N), "noise": torch.randn(SHAPE)}
-    given |= {name: torch.randn(SHAPE) for name in ("F_real", "F_fake")} | {name: torch.rand(N, 1, 1, 1) for name in ("c_skip", "c_out")}
-    exec(lines[1], given)
-    assert net.weight.grad.abs().sum() > 0
 
 
 X = torch.randn(SHAPE)

@@ -32,8 +32,8 @@ from benches.rows import write
 
 GPUS = (1, 8, 64)
 BACKWARD, OVERLAP = 2 / 3, 0.8  # assumptions: two thirds of a step are backward, four fifths of which communication hides behind
-# Forwards of a net of the teacher's size per image that an iteration sees (README, "Methods"); GDD without its feature nets.
-FORWARDS = {"dmd": 4.8, "dmd2": 6.5, "sim": 11.0, "gdd": 4.0, "gdd_i": 3.1, "moment_matching": 5.0, "sfd": 18.0}
+# Forwards of a net of the teacher's size per image that an iteration sees (docs/methods); GDD without its feature nets.
+FORWARDS = {"dmd": 4.8, "dmd2": 6.5, "sim": 11.0, "sid": 11.0, "gdd": 4.0, "gdd_i": 3.1, "moment_matching": 5.0, "sfd": 18.0}
 #: name, recipe, published or chosen millions of images (None: the recipe's own)
 JOBS = [
     ("FFHQ-64, GDD-I", "ffhq64_gdd_i", None),

@@ -3,7 +3,7 @@
 from typing import Any
 
 NAMES = {
-    "dmd": "DMD", "sim": "SIM", "gdd": "GDD", "gdd_i": "GDD-I", "moment_matching": "moment matching", "sfd": "SFD",
+    "dmd": "DMD", "dmd2": "DMD2", "sim": "SIM", "sid": "SiD", "sida": "SiDA", "gdd": "GDD", "gdd_i": "GDD-I", "moment_matching": "moment matching", "sfd": "SFD",
     "msd": "MSD: several students by DMD, each for its classes",
 }  # fmt: skip
 
