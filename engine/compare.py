@@ -112,7 +112,7 @@ def compare(recipe: Path, recipes: dict[str, Path], flags: argparse.Namespace, f
     settings = [*overrides, f"teacher.checkpoint={job.cfg.teacher.checkpoint or f'{folder}/teacher.safetensors'}"]
     configs = {name: load(path, [*settings, f"run_dir={folder}/{name}"]) for name, path in recipes.items()}
     for name, cfg in configs.items():
-        cfg.train.kimg = kimg_in(flags.seconds, cfg, folder / name / "kimg.json", of_teacher=False) / cfg.students.count
+        cfg.train.kimg = kimg_in(flags.seconds, cfg, folder / name / "kimg.json", of_teacher=False, job_of=SnapshotJob) / cfg.students.count
         cfg.train.eval_kimg = cfg.train.kimg / flags.points
         if not (record := folder / name / "trained.json").exists():
             train_apart(cfg, record, flags.apart, only_teacher=False)
@@ -141,7 +141,7 @@ def train_teacher(cfg: Config, flags: argparse.Namespace, folder: Path) -> Job:
     if cfg.teacher.checkpoint or (folder / "teacher.safetensors").exists():
         return job
     if flags.teacher_seconds:
-        cfg.teacher.train.kimg = kimg_in(flags.teacher_seconds, cfg, folder / "teacher-kimg.json", of_teacher=True)
+        cfg.teacher.train.kimg = kimg_in(flags.teacher_seconds, cfg, folder / "teacher-kimg.json", of_teacher=True, job_of=SnapshotJob)
     cfg.teacher.train.eval_kimg = cfg.teacher.train.kimg / flags.teacher_points
     train_apart(cfg, folder / "teacher-trained.json", flags.apart, only_teacher=True)
     return job

@@ -42,7 +42,9 @@ def test_all_methods_share_a_teacher_and_are_told_in_one_table(tmp_path, capsys)
         assert seconds[-1] == pytest.approx(one["seconds"], abs=0.15)
         assert json.loads((tmp_path / "c" / name / "summary.json").read_text())["student"]["fd"] == one["fd"]
     assert summary["methods"]["sfd"]["nfe"] == 2
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    assert "do nothing" not in said.err, "the teacher's file is the comparison's doing"
+    lines = said.out.splitlines()
     assert [line.split()[0] for line in lines[-6:]] == ["floor", "teacher", "dmd", "gdd", "msd", "sfd"]
     assert (tmp_path / "c/table.md").read_text().count("\n") == 8
     assert (tmp_path / "c/msd/manifest.json").exists()

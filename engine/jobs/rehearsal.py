@@ -139,8 +139,8 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return None if peak is None else round(flops_per_second / peak, 4)
 
 
-def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> float:
-    """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`."""
+def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool, job_of: type[Job] = Job) -> float:
+    """Thousands of images that this machine trains on in `seconds`; remembered in the file `stored`. job_of: what will be run."""
     if stored.exists():
         again = "remove it, and the time of an iteration is measured again"
         before = read_json(stored, dict, again)
@@ -150,7 +150,7 @@ def kimg_in(seconds: float, cfg: Config, stored: Path, *, of_teacher: bool) -> f
         if before["seconds"] != seconds:
             raise UserError(f"{stored.parent} holds a run of {before['seconds']:g} seconds, got {seconds:g}: give another run_dir=")
         return before["kimg"]
-    job, stage = Job(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
+    job, stage = job_of(cfg, on_paper=True), cfg.teacher.train if of_teacher else cfg.train
     stream = job.stream(stage, job.share())
     if of_teacher:
         method = job.new_teacher()
