@@ -31,6 +31,7 @@ from potstill.engine.models.opening import STUDENT, open_models, settings, teach
 from potstill.engine.models.origins import local_path, on_hub
 from potstill.engine.models.router import Router, one_of
 from potstill.engine.models.student import Student, copy_weights, write_hub
+from potstill.engine.models.weights import round_weights
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 from potstill.engine.nets.edm_denoiser import EDMDenoiser
 
@@ -56,6 +57,8 @@ def main(argv: list[str]) -> None:
     out = args.out.expanduser()
     if out.exists():
         raise UserError(f"{out} exists: choose a folder that does not, or remove it")
+    if args.bits == 16 and args.to not in ("safetensors", "hub"):
+        raise UserError(f"--bits 16 is for --to safetensors and hub, got --to {args.to}, whose readers choose a dtype of their own")
     subject = found(args.source.expanduser(), args.pipeline)
     part = out.with_name(out.name + ".part")
     with lock(part / LOCK), writing(out):
@@ -63,6 +66,8 @@ def main(argv: list[str]) -> None:
             part.mkdir(parents=True, exist_ok=True)
             emptied(part)
             written = FORMATS[args.to](subject, part)
+            for file in part.rglob("*.safetensors") if args.bits == 16 else ():
+                round_weights(file)
             (part / "README.md").write_text(card(subject.about, written.library, written.use), encoding="utf-8")
             (part / LOCK).unlink(missing_ok=True)
             part.rename(out)
@@ -88,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     where = "the teacher's pipeline of diffusers, where it is not at the run's teacher.checkpoint"
     p.add_argument("--pipeline", metavar="FOLDER", help=where)
+    p.add_argument("--bits", type=int, choices=(16, 32), default=32, help="of a weight; 16 for half the bytes (default 32)")
     return p
 
 

@@ -30,7 +30,7 @@ from potstill.engine.models.opening import open_models
 from potstill.engine.models.partitions import Partition
 from potstill.engine.models.router import student_folder, write_manifest
 from potstill.engine.models.student import Student
-from potstill.engine.models.weights import read_metadata, save_net
+from potstill.engine.models.weights import read_metadata, read_tensors, save_net
 from potstill.engine.nets.edm import from_kwargs
 from potstill.engine.nets.steps import add_step_condition
 
@@ -611,3 +611,31 @@ def test_the_command_ends_with_2(tmp_path, capsys):
         main(["none", "--to", "gguf", "--out", "o"])
     assert ended.value.code == 2
     assert "invalid choice: 'gguf'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "hub"])
+def test_sixteen_bits_are_half_the_bytes_and_nearly_the_same_images(kind, tmp_path):
+    file, net = tmp_path / "student.safetensors", net_of(**NCSN)
+    save_net(file, net, method="dmd", sampler=one_step(2.5).to_dict())
+    main([str(file), "--to", kind, "--out", str(tmp_path / "out"), "--bits", "16"])
+    (written,) = (tmp_path / "out").glob("*.safetensors")
+    (whole, _), (short, _) = read_tensors(file), read_tensors(written)
+    for name, weight in whole.items():
+        assert torch.equal(short[name], weight.half() if weight.ndim > 1 else weight), name
+    assert {t.dtype for t in short.values()} == {torch.float16, torch.float32}
+    assert read_metadata(written) == read_metadata(file)
+    z = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted, got = (Student.from_pretrained(one).generate(z, torch.tensor([0, 1, 2, 0])) for one in (file, written))
+    assert 0 < (wanted - got).abs().max() < 5e-3 * wanted.abs().max()
+
+
+def test_sixteen_bits_are_refused_where_they_cannot_be(tmp_path):
+    net = net_of(**SONG)
+    with torch.no_grad():
+        next(p for name, p in net.named_parameters() if name == "model.enc.8x8_conv.weight")[0, 0, 0, 0] = 1e6
+    save_net(tmp_path / "s.safetensors", net, method="dmd", sampler=one_step(2.5).to_dict())
+    with pytest.raises(UserError, match=r"enc.8x8_conv.weight has numbers beyond float16's 65,504"):
+        main([f"{tmp_path}/s.safetensors", "--to", "hub", "--out", f"{tmp_path}/out", "--bits", "16"])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--bits 16 is for --to safetensors and hub, got --to onnx"):
+        main([f"{tmp_path}/s.safetensors", "--to", "onnx", "--out", f"{tmp_path}/out", "--bits", "16"])

@@ -36,6 +36,20 @@ def save_weights(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     write_tensors(path, tensors, {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()})
 
 
+def round_weights(file: Path) -> None:
+    """Round the matrices and kernels of a weight file to float16, half the bytes; what has one axis (norms, biases, levels) stays as it is.
+
+    Raises:
+        UserError: a number is beyond float16's 65,504.
+    """
+    with opened(file) as weights:
+        tensors, metadata = tensors_of(file, weights), dict(weights.metadata())
+    rounded = {name: t.half() if t.ndim > 1 and t.dtype == torch.float32 else t for name, t in tensors.items()}
+    if far := [name for name, t in rounded.items() if not t.isfinite().all()]:
+        raise UserError(f"{far[0]} has numbers beyond float16's 65,504: export it with --bits 32")
+    write_tensors(file, rounded, metadata)
+
+
 def load_net(path: Path, base: Path | None = None) -> tuple[Denoiser, dict[str, Any]]:
     """The net in a weight file, in eval mode, and the file's metadata decoded. UserError if it is not such a file.
 
