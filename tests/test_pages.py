@@ -1,7 +1,7 @@
 """Every block of code in README.md and docs/ is tried, as it stands.
 
-Pages of RUN are lived through: their lines run one after the other in one folder, which has the checkout's files and nothing else. What makes it
-affordable is `potstill` on the PATH, which adds SHORT to every training that is not a dry run. On all other pages, which want weights,
+Pages of RUN are lived through: their lines run one after the other in one folder, which has the checkout's files and nothing else; what
+makes it affordable is SHORT, which is added to every training that is not a dry run. On all other pages, which want weights,
 pictures or machines that are not here, every line is parsed: the command's own parser takes its words, and its recipe its settings.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from potstill.__main__ import main
 from potstill.engine.config.library import find
 from potstill.engine.config.tree import load
 
@@ -31,6 +32,7 @@ SHORT = ["train.kimg=0.2", "teacher.train.kimg=0.2", "eval.n=128"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PARSED = {  # lines of RUN that are parsed all the same, by their beginnings: why
     "potstill train ffhq64 rehearse=true": "a net of 62 million parameters on a CPU",
+    "potstill train fast64": "a net of 19 million parameters on a CPU",
     "potstill compare": "seven trainings",
     "potstill train digits_msd": "two students",
     ". .venv/bin/activate": "where the test runs there may be another environment",
@@ -45,21 +47,6 @@ ELSEWHERE = {  # Python that wants what is not here: what tries the same
 
 class Parsed(Exception):
     """The words of a command were taken."""
-
-
-@pytest.fixture(scope="module")
-def potstill(tmp_path_factory):
-    """A folder for the PATH with `potstill`, whose trainings are short."""
-    folder = tmp_path_factory.mktemp("bin")
-    code = f"""#!{sys.executable}
-import sys
-from potstill.__main__ import main
-words = sys.argv[1:]
-main(words + {SHORT} if words[:1] == ["train"] and "--dry-run" not in words else words)
-"""
-    (folder / "potstill").write_text(code)
-    (folder / "potstill").chmod(0o755)
-    return folder
 
 
 @pytest.fixture
@@ -81,35 +68,49 @@ def commands(code):
 
 
 @pytest.mark.parametrize("page", [page for page in RUN if any(language != "diff" for language, _ in blocks(page))])
-def test_a_page_is_lived_through(page, potstill, checkout, monkeypatch):
+def test_a_page_is_lived_through(page, checkout, monkeypatch, capfd):
     if "plain_pipeline" in page:
         pytest.importorskip("diffusers")
-    monkeypatch.setenv("PATH", f"{potstill}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(checkout)
-    (checkout / "PHOTOS").mkdir() if page != "docs/examples/own_photos.md" else None
-    if (checkout / "PHOTOS").exists():
+    if page != "docs/examples/own_photos.md":  # which makes its own
         photos(checkout / "PHOTOS")
     for language, code in blocks(page):
         if language == "python":
-            ran([sys.executable, "-c", code])
+            ran(code)
         for command in commands(code) if language == "sh" else []:
             if command.startswith("potstill") and not command.startswith(tuple(PARSED)):
                 refused = next((said for begin, said in REFUSED.items() if command.startswith(begin)), None)
-                told = ran(["bash", "-c", command], code=2 if refused else 0)
-                assert (refused or "") in told
+                code, told = called(shlex.split(command)[1:], capfd)
+                assert code == (2 if refused else 0) and (refused or "") in told, f"{command}\n\n{told[-3000:]}"
             else:
                 check(command)
 
 
-def ran(words, code=0):
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    assert done.returncode == code, f"{words[-1]}\n\nexit code {done.returncode}\n{done.stdout[-3000:]}"
-    return done.stdout
+def ran(code):
+    """In a process of its own, as whoever pastes it; the checkout is where `potstill` comes from."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"{code}\n\n{done.stdout[-3000:]}"
+
+
+def called(words, capfd):
+    """The exit code of `potstill WORDS`, in this process, and what it says; a training that is not a dry run is short."""
+    short = SHORT if words[0] == "train" and "--dry-run" not in words else []
+    capfd.readouterr()
+    try:
+        main([*words, *short])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    said = capfd.readouterr()
+    return code, said.out + said.err
 
 
 def photos(folder):
     """Three classes of ten pictures of 40x48 noise, as whoever has some."""
+    folder.mkdir()
     import numpy as np
     from PIL import Image
 
