@@ -170,8 +170,8 @@ def test_an_ancestral_student_takes_its_noise_in_one_tensor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [([0, 1], "wanted one class for each of 3 seeds"), ([0, 1, 3], r"classes are 0 … 2, got 0 … 3"),
-                          ([0.5, 1, 1], "wanted one class for each")],
+    ("labels", "words"), [([0, 1], "wanted a list of classes, one for each of 3 seeds"), ([0, 1, 3], r"classes are 0 … 2, got 0 … 3"),
+                          ([0.5, 1, 1], "a class is a whole number or a name, got 0.5")],
 )  # fmt: skip
 def test_labels_are_checked(labels, words):
     with pytest.raises(UserError, match=words):

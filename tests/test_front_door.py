@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,29 @@ def test_a_student_prints_as_one_line_and_wants_a_list_of_seeds(tmp_path):
     with pytest.raises(UserError) as refused:
         student(4)
     assert str(refused.value) == "wanted a list of seeds, one for each image, got 4: student([4]) is one, student(range(4)) the first 4"
+
+
+def test_a_student_takes_arrays_and_tensors_and_refuses_in_one_sentence_what_is_no_list(tmp_path):
+    path, names = tmp_path / "student.safetensors", [f"class {k}" for k in range(9)] + ["one, two"]
+    net = from_kwargs("EDMPrecond", img_resolution=8, img_channels=1, label_dim=10, **TINY)
+    save_net(path, net, method="gdd_i", sampler=one_step(2.5).to_dict(), classes=names)
+    student = Student(path)
+    wanted = student([3, 4], labels=["one, two", "class 2"])
+    for seeds, labels in (
+        (np.array([3, 4]), np.array(["one, two", "class 2"])), (torch.tensor([3, 4]), torch.tensor([9, 2])), ([np.int64(3), 4], (9, 2)),
+    ):  # fmt: skip
+        assert torch.equal(student(seeds, labels=labels), wanted)
+    for seeds, labels, said in (
+        ("0-3", None, "wanted a list of seeds, whole numbers of 64 bits, such as [0, 1, 2], got '0-3'"),
+        ([0.5], None, "wanted a list of seeds, whole numbers of 64 bits, such as [0, 1, 2], got [0.5]"),
+        ([2**63], None, "wanted a list of seeds, whole numbers of 64 bits, such as [0, 1, 2], got [9223372036854775808]"),
+        ([0, 1], "class 1", "wanted a list of classes, one for each of 2 seeds, got 'class 1'"),
+        ([0, 1], 3, "wanted a list of classes, one for each of 2 seeds, got 3"),
+        ([0], [True], "a class is a whole number or a name, got True"),
+    ):
+        with pytest.raises(UserError) as refused:
+            student(seeds, labels=labels)
+        assert str(refused.value) == said
 
 
 def test_sampling_a_folder_of_several_runs_names_them(teacher, tmp_path):

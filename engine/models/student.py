@@ -154,7 +154,7 @@ class Student(nn.Module):
 
     def forward(
         self,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | np.ndarray | Tensor,
         labels: Sequence[int | str] | np.ndarray | Tensor | None = None,
         *,
         prompts: Sequence[str] | Text | None = None,
@@ -165,7 +165,8 @@ class Student(nn.Module):
 
         Args:
             seeds: whole numbers; noise is drawn on the CPU.
-            labels: one class for each seed, by number or, where classes have names (`classes`), by name; by default seed s has class s mod classes, as in `potstill sample`.
+            labels: one class for each seed, by number or, where classes have names (`classes`), by name; by default seed s has class
+                s mod classes, as in `potstill sample`.
             prompts: of a net that is told some, one for each seed, as texts or embedded (`encode`).
             dtype: uint8, EDM's rounding to 0 … 255; or float32, about in [-1, 1]. Latents are decoded by the VAE of `pipeline`.
             batch: images at a time.
@@ -178,6 +179,10 @@ class Student(nn.Module):
             raise UserError(
                 f"wanted a list of seeds, one for each image, got {seeds}: student([{seeds}]) is one, student(range({seeds})) the first {seeds}"
             )
+        seeds, labels = _listed(seeds), _listed(labels)
+        if not isinstance(seeds, Sequence) or not all(_whole(seed) and -(2**63) <= seed < 2**63 for seed in seeds):
+            raise UserError(f"wanted a list of seeds, whole numbers of 64 bits, such as [0, 1, 2], got {seeds!r:.60}")
+        seeds = [int(seed) for seed in seeds]
         told = self._told(seeds, labels, prompts)
         decode = self._decode()
         if not len(seeds):
@@ -259,11 +264,12 @@ class Student(nn.Module):
             return None
         if labels is None:
             return np.array([seed % self.label_dim for seed in seeds], np.int64)
-        if not isinstance(labels, Tensor | np.ndarray):
-            labels = [number_named(one, self.classes) if isinstance(one, str) else one for one in labels]
-        classes = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-        if classes.shape != (len(seeds),) or classes.dtype.kind not in "iu":
-            raise UserError(f"wanted one class for each of {len(seeds)} seeds, got {classes.dtype} {list(classes.shape)}")
+        if not isinstance(labels, Sequence) or isinstance(labels, str) or len(labels) != len(seeds):
+            raise UserError(f"wanted a list of classes, one for each of {len(seeds)} seeds, got {labels!r:.60}")
+        labels = [number_named(one, self.classes) if isinstance(one, str) else one for one in labels]
+        if wrong := [one for one in labels if not _whole(one)]:
+            raise UserError(f"a class is a whole number or a name, got {wrong[0]!r:.60}")
+        classes = np.array(labels, object)
         if len(classes) and not 0 <= classes.min() <= classes.max() < self.label_dim:
             raise UserError(f"classes are 0 … {self.label_dim - 1}, got {classes.min()} … {classes.max()}")
         return classes.astype(np.int64)
@@ -280,6 +286,15 @@ class Student(nn.Module):
         if labels.shape[1] != self.label_dim:
             raise UserError(f"wanted labels [{n}] or [{n}, {self.label_dim}], got {list(labels.shape)}")
         return labels.float()
+
+
+def _listed(values: Any) -> Any:
+    """An array's or a tensor's numbers and names as a list; all else as it is."""
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
