@@ -238,14 +238,15 @@ def title(model: Model) -> str:
 
 
 def describe(model: Model, n: int, labels: np.ndarray | None) -> str:
-    classes = "" if labels is None else f", {len(np.unique(labels))} classes"
+    count = 0 if labels is None else len(np.unique(labels))
+    classes = f", {count} class{'es' * (count > 1)}" if count else ""
     churn = " with churn" if model.sampler.churn else ""
     guided = (
         f", guidance {model.sampler.guidance:g}"
         if isinstance(model.net, DiffusersDenoiser) and model.net.guidable and model.role == TEACHER
         else ""
     )
-    return f"{n} images{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}{guided}"
+    return f"{n} image{'s' * (n > 1)}{classes} by the {model.role} ({model.path}), {model.sampler.solver}{churn}, NFE {model.sampler.nfe}{guided}"
 
 
 if __name__ == "__main__":

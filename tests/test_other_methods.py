@@ -1,5 +1,6 @@
 """Any recipe takes any method: it runs on the method's own defaults, or one sentence says what stands against it and which recipe to take."""
 
+import re
 from itertools import product
 
 import pytest
@@ -65,10 +66,10 @@ def test_every_pair_of_small_recipe_and_method_works_or_is_one_sentence(recipe, 
         return
     train.main(arguments)
     said = capsys.readouterr()
-    assert f"  name: {method}\n" in said.out
+    assert re.search(rf"^method={method} ", said.out, re.MULTILINE)
     own = groups_of(find(recipe))["method"]
     made = f"; made for it is: potstill train {better.stem}" if better else ""
-    note = f"note: method={method} begins with its own defaults, and all else is {recipe}'s, chosen for {own}{made}\n"
+    note = f"note: method={method} begins with its own defaults, and takes all else from {recipe}, where it was chosen for {own}{made}\n"
     assert (note if method != own else "") == "".join(line for line in said.err.splitlines(True) if line.startswith("note: method="))
 
 

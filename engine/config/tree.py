@@ -304,8 +304,12 @@ def other_method(recipe: Path, overrides: list[str]) -> str:
     if own is None or own == chosen[-1]:
         return ""
     known = sorted({path.stem for folder in (recipe.parent, RECIPES) for path in (folder / "method").glob("*.yaml")})
+    if chosen[-1].lower() == "msd":
+        raise UserError(
+            f"{recipe.name}: MSD is several students of any method: students.count=2 students.partition=blocks, without method=msd"
+        )
     if chosen[-1] not in known:
-        near = difflib.get_close_matches(chosen[-1], known, 2, 0.6)
+        near = difflib.get_close_matches(chosen[-1].lower(), known, 2, 0.6)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"{recipe.name}: there is no method {chosen[-1]!r} to take; {hint}wanted one of {', '.join(known)}")
     return chosen[-1]
@@ -318,7 +322,7 @@ def notes_of_method(recipe: str | Path, overrides: list[str]) -> tuple[str, str]
         return "", ""
     own = of_method(recipe, method)
     better = f"potstill train {own.stem if own.parent == RECIPES else own}" if own else ""
-    note = f"note: method={method} begins with its own defaults, and all else is {recipe.stem}'s, chosen for {groups_of(recipe)['method']}"
+    note = f"note: method={method} begins with its own defaults, and takes all else from {recipe.stem}, where it was chosen for {groups_of(recipe)['method']}"
     return f"{note}; made for it is: {better}" if better else note, better
 
 

@@ -27,8 +27,17 @@ def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
     for name in given(cfg):
         if why := next((why for rule, why in rules.items() if name == rule or name.startswith(f"{rule}.")), None):
             names.setdefault(why, []).append(name)
+    names = {why: short(found) for why, found in names.items()}
     parts = [f"{', '.join(found)} ({why})" for why, found in names.items()]
     return f"these settings do nothing here: {'; '.join(parts)}" if parts else ""
+
+
+def short(names: list[str]) -> list[str]:
+    """Of more than three of teacher.train, say, only how many they are."""
+    branches = [".".join(name.split(".")[:2]) for name in names]
+    many = [branch for branch in dict.fromkeys(branches) if branches.count(branch) > 3]
+    few = [name for name, branch in zip(names, branches, strict=True) if branch not in many]
+    return [*(f"{branch}.… ({branches.count(branch)} settings)" for branch in many), *few]
 
 
 def given(cfg: Config) -> list[str]:

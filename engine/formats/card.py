@@ -50,7 +50,7 @@ def card(about: About, library: str, use: str) -> str:
 def _classes(about: About) -> list[str]:
     """The names of the classes, where they have some."""
     names = [re.sub(r"([\\\\`*_\[\]<>#|~$&!])", r"\\\1", name) for name in about.metadata.get("classes") or ()]
-    some = ", ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
+    some = "; ".join(f"{k} {name}" for k, name in enumerate(names[:MOST_NAMES]))
     more = f" … and {len(names) - MOST_NAMES:,} more (`classes` in the metadata)" if len(names) > MOST_NAMES else ""
     return [f"Classes: {some}{more}."] if names else []
 

@@ -373,7 +373,7 @@ class Job(Workplace):
         if self.tells:
             tell_end(self.dir)
         write_report(self.dir)
-        print_result(summary, self.dir)
+        print_result(summary, self.dir, given=self.given_teacher is not None)
         return summary
 
     def measure(self, nets: Nets) -> dict[str, Any]:

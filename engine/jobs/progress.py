@@ -8,7 +8,7 @@ from pathlib import Path
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.signals import Interrupted
 from potstill.engine.measure import report
-from potstill.engine.measure.status import ENDED, FAILED, FILE, RUNNING, STOPPED, Status, write_status
+from potstill.engine.measure.status import ENDED, FAILED, FILE, RUNNING, STOPPED, Status, read_status, write_status
 from potstill.engine.training.run import Run
 
 
@@ -37,6 +37,8 @@ def telling(run_dir: Path) -> Iterator[None]:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         with contextlib.suppress(UserError):  # the first error is what counts
             if (run_dir / FILE).is_file():
-                write_status(run_dir, Status(STOPPED if stopped else FAILED, why=str(error) or type(error).__name__))
+                status = read_status(run_dir) or Status(RUNNING)  # of what it was at
+                status.state, status.at, status.why = STOPPED if stopped else FAILED, 0.0, str(error) or type(error).__name__
+                write_status(run_dir, status)
                 report.write_report(run_dir)
         raise

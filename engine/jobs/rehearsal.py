@@ -45,7 +45,7 @@ def dry_run(cfg: Config) -> None:
 def sizes(cfg: Config, job: Job) -> None:
     """Print, as comments, how large everything is."""
     net, method, *_ = job.on_paper
-    if cfg.data.path and (url := preflight.unfetched(cfg.eval.features)):
+    if cfg.data.path and not preflight.without_data(cfg) and (url := preflight.unfetched(cfg.eval.features)):
         print(f"# will be downloaded: {url}")
     iterations = f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}"
     if preflight.to_come(cfg):

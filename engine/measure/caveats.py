@@ -38,7 +38,7 @@ def caveats(summary: dict[str, Any]) -> list[str]:
             "alarms and the curve of its distance in report.html"
         )
     seed = f" ({summary['seed']})" if is_number(summary.get("seed")) else ""
-    return [*found, f"one seed of training{seed}: another one ends elsewhere, on the digits by a tenth"]
+    return [*found, f"one seed of training{seed}: another one ends elsewhere"]
 
 
 def _few(student: dict[str, Any]) -> list[str]:

@@ -40,14 +40,13 @@ class Status:
     def sentence(self) -> str:
         """The state in words."""
         when = time.strftime("%Y-%m-%d at %H:%M", time.localtime(min(self.at, 1e11)))
+        far = f", {self.kimg:.3g} of {self.of:.3g} kimg" if self.of else ""
         if not self.running:
-            return f"{self.state.capitalize()} on {when}" + (f": {self.why}" if self.why else "") + "."
-        done = f"{self.stage or 'getting ready'}"
-        if self.of:
-            done += f", {self.kimg:.3g} of {self.of:.3g} kimg" + (
-                f", about {duration(float(f'{self.left:.2g}'))} left" if self.kimg else ""
-            )
-        return f"Running: {done} (on {when}; the page looks again every {EVERY} s)."
+            where = f" ({self.stage}{far})" if self.stage and self.why else ""
+            return f"{self.state.capitalize()} on {when}{where}" + (f": {self.why}" if self.why else "") + "."
+        left = f", about {duration(float(f'{self.left:.2g}'))} left" if self.of and self.kimg else ""
+        again = f"the page looks again every {EVERY} s, and a run that was killed cannot say so"
+        return f"Running: {self.stage or 'getting ready'}{far}{left} (on {when}; {again})."
 
 
 def write_status(run_dir: Path, status: Status) -> None:

@@ -27,6 +27,7 @@ from potstill.kernels import cuda
 
 STUDENT, TEACHER = "student", "teacher"
 ROLES = (STUDENT, TEACHER)
+WEIGHTS = "model.safetensors"  # in a folder as the Hugging Face hub expects it, beside config.json
 MOST_LEVELS = 10_000  # of a file's own walk; EDM's longest has 256
 ADVICE = "copy the file again, or mend it"
 PLACE = "place.json"  # in a run folder: {"folder": …}, where the relative paths in its settings begin
@@ -81,6 +82,8 @@ def weight_files(where: Path, pipeline: Path | None = None) -> dict[str, Path]:
     if not where.is_dir():
         raise UserError(f"no run folder or weight file at {where}")
     merged, teacher = where / MANIFEST, where / "teacher.safetensors"
+    if (exported := where / WEIGHTS).is_file() and not merged.is_file():
+        return {"": exported}
     found = {STUDENT: merged if merged.is_file() else where / "student.safetensors"}
     found[TEACHER] = teacher if teacher.is_file() else pipeline or teacher_elsewhere(where) or teacher
     found = {role: path for role, path in found.items() if path.is_file() or is_pipeline(path)}

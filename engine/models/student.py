@@ -30,7 +30,7 @@ from potstill.engine.data.vae import VAE
 from potstill.engine.diffusion.sampling import ANCESTRAL, RENOISE, Sampler
 from potstill.engine.models.decoding import CHANNELS, decoder_of
 from potstill.engine.models.generate import Decode, Rows, generate
-from potstill.engine.models.opening import STUDENT, open_models, pipeline_named, settings, teacher_elsewhere
+from potstill.engine.models.opening import STUDENT, WEIGHTS, open_models, pipeline_named, settings, teacher_elsewhere
 from potstill.engine.models.origins import is_pipeline
 from potstill.engine.models.router import MANIFEST, Router, one_of, read_manifest, student_name
 from potstill.engine.models.weights import read_metadata, save_net
@@ -38,7 +38,6 @@ from potstill.engine.nets.conditions import Condition, Text
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
 
-WEIGHTS = "model.safetensors"  # in a folder as the Hugging Face hub expects it, beside config.json
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json"]  # what Student reads; pickles and code are not even downloaded
 

@@ -251,7 +251,7 @@ class Progress:
         if (new := self.step - self.first) > 0 and self.step < self.total:
             seconds = (time.monotonic() - self.began) / new
             parts.append(f"{tqdm.format_interval((self.total - self.step) * seconds)} left")
-        tell(f"{self.title} {self.step}/{self.total}  {self.step * self.per_step:.1f} kimg  " + "  ".join(parts))
+        tell("  ".join([f"{self.title} {self.step}/{self.total}", f"{self.step * self.per_step:.1f} kimg", *parts]))
 
     def compiling(self, modules: int) -> None:
         """Why the first iterations take so long; on a terminal it stands in the bar until there are numbers."""

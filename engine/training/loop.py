@@ -136,6 +136,7 @@ def iterate(
         for hook in hooks:
             if run.due(hook.kimg):
                 with clock.stopped():
+                    saver.checked()  # else pictures of broken weights are what a diverged run ends with
                     if metrics := hook.call(run):
                         write(run, metrics, writers)
         stop = ranks.stop(caught[0] if caught else ranks.late)

@@ -47,11 +47,7 @@ class Saver:
 
     def save(self) -> Path:
         """A checkpoint of now; all ranks call it. NotFinite where it would hold a number that is none."""
-        run, ranks = self.run, self.run.ranks
-        state = run.state_dict()
-        bad = not_finite(state)
-        if not ranks.least(bad is None):
-            raise NotFinite(bad or "a tensor of another rank", run.step)
+        run, ranks, state = self.run, self.run.ranks, self.checked()
         if ranks.first:
             self._still_there()
         if self.sharded:
@@ -59,6 +55,14 @@ class Saver:
         if ranks.first:
             return save_checkpoint(self.checkpoints, run.step, state, run.cfg.keep)
         return self.checkpoints
+
+    def checked(self) -> dict[str, Any]:
+        """The state of the run as it is now; all ranks call it. NotFinite where it holds a number that is none."""
+        state = self.run.state_dict()
+        bad = not_finite(state)
+        if not self.run.ranks.least(bad is None):
+            raise NotFinite(bad or "a tensor of another rank", self.run.step)
+        return state
 
     def finish(self) -> None:
         """Until the last checkpoint is on disk."""
