@@ -106,7 +106,7 @@ def test_training_shows_losses_from_the_first_iteration_on(capsys, monkeypatch):
 def test_a_long_iteration_is_no_silence(quick, capsys):
     one = Progress("student", 60, 12)
     one.back_to(20)
-    until(capsys, "^student 20/60  0.0 kimg  $")
+    until(capsys, "^student 20/60  0.0 kimg$")
     one.close()
     other = Progress("student", 60, 12, quiet=True)
     time.sleep(0.2)

@@ -97,6 +97,9 @@ def test_images_are_written_as_they_are_made(run_dir, tmp_path, monkeypatch, nam
     held = []
 
     class Kept:  # a batch that says when it dies
+        def __len__(self):
+            return 5
+
         def __init__(self, value):
             self.array = np.full((5, 1, 8, 8), value, np.uint8)
 

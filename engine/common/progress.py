@@ -106,5 +106,7 @@ class Bar:
         """The same parts, counted when they have been dealt with."""
         with self:
             for part in parts:
+                count = size(part)
                 yield part
-                self.update(size(part))
+                del part  # else it is held while the next one is made
+                self.update(count)
