@@ -29,6 +29,7 @@ SNAPSHOT = Path(__file__).parent / "golden/recipes.yaml"
 #: What the heads of recipes, the README and benches/ choose among groups, besides single settings.
 CHOICES = {
     **{name: [f"data={name[:6]}_cpu"] for name in names() if name.startswith("fast")},
+    "fast32": ["data=fast32_cpu", "data=fast32_night"],
     "ffhq64": ["method=sim", "method=dmd2", "method=moment_matching", "method=sfd"],
 }
 CASES = sorted([*names(), *(f"{name} {choice}" for name, choices in CHOICES.items() for choice in choices)])
