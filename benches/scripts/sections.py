@@ -49,7 +49,7 @@ def night(run: dict[str, Any]) -> str:
         f"{who} {short(one['scores'][title])}" for who, one in (("real images", run["floor"]), ("teacher", teacher), ("student", student))
     )
     return (
-        f"A JPEG copy of CIFAR-10 from nothing on {run['device']}, no GPU: real images, a teacher of {run['parameters'] / 1e6:.1f} M parameters after "
+        f"A JPEG copy of CIFAR-10 from nothing on {run['device']}, no GPU: real images, a teacher of {teacher['parameters'] / 1e6:.1f} M parameters after "
         f"{teacher['seconds'] / 60:.0f} minutes at {teacher['nfe']} evaluations, and its {NAMES.get(shown, shown)} student after "
         f"{student['seconds'] / 60:.0f} minutes at {student['nfe']}. {title}, n = {run['n']:,}: {fd}; this is no FID.\n"
     )
