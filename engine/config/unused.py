@@ -6,6 +6,7 @@ dataclass says it of its own (`unused()`), and `across` of what follows from els
 
 import dataclasses
 import inspect
+from os.path import commonprefix
 
 from potstill.engine.common.checks import Unused
 from potstill.engine.config.tree import Config, NetConfig, flat
@@ -33,11 +34,15 @@ def sentence(cfg: Config, teacher: Denoiser, ranks: int = 1) -> str:
 
 
 def short(names: list[str]) -> list[str]:
-    """Of more than three of teacher.train, say, only how many they are."""
-    branches = [".".join(name.split(".")[:2]) for name in names]
-    many = [branch for branch in dict.fromkeys(branches) if branches.count(branch) > 3]
-    few = [name for name, branch in zip(names, branches, strict=True) if branch not in many]
-    return [*(f"{branch}.… ({branches.count(branch)} settings)" for branch in many), *few]
+    """Of more than three in teacher.train, say, what their names have in common, and how many they are."""
+    branches: dict[str, list[str]] = {}
+    for name in names:
+        branches.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return [
+        one
+        for branch in branches.values()
+        for one in ([f"{commonprefix(branch).rpartition('.')[0]}.… ({len(branch)} settings)"] if len(branch) > 3 else branch)
+    ]
 
 
 def given(cfg: Config) -> list[str]:
