@@ -41,7 +41,7 @@ def short(names: list[str]) -> list[str]:
     return [
         one
         for branch in branches.values()
-        for one in ([f"{commonprefix(branch).rpartition('.')[0]}.… ({len(branch)} settings)"] if len(branch) > 3 else branch)
+        for one in ([f"{commonprefix(branch).rpartition('.')[0]}.… ({len(branch)} settings)"] if len(branch) > 3 else branch)  # noqa: RUF071 (cut at a dot)
     ]
 
 
