@@ -41,17 +41,18 @@ def compare(run: dict[str, Any]) -> str:
 
 
 def night(run: dict[str, Any]) -> str:
-    """What the picture at the top of the README shows, in a sentence."""
-    title = next(iter(run["floor"]["scores"]))
-    shown = min((name for name, one in run["methods"].items() if one["nfe"] == 1), key=lambda name: run["methods"][name]["scores"][title])
-    teacher, student = run["teacher"], run["methods"][shown]
-    fd = ", ".join(
-        f"{who} {short(one['scores'][title])}" for who, one in (("real images", run["floor"]), ("teacher", teacher), ("student", student))
+    """What the picture at the top of the README shows, the nearest student beside its teacher, and the nearest of one step."""
+    title, teacher = next(iter(run["floor"]["scores"])), run["teacher"]
+    order = sorted(run["methods"], key=lambda name: run["methods"][name]["scores"][title])
+    one_step = next(name for name in order if run["methods"][name]["nfe"] == 1)
+    students = "; ".join(
+        f"{NAMES.get(name, name)}, {one['nfe']} evaluation{'s' * (one['nfe'] > 1)}, {one['seconds'] / 60:.0f} minutes: {short(one['scores'][title])}"
+        for name, one in ((name, run["methods"][name]) for name in dict.fromkeys([order[0], one_step]))
     )
     return (
-        f"A JPEG copy of CIFAR-10 from nothing on {run['device']}, no GPU: real images, a teacher of {teacher['parameters'] / 1e6:.1f} M parameters after "
-        f"{teacher['seconds'] / 60:.0f} minutes at {teacher['nfe']} evaluations, and its {NAMES.get(shown, shown)} student after "
-        f"{student['seconds'] / 60:.0f} minutes at {student['nfe']}. {title}, n = {run['n']:,}: {fd}; this is no FID.\n"
+        f"A JPEG copy of CIFAR-10, from nothing on one thread of a CPU: a teacher of {teacher['parameters'] / 1e6:.1f} M parameters, and its "
+        f"student by {NAMES.get(order[0], order[0])}.\n{title} at n = {run['n']:,}, which is no FID: real images {short(run['floor']['scores'][title])}; teacher, "
+        f"{teacher['nfe']} evaluations, {teacher['seconds'] / 60:.0f} minutes of training: {short(teacher['scores'][title])}; {students}.\n"
     )
 
 
