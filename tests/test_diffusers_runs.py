@@ -438,7 +438,7 @@ def test_prompts_that_cannot_be(pipelines, refused, tmp_path_factory, place, fin
     sd, folder = pipelines("sd15"), tmp_path_factory.mktemp("prompts")
     (folder / "empty.txt").write_text("\n")
     assert "is empty, wanted at least one prompt" in refused(sd, f"text.prompts={folder}/empty.txt", text=False)
-    assert "prompts: nothing at" in refused(sd, f"text.prompts={folder}/none.txt", text=False)
+    assert "no prompts at" in refused(sd, f"text.prompts={folder}/none.txt", text=False)
     assert "holds prompts" in refused(pipelines("sd3"), f"text.cache={finished('sd15')}/text")
     assert "holds prompts" in refused(sd, f"text.cache={finished('sd15')}/text", "text.precision=bf16")
 

@@ -537,7 +537,7 @@ def test_a_card_names_the_classes(tmp_path):
     for names, said, labels in (
         (
             ["roses", "sun_flowers", "<b>"],
-            r"Classes: 0 roses, 1 sun\_flowers, 2 \<b\>.",
+            r"Classes: 0 roses; 1 sun\_flowers; 2 \<b\>.",
             "labels=['roses', 'roses', 'sun_flowers', '<b>'])",
         ),
         (many, "19 kind 19 … and 980 more (`classes` in the metadata).", "labels=['kind 0', 'kind 250', 'kind 500', 'kind 750'])"),

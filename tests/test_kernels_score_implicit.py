@@ -172,7 +172,7 @@ def test_bad_input():
         score_implicit(x, x, x, alpha=1.2)
     with pytest.raises(ValueError, match=r"detach='normaliser' with distance='huber'"):
         score_implicit(x, x, x, distance="l2", detach="normaliser")
-    with pytest.raises(ValueError, match=r"weight \[N\] with N = 2 of x, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"weight \[N\] or \[N, 1, 1, 1\] with N = 2 of x, got \(3,\)"):
         score_implicit(x, x, x, weight=torch.ones(3))
     with pytest.raises(ValueError, match=r"gradient for images only: wanted weight without requires_grad"):
         score_implicit(x, x, x, weight=c.clone().requires_grad_())

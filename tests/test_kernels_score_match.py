@@ -127,7 +127,7 @@ def test_bad_input():
         score_match(x, y, Estimate(y, x.clone().requires_grad_(), c, c))
     with pytest.raises(ValueError, match=r"all or none of real.x_t, c_skip and c_out"):
         score_match(x, Estimate(y, x), y)
-    with pytest.raises(ValueError, match=r"real.c_skip \[N\] with N = 2 of x, got \(3,\)"):
+    with pytest.raises(ValueError, match=r"real.c_skip \[N\] or \[N, 1, 1, 1\] with N = 2 of x, got \(3,\)"):
         score_match(x, Estimate(y, x, torch.ones(3), c), y)
     with pytest.raises(ValueError, match=r"real.c_out as a floating tensor"):
         score_match(x, Estimate(y, x, c, torch.ones(2, dtype=torch.int64)), y)

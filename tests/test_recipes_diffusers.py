@@ -73,7 +73,7 @@ def test_recipe_runs_on_a_tiny_pipeline_of_its_class(name, place, monkeypatch, c
     assert all("lora_" in tensor for tensor in tensors) == bool(cfg.lora.rank)
     if name in STEPS:
         assert about["sampler"]["sigmas"] == pytest.approx(levels(kind, STEPS[name]), rel=1e-5)
-        assert about["sampler"].get("start", "sigma") == ("sigma" if cfg.method.name == "sim" and not cfg.method.steps else "unit")
+        assert about["sampler"].get("start", "sigma") == ("sigma" if type(cfg.method).name == "sim" and not cfg.method.steps else "unit")
     else:
         assert len(about["sampler"]["sigmas"]) == 8
 

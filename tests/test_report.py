@@ -15,12 +15,12 @@ from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.card import About, card
+from potstill.engine.formats.caveats import caveats
 from potstill.engine.formats.pictures import save_png
 from potstill.engine.jobs.curve import CurveOf, size_of
 from potstill.engine.jobs.finish import print_result
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.progress import tell_end, telling
-from potstill.engine.measure.caveats import caveats
 from potstill.engine.measure.distances import Moments, squared_distance
 from potstill.engine.measure.features import Pixels
 from potstill.engine.measure.neighbours import by_class, looked_up, nearest

@@ -7,7 +7,7 @@ from typing import Any
 
 from potstill.engine.common.kinds import LONGEST, is_dict
 from potstill.engine.common.packages import versions_of
-from potstill.engine.measure.caveats import caveats
+from potstill.engine.formats.caveats import caveats
 
 CC_BY_NC_SA = "CC BY-NC-SA 4.0"
 UNKNOWN = (

@@ -15,10 +15,10 @@ from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import AT_ONCE
 from potstill.engine.diffusion.sampling import Sampler
+from potstill.engine.formats.caveats import caveats
 from potstill.engine.formats.pictures import captioned, columns_of, grid, save_png, side_by_side, stacked, titles
 from potstill.engine.jobs.machine import device_title, versions
 from potstill.engine.jobs.workplace import Workplace
-from potstill.engine.measure.caveats import caveats
 from potstill.engine.measure.features import Features
 from potstill.engine.measure.neighbours import by_class, looked_up
 from potstill.engine.measure.networks import features_by_name

@@ -118,7 +118,7 @@ class Job(Workplace):
 
     def run(self) -> dict[str, Any] | None:
         """Everything that is not done yet. Returns the summary; None if other students of this run are still missing."""
-        with self.lock, telling(self.dir) if self.tells else nullcontext():
+        with self.lock, telling(self.dir, self.ranks.several) if self.tells else nullcontext():
             return self.all_stages()
 
     @property

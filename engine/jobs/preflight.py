@@ -264,7 +264,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         cfg
     )  # else which classes there are is not known yet
     partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
-    if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not to_come(cfg):
+    if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not missing(cfg):
         earlier_weights(method, earlier)
         check_same_part(earlier, partition)
     return OnPaper(teacher, method, partition, classes_without_images(images, teacher.label_dim), marks)

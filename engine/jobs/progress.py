@@ -28,8 +28,11 @@ def tell_end(run_dir: Path) -> None:
 
 
 @contextmanager
-def telling(run_dir: Path) -> Iterator[None]:
-    """Of the block within: that it has begun, and that it failed or was stopped. Nothing is said in a folder that was taken away meanwhile."""
+def telling(run_dir: Path, several: bool = False) -> Iterator[None]:
+    """Of the block within: that it has begun, and that it failed or was stopped. Nothing is said in a folder that was taken away meanwhile.
+
+    several: ranks; when one dies, torchrun leaves the others too little time for a report.
+    """
     tell(run_dir)
     try:
         yield
@@ -40,5 +43,6 @@ def telling(run_dir: Path) -> Iterator[None]:
                 status = read_status(run_dir) or Status(RUNNING)  # of what it was at
                 status.state, status.at, status.why = STOPPED if stopped else FAILED, 0.0, str(error) or type(error).__name__
                 write_status(run_dir, status)
-                report.write_report(run_dir)
+                if stopped or isinstance(error, UserError) or not several:
+                    report.write_report(run_dir)
         raise

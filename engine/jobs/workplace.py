@@ -133,7 +133,7 @@ class Workplace:
     def class_names(self) -> list[str] | None:
         """Names of the classes, or of the first of them: the teacher's, which knows what it was told, else the data's."""
         given = self.given_teacher
-        own = metadata_of_origin(given) if given and given.exists() else {}  # a dry run's may be missing
+        own = metadata_of_origin(given) if given and given.is_file() else {}  # a dry run's may be missing
         return own.get("classes") or (self.images.classes if self.images else None)
 
     @cached_property

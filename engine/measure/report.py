@@ -20,7 +20,7 @@ from potstill.engine.common.kinds import is_dict, is_number, is_text
 from potstill.engine.common.packages import versions_of
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.writing import whole
-from potstill.engine.measure.caveats import caveats
+from potstill.engine.formats.caveats import caveats
 from potstill.engine.measure.chart import HEIGHT, LEFT, RIGHT, WIDTH, Chart, Curve, chart, read_alarms, read_curves, short
 from potstill.engine.measure.status import EVERY, RUNNING, STOPPED, duration, read_status
 from potstill.engine.measure.summary import read_summary
