@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "constraints.txt").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TITLES = ("build", "cpu", "run", "diffusers", "lint", "cuda")
+TITLES = ("build", "cpu", "run", "diffusers", "lint", "docs", "cuda")
 
 
 def paragraph(title: str) -> list[str]:

@@ -239,7 +239,7 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
     check_images(cfg, images, ranks.count)
     teacher = teacher_on_paper(cfg, images, folder, ranks)
     trained = all(not p.is_meta for p in teacher.parameters())
-    if not to_come(cfg):
+    if not cfg.teacher.checkpoint or origins.is_there(cfg.teacher.checkpoint):  # of a stand-in nothing can be said
         check_told(cfg, teacher, images)
     check_lora(cfg.lora, cfg.train.parallel if ranks.count > 1 else "ddp")
     marks = ranks.agree(ranks.on_first(lambda: marks_of(cfg, images, teacher if trained else None, text=teacher.text))) or {}
