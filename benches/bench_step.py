@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benches import harness, rehearse
-from potstill.engine.config.tree import NetConfig
+from potstill.engine.config.schema import NetConfig
 from potstill.engine.data.images import open_images
 from potstill.engine.data.sampler import Stream
 from potstill.engine.jobs.build import build_net

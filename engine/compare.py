@@ -20,7 +20,8 @@ from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.signals import stoppable
 from potstill.engine.config.library import family_of, find
-from potstill.engine.config.tree import Config, load
+from potstill.engine.config.schema import Config
+from potstill.engine.config.tree import load
 from potstill.engine.formats.pictures import save_png
 from potstill.engine.jobs.build import is_text
 from potstill.engine.jobs.comparison import SnapshotJob, finish_run, floor_and_teacher, method_measured, sheets, train_apart

@@ -22,7 +22,7 @@ from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.chosen import comments_of, default_of, written
 from potstill.engine.config.library import RECIPES
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.config.written import branch_of
 from potstill.engine.methods.table import METHODS
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from potstill.engine import evaluate, probe, train
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import load, to_yaml
+from potstill.engine.config.schema import to_yaml
+from potstill.engine.config.tree import load
 from potstill.engine.data.images import open_images
 from potstill.engine.formats.edm_pickle import read_net
 from potstill.engine.jobs import finish, job

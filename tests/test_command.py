@@ -16,7 +16,8 @@ from potstill import __main__, __version__
 from potstill.engine import recipes, settings
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import FIELD, RECIPES, file_of, find, groups_of, head_of, names, text_of
-from potstill.engine.config.tree import Config, load, to_yaml
+from potstill.engine.config.schema import Config, to_yaml
+from potstill.engine.config.tree import load
 from potstill.engine.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,8 @@ from potstill.engine import train
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.chosen import as_lines, chosen
 from potstill.engine.config.library import find, groups_of, names, text_of
-from potstill.engine.config.tree import Config, defaults_under, load
+from potstill.engine.config.schema import Config
+from potstill.engine.config.tree import defaults_under, load
 from potstill.engine.jobs import rehearsal
 from potstill.engine.jobs.job import Job
 from potstill.engine.jobs.preflight import Missing
@@ -148,7 +149,7 @@ def test_dry_run_of_a_recipe_for_a_pipeline_says_what_is_missing(name, tmp_path,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(origins, "_snapshot", lambda name: None)
     refusal_of_dry_run(name, tmp_path)
-    said, cfg = capsys.readouterr(), load(name, [])
+    said, cfg = capsys.readouterr(), load(name, [f"run_dir={tmp_path}/run"])
     missing = "".join(line for line in said.out.splitlines() if line.startswith("# missing"))
     assert f"no file or pipeline at {cfg.teacher.checkpoint}. potstill train downloads it from the Hugging Face hub" in missing
     assert f"# iterations: {round(cfg.train.kimg * 1000 / cfg.train.batch):,} of batch {cfg.train.batch}" in said.out

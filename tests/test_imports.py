@@ -107,9 +107,9 @@ def test_python_m_takes_the_short_name_and_a_name_it_does_not_know_is_the_usual_
 
 
 def test_pickled_names_do_not_depend_on_the_import():
-    made = run("import pickle, engine.config.tree; print(pickle.dumps(engine.config.tree.DataConfig()).hex())")
+    made = run("import pickle, engine.config.schema; print(pickle.dumps(engine.config.schema.DataConfig()).hex())")
     assert (
-        run(f"import pickle; print(type(pickle.loads(bytes.fromhex('{made}'))).__module__)", path=[ROOT]) == "potstill.engine.config.tree"
+        run(f"import pickle; print(type(pickle.loads(bytes.fromhex('{made}'))).__module__)", path=[ROOT]) == "potstill.engine.config.schema"
     )
 
 

@@ -9,7 +9,8 @@ import yaml
 from potstill.engine import train
 from potstill.engine.common.errors import UserError
 from potstill.engine.config.library import RECIPES, find, groups_of, of_method
-from potstill.engine.config.tree import load, to_yaml
+from potstill.engine.config.schema import to_yaml
+from potstill.engine.config.tree import load
 from potstill.engine.jobs.folder import check_settings
 from potstill.engine.methods.table import METHODS, settings_of
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from potstill.engine.config.library import find, groups_of, names, text_of
-from potstill.engine.config.tree import Config, load
+from potstill.engine.config.schema import Config
+from potstill.engine.config.tree import load
 from potstill.engine.data import scenes
 from potstill.engine.jobs import build
 from potstill.engine.jobs.finish import Gallery

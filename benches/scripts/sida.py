@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from benches import RESULTS
-from potstill.engine.config.tree import Config, load
+from potstill.engine.config.schema import Config
+from potstill.engine.config.tree import load
 from potstill.engine.jobs import build
 from potstill.engine.jobs.folder import write_json
 from potstill.engine.jobs.job import Job

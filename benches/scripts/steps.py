@@ -50,7 +50,7 @@ def serve(case: str, dtype: str) -> None:
     sys.path.insert(0, os.getcwd())
     import torch
 
-    from potstill.engine.config.tree import NetConfig
+    from potstill.engine.config.schema import NetConfig
     from potstill.engine.data.images import open_images
     from potstill.engine.data.sampler import Stream
     from potstill.engine.jobs.build import build_net

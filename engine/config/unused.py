@@ -9,7 +9,8 @@ import inspect
 from os.path import commonprefix
 
 from potstill.engine.common.checks import Unused
-from potstill.engine.config.tree import Config, NetConfig, flat
+from potstill.engine.config.chosen import chosen
+from potstill.engine.config.schema import Config, NetConfig, flat
 from potstill.engine.models.origins import to_come
 from potstill.engine.nets.denoiser import Denoiser
 from potstill.engine.nets.diffusers import DiffusersDenoiser
@@ -47,8 +48,7 @@ def short(names: list[str]) -> list[str]:
 
 def given(cfg: Config) -> list[str]:
     """The dotted names of the settings that differ from the schema's defaults."""
-    ours, theirs = (flat(dataclasses.asdict(one)) for one in (cfg, Config(method=type(cfg.method)())))
-    return [name for name, value in ours.items() if name not in theirs or theirs[name] != value]
+    return [name for one in chosen(cfg, Config(method=type(cfg.method)())) for name in flat(one.value, one.name)]
 
 
 def across(cfg: Config, teacher: Denoiser, ranks: int) -> Unused:

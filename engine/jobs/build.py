@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import Config, NetConfig, TeacherConfig
+from potstill.engine.config.schema import Config, NetConfig, TeacherConfig
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.data.pipelines import decodes
 from potstill.engine.data.sources import is_there

@@ -19,7 +19,7 @@ from PIL import Image
 from potstill.engine.common.cli import run
 from potstill.engine.common.reading import read_json
 from potstill.engine.common.signals import collected, stoppable
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.formats.pictures import sheet, stacked
 from potstill.engine.jobs import build
 from potstill.engine.jobs.finish import Nets

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 
 from potstill.engine.common.progress import Bar
-from potstill.engine.config.tree import EvalConfig
+from potstill.engine.config.schema import EvalConfig
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts
 from potstill.engine.data.vae import AT_ONCE

@@ -14,7 +14,7 @@ from yaml import SafeLoader, YAMLError
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.writing import whole
-from potstill.engine.config.tree import Config, flat, to_yaml
+from potstill.engine.config.schema import Config, flat, to_yaml
 from potstill.engine.methods.table import settings_of
 from potstill.engine.readers.harmless import check_text
 from potstill.engine.training.optim import OptimConfig

@@ -10,7 +10,7 @@ from typing import Any
 from potstill.engine.common.download import digest
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.reading import read_json
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.captions import file_of, hash_of_texts
 from potstill.engine.data.images import Images
 from potstill.engine.data.pipelines import TEXT, hash_of_part

@@ -12,7 +12,7 @@ import torch
 from potstill.engine.common.class_names import first_unlike
 from potstill.engine.common.errors import harmless
 from potstill.engine.config import unused
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.images import data_variance
 from potstill.engine.diffusion.sampling import Sampler
 from potstill.engine.formats.newborn import write_newborn, write_trained

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from potstill.engine.common.errors import UserError, writing
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.models.router import student_folder
 
 try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.kernels import native
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,7 +15,7 @@ import torch
 from potstill.engine.common.download import cached_path, is_url
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.packages import Extra
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.images import Images
 from potstill.engine.data.sources import is_there
 from potstill.engine.jobs import build, machine

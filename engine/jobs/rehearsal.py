@@ -13,7 +13,8 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import check, number
 from potstill.engine.common.reading import read_json
 from potstill.engine.config.chosen import as_lines, chosen
-from potstill.engine.config.tree import Config, defaults_under
+from potstill.engine.config.schema import Config
+from potstill.engine.config.tree import defaults_under
 from potstill.engine.data.sampler import Stream
 from potstill.engine.jobs import build, preflight
 from potstill.engine.jobs.folder import write_atomically

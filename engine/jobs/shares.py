@@ -17,7 +17,7 @@ from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import Kind, check, is_list, is_whole, optional
 from potstill.engine.common.progress import Bar
 from potstill.engine.common.reading import read_json
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.embeddings import is_made
 from potstill.engine.data.images import Images
 from potstill.engine.data.prompts import Prompts

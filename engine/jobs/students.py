@@ -7,7 +7,7 @@ import torch
 
 from potstill.engine.common.errors import UserError
 from potstill.engine.common.kinds import shown
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.images import Images
 from potstill.engine.methods.base import Method
 from potstill.engine.methods.msd import make_partition

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from potstill.engine.common.errors import UserError
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data import scenes
 from potstill.engine.data.captions import CAPTIONS, hash_of_texts, read_prompts, write_captions
 from potstill.engine.data.embeddings import check_embeddings, check_encoder

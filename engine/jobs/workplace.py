@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from potstill.engine.config.tree import Config
+from potstill.engine.config.schema import Config
 from potstill.engine.data.images import Images
 from potstill.engine.data.sampler import Stream
 from potstill.engine.diffusion.sampling import heun

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from potstill.engine.common.download import digest, fetch
-from potstill.engine.config.tree import Config, flat, load, to_yaml
+from potstill.engine.config.schema import Config, flat, to_yaml
+from potstill.engine.config.tree import load
 from potstill.engine.evaluate import teacher_of_summary
 from potstill.engine.jobs.folder import check_folder
 from potstill.engine.measure.networks import read_state_dict
