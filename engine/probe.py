@@ -8,15 +8,16 @@ writes the plan for `skipping.plan=plan.json` of `potstill train`. Beside it: a 
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from potstill.engine.common.cli import parser_of, run
 from potstill.engine.common.errors import UserError
+from potstill.engine.common.progress import Bar
 from potstill.engine.data.images import Images, open_images
 from potstill.engine.jobs.machine import device_title
 from potstill.engine.measure.score import check_fit
@@ -40,8 +41,15 @@ def main(argv: list[str]) -> None:
     images = open_images(args.data, labelled=not args.unlabelled)
     check_fit(net, images)
     data = material(images, net, args.images, args.batch, args.seed, device)
-    profile = probe(net.to(device), data, args.bins, partial(print, file=sys.stderr))
-    plan = make_plan(net, data, profile, args.budget)
+    with Bar("probing", args.bins, unit="bins") as bar:
+
+        def say(line: str) -> None:
+            tqdm.write(line, file=sys.stderr)
+            bar.update()
+
+        profile = probe(net.to(device), data, args.bins, say)
+    with Bar("choosing layers", None, unit="choices tried") as bar:
+        plan = make_plan(net, data, profile, args.budget, bar.update)
     plan.report |= {"data": images.name, "images": len(data.images), "batch": args.batch, "latency": device_title(device)}
     plan.report["rank_correlation"] = {
         "taylor": [round(spearman(profile.taylor[:, k], profile.alone[:, k]), 4) for k in range(plan.bins)],

@@ -387,7 +387,11 @@ def test_branches_that_the_recipe_leaves_out_can_be_given(tmp_path):
         ),
         ("digits_gdd", "method.r1_gamma=0 method.r1_every=3", "method.r1_every (method.r1_gamma=0)"),
         ("digits_sfd", "method.metric=l1 method.huber_c=0.1", "method.huber_c (method.metric=l1)"),
-        ("digits", "teacher.train.optim.student.lr=5", "these settings do nothing here: teacher.train.optim.student.lr (teacher.train.optim.teacher is given)"),
+        (
+            "digits",
+            "teacher.train.optim.student.lr=5",
+            "these settings do nothing here: teacher.train.optim.student.lr (teacher.train.optim.teacher is given)",
+        ),
         ("digits", "students.partition=random", "students.partition (students.count=1)"),
         ("digits", "students.tsm.kimg=3", "students.tsm.kimg (students.net=null)"),
         ("digits", "skipping.cosine=0.5", "skipping.cosine (neither skipping.plan nor skipping.cache)"),

@@ -414,6 +414,14 @@ def test_times_are_those_that_were_kept():
             reconstructed(given, 0.07, kimg)
 
 
+def test_profiles_of_before_the_names_of_variants_were_kept_belong_to_those_of_after():
+    given, _ = profiles()
+    named = [one._replace(metadata=one.metadata | {"method": "dmd2" if i > 3 else "dmd"}) for i, one in enumerate(given)]
+    made = reconstructed(named, 0.07)
+    assert made.metadata["method"] == "dmd2"
+    assert all(torch.equal(t, made.tensors[name]) for name, t in reconstructed(given, 0.07).tensors.items())
+
+
 def test_profiles_that_do_not_belong_together_are_refused():
     given, _ = profiles()
     with pytest.raises(UserError, match=r"0-0\.05\.pkl and 0-0\.05\.pkl are both the profile of std 0\.05 at 0\.1 kimg: leave one out"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from potstill.engine import probe
 from potstill.engine.common import progress
 from potstill.engine.common.progress import Bar, Pulse
 from potstill.engine.data.images import open_images
@@ -19,8 +20,11 @@ from potstill.engine.data.shards import Manifest, write_shards
 from potstill.engine.diffusion.sampling import one_step
 from potstill.engine.measure.networks import features_by_name
 from potstill.engine.measure.score import reference, score
-from potstill.engine.training import log
+from potstill.engine.models.weights import save_net
+from potstill.engine.skipping import probe as probing
+from potstill.engine.training import log, posthoc
 from potstill.engine.training.log import Meter, Progress
+from tests.test_phema import profiles
 from tests.test_sample import tiny_net
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +132,26 @@ def test_measuring_is_not_silent(quick, capsys, monkeypatch):
     assert re.search(r"measuring 40 of digits: \d+ of 40 images", capsys.readouterr().err)
     score(tiny_net(), one_step(80), digits, pixels, n=20, batch=4, against=against, progress="measuring the student")
     assert re.search(r"measuring the student: \d+ of 20 images", capsys.readouterr().err)
+
+
+def test_probing_is_not_silent(quick, capsys, tmp_path, monkeypatch):
+    """Measuring the blocks, and choosing among them."""
+    save_net(tmp_path / "t.safetensors", tiny_net())
+    slow = {name: getattr(probing, name) for name in ("observe", "joint")}
+    for name, call in slow.items():
+        monkeypatch.setattr(probing, name, lambda *given, call=call: (time.sleep(0.2), call(*given))[1])
+    words = ["--data", "digits", "--unlabelled", "--out", f"{tmp_path}/plan.json", "--bins", "2", "--images", "16", "--batch", "4"]
+    probe.main([f"{tmp_path}/t.safetensors", *words])
+    said = capsys.readouterr().err
+    assert re.search(r"^probing: 0 of 2 bins, 00:00$", said, re.MULTILINE) and "bin 2 of 2: σ" in said
+    assert re.search(r"^choosing layers: \d+ choices tried, 00:0\d$", said, re.MULTILINE)
+
+
+def test_averaging_profiles_is_not_silent(quick, capsys, monkeypatch):
+    summed = posthoc._tensors
+    monkeypatch.setattr(posthoc, "_tensors", lambda *given: (time.sleep(0.06), summed(*given))[1])
+    posthoc.reconstructed(profiles()[0], 0.07)
+    assert re.search(r"^averaging: \d+ of 12 profiles, 00:0\d", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("what", ["latents", "prompts"])

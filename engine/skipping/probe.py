@@ -289,19 +289,25 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def make_plan(net: EDMDenoiser, data: Material, result: ProbeResult, budget: float) -> Plan:
-    """The plan that saves the most within `budget` per bin, verified with all its blocks left out together on held-out images."""
+def make_plan(net: EDMDenoiser, data: Material, result: ProbeResult, budget: float, tried: Callable[[], None] = lambda: None) -> Plan:
+    """The plan that saves the most within `budget` per bin, verified with all its blocks left out together on held-out images.
+
+    tried: called after every such trial.
+    """
     latency = result.latency
     order = nested_order(result.alone, latency, budget)
     probed = Probed(net)
     choose, held = data.part(0.5, 0.75), data.part(0.75, 1)
     named = [result.names[b] for b in order]
-    first = corrected_prefixes(
-        prefixes(order, result.alone, budget), len(order),
-        lambda k, p: joint(net, probed, choose, result, named[:p], k)["excess"], budget,
-    )  # fmt: skip
-    prefix = corrected_prefixes(first, 0, lambda k, p: joint(net, probed, held, result, named[:p], k)["excess"], budget)
-    measured = [joint(net, probed, held, result, named[:p], k) for k, p in enumerate(prefix)]
+
+    def trial(images: Material, k: int, p: int) -> dict[str, float]:
+        found = joint(net, probed, images, result, named[:p], k)
+        tried()
+        return found
+
+    first = corrected_prefixes(prefixes(order, result.alone, budget), len(order), lambda k, p: trial(choose, k, p)["excess"], budget)
+    prefix = corrected_prefixes(first, 0, lambda k, p: trial(held, k, p)["excess"], budget)
+    measured = [trial(held, k, p) for k, p in enumerate(prefix)]
     for k, (p, one) in enumerate(zip(prefix, measured, strict=True)):
         one["summed"] = float(result.alone[order[:p], k].sum())
         one["latency_saved"] = float(latency[order[:p]].sum())

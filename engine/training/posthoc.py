@@ -16,6 +16,8 @@ from torch import Tensor
 
 from potstill.engine.common.errors import Damaged, UserError
 from potstill.engine.common.kinds import Kind, check, count, is_number
+from potstill.engine.common.progress import Bar
+from potstill.engine.methods.table import settings_of
 from potstill.engine.models.router import MANIFEST
 from potstill.engine.models.tensors import metadata_of, streamed
 from potstill.engine.models.weights import planned
@@ -114,7 +116,7 @@ def reconstructed(profiles: Sequence[Profile], std: float, kimg: float | None = 
                 f"{one.path} and {after.path} are both the profile of std {one.std:g} at {one.images / 1000:g} kimg: leave one out"
             )
     for one in used:
-        if other := [name for name in SAME if one.metadata.get(name) != last.metadata.get(name)]:
+        if other := [name for name in SAME if _same(one, name) != _same(last, name)]:
             raise UserError(f"{one.path} is of another net than {last.path} ({other[0]} differs): wanted the profiles of one training")
     try:
         weights, off = combination([Length(one.images, one.std) for one in used], Length(images, std))
@@ -124,6 +126,12 @@ def reconstructed(profiles: Sequence[Profile], std: float, kimg: float | None = 
     said = {"std": std, "images": images, "profiles": [[one.images, one.std, w] for one, w in zip(used, weights.tolist(), strict=True)]}
     metadata = last.metadata | {"kimg": images / 1000, "reconstructed": said | {"off": off}}
     return Reconstructed(tensors, metadata, images, len(used), off)
+
+
+def _same(profile: Profile, name: str) -> Any:
+    """What the metadata say; of a method the settings' class, for a run may have begun before the names of variants were kept."""
+    said = profile.metadata.get(name)
+    return (settings_of(said) or said) if name == "method" and said else said
 
 
 def _time(times: Sequence[int], kimg: float | None) -> int:
@@ -142,7 +150,8 @@ def _summed(used: Sequence[Profile], weights: np.ndarray) -> dict[str, Tensor]:
         net = planned(last.path, last.metadata, list(tensors))
     averaged = {name for name, _ in net.named_parameters()}
     found: dict[str, Tensor] = {}
-    for one, weight in zip(used[::-1], weights[::-1].tolist(), strict=True):
+    from_last = list(zip(used[::-1], weights[::-1].tolist(), strict=True))
+    for one, weight in Bar("averaging", len(used), unit="profiles").over(from_last, lambda _: 1):
         for name, t in _tensors(one, net.state_dict()):
             if name not in averaged:
                 found.setdefault(name, t.clone())
