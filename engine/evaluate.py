@@ -136,7 +136,8 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, device: torch.device) -> di
         if images is not None and not args.resize:
             named = (recipe.get("teacher") or {}).get("checkpoint") or (model.path if is_pipeline(model.path) else "FOLDER")
             check_latents(model, images, str(pipeline or named))
-        check_model(model, images, resize)
+        if images is not None:
+            check_fit(model.net, images, resize)
     labelled = {model.role: labels_of(model, args) for model in models}
     beside = told is None and args.source and is_pipeline(args.source) and getattr(models[0].net, "text", False)
     asked = (images.captions if images else None) if beside else told
@@ -246,11 +247,6 @@ def check_text(models: Iterable[Model], scores: list[str]) -> None:
     if scores and not all(getattr(model.net, "text", False) for model in models):
         model = next(model for model in models if not getattr(model.net, "text", False))
         raise UserError(f"scores are of pictures and their prompts, and {model.path} is told none: leave --scores out")
-
-
-def check_model(model: Model, images: Images | None, resize: int | None) -> None:
-    if images is not None:
-        check_fit(model.net, images, resize)
 
 
 def labels_of(model: Model, args: argparse.Namespace) -> str | None:

@@ -260,10 +260,9 @@ def check_on_paper(cfg: Config, images: Images | None, folder: Path, ranks: Rank
         raise UserError(f"method {cfg.method.name} looks at real images: set data.path")
     if not cfg.data.path and students:
         raise UserError("students.net is trained on real images first: set data.path")
-    known = (images is not None or not cfg.data.path or without_data(cfg)) and not to_come(
-        cfg
-    )  # else which classes there are is not known yet
-    partition = partition_of(cfg, teacher.label_dim, images) if known and not teacher.text else None
+    complete = images is not None or not cfg.data.path or without_data(cfg)  # else which classes there are is not known yet
+    known = complete and not to_come(cfg) and not teacher.text
+    partition = partition_of(cfg, teacher.label_dim, images) if known else None
     if (earlier := earlier_place(cfg, cfg.student or 0)) and is_earlier(earlier) and not missing(cfg):
         earlier_weights(method, earlier)
         check_same_part(earlier, partition)
